@@ -1,0 +1,48 @@
+# `make demo` and `make test` set everything up by themselves on a fresh Debian/Ubuntu machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint setup clean
+
+help:
+	@echo "make demo   set up, prepare photographs, pre-train on them, evaluate, write runs/demo/report.html (5 minutes)"
+	@echo "make test   set up, ruff, all tests (under 15 minutes)"
+	@echo "make lint   ruff alone"
+	@echo "make clean  remove the virtual environment, the demo's corpus and its run"
+
+setup: $(STAMP)
+
+# The venv is used as it is until pyproject.toml changes.
+$(STAMP): pyproject.toml
+	@echo "== setting up $(VENV): a virtual environment with torch and fastbyol (about 6 GB, one to ten minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name it with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+		{ echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $(STAMP)
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+data/photos: | $(STAMP)
+	$(BIN)/fastbyol prepare photos --out data/photos --images 3600 --size 80 --seed 0
+
+demo: $(STAMP) data/photos
+	@echo "== pre-training; an earlier demo run is replaced"
+	rm -rf runs/demo
+	$(BIN)/fastbyol train --config configs/demo.yaml
+	@echo "== what the features are worth, beside the untrained network and raw pixels"
+	$(BIN)/fastbyol eval knn --run runs/demo
+	$(BIN)/fastbyol eval linear --run runs/demo
+	@echo "== open runs/demo/report.html"
+
+clean:
+	rm -rf $(VENV) data/photos runs/demo

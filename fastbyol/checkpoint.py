@@ -1,0 +1,156 @@
+"""Checkpoints: written atomically, verified when read, loadable by torch.load(weights_only=True).
+
+A checkpoint is a dict of plain values and tensors:
+
+    format, version, step (optimiser steps done), config (nested dict), images (in the training split),
+    model (state dict with plain names), optimizer (state by parameter name), rng (torch's generators),
+    knn (last and best online accuracy)
+
+A file is a zip archive whose members carry a CRC-32; `load` checks them all, so a truncated or damaged file is
+recognised before a value of it is used.
+"""
+
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbyol import __version__
+from fastbyol.errors import InputError, RunError, first_line
+
+FORMAT = 1
+BEST = "best.pt"
+_NAME = re.compile(r"step_(\d{8})\.pt")
+_KEYS = {
+    "format": int,
+    "step": int,
+    "config": dict,
+    "images": int,
+    "model": dict,
+    "optimizer": dict,
+    "rng": dict,
+    "knn": dict,
+}
+
+
+def save(folder: Path, state: dict[str, Any], *, keep_last: int, best: bool) -> Path:
+    """Writes FOLDER/step_XXXXXXXX.pt: temporary file, fsync, rename. Then drops old checkpoints.
+
+    Args:
+        state: the dict described at the top, without format and version.
+        keep_last: newest checkpoints that stay.
+        best: also keep this one as FOLDER/best.pt.
+
+    Raises:
+        RunError: it cannot be written (full disk, say). Older checkpoints are untouched then.
+    """
+    path = folder / f"step_{state['step']:08d}.pt"
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.partial"):  # of a process that was killed while it wrote
+            leftover.unlink()
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".partial", delete=False) as file:
+            temporary = Path(file.name)
+            torch.save({"format": FORMAT, "version": __version__, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        if best:
+            _link(path, folder / BEST)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else first_line(cause)
+        older = listed(folder)
+        keep = f"the last good checkpoint is {older[-1]}" if older else "there is no older checkpoint"
+        raise RunError(
+            f"checkpoint {path} could not be written ({reason}); {keep}; free some space and resume"
+        ) from None
+    for old in listed(folder)[:-keep_last]:
+        old.unlink()
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads and verifies a checkpoint; its tensors are on the CPU.
+
+    Raises:
+        InputError: missing, damaged, not a fastbyol checkpoint, of a newer format, or holding more than plain data.
+    """
+    where = f"checkpoint {path}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (member := archive.testzip()) is not None:
+                raise InputError(f"{where} is damaged: {member} fails its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror or first_line(error)}") from None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        raise InputError(f"{where} is damaged or not a checkpoint") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{where} is refused: it holds code, not only data") from None
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{where} is damaged or not a checkpoint: {first_line(error)}") from None
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _KEYS.items()):
+        raise InputError(f"{where} is not one of fastbyol's")
+    if state["format"] != FORMAT:
+        raise InputError(f"{where} has format {state['format']}, this version reads format {FORMAT}")
+    return state
+
+
+def listed(folder: Path) -> list[Path]:
+    """The numbered checkpoints of a folder, oldest first."""
+    return sorted(p for p in folder.glob("step_*.pt") if _NAME.fullmatch(p.name))
+
+
+def newest_good(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies; `warn` gets one line for each newer one that does not."""
+    for path in reversed(listed(folder)):
+        try:
+            return path, load(path)
+        except InputError as error:
+            warn(f"{error}; trying the one before")
+    return None
+
+
+def resolve(run_or_file: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint named by its file or by its run's folder (then the newest good one).
+
+    Raises:
+        InputError: there is none, or it does not verify.
+    """
+    if run_or_file.is_dir():
+        for folder in (run_or_file / "checkpoints", run_or_file):
+            if (found := newest_good(folder, warn)) is not None:
+                return found
+        raise InputError(f"{run_or_file}: no usable checkpoint in {run_or_file / 'checkpoints'}")
+    return run_or_file, load(run_or_file)
+
+
+def _link(path: Path, link: Path) -> None:
+    """Makes `link` the same file as `path`, atomically; a copy where the file system has no hard links."""
+    temporary = link.with_name(f".{link.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        temporary.write_bytes(path.read_bytes())
+    os.replace(temporary, link)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,168 @@
+"""The command line: sub-commands and their arguments, no logic.
+
+Errors that a user can mend are one line on stderr: exit code 2 where the input is unusable, 1 where a run had to stop.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from rich.console import Console
+from rich.progress import Progress
+
+from fastbyol import __version__
+from fastbyol.config import Config, EvalConfig
+from fastbyol.errors import FastbyolError, InputError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one sub-command and returns its exit code."""
+    try:
+        args = _parser().parse_args(arguments)
+        return _COMMANDS[args.subcommand](args[args.subcommand])
+    except argparse.ArgumentError as error:
+        return _fail(" ".join(str(error).split()), 2)
+    except FastbyolError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"fastbyol: error: {text}", file=sys.stderr)
+    return code
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="fastbyol",
+        description="BYOL pre-training of vision backbones, as fast as the hardware allows.",
+        version=__version__,
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(metavar="COMMAND")
+
+    def add(to: Any, name: str, text: str) -> ArgumentParser:
+        sub = ArgumentParser(description=text, exit_on_error=False)
+        to.add_subcommand(name, sub, help=text)
+        return sub
+
+    train = add(commands, "train", "Pre-train a backbone.")
+    _add_config(train)
+
+    evaluation = add(commands, "eval", "Evaluate the features of a checkpoint.").add_subcommands(metavar="PROTOCOL")
+    for name, text in (("knn", "Weighted kNN on frozen features."), ("linear", "Linear probe on cached features.")):
+        add(evaluation, name, text).add_class_arguments(EvalConfig)
+
+    prepare = add(commands, "prepare", "Make an image folder from what is on the machine.").add_subcommands(
+        metavar="CORPUS"
+    )
+    photos = add(prepare, "photos", "Cuts of the photographs inside scikit-image and scikit-learn, one class each.")
+    photos.add_argument("--out", type=Path, required=True, help="Folder to make; it must not exist.")
+    photos.add_argument("--images", type=int, default=5000, help="Images in train/; val/ gets a quarter as many.")
+    photos.add_argument("--seed", type=int, default=0, help="Same seed, same bytes.")
+    photos.add_argument("--size", type=int, help="Longer side in pixels; without it about 500x375 in 80-110 KB.")
+    fashion = add(prepare, "fashion-mnist", "Fashion-MNIST from its four idx files.")
+    fashion.add_argument("--out", type=Path, required=True, help="Folder to make; it must not exist.")
+    fashion.add_argument("--source", type=Path, help="Folder of the idx files; else Debian's package, else a download.")
+    fashion.add_argument("--images", type=int, help="Only the first so many images of train/.")
+    fashion.add_argument("--val_images", type=int, help="Only the first so many images of val/.")
+
+    preview = add(commands, "preview", "Draw 8 images of a config's data set and both their views.")
+    _add_config(preview)
+    preview.add_argument("--out", type=Path, default=Path("preview.png"), help="PNG file to write.")
+
+    report = add(commands, "report", "Write report.html of a run.")
+    report.add_argument("--run", type=Path, required=True, help="The run's folder.")
+
+    add(commands, "doctor", "Say what works on this machine and what mends the rest.")
+    return parser
+
+
+def _add_config(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
+    parser.add_class_arguments(Config)
+
+
+def _config(args: Namespace) -> Config:
+    values = args.as_dict()
+    for key in ("config", "out"):
+        values.pop(key, None)
+    try:
+        return Config.from_dict(values)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _train(args: Namespace) -> int:
+    from fastbyol.report import write_report
+    from fastbyol.train import train
+
+    config = _config(args)
+    result = train(config)
+    if result.stopped_by is not None:
+        return 130 if result.stopped_by == signal.SIGINT else 0
+    print(f"report: {write_report(result.folder, print)}")
+    return 0
+
+
+def _eval(args: Namespace) -> int:
+    from fastbyol.evaluate import evaluate
+    from fastbyol.report import refresh_report
+
+    try:
+        options = EvalConfig(**args[args.subcommand].as_dict())
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    evaluate(args.subcommand, options, print)
+    refresh_report(Path(options.run), print)
+    return 0
+
+
+def _prepare(args: Namespace) -> int:
+    from fastbyol.data.prepare import prepare_fashion_mnist, prepare_photos
+
+    options = args[args.subcommand].as_dict()
+    writer = prepare_photos if args.subcommand == "photos" else prepare_fashion_mnist
+    console = Console()
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(args.subcommand, total=None)
+        text = writer(**options, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    print(text)
+    return 0
+
+
+def _preview(args: Namespace) -> int:
+    from fastbyol.preview import write_preview
+
+    print(write_preview(_config(args), args.out))
+    return 0
+
+
+def _report(args: Namespace) -> int:
+    from fastbyol.report import write_report
+
+    print(write_report(args.run, print))
+    return 0
+
+
+def _doctor(args: Namespace) -> int:
+    from fastbyol.doctor import diagnose
+
+    return diagnose(print)
+
+
+_COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "prepare": _prepare,
+    "preview": _preview,
+    "report": _report,
+    "doctor": _doctor,
+}

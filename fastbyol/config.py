@@ -1,0 +1,254 @@
+"""The configuration: typed, documented, checked dataclasses.
+
+jsonargparse turns them into the command line, `--help` and YAML (see cli.py), so a field's docstring is its
+help text. Units are part of a field's name. `__post_init__` refuses impossible values with a ValueError that
+names the key; what depends on the data set (is a batch larger than it?) is checked where the data is known.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _require(ok: bool, key: str, value: object, need: str) -> None:
+    if not ok:
+        raise ValueError(f"{key}={value!r}: {need}")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the images are and how they are fed."""
+
+    root: str | None = None
+    """Folder with the splits, e.g. ROOT/train/CLASS/x.jpg; `fastbyol prepare` makes such folders."""
+    train_split: str = "train"
+    """Sub-folder of `root` to pre-train on; '.' is `root` itself."""
+    val_split: str = "val"
+    """Sub-folder of `root` for evaluation; missing is fine, evaluation is then left out."""
+    batch_size: int = 256
+    """Images per optimiser step."""
+    image_size_px: int = 224
+    """Side of both views in pixels."""
+    recipe: Literal["byol", "torchvision"] = "byol"
+    """Views: the paper's recipe, or one with torchvision's colour jitter and crop drawing."""
+    threads: int = 0
+    """Threads that decode and augment; 0 takes one per CPU core."""
+    prefetch_batches: int = 3
+    """Batches made ahead; memory is (prefetch_batches + 1) * batch_size * 2 views * size^2 * 3 * bytes per value."""
+    max_bad_fraction: float = 0.01
+    """Share of the training files that may be unreadable (each is skipped and named) before the run stops."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "BatchNorm needs at least 2 images")
+        _require(8 <= self.image_size_px <= 4096, "data.image_size_px", self.image_size_px, "must lie in 8..4096")
+        _require(self.threads >= 0, "data.threads", self.threads, "must be 0 (all cores) or more")
+        _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "must be at least 1")
+        _require(0 <= self.max_bad_fraction < 1, "data.max_bad_fraction", self.max_bad_fraction, "must lie in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Backbone and heads of the online and the target network."""
+
+    backbone: str = "resnet50"
+    """Name of a timm model, e.g. resnet18, resnet50, resnet200."""
+    width: float = 1.0
+    """Width multiplier of a ResNet's four groups (the paper uses 1, 2, 4)."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """ResNet stem: 7x7 stride 2 and max-pool, or, for images up to about 64 px, 3x3 stride 1 without pool."""
+    hidden_dim: int = 4096
+    """Hidden units of projector and predictor."""
+    projection_dim: int = 256
+    """Outputs of projector and predictor."""
+    target_init: Literal["copy", "reseed"] = "copy"
+    """The target starts as a copy of the online network, or from another seed as in the authors' code."""
+
+    def __post_init__(self) -> None:
+        _require(self.width > 0, "model.width", self.width, "must be above 0")
+        _require(self.hidden_dim >= 1, "model.hidden_dim", self.hidden_dim, "must be at least 1")
+        _require(self.projection_dim >= 2, "model.projection_dim", self.projection_dim, "must be at least 2")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Optimiser, schedules and target update. The defaults are the paper's 100-epoch preset."""
+
+    name: Literal["lars", "sgd", "adamw", "adam"] = "lars"
+    """lars is the paper's; the others take the same schedule and parameter groups."""
+    epochs: int = 100
+    """Passes over the training split."""
+    base_lr: float = 0.45
+    """Learning rate per 256 images: the peak is base_lr * data.batch_size / 256."""
+    warmup_epochs: float = 10
+    """Epochs of linear warm-up from 0; a cosine to 0 follows."""
+    weight_decay: float = 1e-6
+    """Weight decay; biases and norm-layer parameters have none."""
+    momentum: float = 0.9
+    """Momentum of lars and sgd; beta1 of adam and adamw."""
+    beta2: float = 0.999
+    """Second-moment decay of adam and adamw."""
+    trust_coefficient: float = 1e-3
+    """eta of LARS; biases and norm-layer parameters have trust ratio 1."""
+    tau_base: float = 0.99
+    """Target decay at step 0; it rises to 1 by a cosine."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "optim.epochs", self.epochs, "must be at least 1")
+        _require(self.base_lr > 0, "optim.base_lr", self.base_lr, "must be above 0")
+        _require(
+            0 <= self.warmup_epochs <= self.epochs,
+            "optim.warmup_epochs",
+            self.warmup_epochs,
+            f"must lie between 0 and optim.epochs={self.epochs}",
+        )
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be 0 or more")
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must lie in [0, 1)")
+        _require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "must lie in [0, 1)")
+        _require(self.trust_coefficient > 0, "optim.trust_coefficient", self.trust_coefficient, "must be above 0")
+        _require(0 <= self.tau_base <= 1, "optim.tau_base", self.tau_base, "must lie in [0, 1]")
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """What a run writes while it trains."""
+
+    log_every_steps: int = 10
+    """Steps between two lines of metrics.jsonl; only then are device values read."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+    collapse_threshold: float = 0.1
+    """Warn when the std of the normalised projections falls below this share of 1/sqrt(projection_dim)."""
+
+    def __post_init__(self) -> None:
+        _require(self.log_every_steps >= 1, "log.log_every_steps", self.log_every_steps, "must be at least 1")
+        _require(
+            0 <= self.collapse_threshold <= 1, "log.collapse_threshold", self.collapse_threshold, "must lie in [0, 1]"
+        )
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When the run is saved; it is also saved at its end and on SIGTERM or SIGINT."""
+
+    every_epochs: int = 1
+    """Epochs between two checkpoints."""
+    keep_last: int = 3
+    """Newest checkpoints kept; the one with the best kNN accuracy is kept beside them."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 1, "checkpoint.every_epochs", self.every_epochs, "must be at least 1")
+        _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "must be at least 1")
+
+
+@dataclass(kw_only=True)
+class KnnConfig:
+    """The weighted kNN classifier on frozen features."""
+
+    every_epochs: int = 1
+    """Epochs between two online kNN evaluations; 0 switches them off."""
+    k: int = 20
+    """Neighbours that vote."""
+    max_bank_images: int = 50_000
+    """Training images that vote, evenly spread over the split."""
+    temperature: float = 0.07
+    """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 0, "knn.every_epochs", self.every_epochs, "must be 0 (off) or more")
+        _require(self.max_bank_images >= 1, "knn.max_bank_images", self.max_bank_images, "must be at least 1")
+        _require(self.k >= 1, "knn.k", self.k, "must be at least 1")
+        _require(self.temperature > 0, "knn.temperature", self.temperature, "must be above 0")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole pre-training run."""
+
+    name: str = "byol"
+    """The run's name; everything it writes lies under RUNS/NAME."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    seed: int = 0
+    """Seed of the weights, of the sample order and of the views."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast dtype of the forward pass; auto takes bf16 where the processor computes in it."""
+    resume: str = "none"
+    """none, auto (continue from the newest good checkpoint, start afresh if there is none) or a checkpoint's path."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the images are and how they are fed."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Backbone and heads."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser, schedules and target update."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What a run writes while it trains."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the run is saved."""
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    """The online kNN evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name) and "/" not in self.name, "name", self.name, "must be a non-empty name without '/'")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in 0..2^63-1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dict, as stored in checkpoints."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is unknown or a value impossible.
+        """
+        values = dict(values)
+        for f in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(f.type) and f.name in values:
+                values[f.name] = _build(f.type, values[f.name], f.name)
+        return _build(cls, values, "config")
+
+
+def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}")
+    return cls(**values)
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Evaluation of a checkpoint on the labelled splits of a data set."""
+
+    run: str
+    """A run's folder (its newest good checkpoint is taken) or a checkpoint file."""
+    root: str | None = None
+    """Data set with the run's train and val splits; by default the one it was trained on."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one."""
+    threads: int = 0
+    """Threads that decode; 0 takes one per CPU core."""
+    baselines: bool = True
+    """Also evaluate the untrained network and raw pixels."""
+    out: str | None = None
+    """JSON file for the result; by default eval_knn.json or eval_linear.json in the run's folder."""
+    k: int = 20
+    """kNN: neighbours that vote."""
+    temperature: float = 0.07
+    """kNN: a neighbour of cosine similarity s votes with weight exp(s / temperature)."""
+    epochs: int = 80
+    """Linear: passes over the cached features."""
+    batch_size: int = 256
+    """Linear: features per step."""
+    base_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    """Linear: learning rates per 256 features; the best on held-out training images is reported."""
+
+    def __post_init__(self) -> None:
+        _require(self.threads >= 0, "threads", self.threads, "must be 0 (all cores) or more")
+        _require(self.k >= 1, "k", self.k, "must be at least 1")
+        _require(self.temperature > 0, "temperature", self.temperature, "must be above 0")
+        _require(self.epochs >= 1, "epochs", self.epochs, "must be at least 1")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+        _require(bool(self.base_lrs) and min(self.base_lrs) > 0, "base_lrs", self.base_lrs, "must all be above 0")

@@ -1,0 +1,61 @@
+"""What this machine is and what is installed on it: for reports, result files and `fastbyol doctor`."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fastbyol import __version__
+
+PACKAGES = [
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "numba",
+    "simplejpeg",
+    "triton",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "ffcv",
+]
+
+
+def describe() -> dict[str, str]:
+    """Names and versions, in the order in which they are shown."""
+    facts = {
+        "fastbyol": f"{__version__} {commit()}".strip(),
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "cpu": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
+        "gpu": ", ".join(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())) or "none",
+    }
+    return facts | {name: version for name in PACKAGES if (version := installed(name)) is not None}
+
+
+def installed(distribution: str) -> str | None:
+    """The version of an installed distribution, None if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """Short hash of the source tree's commit, '+' if it has changes; empty outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or not a checkout: the version says enough then
+        return ""
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,25 @@
+"""Errors that a user caused or has to act on: shown as one line, never as a traceback."""
+
+
+class FastbyolError(Exception):
+    """Base of all errors whose text is meant for the user; the CLI prints it and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class InputError(FastbyolError):
+    """The input (config, path, data set, checkpoint argument) is unusable: exit code 2, nothing was started."""
+
+    exit_code = 2
+
+
+class RunError(FastbyolError):
+    """A run that had started had to stop (non-finite loss, full disk, too many bad images): exit code 1."""
+
+    exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an exception's text (its class name if it has none), for one-line messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,119 @@
+"""Optimisers: LARS with the target update folded in, and torch's own for those who prefer them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbyol.config import OptimConfig
+from fastbyol.kernels.lars_ema import lars_ema_reference
+
+Pair = tuple[Tensor, Tensor]  # online weight, target weight
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling; `step()` also moves the target network with the new weights.
+
+    Formulas and source: kernels/lars_ema.py.
+
+    Args:
+        params: parameters or groups; a group may set `adapt=False`: trust ratio 1 (biases and norm layers, which
+            should have weight_decay=0 too).
+        lr: scalar tensor on the parameters' device, or a number. The learning rate may change between steps by
+            writing to the tensor; nothing is recompiled or synchronised.
+        momentum, weight_decay, trust_coefficient: mu, wd and eta.
+        target_pairs: (online, target) tensors; every online tensor must be one of the parameters.
+        tau: scalar tensor, the target's decay; needed with target_pairs.
+
+    Raises:
+        ValueError: a pair's online tensor is not among the parameters, or tau is missing.
+    """
+
+    moves_target = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        trust_coefficient: float = 1e-3,
+        target_pairs: Iterable[Pair] = (),
+        tau: Tensor | None = None,
+    ) -> None:
+        defaults = {
+            "lr": torch.as_tensor(lr),
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+        self._targets = dict(target_pairs)
+        missing = self._targets.keys() - {p for group in self.param_groups for p in group["params"]}
+        if missing:
+            raise ValueError(f"{len(missing)} online tensors of target_pairs are not among the optimiser's parameters")
+        if self._targets and tau is None:
+            raise ValueError("target_pairs need tau")
+        self.tau = torch.ones(()) if tau is None else tau
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Updates the weights and their targets from the gradients; parameters without a gradient stay as they are."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                lars_ema_reference(
+                    p,
+                    p.grad,
+                    state["momentum_buffer"],
+                    self._targets.get(p),
+                    lr=group["lr"],
+                    tau=self.tau,
+                    weight_decay=group["weight_decay"],
+                    momentum=group["momentum"],
+                    trust_coefficient=group["trust_coefficient"] if group["adapt"] else None,
+                )
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: weights, with decay and trust ratio; biases and norm-layer parameters (one-dimensional), without."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+def build_optimizer(
+    config: OptimConfig, module: nn.Module, target_pairs: Iterable[Pair], lr: Tensor, tau: Tensor
+) -> torch.optim.Optimizer:
+    """The configured optimiser over the module's trainable parameters.
+
+    Only LARS moves the target itself (`optimizer.moves_target`); with the others the step calls `ema_update_`.
+
+    Args:
+        lr, tau: scalar tensors on the parameters' device, written by the step's schedule.
+    """
+    groups = parameter_groups(module, config.weight_decay)
+    if config.name == "lars":
+        return LARS(
+            groups,
+            lr,
+            momentum=config.momentum,
+            trust_coefficient=config.trust_coefficient,
+            target_pairs=target_pairs,
+            tau=tau,
+        )
+    for group in groups:
+        del group["adapt"]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=config.momentum, fused=True)
+    adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return adam(groups, lr, betas=(config.momentum, config.beta2), fused=True)

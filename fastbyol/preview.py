@@ -1,0 +1,98 @@
+"""A picture of what the recipe does: originals and both views of a few images, with the parameters drawn."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fastbyol import views
+from fastbyol.config import Config
+from fastbyol.data import ImageFolder, index_folder
+from fastbyol.data.decode import BadImage, decode
+from fastbyol.errors import InputError
+from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+
+IMAGES = 8
+_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+
+
+def write_preview(config: Config, out: Path) -> str:
+    """Draws the first images that epoch 0 of this config visits, exactly as the run will see them.
+
+    Returns:
+        one line saying what was written.
+
+    Raises:
+        InputError: no images, none readable, or `out` cannot be written.
+    """
+    folder = index_folder(config.data.root, config.data.train_split)
+    try:
+        out.write_bytes(draw_views(config, folder))
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
+    return f"{out}: {IMAGES} images of {folder.root} and both views of each"
+
+
+def draw_views(config: Config, folder: ImageFolder) -> bytes:
+    """The grid as PNG.
+
+    Raises:
+        InputError: fewer than one image can be read.
+    """
+    order = views.epoch_order(config.seed, 0, len(folder))
+    positions, images = [], []
+    for position, index in enumerate(order[: 4 * IMAGES]):
+        try:
+            images.append(decode(folder.read(int(index))))
+            positions.append(position)
+        except (OSError, BadImage):  # the run names and skips these; a preview shows the others
+            continue
+        if len(images) == IMAGES:
+            break
+    if not images:
+        raise InputError(f"{folder.root}: none of the first {min(len(order), 4 * IMAGES)} images can be read")
+    size = config.data.image_size_px
+    params = views.sample(config.data.recipe, config.seed, 0, positions, [image.shape[:2] for image in images])
+    pictures = views.apply_reference([torch.from_numpy(image) for image in images], params, size)
+    columns = 4
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(3.6 * columns, 6.6 * rows), layout="constrained")
+    grid = figure.subplots(3 * rows, columns, squeeze=False)
+    for axis in grid.flat:
+        axis.axis("off")
+    for i, image in enumerate(images):
+        top, column = 3 * (i // columns), i % columns
+        for v, picture in enumerate((image, to_pixels(pictures[0, i]), to_pixels(pictures[1, i]))):
+            axis = grid[top + v, column]
+            axis.imshow(picture, interpolation="nearest")
+            title = f"{folder.paths[order[positions[i]]]}\n{image.shape[1]}x{image.shape[0]}"
+            axis.set_title(title if v == 0 else _describe(params, i, v - 1), fontsize=7)
+    return to_png(figure)
+
+
+def to_pixels(view: torch.Tensor) -> NDArray[np.uint8]:
+    """A normalised view (3, S, S) -> (S, S, 3) uint8."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((view.float() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def to_png(figure: Figure) -> bytes:
+    """A matplotlib figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _describe(params: views.ViewParams, i: int, v: int) -> str:
+    top, left, height, width = params.box[i, v]
+    text = f"view {v + 1}: {width}x{height}+{left}+{top}{' flip' if params.flip[i, v] else ''}"
+    if params.jitter[i, v]:
+        values = [getattr(params, name)[i, v] for name in _OPERATIONS]
+        text += "\n" + " ".join(f"{_OPERATIONS[op][0]}{values[op]:+.2f}" for op in params.order[i, v])
+    extras = [name for name in ("gray", "solarise") if getattr(params, name)[i, v]]
+    if params.blur[i, v]:
+        extras.insert(0, f"blur {params.sigma[i, v]:.2f}")
+    return text + ("\n" + " ".join(extras) if extras else "")

@@ -1,0 +1,246 @@
+"""report.html of a run: one self-contained file with settings, curves, pictures and results."""
+
+import base64
+import html
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from fastbyol import __version__
+from fastbyol.config import Config
+from fastbyol.data import ImageFolder, index_folder
+from fastbyol.data.native import centre_crops
+from fastbyol.errors import InputError
+from fastbyol.evaluate import load_run
+from fastbyol.evaluate.features import CENTRE_FRACTION, check_splits, extract
+from fastbyol.evaluate.knn import nearest
+from fastbyol.model import BYOL
+from fastbyol.preview import draw_views, to_pixels, to_png
+from fastbyol.runlog import read_metrics
+from fastbyol.step import choose_device, compute_dtype
+from fastbyol.train import ENVIRONMENT, SUMMARY
+
+REPORT = "report.html"
+_QUERIES, _NEIGHBOURS = 8, 5
+_INK, _ACCENT, _SECOND, _GOOD, _BAD = "#22262b", "#1f6feb", "#c4561e", "#2e9e52", "#d1383d"
+
+_CURVES = (  # kind, key, title, unit
+    ("train", "loss", "Loss", ""),
+    ("knn", "top1", "Online kNN top-1", "%"),
+    ("train", "lr", "Learning rate", ""),
+    ("train", "tau", "Target decay tau", ""),
+    ("train", "projection_std", "Std of normalised projections", ""),
+    ("train", "images_per_s", "Images per second", ""),
+    ("train", "wait_share", "Time waiting for data", "%"),
+)
+
+_STYLE = f"""
+body {{ font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: {_INK}; max-width: 1080px; margin: 2em auto; padding: 0 1em }}
+h1 {{ margin-bottom: 0 }} h2 {{ margin-top: 2em; border-bottom: 1px solid #d8dde3; padding-bottom: .2em }}
+table {{ border-collapse: collapse; margin: .6em 0 }} td, th {{ padding: .25em 1em .25em 0; text-align: left; vertical-align: top }}
+th {{ font-weight: 600 }} td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
+tr.best td {{ font-weight: 600 }} .note {{ color: #59636e; font-size: 13px }} img {{ max-width: 100%; height: auto }}
+.columns {{ display: flex; flex-wrap: wrap; gap: 0 3em }} pre {{ background: #f4f6f8; padding: .8em; overflow-x: auto; font-size: 12px }}
+.bar {{ display: inline-block; height: .7em; background: {_ACCENT}; border-radius: 2px }} .bar.baseline {{ background: #b8c2cc }}
+"""
+
+
+def write_report(run: Path, say: Callable[[str], None]) -> Path:
+    """Writes RUN/report.html from what the run and its evaluations left in the folder.
+
+    Returns:
+        the file written.
+
+    Raises:
+        InputError: the folder holds no run, or the file cannot be written.
+    """
+    if not run.is_dir():
+        raise InputError(f"--run {run}: there is no such folder")
+    path, config, model = load_run(run, say)
+    lines = read_metrics(run)
+    parts = [
+        f"<h1>{html.escape(config.name)}</h1><p class=note>BYOL pre-training by fastbyol {__version__}, "
+        f"checkpoint {html.escape(path.name)}</p>",
+        _summary(run),
+        _results(run),
+        _section("Curves", _image(_draw_curves(lines, config))) if lines else "",
+        _pictures(config, model, say),
+        _section("Settings", f"<pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre>"),
+        _environment(run),
+    ]
+    out = run / REPORT
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(config.name)}</title>"
+    page += f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    temporary = out.with_suffix(".partial")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(out)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{out} cannot be written: {error.strerror}") from None
+    return out
+
+
+def refresh_report(run_or_file: Path, say: Callable[[str], None]) -> None:
+    """Writes the report again after an evaluation, where a whole run was evaluated that has one."""
+    if (run_or_file / REPORT).exists():
+        say(f"report: {write_report(run_or_file, say)}")
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>{body}"
+
+
+def _image(png: bytes) -> str:
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+    return f"<table>{cells}</table>"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _summary(run: Path) -> str:
+    values = _read_json(run / SUMMARY)
+    if not values:
+        return ""
+    rows = [("steps", f"{values['steps']} of {values['total_steps']}"), ("time", f"{values['seconds']:.0f} s")]
+    if values["images_per_s"] is not None:
+        rows.append(("speed", f"{values['images_per_s']:.0f} images/s (median)"))
+        rows.append(("waiting for data", f"{values['wait_share']:.1%} of the time (median)"))
+        rows.append(("last loss", f"{values['loss']:.3f}"))
+    if values["knn_best"] is not None:
+        rows.append(("online kNN", f"{values['knn_last']:.1%} at the end, {values['knn_best']:.1%} at best"))
+    rows.append(("skipped images", str(len(values["bad_images"]))))
+    bad = "".join(
+        f"<li>{html.escape(name)}: {html.escape(reason)}</li>"
+        for name, reason in list(values["bad_images"].items())[:50]
+    )
+    return _section("Run", _table(rows) + (f"<ul>{bad}</ul>" if bad else ""))
+
+
+def _results(run: Path) -> str:
+    tables = []
+    for protocol, title in (("knn", "kNN"), ("linear", "Linear probe")):
+        result = _read_json(run / f"eval_{protocol}.json")
+        if not result:
+            continue
+        settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+        rows = "".join(
+            f"<tr{' class=best' if i == 0 else ''}><td>{html.escape(name)}</td>"
+            f"<td class=number>{row['top1']:.1%}</td><td class=number>{row['top5']:.1%}</td>"
+            f"<td><span class='bar{'' if i == 0 else ' baseline'}' style='width:{200 * row['top1']:.0f}px'></span></td></tr>"
+            for i, (name, row) in enumerate(result["rows"].items())
+        )
+        tables.append(
+            f"<div><h3>{title}</h3><table><tr><th>features</th><th>top-1</th><th>top-5</th><th></th></tr>{rows}</table>"
+            f"<p class=note>{result['train_images']} training and {result['val_images']} validation images, "
+            f"{result['classes']} classes; {html.escape(settings)}</p></div>"
+        )
+    if not tables:
+        return ""
+    return _section("What the features are worth", f"<div class=columns>{''.join(tables)}</div>")
+
+
+def _draw_curves(lines: list[dict[str, Any]], config: Config) -> bytes:
+    curves = [c for c in _CURVES if any(line["kind"] == c[0] for line in lines)]
+    columns = 2
+    figure = Figure(figsize=(11, 2.3 * -(-len(curves) // columns)), layout="constrained")
+    axes = figure.subplots(-(-len(curves) // columns), columns, squeeze=False).flat
+    for axis in axes:
+        axis.set_visible(False)
+    for axis, (kind, key, title, unit) in zip(axes, curves, strict=False):
+        points = [(line["epoch"], line[key]) for line in lines if line["kind"] == kind]
+        scale = 100 if unit == "%" else 1
+        marker = "o" if len(points) < 40 else None
+        axis.plot([x for x, _ in points], [scale * y for _, y in points], color=_ACCENT, marker=marker, markersize=3)
+        if key == "projection_std":
+            spread = config.model.projection_dim**-0.5
+            axis.axhline(spread, color=_GOOD, linestyle=":", label="evenly spread")
+            axis.axhline(config.log.collapse_threshold * spread, color=_BAD, linestyle=":", label="collapse warning")
+            axis.legend(fontsize=8, frameon=False)
+        if key in ("images_per_s", "wait_share", "projection_std"):
+            axis.set_ylim(bottom=0)
+        axis.set_visible(True)
+        axis.set_title(f"{title}{f' ({unit})' if unit else ''}", fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel("epoch", fontsize=8)
+    return to_png(figure)
+
+
+def _pictures(config: Config, model: BYOL, say: Callable[[str], None]) -> str:
+    """View grid and nearest neighbours; a data set that is gone by now costs the pictures, not the report."""
+    parts: list[str] = []
+    try:
+        train = index_folder(config.data.root, config.data.train_split)
+        parts.append(_section("The two views", _image(draw_views(config, train))))
+        val = index_folder(config.data.root, config.data.val_split)
+        check_splits(train, val)
+        parts.append(_section("Nearest neighbours", _neighbours(config, model, train, val)))
+    except InputError as error:
+        say(f"warning: the report lacks pictures: {error}")
+    return "".join(parts)
+
+
+def _neighbours(config: Config, model: BYOL, train: ImageFolder, val: ImageFolder) -> str:
+    size, device = config.data.image_size_px, choose_device("auto")
+    options = {
+        "size": size,
+        "device": device,
+        "dtype": compute_dtype(config.precision, device),
+        "threads": config.data.threads,
+    }
+    backbone = model.online.backbone.to(device=device, memory_format=torch.channels_last)
+    bank, queries = train.spread(config.knn.max_bank_images), val.spread(_QUERIES)
+    found = extract(backbone, bank, **options), extract(backbone, queries, **options)
+    similarity, index = nearest(found[0].x, found[1].x, _NEIGHBOURS)
+    figure = Figure(figsize=(1.45 * (1 + _NEIGHBOURS), 1.62 * len(index)), layout="constrained")
+    grid = figure.subplots(len(index), 1 + _NEIGHBOURS, squeeze=False)
+    for axis in grid.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    asked, given = _kept(queries, found[1].bad), _kept(bank, found[0].bad)
+    for row, (query, axes) in enumerate(zip(asked, grid, strict=True)):
+        axes[0].imshow(_thumbnail(queries, query, size))
+        axes[0].set_title(train.classes[queries.labels[query]], fontsize=7)
+        for k, axis in enumerate(axes[1:]):
+            neighbour = given[int(index[row, k])]
+            right = bank.labels[neighbour] == queries.labels[query]
+            axis.imshow(_thumbnail(bank, neighbour, size))
+            axis.add_patch(
+                Rectangle(
+                    (0, 0), 1, 1, transform=axis.transAxes, fill=False, linewidth=4, edgecolor=_GOOD if right else _BAD
+                )
+            )
+            axis.set_title(f"{bank.classes[bank.labels[neighbour]]} {similarity[row, k]:.2f}", fontsize=7)
+    note = "Left: a validation image. Right: its nearest training images by cosine similarity; a green frame is the same class."
+    return f"{_image(to_png(figure))}<p class=note>{note}</p>"
+
+
+def _kept(folder: ImageFolder, bad: dict[int, str]) -> list[int]:
+    """Indices of the images that have features, in the order of the features."""
+    return [i for i in range(len(folder)) if i not in bad]
+
+
+def _thumbnail(folder: ImageFolder, index: int, size: int) -> Any:
+    one = ImageFolder(folder.root, [folder.paths[index]], folder.labels[[index]], folder.classes)
+    crops = centre_crops(one, size=size, fraction=CENTRE_FRACTION, batch_size=1, threads=1, bad={})
+    images, _ = next(crops)
+    return to_pixels(images[0])
+
+
+def _environment(run: Path) -> str:
+    facts = _read_json(run / ENVIRONMENT)
+    return _section("Environment", _table(list(facts.items()))) if facts else ""

@@ -1,0 +1,413 @@
+"""Colour jitter, grayscale, Gaussian blur, solarise and normalise of one view.
+
+Order and formulas (x in [0, 1], float32), as in `byol/utils/augmentations.py` of google-deepmind/deepmind-research:
+
+    colour, four operations in the drawn order, clip to [0, 1] after each:
+        brightness    x + b                                        torchvision: b x
+        contrast      (x - mean_c) c + mean_c, mean per channel    torchvision: mean of the gray image
+        saturation    S of HSV times s, clipped                    torchvision: s x + (1 - s) gray
+        hue           H of HSV plus h turns, mod 1                 torchvision: the same
+    grayscale         0.2989 R + 0.587 G + 0.114 B in all channels
+    blur              2 int(S / 20) + 1 taps, weights exp(-d^2 / 2 sigma^2) / sum, separable, zero padding
+    solarise          x < 0.5 ? x : 1 - x
+    clip to [0, 1], then (x - mean) / std of ImageNet
+
+Saturation without HSV: with M = max(R, G, B), C = M - min(R, G, B) and S = C / M, scaling S by s and clipping it
+gives M - (M - x) min(s, M / C). Hue by the closed form M - C clamp(min(k, 4 - k), 0, 1), k = (n + 6 H) mod 6,
+n = 5, 3, 1 for R, G, B.
+
+A view's parameters are one row of float32, its columns named below (`views.ViewParams.pack` fills it).
+
+Shapes: S = side of the view.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import overload
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Columns of a view's parameter row.
+BOX, FLIP, JITTER, ORDER = 0, 4, 5, 6
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 10, 11, 12, 13
+TORCHVISION, GRAY, SIGMA, SOLARISE = 14, 15, 16, 17  # SIGMA is 0 where there is no blur
+COLUMNS = 18
+
+# The four colour operations, as numbered in the ORDER columns.
+OP_BRIGHTNESS, OP_CONTRAST, OP_SATURATION, OP_HUE = 0, 1, 2, 3
+
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def blur_radius(size: int) -> int:
+    """Taps on each side of the centre for views of `size` pixels: 11 at 224, 0 (no blur) below 20."""
+    return int(size / 10 / 2)
+
+
+def augment_reference(x: Tensor, p: NDArray[np.float32]) -> Tensor:
+    """All operations but the normalisation.
+
+    Args:
+        x: (3, S, S) float32 in [0, 1].
+        p: (COLUMNS,) parameter row.
+
+    Returns:
+        (3, S, S) float32 in [0, 1].
+    """
+    if p[JITTER]:
+        torchvision = bool(p[TORCHVISION])
+        for operation in p[ORDER : ORDER + 4].astype(int):
+            if operation == OP_BRIGHTNESS:
+                x = brightness_reference(x, float(p[BRIGHTNESS]), torchvision=torchvision)
+            elif operation == OP_CONTRAST:
+                x = contrast_reference(x, float(p[CONTRAST]), torchvision=torchvision)
+            elif operation == OP_SATURATION:
+                x = saturation_reference(x, float(p[SATURATION]), torchvision=torchvision)
+            else:
+                x = hue_reference(x, float(p[HUE]))
+    if p[GRAY]:
+        x = gray_reference(x).expand(3, -1, -1)
+    if p[SIGMA] > 0:
+        x = blur_reference(x, float(p[SIGMA]))
+    if p[SOLARISE]:
+        x = torch.where(x < 0.5, x, 1 - x)
+    return x.clamp(0, 1)
+
+
+def brightness_reference(x: Tensor, value: float, *, torchvision: bool = False) -> Tensor:
+    """Adds `value` (byol) or multiplies by it (torchvision)."""
+    return (x * value if torchvision else x + value).clamp(0, 1)
+
+
+def contrast_reference(x: Tensor, factor: float, *, torchvision: bool = False) -> Tensor:
+    """Stretches about each channel's own mean (byol) or the mean of the gray image (torchvision)."""
+    mean = (gray_reference(x) if torchvision else x).mean((1, 2), keepdim=True)
+    return ((x - mean) * factor + mean).clamp(0, 1)
+
+
+def saturation_reference(x: Tensor, factor: float, *, torchvision: bool = False) -> Tensor:
+    """Scales S of HSV, clipped to 1 (byol), or blends with the gray image (torchvision)."""
+    if torchvision:
+        return (factor * x + (1 - factor) * gray_reference(x)).clamp(0, 1)
+    hue, saturation, value = rgb_to_hsv(x)
+    return hsv_to_rgb(hue, (saturation * factor).clamp(0, 1), value).clamp(0, 1)
+
+
+def hue_reference(x: Tensor, shift: float) -> Tensor:
+    """Turns H of HSV by `shift` turns."""
+    hue, saturation, value = rgb_to_hsv(x)
+    return hsv_to_rgb((hue + shift) % 1.0, saturation, value).clamp(0, 1)
+
+
+def gray_reference(x: Tensor) -> Tensor:
+    """(1, S, S): the luma."""
+    red, green, blue = GRAY_WEIGHTS
+    return (red * x[0] + green * x[1] + blue * x[2])[None]
+
+
+def rgb_to_hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(3, S, S) in [0, 1] -> H in turns, S, V, each (S, S); H and S are 0 for grays."""
+    red, green, blue = x
+    value, chroma = x.amax(0), x.amax(0) - x.amin(0)
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    sextant = torch.where(
+        value == red,
+        (green - blue) / safe % 6,
+        torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    return sextant / 6 * (chroma > 0), chroma / torch.where(value > 0, value, 1.0), value
+
+
+def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Inverse of `rgb_to_hsv`: (3, S, S)."""
+    k = (torch.tensor([5.0, 3.0, 1.0])[:, None, None] + 6 * hue) % 6
+    return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def blur_reference(x: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian of 2 * blur_radius(S) + 1 taps, zero padding."""
+    radius = blur_radius(x.shape[-1])
+    d = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    taps = torch.exp(-(d**2) / (2 * sigma**2))
+    taps = taps / taps.sum()
+    planes = x[:, None]  # (3, 1, S, S)
+    planes = torch.nn.functional.conv2d(planes, taps[None, None, :, None], padding=(radius, 0))
+    return torch.nn.functional.conv2d(planes, taps[None, None, None, :], padding=(0, radius))[:, 0]
+
+
+def normalise_reference(x: Tensor) -> Tensor:
+    """(..., 3, S, S) in [0, 1] -> zero mean and unit variance over ImageNet."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (x - mean) / std
+
+
+class AugmentScratch:
+    """A thread's working memory for `augment_into` at one output size."""
+
+    def __init__(self, size: int) -> None:
+        radius = blur_radius(size)
+        self.rows = np.zeros((3, size), dtype=np.float32)
+        self.padded = np.zeros(size + 2 * _padded_radius(radius), dtype=np.float32)
+        self.zeros = np.zeros(size, dtype=np.float32)
+        self.taps = np.zeros(1 + _padded_radius(radius), dtype=np.float32)
+        mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+        self.scale = (1 / std).astype(np.float32)
+        self.offset = (-mean / std).astype(np.float32)
+
+
+def augment_into(
+    planes: NDArray[np.float32],
+    p: NDArray[np.float32],
+    out: NDArray[np.float32] | NDArray[np.uint16],
+    scratch: AugmentScratch,
+) -> None:
+    """`augment_reference` and `normalise_reference` on the CPU, without the GIL.
+
+    Args:
+        planes: (3, S, S) float32 in [0, 1], C-contiguous; overwritten.
+        p: (COLUMNS,) parameter row.
+        out: (S, S, 3), C-contiguous, i.e. one image of a channels-last batch: float32, or uint16 for the bits of
+            bfloat16 (rounded to nearest, ties to even).
+    """
+    _augment(planes, p, blur_radius(planes.shape[1]), scratch.taps)
+    _finish(planes, p, scratch.taps, scratch.zeros, scratch.padded, scratch.rows, scratch.scale, scratch.offset, out)
+
+
+def _padded_radius(radius: int) -> int:
+    """Taps are handled in groups of four per side."""
+    return -(-radius // 4) * 4
+
+
+_JIT = {
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "nsz", "arcp", "nnan", "reassoc"},
+}
+_BLOCK = 1024  # pixels: three planes of a block stay in the L1 cache while the operations pass over them
+
+
+@njit(**_JIT)
+def _clip(x):
+    return min(max(x, np.float32(0)), np.float32(1))
+
+
+@njit(**_JIT)
+def _operation(operation, r, g, b, p, mean):
+    """One colour operation in place on a block of pixels r, g, b (n,); mean (3,) is used by contrast alone."""
+    one, zero = np.float32(1), np.float32(0)
+    wr, wg, wb = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
+    torchvision = p[TORCHVISION] != 0
+    n = len(r)
+    if operation == OP_BRIGHTNESS:
+        factor = p[BRIGHTNESS] if torchvision else one
+        shift = zero if torchvision else p[BRIGHTNESS]
+        for i in range(n):
+            r[i] = _clip(r[i] * factor + shift)
+            g[i] = _clip(g[i] * factor + shift)
+            b[i] = _clip(b[i] * factor + shift)
+    elif operation == OP_CONTRAST:
+        factor = p[CONTRAST]
+        shift_r, shift_g, shift_b = mean[0] * (one - factor), mean[1] * (one - factor), mean[2] * (one - factor)
+        for i in range(n):
+            r[i] = _clip(r[i] * factor + shift_r)
+            g[i] = _clip(g[i] * factor + shift_g)
+            b[i] = _clip(b[i] * factor + shift_b)
+    elif operation == OP_SATURATION:
+        factor = p[SATURATION]
+        if torchvision:
+            for i in range(n):
+                gray = (one - factor) * (wr * r[i] + wg * g[i] + wb * b[i])
+                r[i] = _clip(factor * r[i] + gray)
+                g[i] = _clip(factor * g[i] + gray)
+                b[i] = _clip(factor * b[i] + gray)
+        else:
+            tiny = np.float32(1e-12)
+            for i in range(n):
+                value = max(r[i], max(g[i], b[i]))
+                chroma = value - min(r[i], min(g[i], b[i]))
+                ratio = min(factor, value / max(chroma, tiny))
+                r[i] = value - (value - r[i]) * ratio
+                g[i] = value - (value - g[i]) * ratio
+                b[i] = value - (value - b[i]) * ratio
+    else:
+        two, four, six = np.float32(2), np.float32(4), np.float32(6)
+        three, five = np.float32(3), np.float32(5)
+        sixth, tiny = np.float32(1 / 6), np.float32(1e-12)
+        shift = six * p[HUE]
+        for i in range(n):
+            red, green, blue = r[i], g[i], b[i]
+            value = max(red, max(green, blue))
+            chroma = value - min(red, min(green, blue))
+            inverse = one / max(chroma, tiny)
+            is_red, is_green = value == red, value == green
+            difference = green - blue if is_red else (blue - red if is_green else red - green)
+            base = zero if is_red else (two if is_green else four)
+            h = difference * inverse + base + shift
+            k_r, k_g, k_b = h + five, h + three, h + one
+            k_r -= six * np.float32(math.floor(k_r * sixth))
+            k_g -= six * np.float32(math.floor(k_g * sixth))
+            k_b -= six * np.float32(math.floor(k_b * sixth))
+            r[i] = value - chroma * _clip(min(k_r, four - k_r))
+            g[i] = value - chroma * _clip(min(k_g, four - k_g))
+            b[i] = value - chroma * _clip(min(k_b, four - k_b))
+
+
+@njit(**_JIT)
+def _augment(planes, p, radius, taps):
+    """Colour and grayscale in place, and the blur's one-sided taps (all 0 but the first where there is no blur).
+
+    Contrast needs the mean of what the operations before it left, so there are two passes over the view: up to
+    contrast with the sums, and from contrast on. Each pass applies its operations block by block.
+    """
+    size = planes.shape[1]
+    n = size * size
+    r, g, b = planes[0].reshape(n), planes[1].reshape(n), planes[2].reshape(n)
+    mean = np.zeros(3, dtype=np.float32)
+    split = 0
+    if p[JITTER] != 0:
+        while int(p[ORDER + split]) != OP_CONTRAST:
+            split += 1
+        sums = np.zeros(3, dtype=np.float64)
+        for start in range(0, n, _BLOCK):
+            stop = min(start + _BLOCK, n)
+            br, bg, bb = r[start:stop], g[start:stop], b[start:stop]
+            for k in range(split):
+                _operation(int(p[ORDER + k]), br, bg, bb, p, mean)
+            sum_r, sum_g, sum_b = np.float32(0), np.float32(0), np.float32(0)
+            for i in range(stop - start):
+                sum_r += br[i]
+                sum_g += bg[i]
+                sum_b += bb[i]
+            sums[0] += sum_r
+            sums[1] += sum_g
+            sums[2] += sum_b
+        for c in range(3):
+            mean[c] = sums[c] / n
+        if p[TORCHVISION] != 0:
+            mean[:] = np.float32(0.2989) * mean[0] + np.float32(0.587) * mean[1] + np.float32(0.114) * mean[2]
+    if p[JITTER] != 0 or p[GRAY] != 0:
+        wr, wg, wb = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
+        for start in range(0, n, _BLOCK):
+            stop = min(start + _BLOCK, n)
+            br, bg, bb = r[start:stop], g[start:stop], b[start:stop]
+            if p[JITTER] != 0:
+                for k in range(split, 4):
+                    _operation(int(p[ORDER + k]), br, bg, bb, p, mean)
+            if p[GRAY] != 0:
+                for i in range(stop - start):
+                    gray = wr * br[i] + wg * bg[i] + wb * bb[i]
+                    br[i] = gray
+                    bg[i] = gray
+                    bb[i] = gray
+    taps[:] = np.float32(0)
+    taps[0] = np.float32(1)
+    if p[SIGMA] > 0:
+        total = 1.0
+        for d in range(1, radius + 1):
+            total += 2 * math.exp(-(d * d) / (2.0 * p[SIGMA] * p[SIGMA]))
+        for d in range(radius + 1):
+            taps[d] = math.exp(-(d * d) / (2.0 * p[SIGMA] * p[SIGMA])) / total
+
+
+def _store(rows, out):
+    """Interleaves rows (3, S) float32 into out (S, 3), rounding to bfloat16 bits where out is uint16."""
+    raise NotImplementedError("only its overload below exists: it is called from compiled code alone")
+
+
+@overload(_store, jit_options=_JIT)
+def _store_overload(rows, out):
+    if out.dtype == types.float32:
+
+        def store_float32(rows, out):
+            flat = out.reshape(3 * len(out))
+            r, g, b = rows[0], rows[1], rows[2]
+            for j in range(len(out)):
+                flat[3 * j] = r[j]
+                flat[3 * j + 1] = g[j]
+                flat[3 * j + 2] = b[j]
+
+        return store_float32
+
+    def store_bfloat16(rows, out):
+        flat = out.reshape(3 * len(out))
+        bits = rows.view(np.uint32)
+        r, g, b = bits[0], bits[1], bits[2]
+        for j in range(len(out)):
+            flat[3 * j] = (r[j] + np.uint32(0x7FFF) + (r[j] >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+            flat[3 * j + 1] = (g[j] + np.uint32(0x7FFF) + (g[j] >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+            flat[3 * j + 2] = (b[j] + np.uint32(0x7FFF) + (b[j] >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+
+    return store_bfloat16
+
+
+@njit(**_JIT)
+def _finish(planes, p, taps, zeros, padded, rows, scale, offset, out):
+    """Blur, solarise, clip, normalise: planes (3, S, S) -> out (S, S, 3), one output row at a time.
+
+    Taps whose mass on both sides together is below 1e-4 are left out: a change of at most 1e-4 in [0, 1].
+    """
+    size = planes.shape[1]
+    half, one = np.float32(0.5), np.float32(1)
+    solarise = p[SOLARISE] != 0
+    pad = len(taps) - 1
+    groups = pad // 4
+    while groups > 0:
+        mass = np.float32(0)
+        for d in range(4 * groups - 3, len(taps)):
+            mass += 2 * taps[d]
+        if mass > np.float32(1e-4):
+            break
+        groups -= 1
+    centre = taps[0]
+    for i in range(size):
+        for c in range(3):
+            plane = planes[c]
+            row = rows[c]
+            if groups == 0:
+                for j in range(size):
+                    row[j] = centre * plane[i, j]
+            else:
+                middle = padded[pad : pad + size]
+                for j in range(size):
+                    middle[j] = centre * plane[i, j]
+                for k in range(groups):
+                    d = 4 * k + 1
+                    a1 = plane[i - d] if i >= d else zeros
+                    a2 = plane[i - d - 1] if i >= d + 1 else zeros
+                    a3 = plane[i - d - 2] if i >= d + 2 else zeros
+                    a4 = plane[i - d - 3] if i >= d + 3 else zeros
+                    b1 = plane[i + d] if i + d < size else zeros
+                    b2 = plane[i + d + 1] if i + d + 1 < size else zeros
+                    b3 = plane[i + d + 2] if i + d + 2 < size else zeros
+                    b4 = plane[i + d + 3] if i + d + 3 < size else zeros
+                    w1, w2, w3, w4 = taps[d], taps[d + 1], taps[d + 2], taps[d + 3]
+                    for j in range(size):
+                        middle[j] += (
+                            w1 * (a1[j] + b1[j]) + w2 * (a2[j] + b2[j]) + w3 * (a3[j] + b3[j]) + w4 * (a4[j] + b4[j])
+                        )
+                for j in range(size):
+                    row[j] = centre * middle[j]
+                for k in range(groups):
+                    d = 4 * k + 1
+                    a1, b1 = padded[pad - d : pad - d + size], padded[pad + d : pad + d + size]
+                    a2, b2 = padded[pad - d - 1 : pad - d - 1 + size], padded[pad + d + 1 : pad + d + 1 + size]
+                    a3, b3 = padded[pad - d - 2 : pad - d - 2 + size], padded[pad + d + 2 : pad + d + 2 + size]
+                    a4, b4 = padded[pad - d - 3 : pad - d - 3 + size], padded[pad + d + 3 : pad + d + 3 + size]
+                    w1, w2, w3, w4 = taps[d], taps[d + 1], taps[d + 2], taps[d + 3]
+                    for j in range(size):
+                        row[j] += (
+                            w1 * (a1[j] + b1[j]) + w2 * (a2[j] + b2[j]) + w3 * (a3[j] + b3[j]) + w4 * (a4[j] + b4[j])
+                        )
+            if solarise:
+                for j in range(size):
+                    row[j] = row[j] if row[j] < half else one - row[j]
+            gain, shift = scale[c], offset[c]
+            for j in range(size):
+                row[j] = _clip(row[j]) * gain + shift
+        _store(rows, out[i])

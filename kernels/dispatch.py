@@ -1,0 +1,48 @@
+"""Which implementation runs on a device: chosen here once, and said aloud."""
+
+import inspect
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fastbyol.kernels import augment, crop
+
+_ANNOUNCE_S = 1.0  # a start from the cache on disk takes less
+
+
+def compile_cpu_kernels(say: Callable[[str], None]) -> float:
+    """Compiles the numba kernels, or loads them from their cache on disk, before the first image needs them.
+
+    Args:
+        say: gets a line before a compilation and after it; nothing is said when the cache holds everything.
+
+    Returns:
+        seconds spent.
+    """
+    began = time.perf_counter()
+    size = 32
+    image = np.zeros((size, size, 3), dtype=np.uint8)
+    planes = np.empty((3, size, size), dtype=np.float32)
+    p = np.zeros(augment.COLUMNS, dtype=np.float32)
+    if not _cached():
+        say("compiling the CPU kernels; the result is cached for the next start")
+    crop.crop_into(image, (0, 0, size, size), False, planes, crop.CropScratch(size))
+    for dtype in (np.float32, np.uint16):
+        augment.augment_into(planes, p, np.empty((size, size, 3), dtype=dtype), augment.AugmentScratch(size))
+    seconds = time.perf_counter() - began
+    if seconds > _ANNOUNCE_S:
+        say(f"CPU kernels ready after {seconds:.1f} s")
+    return seconds
+
+
+def _cached() -> bool:
+    """Whether numba's cache folder holds every entry point, compiled from the source as it is now."""
+    for kernel in (crop._crop, augment._augment, augment._finish):
+        source = Path(inspect.getfile(kernel.py_func))
+        pattern = f"{source.stem}.{kernel.py_func.__name__}-*.nbi"
+        indexes = Path(kernel.stats.cache_path).glob(pattern)
+        if not any(index.stat().st_mtime >= source.stat().st_mtime for index in indexes):
+            return False
+    return True
