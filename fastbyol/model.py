@@ -103,7 +103,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> tuple[nn.Module, int
         raise InputError(f"model.backbone={name!r}: timm has no such model{hint}")
     options = {}
     if config.width != 1:
-        widths = [64 * config.width * 2**k for k in range(4)]
+        widths = [64.0 * config.width * 2**k for k in range(4)]
         if not all(w.is_integer() and w >= 1 for w in widths):
             raise InputError(f"model.width={config.width}: 64 * width must be a whole number of channels")
         options["channels"] = tuple(int(w) for w in widths)

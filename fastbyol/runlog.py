@@ -128,11 +128,11 @@ class RunLog:
             }
         else:
             self._shown["knn"] = f"{values['top1']:.1%}"
-        if not self.console.is_terminal and (kind == "knn" or step == self._total_steps):
+        if not self.console.is_terminal and kind == "knn":
             self.say(f"{self._epoch_text(step)}  step {step}/{self._total_steps}  {_join(self._shown)}")
 
     def _epoch_text(self, step: int) -> str:
-        return f"epoch {min(step // self._steps_per_epoch + 1, self._epochs)}/{self._epochs}"
+        return f"epoch {max(1, -(-step // self._steps_per_epoch))}/{self._epochs}"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -48,14 +48,16 @@ SKIMAGE_PHOTOS = [
 ]
 SKLEARN_PHOTOS = ("china.jpg", "flower.jpg")
 
-TRAIN_SHARE = 0.6  # of each photograph's longer side; val/ is cut from the rest
+# Each photograph is cut into this many bands across its longer side; train/ takes the even ones, val/ the odd ones.
+# Objects stand in the middle of a photograph: with two halves, val/ would hold what train/ never showed.
+BANDS = 4
 DEFAULT_LONG_SIDE_PX = 500  # like ImageNet's
 BYTES_PER_PIXEL = (80_000 / (500 * 375), 110_000 / (500 * 375))  # likewise
 SMALL_QUALITY = 90
-WINDOW_SHARE = (0.2, 0.6)  # side of a cut, as a share of the largest window that fits its region
+WINDOW_SHARE = (0.5, 1.0)  # side of a cut, as a share of the largest window that fits its band
 # Every cut is exposed anew, as pictures of one place at different hours are; colour alone does not tell the class.
-EXPOSURE_STOPS = 0.7  # half-width
-WHITE_BALANCE = 0.15  # half-width of each channel's gain
+EXPOSURE_STOPS = 0.5  # half-width
+WHITE_BALANCE = 0.1  # half-width of each channel's gain
 
 
 def prepare_photos(
@@ -190,13 +192,9 @@ def _open_photo(path: Path) -> Image.Image:
 def _cut(photo: Image.Image, split: str, rng: np.random.Generator, long_side: int) -> NDArray[np.uint8]:
     """A random window of the split's region, resized to about `long_side` by 3/4 of it (a quarter are upright); (H, W, 3)."""
     width, height = photo.size
-    if width >= height:
-        edge = round(TRAIN_SHARE * width)
-        region = (0, 0, edge, height) if split == "train" else (edge, 0, width, height)
-    else:
-        edge = round(TRAIN_SHARE * height)
-        region = (0, 0, width, edge) if split == "train" else (0, edge, width, height)
-    left, top, right, bottom = region
+    band = 2 * rng.integers(BANDS // 2) + (split == "val")
+    start, stop = (round(max(photo.size) * edge / BANDS) for edge in (band, band + 1))
+    left, top, right, bottom = (start, 0, stop, height) if width >= height else (0, start, width, stop)
     aspect = rng.uniform(1.2, 1.5)
     if rng.random() < 0.25:
         aspect = 1 / aspect

@@ -12,7 +12,7 @@ from fastbyol import checkpoint, environment
 from fastbyol.config import Config, EvalConfig
 from fastbyol.data import index_folder
 from fastbyol.errors import InputError
-from fastbyol.evaluate.features import Features, check_splits, extract
+from fastbyol.evaluate.features import Features, calibrate_batchnorm, check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.evaluate.linear import linear_accuracy
 from fastbyol.model import BYOL, build_model
@@ -51,6 +51,10 @@ def evaluate(protocol: str, options: EvalConfig, say: Callable[[str], None]) -> 
     for name, backbone in networks.items():
         if backbone is not None:
             backbone = backbone.to(device=device, memory_format=torch.channels_last)
+        if name == UNTRAINED_ROW:
+            assert backbone is not None
+            bank = train.spread(config.knn.max_bank_images)
+            calibrate_batchnorm(backbone, bank, size=size, device=device, threads=options.threads)
         features = [
             extract(backbone, split, size=size, device=device, dtype=dtype, threads=options.threads)
             for split in (train, val)

@@ -69,6 +69,29 @@ def extract(
     return Features(torch.cat(rows), labels, len(folder.classes), bad)
 
 
+def calibrate_batchnorm(
+    backbone: nn.Module, folder: ImageFolder, *, size: int, device: torch.device, threads: int, batch_size: int = 256
+) -> None:
+    """Replaces BatchNorm's running statistics by their average over the split's images (float32).
+
+    An untrained network has none yet; with the initial ones (mean 0, variance 1) it would be a weaker baseline than
+    random weights deserve.
+    """
+    norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+    backbone.train()
+    with torch.no_grad():
+        for images, _ in centre_crops(
+            folder, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad={}
+        ):
+            if len(images) > 1:
+                backbone(images.to(device))
+
+
 def check_splits(train: ImageFolder, val: ImageFolder) -> None:
     """What every classifier needs of the two splits.
 

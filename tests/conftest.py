@@ -1,0 +1,84 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+
+from fastbyol.config import CheckpointConfig, Config, DataConfig, KnnConfig, LogConfig, ModelConfig, OptimConfig
+from fastbyol.data.prepare import prepare_photos
+
+BATCH = 16
+TRAIN_IMAGES = 72  # 4 batches of 16 and 8 images that no batch of an epoch holds
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 72 training and 18 validation photographs, 64 px; not to be changed."""
+    root = tmp_path_factory.mktemp("corpus") / "photos"
+    prepare_photos(root, TRAIN_IMAGES, seed=0, size=64)
+    return root
+
+
+@pytest.fixture
+def make_config(photos: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Builds a config small enough for a test: R18 of width 1/8 at 32 px; keyword arguments replace sections' fields."""
+
+    def make(**changes: dict[str, Any]) -> Config:
+        defaults: dict[str, dict[str, Any]] = {
+            "data": {"root": str(photos), "batch_size": BATCH, "image_size_px": 32, "threads": 2},
+            "model": {"backbone": "resnet18", "width": 0.125, "hidden_dim": 32, "projection_dim": 16},
+            "optim": {"epochs": 4, "warmup_epochs": 1, "base_lr": 2.0},
+            "log": {"log_every_steps": 1, "tensorboard": False},
+            "checkpoint": {},
+            "knn": {"every_epochs": 2},
+        }
+        kinds = {
+            "data": DataConfig,
+            "model": ModelConfig,
+            "optim": OptimConfig,
+            "log": LogConfig,
+            "checkpoint": CheckpointConfig,
+            "knn": KnnConfig,
+        }
+        top = {key: value for key, value in changes.items() if key not in defaults}
+        sections = {key: kinds[key](**(values | changes.get(key, {}))) for key, values in defaults.items()}
+        return Config(**{"name": "run", "runs": str(tmp_path / "runs")} | top | sections)
+
+    return make
+
+
+@pytest.fixture
+def folder_of(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
+    """Writes files given by relative path and content; returns their root."""
+
+    def write(files: dict[str, bytes]) -> Path:
+        root = tmp_path / "files"
+        for name, content in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+        return root
+
+    return write
+
+
+def jpeg(seed: int = 0, height: int = 40, width: int = 50) -> bytes:
+    """A JPEG of smooth random colours."""
+    coarse = np.random.default_rng(seed).integers(0, 255, size=(4, 5, 3), dtype=np.uint8)
+    image = coarse.repeat(-(-height // 4), 0).repeat(-(-width // 5), 1)[:height, :width]
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=95)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """step -> loss as logged."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
