@@ -155,7 +155,7 @@ def _draw_curves(lines: list[dict[str, Any]], config: Config) -> bytes:
     curves = [c for c in _CURVES if any(line["kind"] == c[0] for line in lines)]
     columns = 2
     figure = Figure(figsize=(11, 2.3 * -(-len(curves) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(curves) // columns), columns, squeeze=False).flat
+    axes = figure.subplots(-(-len(curves) // columns), columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_visible(False)
     for axis, (kind, key, title, unit) in zip(axes, curves, strict=False):

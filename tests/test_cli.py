@@ -1,11 +1,16 @@
+import base64
+import io
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import fastbyol
 from fastbyol.cli import main
+from fastbyol.train import train
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -115,7 +120,16 @@ def test_preview_draws_originals_and_both_views(capsys, photos, tmp_path):
 def test_prepare_train_evaluate_and_report_from_the_command_line(capsys, tmp_path):
     root, runs = tmp_path / "photos", tmp_path / "runs"
     assert run(capsys, "prepare", "photos", "--out", str(root), "--images", "72", "--size", "48")[0] == 0
-    small = ["--data.batch_size", "24", "--data.image_size_px", "32", "--model.backbone", "resnet18", "--model.width", "0.125"]
+    small = [
+        "--data.batch_size",
+        "24",
+        "--data.image_size_px",
+        "32",
+        "--model.backbone",
+        "resnet18",
+        "--model.width",
+        "0.125",
+    ]
     small += ["--optim.epochs", "2", "--optim.warmup_epochs", "0", "--model.hidden_dim", "32", "--name", "r"]
     code, out, err = run(capsys, "train", "--data.root", str(root), "--runs", str(runs), *small)
     assert (code, err) == (0, "")
@@ -125,18 +139,27 @@ def test_prepare_train_evaluate_and_report_from_the_command_line(capsys, tmp_pat
         assert code == 0
         assert re.search(r"BYOL +top-1 .*\nuntrained network +top-1 .*\nraw pixels +top-1", out)
     page = (runs / "r" / "report.html").read_text()
-    for part in ("kNN", "Linear probe", "untrained network", "Nearest neighbours", "The two views", "Settings", "torch"):
+    for part in (
+        "kNN",
+        "Linear probe",
+        "untrained network",
+        "Nearest neighbours",
+        "The two views",
+        "Settings",
+        "torch",
+    ):
         assert part in page
-    assert page.count("data:image/png;base64,") == 3
+    pictures = re.findall(r"data:image/png;base64,([^\"]+)", page)
+    assert len(pictures) == 3
+    for picture in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+            ink = np.mean(np.asarray(image.convert("L")) < 250)
+            assert ink > 0.02, "a blank picture"
     assert "http://" not in page
-    assert "src=\"/" not in page
+    assert 'src="/' not in page
 
 
 def test_a_report_without_its_data_set_says_what_it_lacks(capsys, photos, make_config, tmp_path):
-    import shutil
-
-    from fastbyol.train import train
-
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy)
     folder = train(make_config(data={"root": str(copy)}, optim={"epochs": 1, "warmup_epochs": 0})).folder

@@ -98,7 +98,13 @@ def test_a_decompression_bomb_is_refused_from_its_header():
 
 def test_index_sorts_and_labels(folder_of):
     root = folder_of(
-        {"train/b/2.png": b"", "train/b/1.JPG": b"", "train/a/x.jpeg": b"", "train/a/notes.txt": b"", "train/.hidden": b""}
+        {
+            "train/b/2.png": b"",
+            "train/b/1.JPG": b"",
+            "train/a/x.jpeg": b"",
+            "train/a/notes.txt": b"",
+            "train/.hidden": b"",
+        }
     )
     folder = index_folder(root, "train")
     assert folder.paths == ["a/x.jpeg", "b/1.JPG", "b/2.png"]

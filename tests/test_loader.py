@@ -26,12 +26,15 @@ def make_loader(root, *, split="train", seed=0, dtype=torch.float32, **changes):
 def collect(loader, start, stop):
     """Copies of all batches, since a batch's memory is used again."""
     return [
-        (b.views[0].clone(), b.views[1].clone(), b.labels.clone(), b.indices.clone()) for b in loader.batches(start, stop)
+        (b.views[0].clone(), b.views[1].clone(), b.labels.clone(), b.indices.clone())
+        for b in loader.batches(start, stop)
     ]
 
 
 def same(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
 
 
 def loader_threads():

@@ -44,19 +44,22 @@ def test_default_photos_are_like_imagenet_s(tmp_path):
     assert np.median(shapes.min(1)) == pytest.approx(375, abs=25)
 
 
-def test_train_and_val_are_cut_from_disjoint_regions(monkeypatch, tmp_path):
-    """A photograph whose columns say where they are: left 60 % dark, the rest bright."""
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300)])
+def test_train_and_val_are_cut_from_disjoint_bands(monkeypatch, tmp_path, shape):
+    """A photograph whose brightness says where a pixel is from: the bands of train/ black, those of val/ white."""
     from fastbyol.data import prepare
 
-    ramp = np.zeros((300, 500, 3), dtype=np.uint8)
-    ramp[:, 300:] = 255
-    monkeypatch.setattr(prepare, "_open_photo", lambda path: Image.fromarray(ramp))
+    pixels = np.zeros((*shape, 3), dtype=np.uint8)
+    long = pixels if shape[0] > shape[1] else pixels.swapaxes(0, 1)
+    long[125:250] = 255
+    long[375:] = 255
+    monkeypatch.setattr(prepare, "_open_photo", lambda path: Image.fromarray(pixels))
+    monkeypatch.setattr(prepare, "EXPOSURE_STOPS", 0)
+    monkeypatch.setattr(prepare, "WHITE_BALANCE", 0)
     prepare_photos(tmp_path / "p", 144, seed=0, size=32)
-    means = {
-        split: [decode(f.read_bytes()).mean() for f in (tmp_path / "p" / split).rglob("*.jpg")] for split in ("train", "val")
-    }
-    assert max(means["train"]) < 20  # 20: the resize's taps reach a little over the border
-    assert min(means["val"]) > 110  # at the darkest exposure
+    for split, value in (("train", 0), ("val", 255)):
+        images = [decode(f.read_bytes()).astype(int) for f in (tmp_path / "p" / split).rglob("*.jpg")]
+        assert max(np.abs(image.mean() - value).max() for image in images) < 4
 
 
 def test_photos_are_deterministic_and_follow_the_seed(tmp_path, photos):
@@ -162,7 +165,9 @@ def test_malformed_idx_files(tmp_path, idx_files, name, change, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(not os.path.isdir("/usr/share/datasets/fashion-mnist"), reason="dataset-fashion-mnist not installed")
+@pytest.mark.skipif(
+    not os.path.isdir("/usr/share/datasets/fashion-mnist"), reason="dataset-fashion-mnist not installed"
+)
 def test_debian_s_package_is_found(tmp_path):
     prepare_fashion_mnist(tmp_path / "out", images=100, val_images=50)
     train = index_folder(tmp_path / "out", "train")

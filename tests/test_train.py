@@ -148,7 +148,10 @@ def train_folder(make_config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"backbone": "resnet34"}}, r"made with model.backbone=resnet18, this run has model.backbone=resnet34"),
+        (
+            {"model": {"backbone": "resnet34"}},
+            r"made with model.backbone=resnet18, this run has model.backbone=resnet34",
+        ),
         ({"optim": {"name": "sgd"}}, "made with optim.name=lars, this run has optim.name=sgd"),
         ({"data": {"batch_size": 8}}, "made with data.batch_size=16, this run has data.batch_size=8"),
     ],
@@ -209,7 +212,9 @@ def test_bad_images_are_named_in_the_log_and_in_the_summary(make_config, folder_
     files = {f"train/{c}/{i:02d}.jpg": jpeg(i) for i in range(20) for c in "ab"}
     files["train/a/05.jpg"] = b"words"
     root = folder_of(files)
-    result = train(make_config(data={"root": str(root), "max_bad_fraction": 0.05}, optim={"epochs": 2, "warmup_epochs": 0}))
+    result = train(
+        make_config(data={"root": str(root), "max_bad_fraction": 0.05}, optim={"epochs": 2, "warmup_epochs": 0})
+    )
     output = capsys.readouterr().out
     assert output.count("a/05.jpg: not an image file") == 1
     assert "1 unreadable images were skipped" in output

@@ -63,7 +63,7 @@ WHITE_BALANCE = 0.1  # half-width of each channel's gain
 def prepare_photos(
     out: Path, images: int, seed: int, size: int | None = None, progress: Progress = lambda done, total: None
 ) -> str:
-    """Writes OUT/train/CLASS/*.jpg and OUT/val/CLASS/*.jpg, cut from disjoint regions of each photograph.
+    """Writes OUT/train/CLASS/*.jpg and OUT/val/CLASS/*.jpg, cut from disjoint bands of each photograph.
 
     Args:
         out: the folder to make.
@@ -190,7 +190,7 @@ def _open_photo(path: Path) -> Image.Image:
 
 
 def _cut(photo: Image.Image, split: str, rng: np.random.Generator, long_side: int) -> NDArray[np.uint8]:
-    """A random window of the split's region, resized to about `long_side` by 3/4 of it (a quarter are upright); (H, W, 3)."""
+    """A random window of one of the split's bands, resized to about `long_side` by 3/4 of it (a quarter are upright); (H, W, 3)."""
     width, height = photo.size
     band = 2 * rng.integers(BANDS // 2) + (split == "val")
     start, stop = (round(max(photo.size) * edge / BANDS) for edge in (band, band + 1))

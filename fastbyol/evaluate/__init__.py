@@ -107,7 +107,8 @@ def _classify(protocol: str, train: Features, val: Features, options: EvalConfig
 
 def _settings(protocol: str, options: EvalConfig) -> dict[str, Any]:
     keys = ("k", "temperature") if protocol == "knn" else ("base_lrs", "epochs", "batch_size")
-    return {key: getattr(options, key) for key in keys}
+    values = {key: getattr(options, key) for key in keys}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _row_text(name: str, row: dict[str, float]) -> str:
