@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 from scipy import ndimage
 from torchvision.transforms.v2 import functional as tv
 
@@ -172,3 +173,18 @@ def test_bfloat16_output_is_the_rounded_float32_output():
     bits = apply_kernel(view, row, np.uint16)
     rounded = torch.from_numpy(apply_kernel(view, row)).bfloat16()
     assert torch.equal(torch.from_numpy(bits.view(np.int16)), rounded.view(torch.int16))
+
+
+def test_rounding_to_bfloat16_is_to_nearest_and_ties_to_even():
+    @njit
+    def store(rows, out):
+        augment._store(rows, out)
+
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, size=(3, 3000), dtype=np.uint32)
+    bits[:, :1000] = bits[:, :1000] & 0xFFFF0000 | 0x8000  # exactly halfway
+    bits &= 0xBFFFFFFF  # no infinities or NaN
+    out = np.zeros((3000, 3), dtype=np.uint16)
+    store(bits.view(np.float32), out)
+    expected = torch.from_numpy(bits.view(np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(out.T, expected)

@@ -80,6 +80,39 @@ def test_the_number_of_threads_does_not_change_a_loss(make_config):
     assert losses(runs[0].folder) == losses(runs[1].folder)
 
 
+def test_device_values_are_read_only_when_they_are_logged(make_config, monkeypatch):
+    """Counts every way from a tensor to a Python number: each would be a host sync on a GPU."""
+    reads = []
+
+    def count(name):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args):
+            reads.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    original_step = step.TrainStep.__call__
+    counts = []
+
+    def watched(self, *args):
+        reads.clear()
+        output = original_step(self, *args)
+        counts.append(len(reads))
+        return output
+
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__"):
+        count(name)
+    monkeypatch.setattr(step.TrainStep, "__call__", watched)
+    logged = []
+    monkeypatch.setattr(RunLog, "train", lambda self, number, **values: logged.append((number, len(reads))))
+    train(make_config(log={"log_every_steps": 8}, knn={"every_epochs": 0}, checkpoint={"every_epochs": 4}))
+    assert counts == [0] * STEPS
+    assert [number for number, _ in logged] == [8, 16]
+    assert all(0 < n <= 4 for _, n in logged)
+
+
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "adam"])
 def test_one_target_update_per_optimiser_step_after_it(make_config, monkeypatch, name):
     """The target equals the moving average of the weights after each step, applied once per step."""
