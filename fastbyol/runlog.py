@@ -50,11 +50,11 @@ class RunLog:
         self._shown: dict[str, str] = {}
         self._progress = Progress(
             TextColumn("{task.fields[epoch]}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=10),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            _Values(self._shown),
             TextColumn("eta"),
             TimeRemainingColumn(compact=True),
+            _Values(self._shown),  # last: it is what a narrow terminal breaks into lines
             console=self.console,
             disable=not self.console.is_terminal,
         )
