@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_VENV := .venv-bench
+BENCH_STAMP := $(BENCH_VENV)/.installed
 
-.PHONY: help demo test lint setup clean
+.PHONY: help demo test lint setup bench-setup bench-loader clean
 
 help:
 	@echo "make demo   set up, prepare photographs, pre-train on them, evaluate, write runs/demo/report.html (5 minutes)"
 	@echo "make test   set up, ruff, all tests (under 15 minutes)"
 	@echo "make lint   ruff alone"
+	@echo "make bench-loader   the loader against lightly, torchvision, DALI and FFCV, in an environment of its own"
 	@echo "make clean  remove the virtual environment, the demo's corpus and its run"
 
 setup: $(STAMP)
@@ -44,5 +47,19 @@ demo: $(STAMP) data/photos
 	$(BIN)/fastbyol eval linear --run runs/demo
 	@echo "== open runs/demo/report.html"
 
+# The peers live in an environment of their own. FFCV compiles against OpenCV and libjpeg-turbo.
+bench-setup: $(BENCH_STAMP)
+
+$(BENCH_STAMP): benchmarks/requirements.txt pyproject.toml
+	@echo "== setting up $(BENCH_VENV): fastbyol and the trainers and loaders it is measured against"
+	@pkg-config --exists opencv4 libturbojpeg || \
+		{ echo "FFCV needs: apt-get install libopencv-dev libturbojpeg0-dev pkg-config" >&2; exit 1; }
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/pip install --quiet --editable . -r benchmarks/requirements.txt
+	@touch $(BENCH_STAMP)
+
+bench-loader: $(BENCH_STAMP)
+	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py
+
 clean:
-	rm -rf $(VENV) data/photos runs/demo
+	rm -rf $(VENV) $(BENCH_VENV) data/photos runs/demo

@@ -13,8 +13,8 @@ Order and formulas (x in [0, 1], float32), as in `byol/utils/augmentations.py` o
     clip to [0, 1], then (x - mean) / std of ImageNet
 
 Saturation without HSV: with M = max(R, G, B), C = M - min(R, G, B) and S = C / M, scaling S by s and clipping it
-gives M - (M - x) min(s, M / C). Hue by the closed form M - C clamp(min(k, 4 - k), 0, 1), k = (n + 6 H) mod 6,
-n = 5, 3, 1 for R, G, B.
+gives M - (M - x) min(s, M / C). Hue to RGB by a closed form, h = 6 H in [0, 6), m = M - C: R = m + C clamp(|h - 3| - 1),
+G = m + C clamp(2 - |h - 2|), B = m + C clamp(2 - |h - 4|), clamp to [0, 1].
 
 A view's parameters are one row of float32, its columns named below (`views.ViewParams.pack` fills it).
 
@@ -237,25 +237,20 @@ def _operation(operation, r, g, b, p, mean):
                 b[i] = value - (value - b[i]) * ratio
     else:
         two, four, six = np.float32(2), np.float32(4), np.float32(6)
-        three, five = np.float32(3), np.float32(5)
-        sixth, tiny = np.float32(1 / 6), np.float32(1e-12)
+        three, tiny = np.float32(3), np.float32(1e-12)
         shift = six * p[HUE]
         for i in range(n):
             red, green, blue = r[i], g[i], b[i]
-            value = max(red, max(green, blue))
-            chroma = value - min(red, min(green, blue))
-            inverse = one / max(chroma, tiny)
+            value, low = max(red, max(green, blue)), min(red, min(green, blue))
+            chroma = value - low
             is_red, is_green = value == red, value == green
             difference = green - blue if is_red else (blue - red if is_green else red - green)
             base = zero if is_red else (two if is_green else four)
-            h = difference * inverse + base + shift
-            k_r, k_g, k_b = h + five, h + three, h + one
-            k_r -= six * np.float32(math.floor(k_r * sixth))
-            k_g -= six * np.float32(math.floor(k_g * sixth))
-            k_b -= six * np.float32(math.floor(k_b * sixth))
-            r[i] = value - chroma * _clip(min(k_r, four - k_r))
-            g[i] = value - chroma * _clip(min(k_g, four - k_g))
-            b[i] = value - chroma * _clip(min(k_b, four - k_b))
+            h = difference * (one / max(chroma, tiny)) + base + shift  # in [-1.6, 5.6]: |shift| <= 0.6 sextants
+            h += six if h < zero else zero
+            r[i] = low + chroma * _clip(abs(h - three) - one)
+            g[i] = low + chroma * _clip(two - abs(h - two))
+            b[i] = low + chroma * _clip(two - abs(h - four))
 
 
 @njit(**_JIT)

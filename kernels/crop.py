@@ -16,7 +16,9 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -61,14 +63,20 @@ class CropScratch:
     """A thread's working memory for `crop_into` at one output size."""
 
     def __init__(self, size: int) -> None:
-        self.index = np.empty((2, size, 4), dtype=np.int32)
-        self.weight = np.empty((2, size, 4), dtype=np.float32)
-        self.row = np.empty(4096, dtype=np.float32)
+        pairs = -(-size // 2)
+        self.first = np.zeros((2, size), dtype=np.int64)  # y, x: the first of an output pixel's four taps
+        self.weight = np.zeros((2, size, 4), dtype=np.float32)
+        self.start = np.zeros(2 * pairs, dtype=np.int64)  # where in `row` an output pixel's x taps begin, in bytes
+        self.fixed = np.zeros((pairs, 2, 2, 8), dtype=np.int16)  # x weights as `_resize_pair` reads them
+        self.row = np.zeros(0, dtype=np.uint8)
+        self.resized = np.zeros((4, 2 * pairs * _LANES), dtype=np.float32)  # the last four source rows, resized in x
+        self.blended = np.zeros(2 * pairs * _LANES, dtype=np.float32)
 
-    def for_width(self, width: int) -> NDArray[np.float32]:
-        """One row of `width` RGB pixels; grows, never shrinks."""
-        if len(self.row) < 3 * width:
-            self.row = np.empty(3 * width, dtype=np.float32)
+    def row_for(self, width: int) -> NDArray[np.uint8]:
+        """One source row of `width` RGB pixels, its padding, and what a 16-byte load may read beyond; only grows."""
+        length = 3 * (width + 2 * _PAD) + 16
+        if len(self.row) < length:
+            self.row = np.zeros(length, dtype=np.uint8)
         return self.row
 
 
@@ -81,8 +89,14 @@ def crop_into(
 ) -> None:
     """`crop_reference` on the CPU, without the GIL: writes the view to out (3, S, S), float32 in [0, 1].
 
+    The x weights have 14 binary digits and add up to exactly 1: the result is within 2e-4 of the reference.
+
     Args:
         image: uint8 (H, W, 3), C-contiguous.
+        box: top, left, height, width in pixels.
+        flip: mirror left-right.
+        out: C-contiguous.
+        scratch: of this thread and this output size.
 
     Raises:
         ValueError: the box is empty or reaches outside the image (the kernel itself checks no index).
@@ -90,17 +104,98 @@ def crop_into(
     top, left, height, width = box
     if not (0 <= top and 0 <= left and 0 < height <= image.shape[0] - top and 0 < width <= image.shape[1] - left):
         raise ValueError(f"crop box {box} is not inside an image of {image.shape[:2]}")
-    row = scratch.for_width(width)
-    _crop(image, top, left, height, width, flip, scratch.index, scratch.weight, row, out)
+    s = scratch
+    row = s.row_for(width)
+    _crop(image, top, left, height, width, flip, s.first, s.weight, s.start, s.fixed, row, s.resized, s.blended, out)
+
+
+# A resized pixel is a vector of four floats: R, G, B and a lane that holds nothing of use.
+_LANES = 4
+_PAD = 2  # pixels that the first and the last output pixel's taps reach outside the crop; their weights are 0
+_ONE = 1 << 14  # the x weight 1: 16-bit products of a pixel and a weight, and sums of two, fit 32 bits
+
+
+_HAS_AVX2 = bool(binding.get_host_cpu_features().get("avx2"))
+
+
+def _multiply_add_pairs(builder, a, b):
+    """a[2i] * b[2i] + a[2i + 1] * b[2i + 1]: two vectors of 16 int16 -> 8 int32."""
+    i32 = ir.IntType(32)
+    wide = ir.VectorType(i32, 8)
+    if _HAS_AVX2:  # one instruction, which LLVM does not see in the general form below
+        pmaddwd = builder.module.declare_intrinsic(
+            "llvm.x86.avx2.pmadd.wd", (), ir.FunctionType(wide, [a.type, b.type])
+        )
+        return builder.call(pmaddwd, [a, b])
+    products = []
+    for parity in range(2):
+        lanes = ir.Constant(ir.VectorType(i32, 8), [ir.Constant(i32, k) for k in range(parity, 16, 2)])
+        even_or_odd = [builder.sext(builder.shuffle_vector(v, v, lanes), wide) for v in (a, b)]
+        products.append(builder.mul(*even_or_odd))
+    return builder.add(*products)
+
+
+@intrinsic
+def _resize_pair(typing_context, row, start0, start1, weights, pair, out):
+    """Two output pixels: out[8p : 8p + 8] = sum over the four taps of weight times R, G, B (and a lane of 0).
+
+    An output pixel's taps are 12 neighbouring bytes, R G B R G B R G B R G B. They are shuffled into pairs of 16-bit numbers
+    (R0 R1, G0 G1, B0 B1 and R2 R3, G2 G3, B2 B3), whose products with the weights' pairs are added within a pair: one
+    multiply-add instruction on x86 (pmaddwd), and LLVM finds the like elsewhere. numba's loop vectoriser makes scalar
+    code of this gather, so it is written down.
+
+    Args (all typed by numba): row uint8 (L,); start0, start1: first byte of each pixel's taps, 16 readable bytes from
+    there; weights int16 (pairs, 2, 2, 8): [pair of taps][pixel][w w' w w' w w' 0 0]; out float32, flat.
+    """
+    signature = types.void(row, start0, start1, weights, pair, out)
+    i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+
+    def generate(context, builder, signature, arguments):
+        row, start0, start1, weights, pair, out = arguments
+        row, weights, out = (
+            context.make_array(signature.args[i])(context, builder, value).data
+            for i, value in ((0, row), (3, weights), (5, out))
+        )
+
+        def pointer(base, offset, kind, count):
+            return builder.bitcast(builder.gep(base, [offset]), ir.VectorType(kind, count).as_pointer())
+
+        def constant(kind, values):
+            return ir.Constant(ir.VectorType(kind, len(values)), [ir.Constant(kind, value) for value in values])
+
+        def pick(vector, other, mask):
+            return builder.shuffle_vector(vector, other, constant(i32, mask))
+
+        taps = [builder.load(pointer(row, start, i8, 16), align=1) for start in (start0, start1)]
+        taps = pick(taps[0], taps[1], list(range(32)))
+        zeros = constant(i8, [0] * 32)
+        total = None
+        for half in range(2):
+            mask = []
+            for pixel in range(2):
+                first = 16 * pixel + 6 * half
+                for channel in range(3):
+                    mask += [first + channel, 32, first + 3 + channel, 32]  # 32 is a zero: the high byte
+                mask += [32] * 4
+            pairs = builder.bitcast(pick(taps, zeros, mask), ir.VectorType(i16, 16))
+            offset = builder.add(builder.mul(pair, ir.Constant(i64, 32)), ir.Constant(i64, 16 * half))
+            factors = builder.load(pointer(weights, offset, i16, 16), align=2)
+            both = _multiply_add_pairs(builder, pairs, factors)
+            total = both if total is None else builder.add(total, both)
+        floats = builder.sitofp(total, ir.VectorType(ir.FloatType(), 8))
+        store = builder.store(floats, pointer(out, builder.mul(pair, ir.Constant(i64, 8)), ir.FloatType(), 8))
+        store.align = 4
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
 @njit(**_JIT)
-def _taps(length, size, index, weight):
-    """Fills index (S, 4) and weight (S, 4) of the formula at the top."""
+def _taps(length, size, first, weight):
+    """Fills first (S,) and weight (S, 4) of the formula at the top; taps outside 0 .. length - 1 weigh 0."""
     for i in range(size):
         x = (i + 0.5) * length / size - 0.5
         f = math.floor(x)
-        total = 0.0
         t = x - f
         w = (
             ((-0.5 * (1 + t) + 2.5) * (1 + t) - 4) * (1 + t) + 2,
@@ -108,44 +203,65 @@ def _taps(length, size, index, weight):
             (1.5 * (1 - t) - 2.5) * (1 - t) * (1 - t) + 1,
             ((-0.5 * (2 - t) + 2.5) * (2 - t) - 4) * (2 - t) + 2,
         )
+        total = 0.0
         for k in range(4):
             if 0 <= f - 1 + k < length:
                 total += w[k]
+        first[i] = f - 1
         for k in range(4):
-            inside = 0 <= f - 1 + k < length
-            index[i, k] = min(max(f - 1 + k, 0), length - 1)
-            weight[i, k] = w[k] / total if inside else 0.0
+            weight[i, k] = w[k] / total if 0 <= f - 1 + k < length else 0.0
 
 
 @njit(**_JIT)
-def _crop(image, top, left, height, width, flip, index, weight, row, out):
-    """Vertical pass into one float row (contiguous in source and row), then the horizontal pass of that row."""
-    size = out.shape[1]
-    _taps(height, size, index[0], weight[0])
-    _taps(width, size, index[1], weight[1])
-    scale = np.float32(1 / 255)
-    zero, one = np.float32(0), np.float32(1)
-    n = 3 * width
-    flat = image.reshape(image.shape[0], image.shape[1] * 3)
-    for i in range(size):
-        row0 = flat[top + index[0, i, 0], 3 * left : 3 * left + n]
-        row1 = flat[top + index[0, i, 1], 3 * left : 3 * left + n]
-        row2 = flat[top + index[0, i, 2], 3 * left : 3 * left + n]
-        row3 = flat[top + index[0, i, 3], 3 * left : 3 * left + n]
-        w0, w1 = weight[0, i, 0] * scale, weight[0, i, 1] * scale
-        w2, w3 = weight[0, i, 2] * scale, weight[0, i, 3] * scale
-        for x in range(n):
-            row[x] = (
-                w0 * np.float32(row0[x])
-                + w1 * np.float32(row1[x])
-                + w2 * np.float32(row2[x])
-                + w3 * np.float32(row3[x])
-            )
-        for j in range(size):
-            w0, w1, w2, w3 = weight[1, j, 0], weight[1, j, 1], weight[1, j, 2], weight[1, j, 3]
-            x0, x1 = 3 * index[1, j, 0], 3 * index[1, j, 1]
-            x2, x3 = 3 * index[1, j, 2], 3 * index[1, j, 3]
-            target = size - 1 - j if flip else j
+def _fix_weights(first, weight, flip, start, fixed):
+    """The x taps in fixed point, in the layout of `_resize_pair`; an odd last pixel is done twice."""
+    size = len(first)
+    for j in range(len(start)):
+        target = min(j, size - 1)
+        source = size - 1 - target if flip else target
+        start[j] = 3 * (first[source] + _PAD)
+        largest, rest = 0, _ONE
+        for k in range(4):
+            w = np.int64(np.rint(weight[source, k] * _ONE))
+            rest -= w
+            if weight[source, k] > weight[source, largest]:
+                largest = k
             for c in range(3):
-                value = w0 * row[x0 + c] + w1 * row[x1 + c] + w2 * row[x2 + c] + w3 * row[x3 + c]
-                out[c, i, target] = min(max(value, zero), one)
+                fixed[j // 2, k // 2, j % 2, 2 * c + k % 2] = w
+        for c in range(3):  # the rounding errors go to the largest weight, so that a flat image stays as it is
+            fixed[j // 2, largest // 2, j % 2, 2 * c + largest % 2] += rest
+
+
+@njit(**_JIT)
+def _crop(image, top, left, height, width, flip, first, weight, start, fixed, row, resized, blended, out):
+    """Every source row is resized in x once and kept while output rows need it (four rows at most); y is a blend."""
+    size = out.shape[1]
+    zero, one = np.float32(0), np.float32(1)
+    _taps(height, size, first[0], weight[0])
+    _taps(width, size, first[1], weight[1])
+    _fix_weights(first[1], weight[1], flip, start, fixed)
+    scale = np.float32(1 / (255 * _ONE))
+    flat = image.reshape(image.shape[0], image.shape[1] * 3)
+    middle = row[3 * _PAD : 3 * (_PAD + width)]
+    done = -1  # the last source row that has been resized
+    for i in range(size):
+        y0 = first[0, i]
+        for y in range(max(y0, done + 1, 0), min(y0 + 4, height)):
+            pixels = flat[top + y, 3 * left : 3 * (left + width)]
+            for x in range(len(pixels)):
+                middle[x] = pixels[x]
+            target = resized[y % 4]
+            for pair in range(len(start) // 2):
+                _resize_pair(row, start[2 * pair], start[2 * pair + 1], fixed, pair, target)
+            done = y
+        a, b = resized[y0 % 4], resized[(y0 + 1) % 4]
+        c, d = resized[(y0 + 2) % 4], resized[(y0 + 3) % 4]
+        wa, wb = scale * weight[0, i, 0], scale * weight[0, i, 1]
+        wc, wd = scale * weight[0, i, 2], scale * weight[0, i, 3]
+        for x in range(_LANES * size):
+            blended[x] = wa * a[x] + wb * b[x] + wc * c[x] + wd * d[x]
+        red, green, blue = out[0, i], out[1, i], out[2, i]
+        for j in range(size):
+            red[j] = min(max(blended[_LANES * j], zero), one)
+            green[j] = min(max(blended[_LANES * j + 1], zero), one)
+            blue[j] = min(max(blended[_LANES * j + 2], zero), one)

@@ -221,4 +221,4 @@ def test_centre_crops_are_all_images_once_in_order(flawed):
     image = decode(folder.read(0))
     box = views.centre_box(*image.shape[:2], 0.875)
     expected = native.crop.crop_reference(torch.from_numpy(image), box, flip=False, size=SIZE)
-    assert (images[0][0] - native.augment.normalise_reference(expected)).abs().max() < 1e-4
+    assert (images[0][0] - native.augment.normalise_reference(expected)).abs().max() < 1e-3
