@@ -35,6 +35,12 @@ class DataConfig:
     """Threads that decode and augment; 0 takes one per CPU core."""
     prefetch_batches: int = 3
     """Batches made ahead; memory is (prefetch_batches + 1) * batch_size * 2 views * size^2 * 3 * bytes per value."""
+    readers: int = 4
+    """Threads that read files ahead of the decoders; more of them hide a slower disk."""
+    readahead_images: int = 256
+    """Files read ahead; their bytes stay in memory until they are decoded."""
+    dct_scaling: bool = False
+    """Decode a JPEG at 1/2, 1/4 or 1/8 where both crops keep at least image_size_px; faster, slightly other pixels."""
     max_bad_fraction: float = 0.01
     """Share of the training files that may be unreadable (each is skipped and named) before the run stops."""
 
@@ -43,6 +49,8 @@ class DataConfig:
         _require(8 <= self.image_size_px <= 4096, "data.image_size_px", self.image_size_px, "must lie in 8..4096")
         _require(self.threads >= 0, "data.threads", self.threads, "must be 0 (all cores) or more")
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "must be at least 1")
+        _require(self.readers >= 1, "data.readers", self.readers, "must be at least 1")
+        _require(self.readahead_images >= 1, "data.readahead_images", self.readahead_images, "must be at least 1")
         _require(0 <= self.max_bad_fraction < 1, "data.max_bad_fraction", self.max_bad_fraction, "must lie in [0, 1)")
 
 

@@ -11,6 +11,7 @@ google-deepmind/deepmind-research (commit 4822a45).
 Shapes: n images, V = 2 views, S = side of a view in pixels.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import permutations
@@ -18,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -117,8 +119,12 @@ class Sampler:
         self.recipe = recipe
         positions = np.atleast_1d(np.asarray(positions, dtype=np.int64))
         n = len(positions)
-        self._u = _uniforms(seed, epoch, positions, 16 + 2 * recipe.crop_tries)  # (n, V, draws)
-        u = self._u
+        u = self._u = _uniforms(seed, epoch, positions, 16 + 2 * recipe.crop_tries)  # (n, V, draws)
+        tries = [0, *range(16, u.shape[2] - 2, 2)]  # columns of each try's area; its aspect is in the next one
+        low, high = recipe.area
+        log_low, log_high = np.log(recipe.aspect[0]), np.log(recipe.aspect[1])
+        self._area = low + (high - low) * u[..., tries]  # (n, V, tries), shares of the image's area
+        self._aspect = np.exp(log_low + (log_high - log_low) * u[..., [t + 1 for t in tries]])
 
         def between(column: int, half_width: float, centre: float) -> NDArray[np.float32]:
             return (centre + half_width * (2 * u[..., column] - 1)).astype(np.float32)
@@ -143,7 +149,13 @@ class Sampler:
 
     def boxes(self, rows: slice, sizes: ArrayLike) -> NDArray[np.int32]:
         """Crop boxes (m, V, 4) of the m images `rows`, whose (height, width) are `sizes` (m, 2)."""
-        return _crop_boxes(self.recipe, self._u[rows], np.asarray(sizes))
+        sizes = np.asarray(sizes, dtype=np.int64)
+        out = np.empty((len(sizes), VIEWS, 4), dtype=np.int32)
+        clamp = self.recipe.crop_tries == 0
+        _place_boxes(
+            self._area[rows], self._aspect[rows], self._u[rows, :, 2:4], sizes, clamp, *self.recipe.aspect, out
+        )
+        return out
 
     def params(self, sizes: ArrayLike | None = None) -> ViewParams:
         """All parameters; without `sizes` (n, 2) the boxes are 0 and to be filled in."""
@@ -190,42 +202,39 @@ def apply_reference(images: Sequence[Tensor], params: ViewParams, size: int) -> 
     return out
 
 
-def _crop_boxes(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Boxes (n, V, 4) from uniforms u (n, V, draws) and sizes (n, 2)."""
-    full_h, full_w = (sizes[:, None, k].astype(np.float64) for k in (0, 1))  # (n, 1)
-    h, w = _crop_sides(recipe, u[..., 0], u[..., 1], full_h, full_w)
-    if recipe.crop_tries == 0:
-        h, w = np.minimum(h, full_h), np.minimum(w, full_w)
-        centred = np.zeros_like(h, dtype=bool)
-    else:  # torchvision's RandomResizedCrop: the first draw that fits, else the largest centred crop of legal aspect
-        fits = (h <= full_h) & (w <= full_w)
-        for t in range(recipe.crop_tries - 1):
-            more_h, more_w = _crop_sides(recipe, u[..., 16 + 2 * t], u[..., 17 + 2 * t], full_h, full_w)
-            take = ~fits & (more_h <= full_h) & (more_w <= full_w)
-            h, w, fits = np.where(take, more_h, h), np.where(take, more_w, w), fits | take
-        low, high = recipe.aspect
-        h = np.where(fits, h, np.where(full_w / full_h < low, np.maximum(1, np.rint(full_w / low)), full_h))
-        w = np.where(fits, w, np.where(full_w / full_h > high, np.maximum(1, np.rint(full_h * high)), full_w))
-        h, w = np.minimum(h, full_h), np.minimum(w, full_w)
-        centred = ~fits
-    top = np.where(centred, (full_h - h) // 2, np.floor(u[..., 2] * (full_h - h + 1)))
-    left = np.where(centred, (full_w - w) // 2, np.floor(u[..., 3] * (full_w - w + 1)))
-    return np.stack([top, left, h, w], axis=-1).astype(np.int32)
+@njit(cache=True, nogil=True, error_model="numpy")
+def _place_boxes(area, aspect, u, sizes, clamp, low, high, out):  # noqa: ANN001, ANN202 - typed by numba
+    """Boxes out (n, V, 4) from shares of the area and aspects (n, V, tries), uniforms u (n, V, 2) and sizes (n, 2).
 
-
-def _crop_sides(
-    recipe: Recipe,
-    u_area: NDArray[np.float64],
-    u_aspect: NDArray[np.float64],
-    full_h: NDArray[np.float64],
-    full_w: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Height and width of a crop of uniform area and log-uniform aspect, whole pixels, at least 1."""
-    low, high = recipe.area
-    area = (low + (high - low) * u_area) * full_h * full_w
-    log_low, log_high = np.log(recipe.aspect[0]), np.log(recipe.aspect[1])
-    aspect = np.exp(log_low + (log_high - log_low) * u_aspect)
-    return np.maximum(1, np.rint(np.sqrt(area / aspect))), np.maximum(1, np.rint(np.sqrt(area * aspect)))
+    A box has whole sides of at least 1. With `clamp` a side that does not fit is cut to the image's. Without, the first try
+    that fits is taken, and if none does, the largest centred box of an aspect in [low, high]: torchvision's
+    RandomResizedCrop. Compiled, since a loader calls it for every image, when it has learned the image's size.
+    """
+    for i in range(len(sizes)):
+        full_h, full_w = float(sizes[i, 0]), float(sizes[i, 1])
+        for v in range(out.shape[1]):
+            h, w, fits = 0.0, 0.0, False
+            for t in range(area.shape[2]):
+                pixels = area[i, v, t] * full_h * full_w
+                h = max(1.0, np.rint(math.sqrt(pixels / aspect[i, v, t])))
+                w = max(1.0, np.rint(math.sqrt(pixels * aspect[i, v, t])))
+                fits = h <= full_h and w <= full_w
+                if fits:
+                    break
+            top, left = -1.0, -1.0
+            if not fits and clamp:
+                h, w = min(h, full_h), min(w, full_w)
+            elif not fits:
+                h, w = full_h, full_w
+                if full_w / full_h < low:
+                    h = min(full_h, max(1.0, np.rint(full_w / low)))
+                elif full_w / full_h > high:
+                    w = min(full_w, max(1.0, np.rint(full_h * high)))
+                top, left = (full_h - h) // 2, (full_w - w) // 2
+            out[i, v, 0] = top if top >= 0 else math.floor(u[i, v, 0] * (full_h - h + 1))
+            out[i, v, 1] = left if left >= 0 else math.floor(u[i, v, 1] * (full_w - w + 1))
+            out[i, v, 2] = h
+            out[i, v, 3] = w
 
 
 def _uniforms(seed: int, epoch: int, positions: NDArray[np.int64], draws: int) -> NDArray[np.float64]:

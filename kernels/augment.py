@@ -155,6 +155,7 @@ class AugmentScratch:
         self.padded = np.zeros(size + 2 * _padded_radius(radius), dtype=np.float32)
         self.zeros = np.zeros(size, dtype=np.float32)
         self.taps = np.zeros(1 + _padded_radius(radius), dtype=np.float32)
+        self.mean = np.zeros(3, dtype=np.float32)
         mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
         self.scale = (1 / std).astype(np.float32)
         self.offset = (-mean / std).astype(np.float32)
@@ -174,8 +175,9 @@ def augment_into(
         out: (S, S, 3), C-contiguous, i.e. one image of a channels-last batch: float32, or uint16 for the bits of
             bfloat16 (rounded to nearest, ties to even).
     """
-    _augment(planes, p, blur_radius(planes.shape[1]), scratch.taps)
-    _finish(planes, p, scratch.taps, scratch.zeros, scratch.padded, scratch.rows, scratch.scale, scratch.offset, out)
+    s = scratch
+    split = _until_contrast(planes, p, blur_radius(planes.shape[1]), s.taps, s.mean)
+    _finish(planes, p, split, s.mean, s.taps, s.zeros, s.padded, s.rows, s.scale, s.offset, out)
 
 
 def _padded_radius(radius: int) -> int:
@@ -254,18 +256,17 @@ def _operation(operation, r, g, b, p, mean):
 
 
 @njit(**_JIT)
-def _augment(planes, p, radius, taps):
-    """Colour and grayscale in place, and the blur's one-sided taps (all 0 but the first where there is no blur).
+def _until_contrast(planes, p, radius, taps, mean):
+    """First pass: the operations before contrast, in place, and what the second pass needs to know of the whole view.
 
-    Contrast needs the mean of what the operations before it left, so there are two passes over the view: up to
-    contrast with the sums, and from contrast on. Each pass applies its operations block by block.
+    Fills mean (3,), contrast's, and the blur's one-sided taps (all 0 but the first where there is no blur). Returns the
+    number of operations done.
     """
     size = planes.shape[1]
     n = size * size
-    r, g, b = planes[0].reshape(n), planes[1].reshape(n), planes[2].reshape(n)
-    mean = np.zeros(3, dtype=np.float32)
     split = 0
     if p[JITTER] != 0:
+        r, g, b = planes[0].reshape(n), planes[1].reshape(n), planes[2].reshape(n)
         while int(p[ORDER + split]) != OP_CONTRAST:
             split += 1
         sums = np.zeros(3, dtype=np.float64)
@@ -286,20 +287,6 @@ def _augment(planes, p, radius, taps):
             mean[c] = sums[c] / n
         if p[TORCHVISION] != 0:
             mean[:] = np.float32(0.2989) * mean[0] + np.float32(0.587) * mean[1] + np.float32(0.114) * mean[2]
-    if p[JITTER] != 0 or p[GRAY] != 0:
-        wr, wg, wb = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
-        for start in range(0, n, _BLOCK):
-            stop = min(start + _BLOCK, n)
-            br, bg, bb = r[start:stop], g[start:stop], b[start:stop]
-            if p[JITTER] != 0:
-                for k in range(split, 4):
-                    _operation(int(p[ORDER + k]), br, bg, bb, p, mean)
-            if p[GRAY] != 0:
-                for i in range(stop - start):
-                    gray = wr * br[i] + wg * bg[i] + wb * bb[i]
-                    br[i] = gray
-                    bg[i] = gray
-                    bb[i] = gray
     taps[:] = np.float32(0)
     taps[0] = np.float32(1)
     if p[SIGMA] > 0:
@@ -308,6 +295,23 @@ def _augment(planes, p, radius, taps):
             total += 2 * math.exp(-(d * d) / (2.0 * p[SIGMA] * p[SIGMA]))
         for d in range(radius + 1):
             taps[d] = math.exp(-(d * d) / (2.0 * p[SIGMA] * p[SIGMA])) / total
+    return split
+
+
+@njit(**_JIT)
+def _from_contrast(planes, i, p, split, mean):
+    """Row i of the view: contrast, the operations after it, and grayscale, in place."""
+    r, g, b = planes[0, i], planes[1, i], planes[2, i]
+    if p[JITTER] != 0:
+        for k in range(split, 4):
+            _operation(int(p[ORDER + k]), r, g, b, p, mean)
+    if p[GRAY] != 0:
+        wr, wg, wb = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
+        for j in range(len(r)):
+            gray = wr * r[j] + wg * g[j] + wb * b[j]
+            r[j] = gray
+            g[j] = gray
+            b[j] = gray
 
 
 def _store(rows, out):
@@ -342,8 +346,11 @@ def _store_overload(rows, out):
 
 
 @njit(**_JIT)
-def _finish(planes, p, taps, zeros, padded, rows, scale, offset, out):
-    """Blur, solarise, clip, normalise: planes (3, S, S) -> out (S, S, 3), one output row at a time.
+def _finish(planes, p, split, mean, taps, zeros, padded, rows, scale, offset, out):
+    """Second pass, one output row at a time: the colour operations from contrast on, blur, solarise, clip, normalise.
+
+    A row's colours are made just before the first output row that its blur needs, while the rows around it are in cache.
+    planes (3, S, S) -> out (S, S, 3).
 
     Taps whose mass on both sides together is below 1e-4 are left out: a change of at most 1e-4 in [0, 1].
     """
@@ -360,7 +367,11 @@ def _finish(planes, p, taps, zeros, padded, rows, scale, offset, out):
             break
         groups -= 1
     centre = taps[0]
+    coloured = 0
     for i in range(size):
+        while coloured < min(i + 4 * groups + 1, size):
+            _from_contrast(planes, coloured, p, split, mean)
+            coloured += 1
         for c in range(3):
             plane = planes[c]
             row = rows[c]

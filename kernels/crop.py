@@ -13,6 +13,7 @@ Shapes: H, W = source image; S = output side.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class CropScratch:
 
 def crop_into(
     image: NDArray[np.uint8],
-    box: tuple[int, int, int, int],
+    box: Sequence[int],
     flip: bool,
     out: NDArray[np.float32],
     scratch: CropScratch,

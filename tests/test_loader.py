@@ -101,7 +101,7 @@ def test_seed_changes_order_and_views(photos):
 
 def test_one_decode_per_image(photos, monkeypatch):
     calls = []
-    monkeypatch.setattr(native, "decode", lambda data: calls.append(1) or decode(data))
+    monkeypatch.setattr(native, "decode", lambda *args: calls.append(1) or decode(*args))
     collect(make_loader(photos), 0, 5)
     assert len(calls) == 5 * BATCH
 
@@ -118,7 +118,7 @@ def test_an_early_break_stops_the_workers_and_the_loader_starts_again(photos):
 
 def test_a_slow_consumer_blocks_the_producers(photos, monkeypatch):
     calls = []
-    monkeypatch.setattr(native, "decode", lambda data: calls.append(1) or decode(data))
+    monkeypatch.setattr(native, "decode", lambda *args: calls.append(1) or decode(*args))
     batches = make_loader(photos, prefetch_batches=2).batches(0, 1000)
     next(batches)
     time.sleep(0.5)
@@ -127,7 +127,7 @@ def test_a_slow_consumer_blocks_the_producers(photos, monkeypatch):
 
 
 def test_waiting_is_measured(photos, monkeypatch):
-    monkeypatch.setattr(native, "decode", lambda data: time.sleep(0.02) or decode(data))
+    monkeypatch.setattr(native, "decode", lambda *args: time.sleep(0.02) or decode(*args))
     loader = make_loader(photos, threads=1)
     collect(loader, 0, 2)
     assert 0.8 * 2 * BATCH * 0.02 < loader.wait_s < 4 * 2 * BATCH * 0.02

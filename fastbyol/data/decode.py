@@ -13,12 +13,25 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 0.5 GB 
 _EXIF_SEARCH_BYTES = 65_536
 
 
+class DecodeBuffer:
+    """Memory that a thread decodes into again and again: fresh pages for every image would cost 4 % of a decode."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, dtype=np.uint8)
+
+    def for_pixels(self, count: int) -> NDArray[np.uint8]:
+        """At least `count` RGB pixels; grows, never shrinks."""
+        if len(self._memory) < 3 * count:
+            self._memory = np.empty(3 * count, dtype=np.uint8)
+        return self._memory
+
+
 class BadImage(Exception):
     """A file that cannot be decoded; the text says why in one line and does not name the file."""
 
 
-def decode(data: bytes) -> NDArray[np.uint8]:
-    """Decodes one image.
+def decode(data: bytes, buffer: DecodeBuffer | None = None) -> NDArray[np.uint8]:
+    """Decodes one image, into `buffer` where one is given: the result is then valid until the buffer's next use.
 
     Grayscale, palette, 16-bit, alpha, CMYK and YCCK inputs give RGB; an EXIF orientation is applied.
 
@@ -31,13 +44,49 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     if not data:
         raise BadImage("the file is empty")
     if data[:2] == b"\xff\xd8" and data.find(b"Exif\x00\x00", 0, _EXIF_SEARCH_BYTES) < 0:
-        pixels = _decode_simplejpeg(data)
+        pixels = _decode_simplejpeg(data, buffer or DecodeBuffer())
         if pixels is not None:
             return pixels
     return _decode_pillow(data)
 
 
-def _decode_simplejpeg(data: bytes) -> NDArray[np.uint8] | None:
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that `decode_reduced` can decode; None for any other file (damaged, EXIF, CMYK, PNG)."""
+    if data[:2] != b"\xff\xd8" or data.find(b"Exif\x00\x00", 0, _EXIF_SEARCH_BYTES) >= 0:
+        return None
+    try:
+        height, width, colour_space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (height, width) if colour_space in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS else None
+
+
+def decode_reduced(
+    data: bytes, size: tuple[int, int], factor: int, buffer: DecodeBuffer | None = None
+) -> NDArray[np.uint8]:
+    """Decodes a JPEG at 1/factor of its size (each side rounded up) by leaving out high frequencies of its DCT.
+
+    Args:
+        data: a file that `jpeg_size` accepts.
+        size: what `jpeg_size` returned.
+        factor: 1, 2, 4 or 8; with 1 this is `decode`.
+        buffer: as for `decode`.
+
+    Raises:
+        BadImage: truncated or damaged.
+    """
+    if factor == 1:
+        return decode(data, buffer)
+    height, width = (-(-side // factor) for side in size)
+    memory = (buffer or DecodeBuffer()).for_pixels(width * height)
+    try:
+        return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=factor, buffer=memory)
+    except ValueError:  # a libjpeg warning: let Pillow judge, as `decode` does, and keep the size that was promised
+        with Image.fromarray(_decode_pillow(data)) as image:
+            return np.array(image.resize((width, height), Image.Resampling.BOX))
+
+
+def _decode_simplejpeg(data: bytes, buffer: DecodeBuffer) -> NDArray[np.uint8] | None:
     """The fast path; None for what Pillow judges better: CMYK, odd subsampling, and every libjpeg warning.
 
     simplejpeg's strict mode turns all warnings into errors. Some are harmless (bytes between markers), some are not
@@ -46,7 +95,9 @@ def _decode_simplejpeg(data: bytes) -> NDArray[np.uint8] | None:
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height)
-        return None if colour_space in ("CMYK", "YCCK") else simplejpeg.decode_jpeg(data, colorspace="RGB")
+        if colour_space in ("CMYK", "YCCK"):
+            return None
+        return simplejpeg.decode_jpeg(data, buffer=buffer.for_pixels(width * height))
     except ValueError:
         return None
 

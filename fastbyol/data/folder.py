@@ -38,8 +38,15 @@ class ImageFolder:
         Raises:
             OSError: it cannot be read.
         """
-        with open(self.root / self.paths[index], "rb") as file:
-            return file.read()
+        handle = os.open(f"{self.root}/{self.paths[index]}", os.O_RDONLY)
+        try:
+            size = os.fstat(handle).st_size
+            data = os.read(handle, size + 1)
+            while 0 < len(data) < size and (more := os.read(handle, size + 1 - len(data))):
+                data += more
+            return data
+        finally:
+            os.close(handle)
 
 
 def index_folder(root: str | os.PathLike[str] | None, split: str, *, key: str = "data.root") -> ImageFolder:

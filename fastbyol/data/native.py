@@ -1,16 +1,17 @@
 """The CPU data path: one process, threads, one decode per image, both views written straight into the batch.
 
-A worker takes the next image of the epoch's order, reads and decodes it (the GIL is free in both), and lets the
-kernels of crop.py and augment.py write its two views into its place in a preallocated ring of batches. Nothing is
-pickled, copied or stacked.
+Readers fetch the bytes of coming files. A worker takes the next image of the epoch's order, decodes it (the GIL is free),
+and lets the kernels of crop.py and augment.py write its two views into its place in a preallocated ring of batches.
+Nothing is pickled, copied or stacked. A slow disk is hidden by the readers, a slow consumer blocks all of them.
 
-Memory of the ring: (prefetch_batches + 1) * V * B * S * S * 3 * bytes per value (V = 2 views).
+Memory: the ring has (prefetch_batches + 1) * V * B * S * S * 3 * bytes per value (V = 2 views); files read ahead take
+readahead_images * bytes per file; each worker holds one decoded image and about 60 S * S bytes of scratch.
 """
 
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,11 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbyol.data.batch import Batch
-from fastbyol.data.decode import BadImage, decode
+from fastbyol.data.decode import BadImage, DecodeBuffer, decode, decode_reduced, jpeg_size
 from fastbyol.data.folder import ImageFolder
 from fastbyol.errors import RunError, first_line
 from fastbyol.kernels import augment, crop
 from fastbyol.views import VIEWS, Recipe, Sampler, centre_box, epoch_order
+
+Boxes = Callable[[int, int], list[list[int]]]  # (height, width) -> V boxes of top, left, height, width
 
 
 def cpu_threads(threads: int) -> int:
@@ -42,6 +45,9 @@ class NativeLoader:
         seed: of the sample order and the views.
         threads: workers; 0 is one per core.
         prefetch_batches: batches made ahead.
+        readers: threads that read files.
+        readahead_images: files read ahead of the workers.
+        dct_scaling: decode at a reduced size where both crops keep at least S pixels.
         dtype: float32 or bfloat16.
         device: where batches are delivered.
         max_bad_fraction: share of the files that may be unreadable.
@@ -60,12 +66,16 @@ class NativeLoader:
         seed: int,
         threads: int,
         prefetch_batches: int,
+        readers: int,
+        readahead_images: int,
+        dct_scaling: bool,
         dtype: torch.dtype,
         device: torch.device,
         max_bad_fraction: float,
     ) -> None:
         self.folder, self.batch_size, self.size, self.recipe, self.seed = folder, batch_size, size, recipe, seed
         self.threads, self.prefetch_batches = cpu_threads(threads), prefetch_batches
+        self.readers, self.readahead_images, self.dct_scaling = readers, readahead_images, dct_scaling
         self.dtype, self.device, self.max_bad_fraction = dtype, device, max_bad_fraction
         self.wait_s = 0.0
         self.bad: dict[int, str] = {}
@@ -95,25 +105,49 @@ class NativeLoader:
         finally:
             pipeline.close()
 
-    def load(self, index: int) -> tuple[int, NDArray[np.uint8]]:
-        """Reads and decodes image `index`, or, where that fails, the next one in the index that can be read.
+    def load(
+        self, index: int, data: bytes | OSError, boxes: Boxes, buffer: DecodeBuffer
+    ) -> tuple[int, NDArray[np.uint8], list[list[int]]]:
+        """Decodes image `index`, or, where that fails, the next one in the index that can be read and decoded.
 
         The substitute depends on the files alone, so batches stay the same for any number of threads.
 
+        Args:
+            index: of the image wanted.
+            data: its bytes, or why they could not be read.
+            boxes: (height, width) -> the crop boxes of its views.
+            buffer: of this thread.
+
         Returns:
-            the index of the image delivered, and its pixels, uint8 (H, W, 3).
+            the index of the image delivered, its pixels, uint8 (H, W, 3), and the boxes in those pixels.
         """
         n = len(self.folder)
-        for candidate in ((index + k) % n for k in range(n)):
+        for k in range(n):
+            candidate = (index + k) % n
             if candidate in self.bad:
                 continue
             try:
-                return candidate, decode(self.folder.read(candidate))
+                content = data if k == 0 else self.folder.read(candidate)
+                if isinstance(content, OSError):
+                    raise content
+                return candidate, *self._decode(content, boxes, buffer)
             except OSError as error:
                 self._count_bad(candidate, error.strerror or first_line(error))
             except BadImage as error:
                 self._count_bad(candidate, str(error))
         raise RunError(f"none of the {n} images in {self.folder.root} can be read")
+
+    def _decode(self, data: bytes, boxes: Boxes, buffer: DecodeBuffer) -> tuple[NDArray[np.uint8], list[list[int]]]:
+        """Pixels and boxes, both at the reduced size where `dct_scaling` allows one."""
+        full = jpeg_size(data) if self.dct_scaling else None
+        if full is None:
+            image = decode(data, buffer)
+            return image, boxes(image.shape[0], image.shape[1])
+        wanted = boxes(*full)
+        shortest = min(min(box[2:]) for box in wanted)
+        factor = next(f for f in (8, 4, 2, 1) if f == 1 or shortest >= f * self.size)
+        image = decode_reduced(data, full, factor, buffer)
+        return image, [_reduce_box(box, full, image.shape[:2]) for box in wanted]
 
     def _count_bad(self, index: int, reason: str) -> None:
         with self._bad_lock:
@@ -124,6 +158,31 @@ class NativeLoader:
                 f"{count} of {len(self.folder)} images cannot be read, more than data.max_bad_fraction="
                 f"{self.max_bad_fraction} allows; the last one: {self.folder.root / self.folder.paths[index]}: {reason}"
             )
+
+
+def _reduce_box(box: list[int], full: tuple[int, int], size: tuple[int, int]) -> list[int]:
+    """The box in an image of another size: edges rounded to whole pixels, so a view moves by half a pixel at most."""
+    top, left, height, width = box
+    scale_y, scale_x = size[0] / full[0], size[1] / full[1]
+    y0, y1 = round(top * scale_y), round((top + height) * scale_y)
+    x0, x1 = round(left * scale_x), round((left + width) * scale_x)
+    return [y0, x0, y1 - y0, x1 - x0]
+
+
+class _Scratch:
+    """A thread's working memory: decoded image, planes of the view in hand, and what the kernels need."""
+
+    def __init__(self, size: int) -> None:
+        self.buffer = DecodeBuffer()
+        self._planes = np.empty((3, size, size), dtype=np.float32)
+        self._crop, self._augment = crop.CropScratch(size), augment.AugmentScratch(size)
+
+    def render(
+        self, image: NDArray[np.uint8], box: Sequence[int], p: NDArray[np.float32], out: NDArray[np.float32 | np.uint16]
+    ) -> None:
+        """One view of one image: crop, resize, flip, augment, normalise."""
+        crop.crop_into(image, box, bool(p[augment.FLIP]), self._planes, self._crop)
+        augment.augment_into(self._planes, p, out, self._augment)
 
 
 class _Slot:
@@ -150,30 +209,38 @@ class _Job:
 
 
 class _Pipeline:
-    """The workers of one iteration, and the ring between them and the consumer."""
+    """The readers and workers of one iteration, and the ring between them and the consumer.
+
+    Images are numbered through: image k belongs to step k // B and is the (k % B)-th of its batch.
+    """
 
     def __init__(self, loader: NativeLoader, start: int, stop: int) -> None:
         self._loader, self._stop = loader, stop
+        b = loader.batch_size
         self._slots = [_Slot(loader) for _ in range(loader.prefetch_batches + 1)]
         self._jobs: dict[int, _Job] = {}
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # of the epoch whose job was made last
-        self._next = (start, 0)  # step and place in the batch of the next image to be taken
+        self._orders: dict[int, NDArray[np.int64]] = {}  # of the epochs in hand
+        self._bytes: dict[int, bytes | OSError] = {}  # image -> its file, read and not yet taken
+        self._next_read = self._next = start * b  # the next image to be read, and to be decoded
+        self._end = stop * b
         self._released = start  # steps before this one have been consumed
         self._closed = False
         self._error: BaseException | None = None
         lock = threading.Lock()
-        self._work, self._ready = threading.Condition(lock), threading.Condition(lock)
-        self._workers = [
-            threading.Thread(target=self._run, name=f"fastbyol-loader-{k}", daemon=True) for k in range(loader.threads)
+        self._work, self._ready, self._room = (threading.Condition(lock) for _ in range(3))
+        targets = [("reader", self._read)] * loader.readers + [("worker", self._run)] * loader.threads
+        self._threads = [
+            threading.Thread(target=self._guard, args=(target,), name=f"fastbyol-loader-{name}-{k}", daemon=True)
+            for k, (name, target) in enumerate(targets)
         ]
-        for worker in self._workers:
-            worker.start()
+        for thread in self._threads:
+            thread.start()
 
     def wait_for(self, step: int) -> _Slot:
         """Blocks until the batch of `step` is complete.
 
         Raises:
-            BaseException: whatever a worker died of.
+            BaseException: whatever a thread died of.
         """
         with self._ready:
             while self._error is None and (step not in self._jobs or self._jobs[step].remaining):
@@ -190,72 +257,99 @@ class _Pipeline:
             self._work.notify_all()
 
     def close(self) -> None:
-        """Stops the workers after the image in hand and waits for them."""
+        """Stops all threads after the image in hand and waits for them."""
         with self._work:
-            self._closed = True
-            self._work.notify_all()
-        for worker in self._workers:
-            worker.join()
+            self._stop_all()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
-        loader = self._loader
-        scratch = crop.CropScratch(loader.size), augment.AugmentScratch(loader.size)
-        planes = np.empty((3, loader.size, loader.size), dtype=np.float32)
+    def _stop_all(self) -> None:
+        self._closed = True
+        for condition in (self._work, self._ready, self._room):
+            condition.notify_all()
+
+    def _guard(self, target: Callable[[], None]) -> None:
         try:
-            while (taken := self._take()) is not None:
-                job, i = taken
-                self._make(job, i, planes, *scratch)
-                with self._ready:
-                    job.remaining -= 1
-                    if job.remaining == 0:
-                        self._ready.notify_all()
+            target()
         except BaseException as error:  # handed to the consumer, who raises it
-            with self._ready:
+            with self._work:
                 self._error = self._error or error
-                self._closed = True
-                self._ready.notify_all()
+                self._stop_all()
+
+    def _read(self) -> None:
+        """Keeps `readahead_images` files ahead of the workers; refills when a quarter of them is gone."""
+        loader, window = self._loader, self._loader.readahead_images
+        while True:
+            with self._room:
+                while not self._closed and self._next_read < self._end and self._next_read >= self._next + window:
+                    self._room.wait()
+                if self._closed or self._next_read >= self._end:
+                    return
+                image, self._next_read = self._next_read, self._next_read + 1
+                index = self._index(image)
+            try:
+                data: bytes | OSError = loader.folder.read(index)
+            except OSError as error:
+                data = error
+            with self._work:
+                self._bytes[image] = data
                 self._work.notify_all()
 
-    def _take(self) -> tuple[_Job, int] | None:
-        """The next image of the next batch that has a slot; None when there is none left or the loop was closed."""
+    def _run(self) -> None:
+        scratch = _Scratch(self._loader.size)
+        while (taken := self._take()) is not None:
+            job, i, data = taken
+            self._make(job, i, data, scratch)
+            with self._ready:
+                job.remaining -= 1
+                if job.remaining == 0:
+                    self._ready.notify_all()
+
+    def _take(self) -> tuple[_Job, int, bytes | OSError] | None:
+        """The next image, once its batch has a slot and its file has been read; None at the end or after close."""
+        b = self._loader.batch_size
         with self._work:
-            while not self._closed and self._next[0] < self._stop:
-                step, i = self._next
-                if step >= self._released + len(self._slots):
+            while not self._closed and self._next < self._end:
+                step, i = divmod(self._next, b)
+                if step >= self._released + len(self._slots) or self._next not in self._bytes:
                     self._work.wait()
                     continue
                 if i == 0:
                     self._jobs[step] = self._new_job(step)
-                    self._work.notify_all()
-                job = self._jobs[step]
-                self._next = (step, i + 1) if i + 1 < self._loader.batch_size else (step + 1, 0)
-                return job, i
+                data = self._bytes.pop(self._next)
+                self._next += 1
+                if self._next + self._loader.readahead_images * 3 // 4 >= self._next_read:
+                    self._room.notify_all()
+                return self._jobs[step], i, data
             return None
+
+    def _index(self, image: int) -> int:
+        """The file of image number `image`."""
+        epoch, position = divmod(image, len(self._loader) * self._loader.batch_size)
+        return int(self._order(epoch)[position])
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
+            self._orders[epoch] = epoch_order(self._loader.seed, epoch, len(self._loader.folder))
+        return self._orders[epoch]
 
     def _new_job(self, step: int) -> _Job:
         loader = self._loader
         epoch, batch = divmod(step, len(loader))
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(loader.seed, epoch, len(loader.folder))
         positions = np.arange(batch * loader.batch_size, (batch + 1) * loader.batch_size)
         sampler = Sampler(loader.recipe, loader.seed, epoch, positions)
-        return _Job(self._slots[step % len(self._slots)], sampler, self._order[1][positions])
+        return _Job(self._slots[step % len(self._slots)], sampler, self._order(epoch)[positions])
 
-    def _make(
-        self,
-        job: _Job,
-        i: int,
-        planes: NDArray[np.float32],
-        crop_scratch: crop.CropScratch,
-        augment_scratch: augment.AugmentScratch,
-    ) -> None:
+    def _make(self, job: _Job, i: int, data: bytes | OSError, scratch: "_Scratch") -> None:
         """Decodes image i of the batch once and writes its label, index and both views."""
-        index, image = self._loader.load(int(job.indices[i]))
-        boxes = job.sampler.boxes(slice(i, i + 1), [image.shape[:2]])[0].tolist()
-        for v in range(VIEWS):
-            p = job.packed[i, v]
-            crop.crop_into(image, boxes[v], bool(p[augment.FLIP]), planes, crop_scratch)
-            augment.augment_into(planes, p, job.slot.out[v, i], augment_scratch)
+
+        def boxes(height: int, width: int) -> list[list[int]]:
+            return job.sampler.boxes(slice(i, i + 1), [(height, width)])[0].tolist()
+
+        index, image, places = self._loader.load(int(job.indices[i]), data, boxes, scratch.buffer)
+        for v, box in enumerate(places):
+            scratch.render(image, box, job.packed[i, v], job.slot.out[v, i])
         job.slot.labels[i] = int(self._loader.folder.labels[index])
         job.slot.indices[i] = index
 
@@ -277,16 +371,14 @@ def centre_crops(
     local = threading.local()
 
     def make(index: int, out: NDArray[np.float32]) -> bool:
+        if not hasattr(local, "scratch"):
+            local.scratch = _Scratch(size)
         try:
-            image = decode(folder.read(index))
+            image = decode(folder.read(index), local.scratch.buffer)
         except (OSError, BadImage) as error:
             bad[index] = first_line(error)
             return False
-        if not hasattr(local, "scratch"):
-            local.scratch = crop.CropScratch(size), augment.AugmentScratch(size)
-            local.planes = np.empty((3, size, size), dtype=np.float32)
-        crop.crop_into(image, centre_box(*image.shape[:2], fraction), False, local.planes, local.scratch[0])
-        augment.augment_into(local.planes, identity, out, local.scratch[1])
+        local.scratch.render(image, centre_box(*image.shape[:2], fraction), identity, out)
         return True
 
     with ThreadPoolExecutor(cpu_threads(threads), thread_name_prefix="fastbyol-eval") as pool:
