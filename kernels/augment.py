@@ -30,6 +30,8 @@ from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastbyol.kernels.unchecked import LANES, at, put, weighted_sum
+
 # Columns of a view's parameter row.
 BOX, FLIP, JITTER, ORDER = 0, 4, 5, 6
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 10, 11, 12, 13
@@ -150,15 +152,26 @@ class AugmentScratch:
     """A thread's working memory for `augment_into` at one output size."""
 
     def __init__(self, size: int) -> None:
-        radius = blur_radius(size)
-        self.rows = np.zeros((3, size), dtype=np.float32)
-        self.padded = np.zeros(size + 2 * _padded_radius(radius), dtype=np.float32)
-        self.zeros = np.zeros(size, dtype=np.float32)
-        self.taps = np.zeros(1 + _padded_radius(radius), dtype=np.float32)
+        radius = _padded_radius(blur_radius(size))
+        blocks = -(-size // LANES) * LANES
+        self.rows = np.zeros((3, blocks), dtype=np.float32)  # an output row after the blur
+        self.padded = np.zeros(blocks + 2 * radius + LANES, dtype=np.float32)
+        terms = 1 + 2 * radius
+        self.offsets, self.weights = np.zeros((2, terms), dtype=np.int64), np.zeros((2, terms), dtype=np.float32)
+        self.toned = np.zeros((3, size), dtype=np.float32)  # and before it becomes bfloat16
+        self.taps = np.zeros(1 + radius, dtype=np.float32)
         self.mean = np.zeros(3, dtype=np.float32)
         mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
         self.scale = (1 / std).astype(np.float32)
         self.offset = (-mean / std).astype(np.float32)
+
+
+def new_planes(size: int) -> NDArray[np.float32]:
+    """(3, S, S) float32 that begins a cache line, with room behind it for a last vector that reads beyond the end."""
+    count = 3 * size * size
+    memory = np.zeros(count + LANES + _CACHE_LINE // 4, dtype=np.float32)
+    skip = -memory.ctypes.data % _CACHE_LINE // 4
+    return memory[skip : skip + count].reshape(3, size, size)
 
 
 def augment_into(
@@ -170,14 +183,14 @@ def augment_into(
     """`augment_reference` and `normalise_reference` on the CPU, without the GIL.
 
     Args:
-        planes: (3, S, S) float32 in [0, 1], C-contiguous; overwritten.
+        planes: (3, S, S) float32 in [0, 1], from `new_planes`; overwritten.
         p: (COLUMNS,) parameter row.
         out: (S, S, 3), C-contiguous, i.e. one image of a channels-last batch: float32, or uint16 for the bits of
             bfloat16 (rounded to nearest, ties to even).
     """
     s = scratch
     split = _until_contrast(planes, p, blur_radius(planes.shape[1]), s.taps, s.mean)
-    _finish(planes, p, split, s.mean, s.taps, s.zeros, s.padded, s.rows, s.scale, s.offset, out)
+    _finish(planes, p, split, s.mean, s.taps, s.padded, s.rows, s.toned, s.scale, s.offset, s.offsets, s.weights, out)
 
 
 def _padded_radius(radius: int) -> int:
@@ -191,6 +204,7 @@ _JIT = {
     "error_model": "numpy",
     "fastmath": {"contract", "nsz", "arcp", "nnan", "reassoc"},
 }
+_CACHE_LINE = 64  # bytes
 _BLOCK = 1024  # pixels: three planes of a block stay in the L1 cache while the operations pass over them
 
 
@@ -314,39 +328,95 @@ def _from_contrast(planes, i, p, split, mean):
             b[j] = gray
 
 
-def _store(rows, out):
-    """Interleaves rows (3, S) float32 into out (S, 3), rounding to bfloat16 bits where out is uint16."""
+@njit(**_JIT)
+def _tone(x, solarise, gain, shift):
+    """Solarise, clip and normalise one value."""
+    x = np.float32(1) - x if solarise and x >= np.float32(0.5) else x
+    return _clip(x) * gain + shift
+
+
+def _store(source, red, green, blue, solarise, gain, shift, toned, out, place):
+    """Last step of a row: tones S values from red, green and blue on in the flat `source` and interleaves them.
+
+    They go to the flat `out` from `place` on; where that is uint16, as the bits of bfloat16, with `toned` (3, S) between.
+    """
     raise NotImplementedError("only its overload below exists: it is called from compiled code alone")
 
 
 @overload(_store, jit_options=_JIT)
-def _store_overload(rows, out):
+def _store_overload(source, red, green, blue, solarise, gain, shift, toned, out, place):
     if out.dtype == types.float32:
 
-        def store_float32(rows, out):
-            flat = out.reshape(3 * len(out))
-            r, g, b = rows[0], rows[1], rows[2]
-            for j in range(len(out)):
-                flat[3 * j] = r[j]
-                flat[3 * j + 1] = g[j]
-                flat[3 * j + 2] = b[j]
+        def store_float32(source, red, green, blue, solarise, gain, shift, toned, out, place):
+            gain_r, gain_g, gain_b = gain[0], gain[1], gain[2]
+            shift_r, shift_g, shift_b = shift[0], shift[1], shift[2]
+            for j in range(toned.shape[1]):
+                put(out, place + 3 * j, _tone(at(source, red + j), solarise, gain_r, shift_r))
+                put(out, place + 3 * j + 1, _tone(at(source, green + j), solarise, gain_g, shift_g))
+                put(out, place + 3 * j + 2, _tone(at(source, blue + j), solarise, gain_b, shift_b))
 
         return store_float32
 
-    def store_bfloat16(rows, out):
-        flat = out.reshape(3 * len(out))
-        bits = rows.view(np.uint32)
-        r, g, b = bits[0], bits[1], bits[2]
-        for j in range(len(out)):
-            flat[3 * j] = (r[j] + np.uint32(0x7FFF) + (r[j] >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-            flat[3 * j + 1] = (g[j] + np.uint32(0x7FFF) + (g[j] >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-            flat[3 * j + 2] = (b[j] + np.uint32(0x7FFF) + (b[j] >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    def store_bfloat16(source, red, green, blue, solarise, gain, shift, toned, out, place):
+        size = toned.shape[1]
+        gain_r, gain_g, gain_b = gain[0], gain[1], gain[2]
+        shift_r, shift_g, shift_b = shift[0], shift[1], shift[2]
+        for j in range(size):
+            put(toned, j, _tone(at(source, red + j), solarise, gain_r, shift_r))
+            put(toned, size + j, _tone(at(source, green + j), solarise, gain_g, shift_g))
+            put(toned, 2 * size + j, _tone(at(source, blue + j), solarise, gain_b, shift_b))
+        bits = toned.view(np.uint32)
+        for j in range(size):
+            put(out, place + 3 * j, _round_bfloat16(at(bits, j)))
+            put(out, place + 3 * j + 1, _round_bfloat16(at(bits, size + j)))
+            put(out, place + 3 * j + 2, _round_bfloat16(at(bits, 2 * size + j)))
 
     return store_bfloat16
 
 
 @njit(**_JIT)
-def _finish(planes, p, split, mean, taps, zeros, padded, rows, scale, offset, out):
+def _round_bfloat16(bits):
+    """The upper half of a float32's bits (uint32), rounded to nearest, ties to even."""
+    return (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+
+
+_first_nine = weighted_sum(9, accumulate=False)  # the centre and four taps on each side
+_next_eight = weighted_sum(8, accumulate=True)  # four further taps on each side
+
+
+@njit(**_JIT)
+def _blur_row(planes, i, size, taps, groups, padded, rows, offsets, weights):
+    """Row i of the three planes, blurred, in rows[:, :size]: vertical sums into `padded`, from there the horizontal ones.
+
+    offsets and weights (2, terms) are those of the vertical and of the horizontal sums; the caller filled the latter.
+    Vectors of LANES values may read and write beyond the row's end: planes, padded and rows have room for that, and what
+    must be 0 (the horizontal padding) is set to 0 again.
+    """
+    pad = 4 * groups
+    blocks = -(-size // LANES)
+    terms = weights.shape[1]
+    for d in range(pad + 1):
+        for side in range(2 if d else 1):
+            y = i + d if side else i - d
+            term = 2 * d - 1 + side if d else 0
+            inside = 0 <= y < size
+            put(offsets, term, y * size if inside else 0)
+            put(weights, term, taps[d] if inside else np.float32(0))
+    for c in range(3):
+        plane = c * size * size
+        _first_nine(planes, plane, offsets, weights, 0, padded, pad, blocks)
+        for k in range(1, groups):
+            _next_eight(planes, plane, offsets, weights, 8 * k + 1, padded, pad, blocks)
+        for j in range(pad + LANES):
+            put(padded, pad + size + j, np.float32(0))
+        out = c * rows.shape[1]
+        _first_nine(padded, 0, offsets, weights, terms, rows, out, blocks)
+        for k in range(1, groups):
+            _next_eight(padded, 0, offsets, weights, terms + 8 * k + 1, rows, out, blocks)
+
+
+@njit(**_JIT)
+def _finish(planes, p, split, mean, taps, padded, rows, toned, scale, offset, offsets, weights, out):
     """Second pass, one output row at a time: the colour operations from contrast on, blur, solarise, clip, normalise.
 
     A row's colours are made just before the first output row that its blur needs, while the rows around it are in cache.
@@ -355,10 +425,8 @@ def _finish(planes, p, split, mean, taps, zeros, padded, rows, scale, offset, ou
     Taps whose mass on both sides together is below 1e-4 are left out: a change of at most 1e-4 in [0, 1].
     """
     size = planes.shape[1]
-    half, one = np.float32(0.5), np.float32(1)
     solarise = p[SOLARISE] != 0
-    pad = len(taps) - 1
-    groups = pad // 4
+    groups = (len(taps) - 1) // 4
     while groups > 0:
         mass = np.float32(0)
         for d in range(4 * groups - 3, len(taps)):
@@ -366,54 +434,24 @@ def _finish(planes, p, split, mean, taps, zeros, padded, rows, scale, offset, ou
         if mass > np.float32(1e-4):
             break
         groups -= 1
-    centre = taps[0]
+    pad = 4 * groups
+    for d in range(pad + 1):
+        for side in range(2 if d else 1):
+            term = 2 * d - 1 + side if d else 0
+            offsets[1, term] = pad + d if side else pad - d
+            weights[1, term] = taps[d]
+    padded[:pad] = 0
     coloured = 0
     for i in range(size):
         while coloured < min(i + 4 * groups + 1, size):
             _from_contrast(planes, coloured, p, split, mean)
             coloured += 1
-        for c in range(3):
-            plane = planes[c]
-            row = rows[c]
-            if groups == 0:
-                for j in range(size):
-                    row[j] = centre * plane[i, j]
-            else:
-                middle = padded[pad : pad + size]
-                for j in range(size):
-                    middle[j] = centre * plane[i, j]
-                for k in range(groups):
-                    d = 4 * k + 1
-                    a1 = plane[i - d] if i >= d else zeros
-                    a2 = plane[i - d - 1] if i >= d + 1 else zeros
-                    a3 = plane[i - d - 2] if i >= d + 2 else zeros
-                    a4 = plane[i - d - 3] if i >= d + 3 else zeros
-                    b1 = plane[i + d] if i + d < size else zeros
-                    b2 = plane[i + d + 1] if i + d + 1 < size else zeros
-                    b3 = plane[i + d + 2] if i + d + 2 < size else zeros
-                    b4 = plane[i + d + 3] if i + d + 3 < size else zeros
-                    w1, w2, w3, w4 = taps[d], taps[d + 1], taps[d + 2], taps[d + 3]
-                    for j in range(size):
-                        middle[j] += (
-                            w1 * (a1[j] + b1[j]) + w2 * (a2[j] + b2[j]) + w3 * (a3[j] + b3[j]) + w4 * (a4[j] + b4[j])
-                        )
-                for j in range(size):
-                    row[j] = centre * middle[j]
-                for k in range(groups):
-                    d = 4 * k + 1
-                    a1, b1 = padded[pad - d : pad - d + size], padded[pad + d : pad + d + size]
-                    a2, b2 = padded[pad - d - 1 : pad - d - 1 + size], padded[pad + d + 1 : pad + d + 1 + size]
-                    a3, b3 = padded[pad - d - 2 : pad - d - 2 + size], padded[pad + d + 2 : pad + d + 2 + size]
-                    a4, b4 = padded[pad - d - 3 : pad - d - 3 + size], padded[pad + d + 3 : pad + d + 3 + size]
-                    w1, w2, w3, w4 = taps[d], taps[d + 1], taps[d + 2], taps[d + 3]
-                    for j in range(size):
-                        row[j] += (
-                            w1 * (a1[j] + b1[j]) + w2 * (a2[j] + b2[j]) + w3 * (a3[j] + b3[j]) + w4 * (a4[j] + b4[j])
-                        )
-            if solarise:
-                for j in range(size):
-                    row[j] = row[j] if row[j] < half else one - row[j]
-            gain, shift = scale[c], offset[c]
-            for j in range(size):
-                row[j] = _clip(row[j]) * gain + shift
-        _store(rows, out[i])
+        place = 3 * size * i
+        if groups > 0:
+            _blur_row(planes, i, size, taps, groups, padded, rows, offsets, weights)
+            stride = rows.shape[1]
+            _store(rows, 0, stride, 2 * stride, solarise, scale, offset, toned, out, place)
+        else:
+            red = i * size
+            green, blue = red + size * size, red + 2 * size * size
+            _store(planes, red, green, blue, solarise, scale, offset, toned, out, place)

@@ -24,7 +24,7 @@ def compile_cpu_kernels(say: Callable[[str], None]) -> float:
     began = time.perf_counter()
     size = 32
     image = np.zeros((size, size, 3), dtype=np.uint8)
-    planes = np.empty((3, size, size), dtype=np.float32)
+    planes = augment.new_planes(size)
     p = np.zeros(augment.COLUMNS, dtype=np.float32)
     if not _cached():
         say("compiling the CPU kernels; the result is cached for the next start")

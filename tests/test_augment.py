@@ -40,7 +40,9 @@ def apply_kernel(view: torch.Tensor, row: np.ndarray, dtype: type = np.float32) 
     """The kernels' result (S, S, 3)."""
     size = view.shape[-1]
     out = np.zeros((size, size, 3), dtype=dtype)
-    augment.augment_into(view.numpy().copy(), row, out, augment.AugmentScratch(size))
+    planes = augment.new_planes(size)
+    planes[:] = view.numpy()
+    augment.augment_into(planes, row, out, augment.AugmentScratch(size))
     return out
 
 
@@ -177,14 +179,14 @@ def test_bfloat16_output_is_the_rounded_float32_output():
 
 def test_rounding_to_bfloat16_is_to_nearest_and_ties_to_even():
     @njit
-    def store(rows, out):
-        augment._store(rows, out)
+    def store(rows, one, zero, out):
+        augment._store(rows, 0, 3000, 6000, False, one, zero, rows.copy(), out, 0)
 
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, size=(3, 3000), dtype=np.uint32)
     bits[:, :1000] = bits[:, :1000] & 0xFFFF0000 | 0x8000  # exactly halfway
-    bits &= 0xBFFFFFFF  # no infinities or NaN
+    bits = bits & 0x007FFFFF | 0x3F000000  # in [0.5, 1): what the clip leaves as it is
     out = np.zeros((3000, 3), dtype=np.uint16)
-    store(bits.view(np.float32), out)
+    store(bits.view(np.float32), np.ones(3, dtype=np.float32), np.zeros(3, dtype=np.float32), out)
     expected = torch.from_numpy(bits.view(np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
     assert np.array_equal(out.T, expected)

@@ -174,7 +174,7 @@ class _Scratch:
 
     def __init__(self, size: int) -> None:
         self.buffer = DecodeBuffer()
-        self._planes = np.empty((3, size, size), dtype=np.float32)
+        self._planes = augment.new_planes(size)
         self._crop, self._augment = crop.CropScratch(size), augment.AugmentScratch(size)
 
     def render(

@@ -1,0 +1,331 @@
+"""Two BYOL views per image from JPEG files on CPU cores: fastbyol against other people's loaders, and against its floor.
+
+    make bench-loader                                     # in the peers' environment
+    python benchmarks/bench_loader.py --sizes 224 --rounds 1 --only fastbyol lightly
+
+Every measurement is a process of its own, so that its CPU time and its peak memory (with its workers) are its own; the
+contenders take turns (A B C A B C ...), so that a drift of the machine meets them alike. All read the same files with a
+warm page cache on all cores of the machine, and throw the batches away. The first batches are not counted: worker start-up,
+compilation and filling of queues.
+
+Contenders:
+    decode only      libjpeg-turbo in threads, nothing else: the floor
+    fastbyol         data/native.py, float32 batches (and bfloat16, and with one thread)
+    lightly          BYOLTransform in a DataLoader, one worker process per core
+    torchvision v2   tensor transforms on torchvision.io's decoder, likewise
+    DALI CPU         the same operations with DALI's own operators, threads
+    FFCV             less work: one view, crop and flip alone (RandomResizedCropRGBImageDecoder)
+
+Writes benchmarks/results/loader.csv, one row per measurement; plot_loader.py draws it.
+"""
+
+import argparse
+import csv
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from fastbyol import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = Path(__file__).parent / "results" / "loader.csv"
+CORPUS = ROOT / "data" / "photos-500px"
+CORES = len(os.sched_getaffinity(0))
+BATCH = 32
+WARM_UP_BATCHES = 8
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def fastbyol(
+    size: int, dtype: torch.dtype = torch.float32, threads: int = 0, dct_scaling: bool = False
+) -> Iterator[int]:
+    from fastbyol.config import DataConfig
+    from fastbyol.data import build_loader, index_folder
+    from fastbyol.kernels import dispatch
+
+    dispatch.compile_cpu_kernels(lambda text: None)
+    config = DataConfig(
+        root=str(CORPUS), batch_size=BATCH, image_size_px=size, threads=threads, dct_scaling=dct_scaling
+    )
+    folder = index_folder(CORPUS, "train")
+    loader = build_loader(config, folder, seed=0, device=torch.device("cpu"), dtype=dtype)
+    for _ in loader.batches(0, 10**9):
+        yield BATCH
+
+
+def decode_only(size: int) -> Iterator[int]:
+    from threading import Thread
+
+    from fastbyol.data import index_folder
+    from fastbyol.data.decode import DecodeBuffer, decode
+
+    folder = index_folder(CORPUS, "train")
+    done = [0] * CORES
+
+    def run(worker: int) -> None:
+        buffer = DecodeBuffer()
+        for index in range(worker, 10**9, CORES):
+            decode(folder.read(index % len(folder)), buffer)
+            done[worker] += 1
+
+    for worker in range(CORES):
+        Thread(target=run, args=(worker,), daemon=True).start()
+    seen = 0
+    while True:
+        time.sleep(0.05)
+        total = sum(done)
+        yield total - seen
+        seen = total
+
+
+def _data_loader(dataset: torch.utils.data.Dataset) -> Iterator[int]:
+    loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, num_workers=CORES, drop_last=True)
+    while True:
+        for _ in loader:
+            yield BATCH
+
+
+def lightly(size: int) -> Iterator[int]:
+    from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+    from torchvision.datasets import ImageFolder
+
+    transform = BYOLTransform(BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size))
+    return _data_loader(ImageFolder(str(CORPUS / "train"), transform))
+
+
+def torchvision_v2(size: int) -> Iterator[int]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    from torchvision.transforms import v2
+
+    def view(blur_p: float, solarise_p: float) -> v2.Compose:
+        radius = int(size / 10 / 2)
+        return v2.Compose(
+            [
+                v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=False),
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+                v2.RandomGrayscale(0.2),
+                v2.RandomApply([v2.GaussianBlur(2 * radius + 1, (0.1, 2.0))], blur_p),
+                v2.RandomSolarize(128, solarise_p),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+            ]
+        )
+
+    views = view(1.0, 0.0), view(0.1, 0.2)
+
+    def load(path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        image = decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
+        return views[0](image), views[1](image)
+
+    return _data_loader(ImageFolder(str(CORPUS / "train"), loader=load))
+
+
+def dali(size: int) -> Iterator[int]:
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=BATCH, num_threads=CORES, device_id=None, prefetch_queue_depth=2)
+    def pipeline():
+        files, _ = fn.readers.file(file_root=str(CORPUS / "train"), random_shuffle=True, name="files")
+        images = fn.decoders.image(files, output_type=types.RGB)
+
+        def coin(p: float):
+            return fn.random.coin_flip(probability=p, dtype=types.BOOL)
+
+        def view(blur_p: float, solarise_p: float):
+            x = fn.random_resized_crop(
+                images, size=[size, size], random_area=[0.08, 1.0], interp_type=types.INTERP_CUBIC, antialias=False
+            )
+            jitter = coin(0.8)
+            gray = coin(0.2)
+
+            def drawn(half: float, centre: float):
+                value = fn.random.uniform(range=[centre - half, centre + half])
+                return jitter * value + (1.0 - jitter) * centre
+
+            x = fn.brightness_contrast(x, brightness=drawn(0.4, 1.0), contrast=drawn(0.4, 1.0))
+            x = fn.hsv(x, hue=36.0 * drawn(1.0, 0.0), saturation=(1.0 - gray) * drawn(0.2, 1.0))
+            sigma = fn.random.uniform(range=[0.1, 2.0])
+            blur = coin(blur_p)
+            window = 2 * int(size / 10 / 2) + 1
+            x = fn.gaussian_blur(x, sigma=blur * sigma + (1.0 - blur) * 0.01, window_size=window)
+            solarise = coin(solarise_p) * (x >= 128)
+            x = solarise * (255 - x) + (True ^ solarise) * x
+            return fn.crop_mirror_normalize(
+                fn.cast(x, dtype=types.UINT8),
+                dtype=types.FLOAT,
+                output_layout="HWC",
+                mean=[255 * m for m in MEAN],
+                std=[255 * s for s in STD],
+                mirror=fn.random.coin_flip(),
+            )
+
+        return view(1.0, 0.0), view(0.1, 0.2)
+
+    pipe = pipeline()
+    pipe.build()
+    while True:
+        pipe.run()
+        yield BATCH
+
+
+def ffcv(size: int) -> Iterator[int]:
+    import numpy as np
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.decoders import IntDecoder
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
+    from ffcv.writer import DatasetWriter
+    from PIL import Image
+
+    from fastbyol.data import index_folder
+
+    folder = index_folder(CORPUS, "train")
+
+    class Images:
+        def __len__(self) -> int:
+            return 1000
+
+        def __getitem__(self, index: int):
+            with Image.open(folder.root / folder.paths[index]) as image:
+                return image.convert("RGB"), int(folder.labels[index])
+
+    with tempfile.TemporaryDirectory() as temporary:
+        beton = f"{temporary}/x.beton"
+        DatasetWriter(
+            beton, {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}, num_workers=CORES
+        ).from_indexed_dataset(Images())
+        operations = [
+            RandomResizedCropRGBImageDecoder((size, size), scale=(0.08, 1.0)),
+            RandomHorizontalFlip(),
+            NormalizeImage(255 * np.array(MEAN), 255 * np.array(STD), np.float32),
+            ToTensor(),
+            ToTorchImage(),
+        ]
+        loader = Loader(
+            beton,
+            batch_size=BATCH,
+            num_workers=CORES,
+            order=OrderOption.QUASI_RANDOM,
+            os_cache=True,
+            drop_last=True,
+            pipelines={"image": operations, "label": [IntDecoder(), ToTensor()]},
+        )
+        while True:
+            for _ in loader:
+                yield BATCH
+
+
+CONTENDERS: dict[str, Callable[[int], Iterator[int]]] = {
+    "decode only": decode_only,
+    "fastbyol": fastbyol,
+    "fastbyol bf16": lambda size: fastbyol(size, torch.bfloat16),
+    "fastbyol 1 thread": lambda size: fastbyol(size, threads=1),
+    "fastbyol dct_scaling": lambda size: fastbyol(size, dct_scaling=True),
+    "lightly": lightly,
+    "torchvision v2": torchvision_v2,
+    "DALI CPU": dali,
+    "FFCV (1 view, crop + flip)": ffcv,
+}
+
+
+def measure(name: str, size: int, seconds: float) -> None:
+    """Runs one contender in this process and prints a line of JSON."""
+    torch.set_num_threads(1 if name in ("lightly", "torchvision v2") else CORES)
+    batches = CONTENDERS[name](size)
+    for _ in range(WARM_UP_BATCHES):
+        next(batches)
+    images, began, cpu = 0, time.perf_counter(), _cpu_seconds()
+    while (elapsed := time.perf_counter() - began) < seconds:
+        images += next(batches)
+    used = _cpu_seconds() - cpu
+    print(json.dumps({"images": images, "seconds": elapsed, "cpu_seconds": used, "peak_mb": _peak_mb()}), flush=True)
+    os._exit(0)  # peers' workers and threads are not waited for
+
+
+def _processes() -> list[int]:
+    """The process itself and the worker processes below it."""
+    found = [os.getpid()]
+    for pid in found:
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        found += [int(child) for child in children.read_text().split()] if children.exists() else []
+    return found
+
+
+def _cpu_seconds() -> float:
+    ticks = 0
+    for pid in _processes():
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ticks / os.sysconf("SC_CLK_TCK") + ended.ru_utime + ended.ru_stime
+
+
+def _peak_mb() -> float:
+    peaks = (Path(f"/proc/{pid}/status").read_text() for pid in _processes())
+    return sum(int(text.split("VmHWM:")[1].split()[0]) for text in peaks if "VmHWM:" in text) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 128, 96], help="pixels")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=6, help="of each measurement")
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--measure", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        measure(args.measure, args.sizes[0], args.seconds)
+    if not CORPUS.exists():
+        command = ["prepare", "photos", "--out", str(CORPUS), "--images", "5000"]
+        subprocess.run([sys.executable, "-m", "fastbyol", *command], check=True)
+    facts = environment.describe()
+    keys = ("fastbyol", "cpu", "python", "torch", "torchvision", "numba", "simplejpeg", "nvidia-dali-cuda130", "ffcv")
+    facts = {key: facts.get(key, "") for key in keys} | {"lightly": environment.installed("lightly") or ""}
+    rows = []
+    for round_ in range(args.rounds):
+        for size in args.sizes:
+            for name in args.only:
+                command = [sys.executable, __file__, "--measure", name, "--sizes", str(size)]
+                command += ["--seconds", str(args.seconds)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode != 0 or not done.stdout.strip():
+                    sys.exit(f"{name} at {size} px failed:\n{done.stderr[-3000:]}")
+                result = json.loads(done.stdout.strip().splitlines()[-1])
+                rate = result["images"] / result["seconds"]
+                row = {"round": round_, "size_px": size, "contender": name, "cores": CORES}
+                row |= {"images": result["images"], "images_per_s": f"{rate:.1f}"}
+                row |= {"cpu_s_per_1000": f"{1000 * result['cpu_seconds'] / result['images']:.3f}"}
+                rows.append(row | {"peak_mb": f"{result['peak_mb']:.0f}"} | facts)
+                print(f"round {round_}  {size} px  {name:<28} {rate:7.0f} images/s", flush=True)
+    with open(args.out, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    print_summary(rows)
+    print(f"wrote {args.out}")
+
+
+def print_summary(rows: list[dict]) -> None:
+    """Medians, and every contender's rate as a share of decode-only within its own round."""
+    for size in dict.fromkeys(row["size_px"] for row in rows):
+        print(f"{size} px")
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            own = [float(r["images_per_s"]) for r in rows if (r["size_px"], r["contender"]) == (size, name)]
+            print(f"  {name:<28} {statistics.median(own):7.0f} images/s  ({min(own):.0f} to {max(own):.0f})")
+
+
+if __name__ == "__main__":
+    main()
