@@ -60,6 +60,7 @@ $(BENCH_STAMP): benchmarks/requirements.txt pyproject.toml
 
 bench-loader: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py
+	$(BENCH_VENV)/bin/python benchmarks/plot_loader.py
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) data/photos runs/demo

@@ -9,7 +9,7 @@ warm page cache on all cores of the machine, and throw the batches away. The fir
 compilation and filling of queues.
 
 Contenders:
-    decode only      libjpeg-turbo in threads, nothing else: the floor
+    decode only      libjpeg-turbo in threads, nothing else: the floor (with one thread: how the machine itself scales)
     fastbyol         data/native.py, float32 batches (and bfloat16, and with one thread)
     lightly          BYOLTransform in a DataLoader, one worker process per core
     torchvision v2   tensor transforms on torchvision.io's decoder, likewise
@@ -62,22 +62,22 @@ def fastbyol(
         yield BATCH
 
 
-def decode_only(size: int) -> Iterator[int]:
+def decode_only(size: int, threads: int = CORES) -> Iterator[int]:
     from threading import Thread
 
     from fastbyol.data import index_folder
     from fastbyol.data.decode import DecodeBuffer, decode
 
     folder = index_folder(CORPUS, "train")
-    done = [0] * CORES
+    done = [0] * threads
 
     def run(worker: int) -> None:
         buffer = DecodeBuffer()
-        for index in range(worker, 10**9, CORES):
+        for index in range(worker, 10**9, threads):
             decode(folder.read(index % len(folder)), buffer)
             done[worker] += 1
 
-    for worker in range(CORES):
+    for worker in range(threads):
         Thread(target=run, args=(worker,), daemon=True).start()
     seen = 0
     while True:
@@ -229,6 +229,7 @@ def ffcv(size: int) -> Iterator[int]:
 
 CONTENDERS: dict[str, Callable[[int], Iterator[int]]] = {
     "decode only": decode_only,
+    "decode only 1 thread": lambda size: decode_only(size, 1),
     "fastbyol": fastbyol,
     "fastbyol bf16": lambda size: fastbyol(size, torch.bfloat16),
     "fastbyol 1 thread": lambda size: fastbyol(size, threads=1),

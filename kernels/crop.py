@@ -23,6 +23,8 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastbyol.kernels.unchecked import LANES, at, put, weighted_sum
+
 _JIT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
 
 
@@ -71,6 +73,7 @@ class CropScratch:
         self.fixed = np.zeros((pairs, 2, 2, 8), dtype=np.int16)  # x weights as `_resize_pair` reads them
         self.row = np.zeros(0, dtype=np.uint8)
         self.resized = np.zeros((4, 2 * pairs * _LANES), dtype=np.float32)  # the last four source rows, resized in x
+        self.offsets, self.factors = np.zeros(4, dtype=np.int64), np.zeros(4, dtype=np.float32)  # of the blend in y
         self.blended = np.zeros(2 * pairs * _LANES, dtype=np.float32)
 
     def row_for(self, width: int) -> NDArray[np.uint8]:
@@ -106,8 +109,8 @@ def crop_into(
     if not (0 <= top and 0 <= left and 0 < height <= image.shape[0] - top and 0 < width <= image.shape[1] - left):
         raise ValueError(f"crop box {box} is not inside an image of {image.shape[:2]}")
     s = scratch
-    row = s.row_for(width)
-    _crop(image, top, left, height, width, flip, s.first, s.weight, s.start, s.fixed, row, s.resized, s.blended, out)
+    arrays = s.first, s.weight, s.start, s.fixed, s.row_for(width), s.resized, s.offsets, s.factors, s.blended
+    _crop(image, top, left, height, width, flip, *arrays, out)
 
 
 # A resized pixel is a vector of four floats: R, G, B and a lane that holds nothing of use.
@@ -137,8 +140,8 @@ def _multiply_add_pairs(builder, a, b):
 
 
 @intrinsic
-def _resize_pair(typing_context, row, start0, start1, weights, pair, out):
-    """Two output pixels: out[8p : 8p + 8] = sum over the four taps of weight times R, G, B (and a lane of 0).
+def _resize_pair(typing_context, row, start0, start1, weights, pair, out, place):
+    """Two output pixels: out[8 place : 8 place + 8] = sum over the four taps of weight times R, G, B (and a lane of 0).
 
     An output pixel's taps are 12 neighbouring bytes, R G B R G B R G B R G B. They are shuffled into pairs of 16-bit numbers
     (R0 R1, G0 G1, B0 B1 and R2 R3, G2 G3, B2 B3), whose products with the weights' pairs are added within a pair: one
@@ -146,13 +149,13 @@ def _resize_pair(typing_context, row, start0, start1, weights, pair, out):
     code of this gather, so it is written down.
 
     Args (all typed by numba): row uint8 (L,); start0, start1: first byte of each pixel's taps, 16 readable bytes from
-    there; weights int16 (pairs, 2, 2, 8): [pair of taps][pixel][w w' w w' w w' 0 0]; out float32, flat.
+    there; weights int16 (pairs, 2, 2, 8): [pair of taps][pixel][w w' w w' w w' 0 0]; out float32.
     """
-    signature = types.void(row, start0, start1, weights, pair, out)
+    signature = types.void(row, start0, start1, weights, pair, out, place)
     i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
     def generate(context, builder, signature, arguments):
-        row, start0, start1, weights, pair, out = arguments
+        row, start0, start1, weights, pair, out, place = arguments
         row, weights, out = (
             context.make_array(signature.args[i])(context, builder, value).data
             for i, value in ((0, row), (3, weights), (5, out))
@@ -184,11 +187,14 @@ def _resize_pair(typing_context, row, start0, start1, weights, pair, out):
             both = _multiply_add_pairs(builder, pairs, factors)
             total = both if total is None else builder.add(total, both)
         floats = builder.sitofp(total, ir.VectorType(ir.FloatType(), 8))
-        store = builder.store(floats, pointer(out, builder.mul(pair, ir.Constant(i64, 8)), ir.FloatType(), 8))
+        store = builder.store(floats, pointer(out, builder.mul(place, ir.Constant(i64, 8)), ir.FloatType(), 8))
         store.align = 4
         return context.get_dummy_value()
 
     return signature, generate
+
+
+_blend = weighted_sum(4, accumulate=False)
 
 
 @njit(**_JIT)
@@ -234,7 +240,9 @@ def _fix_weights(first, weight, flip, start, fixed):
 
 
 @njit(**_JIT)
-def _crop(image, top, left, height, width, flip, first, weight, start, fixed, row, resized, blended, out):
+def _crop(
+    image, top, left, height, width, flip, first, weight, start, fixed, row, resized, offsets, factors, blended, out
+):
     """Every source row is resized in x once and kept while output rows need it (four rows at most); y is a blend."""
     size = out.shape[1]
     zero, one = np.float32(0), np.float32(1)
@@ -242,27 +250,25 @@ def _crop(image, top, left, height, width, flip, first, weight, start, fixed, ro
     _taps(width, size, first[1], weight[1])
     _fix_weights(first[1], weight[1], flip, start, fixed)
     scale = np.float32(1 / (255 * _ONE))
-    flat = image.reshape(image.shape[0], image.shape[1] * 3)
-    middle = row[3 * _PAD : 3 * (_PAD + width)]
+    pitch, stride = 3 * image.shape[1], resized.shape[1]
     done = -1  # the last source row that has been resized
     for i in range(size):
         y0 = first[0, i]
         for y in range(max(y0, done + 1, 0), min(y0 + 4, height)):
-            pixels = flat[top + y, 3 * left : 3 * (left + width)]
-            for x in range(len(pixels)):
-                middle[x] = pixels[x]
-            target = resized[y % 4]
+            pixels = (top + y) * pitch + 3 * left
+            for x in range(3 * width):
+                put(row, 3 * _PAD + x, at(image, pixels + x))
+            target = y % 4 * stride // (2 * _LANES)
             for pair in range(len(start) // 2):
-                _resize_pair(row, start[2 * pair], start[2 * pair + 1], fixed, pair, target)
+                _resize_pair(row, at(start, 2 * pair), at(start, 2 * pair + 1), fixed, pair, resized, target + pair)
             done = y
-        a, b = resized[y0 % 4], resized[(y0 + 1) % 4]
-        c, d = resized[(y0 + 2) % 4], resized[(y0 + 3) % 4]
-        wa, wb = scale * weight[0, i, 0], scale * weight[0, i, 1]
-        wc, wd = scale * weight[0, i, 2], scale * weight[0, i, 3]
-        for x in range(_LANES * size):
-            blended[x] = wa * a[x] + wb * b[x] + wc * c[x] + wd * d[x]
-        red, green, blue = out[0, i], out[1, i], out[2, i]
+        for k in range(4):
+            offsets[k] = (y0 + k) % 4 * stride
+            factors[k] = scale * weight[0, i, k]
+        _blend(resized, 0, offsets, factors, 0, blended, 0, stride // LANES)
+        red = i * size
+        green, blue = red + size * size, red + 2 * size * size
         for j in range(size):
-            red[j] = min(max(blended[_LANES * j], zero), one)
-            green[j] = min(max(blended[_LANES * j + 1], zero), one)
-            blue[j] = min(max(blended[_LANES * j + 2], zero), one)
+            put(out, red + j, min(max(at(blended, _LANES * j), zero), one))
+            put(out, green + j, min(max(at(blended, _LANES * j + 1), zero), one))
+            put(out, blue + j, min(max(at(blended, _LANES * j + 2), zero), one))
