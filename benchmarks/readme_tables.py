@@ -10,7 +10,7 @@ import csv
 import re
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -44,7 +44,44 @@ def demo_seeds() -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
-TABLES = {"demo_seeds": demo_seeds}
+def loader() -> str:
+    rows = read("loader")
+    sizes = sorted({int(row["size_px"]) for row in rows}, reverse=True)
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+
+    def rates(name: str, size: int) -> list[float]:
+        own = [r for r in rows if r["contender"] == name and int(r["size_px"]) == size]
+        return [float(r["images_per_s"]) for r in sorted(own, key=lambda r: int(r["round"]))]
+
+    def ratio(name: str, other: str, size: int) -> str:
+        """Median over the rounds of the ratio within a round, and its range."""
+        values = [a / b for a, b in zip(rates(name, size), rates(other, size), strict=True)]
+        return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+    lines = ["| images/s: median (range) | " + " | ".join(f"{size} px" for size in sizes) + " |"]
+    lines.append("|---" * (len(sizes) + 1) + "|")
+    for name in names:
+        cells = (
+            f"{median(rates(name, size)):.0f} ({min(rates(name, size)):.0f}-{max(rates(name, size)):.0f})"
+            for size in sizes
+        )
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    pairs = [("fastbyol", other) for other in ("decode only", "lightly", "torchvision v2", "DALI CPU")]
+    pairs += [("fastbyol", "fastbyol 1 thread"), ("decode only", "decode only 1 thread")]
+    for name, other in pairs:
+        cells = " | ".join(ratio(name, other, size) for size in sizes)
+        lines.append(f"| **{name} / {other}** | {cells} |")
+    first = rows[0]
+    versions = ", ".join(f"{key} {first[key]}" for key in ("torch", "torchvision", "lightly", "numba"))
+    note = (
+        f"{first['cpu']}; {versions}, DALI {first['nvidia-dali-cuda130']}, FFCV {first['ffcv']}; commit "
+        f"{first['fastbyol'].split()[-1]}; {len(rates(names[0], sizes[0]))} rounds in turn, ratios within a round. "
+        "Source: benchmarks/results/loader.csv (`make bench-loader`)."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+TABLES = {"demo_seeds": demo_seeds, "loader": loader}
 
 
 def render(text: str) -> str:
