@@ -11,7 +11,6 @@ google-deepmind/deepmind-research (commit 4822a45).
 Shapes: n images, V = 2 views, S = side of a view in pixels.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import permutations
@@ -19,7 +18,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -152,7 +150,7 @@ class Sampler:
         sizes = np.asarray(sizes, dtype=np.int64)
         out = np.empty((len(sizes), VIEWS, 4), dtype=np.int32)
         clamp = self.recipe.crop_tries == 0
-        _place_boxes(
+        crop.place_boxes(
             self._area[rows], self._aspect[rows], self._u[rows, :, 2:4], sizes, clamp, *self.recipe.aspect, out
         )
         return out
@@ -200,41 +198,6 @@ def apply_reference(images: Sequence[Tensor], params: ViewParams, size: int) -> 
             view = crop.crop_reference(image, (top, left, height, width), flip=bool(p[augment.FLIP]), size=size)
             out[v, i] = augment.normalise_reference(augment.augment_reference(view, p))
     return out
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _place_boxes(area, aspect, u, sizes, clamp, low, high, out):  # noqa: ANN001, ANN202 - typed by numba
-    """Boxes out (n, V, 4) from shares of the area and aspects (n, V, tries), uniforms u (n, V, 2) and sizes (n, 2).
-
-    A box has whole sides of at least 1. With `clamp` a side that does not fit is cut to the image's. Without, the first try
-    that fits is taken, and if none does, the largest centred box of an aspect in [low, high]: torchvision's
-    RandomResizedCrop. Compiled, since a loader calls it for every image, when it has learned the image's size.
-    """
-    for i in range(len(sizes)):
-        full_h, full_w = float(sizes[i, 0]), float(sizes[i, 1])
-        for v in range(out.shape[1]):
-            h, w, fits = 0.0, 0.0, False
-            for t in range(area.shape[2]):
-                pixels = area[i, v, t] * full_h * full_w
-                h = max(1.0, np.rint(math.sqrt(pixels / aspect[i, v, t])))
-                w = max(1.0, np.rint(math.sqrt(pixels * aspect[i, v, t])))
-                fits = h <= full_h and w <= full_w
-                if fits:
-                    break
-            top, left = -1.0, -1.0
-            if not fits and clamp:
-                h, w = min(h, full_h), min(w, full_w)
-            elif not fits:
-                h, w = full_h, full_w
-                if full_w / full_h < low:
-                    h = min(full_h, max(1.0, np.rint(full_w / low)))
-                elif full_w / full_h > high:
-                    w = min(full_w, max(1.0, np.rint(full_h * high)))
-                top, left = (full_h - h) // 2, (full_w - w) // 2
-            out[i, v, 0] = top if top >= 0 else math.floor(u[i, v, 0] * (full_h - h + 1))
-            out[i, v, 1] = left if left >= 0 else math.floor(u[i, v, 1] * (full_w - w + 1))
-            out[i, v, 2] = h
-            out[i, v, 3] = w
 
 
 def _uniforms(seed: int, epoch: int, positions: NDArray[np.int64], draws: int) -> NDArray[np.float64]:

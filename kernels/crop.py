@@ -62,6 +62,41 @@ def _taps_reference(length: int, size: int) -> tuple[Tensor, Tensor]:
     return index.clamp(0, length - 1).long(), (weight / weight.sum(1, keepdim=True)).float()
 
 
+@njit(cache=True, nogil=True, error_model="numpy")
+def place_boxes(area, aspect, u, sizes, clamp, low, high, out):
+    """Boxes out (n, V, 4) from shares of the area and aspects (n, V, tries), uniforms u (n, V, 2) and sizes (n, 2).
+
+    A box has whole sides of at least 1. With `clamp` a side that does not fit is cut to the image's. Without, the first try
+    that fits is taken, and if none does, the largest centred box of an aspect in [low, high]: torchvision's
+    RandomResizedCrop. Compiled, since a loader calls it for every image, when it has learned the image's size.
+    """
+    for i in range(len(sizes)):
+        full_h, full_w = float(sizes[i, 0]), float(sizes[i, 1])
+        for v in range(out.shape[1]):
+            h, w, fits = 0.0, 0.0, False
+            for t in range(area.shape[2]):
+                pixels = area[i, v, t] * full_h * full_w
+                h = max(1.0, np.rint(math.sqrt(pixels / aspect[i, v, t])))
+                w = max(1.0, np.rint(math.sqrt(pixels * aspect[i, v, t])))
+                fits = h <= full_h and w <= full_w
+                if fits:
+                    break
+            top, left = -1.0, -1.0
+            if not fits and clamp:
+                h, w = min(h, full_h), min(w, full_w)
+            elif not fits:
+                h, w = full_h, full_w
+                if full_w / full_h < low:
+                    h = min(full_h, max(1.0, np.rint(full_w / low)))
+                elif full_w / full_h > high:
+                    w = min(full_w, max(1.0, np.rint(full_h * high)))
+                top, left = (full_h - h) // 2, (full_w - w) // 2
+            out[i, v, 0] = top if top >= 0 else math.floor(u[i, v, 0] * (full_h - h + 1))
+            out[i, v, 1] = left if left >= 0 else math.floor(u[i, v, 1] * (full_w - w + 1))
+            out[i, v, 2] = h
+            out[i, v, 3] = w
+
+
 class CropScratch:
     """A thread's working memory for `crop_into` at one output size."""
 

@@ -26,8 +26,10 @@ def compile_cpu_kernels(say: Callable[[str], None]) -> float:
     image = np.zeros((size, size, 3), dtype=np.uint8)
     planes = augment.new_planes(size)
     p = np.zeros(augment.COLUMNS, dtype=np.float32)
+    share, boxes = np.ones((1, 2, 1)), np.empty((1, 2, 4), dtype=np.int32)
     if not _cached():
         say("compiling the CPU kernels; the result is cached for the next start")
+    crop.place_boxes(share, share, np.zeros((1, 2, 2)), np.full((1, 2), size), True, 0.75, 4 / 3, boxes)
     crop.crop_into(image, (0, 0, size, size), False, planes, crop.CropScratch(size))
     for dtype in (np.float32, np.uint16):
         augment.augment_into(planes, p, np.empty((size, size, 3), dtype=dtype), augment.AugmentScratch(size))
@@ -39,7 +41,7 @@ def compile_cpu_kernels(say: Callable[[str], None]) -> float:
 
 def _cached() -> bool:
     """Whether numba's cache folder holds every entry point, compiled from the source as it is now."""
-    for kernel in (crop._crop, augment._until_contrast, augment._finish):
+    for kernel in (crop.place_boxes, crop._crop, augment._until_contrast, augment._finish):
         source = Path(inspect.getfile(kernel.py_func))
         pattern = f"{source.stem}.{kernel.py_func.__name__}-*.nbi"
         indexes = Path(kernel.stats.cache_path).glob(pattern)

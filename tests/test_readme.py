@@ -26,7 +26,7 @@ def test_every_file_of_the_tree_exists_and_none_is_left_out():
 def test_make_targets_and_sub_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
-        for target in re.findall(r"^ +make (\w+)", text, re.MULTILINE):
+        for target in re.findall(r"^ +make ([\w-]+)", text, re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     cli = (ROOT / "fastbyol" / "cli.py").read_text()
     for command in set(re.findall(r"^ +fastbyol (\w+)", README, re.MULTILINE)):

@@ -1,0 +1,60 @@
+"""Imports only go down this list, and kernels/ imports nothing of the rest."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ORDER = [
+    "cli",
+    "doctor",
+    "report",
+    "preview",
+    "train",
+    "runlog",
+    "evaluate",
+    "step",
+    "checkpoint",
+    "environment",
+    "data",
+    "model",
+    "optim",
+    "views",
+    "schedules",
+    "config",
+    "kernels",
+    "errors",
+]
+
+
+def modules():
+    for path in sorted((ROOT / "fastbyol").rglob("*.py")):
+        parts = path.relative_to(ROOT / "fastbyol").with_suffix("").parts
+        if parts[0] not in ("__init__", "__main__"):
+            yield parts[0], path
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        yield "kernels", path
+
+
+def imported(path):
+    """Names of fastbyol's top-level modules that a file imports, in functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastbyol":
+            inner = node.module.split(".")[1:]
+            yield from inner[:1] or (alias.name for alias in node.names if not alias.name.startswith("__"))
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("fastbyol."))
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: getattr(value, "stem", value))
+def test_imports_go_down(module, path):
+    assert module in ORDER
+    allowed = ORDER[ORDER.index(module) :] if module != "kernels" else ["kernels"]
+    assert set(imported(path)) <= set(allowed)
+
+
+def test_the_licence_is_apache_2():
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()
