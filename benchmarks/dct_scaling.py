@@ -1,0 +1,69 @@
+"""What data.dct_scaling changes: how many images it decodes smaller, and by how much their views differ.
+
+    python benchmarks/dct_scaling.py
+
+Runs the loader with and without the option over the same images of the loader benchmark's corpus and compares the views
+before normalisation, in 255ths. Writes benchmarks/results/dct_scaling.csv.
+"""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fastbyol import environment
+from fastbyol.config import DataConfig
+from fastbyol.data import build_loader, index_folder
+from fastbyol.kernels.augment import IMAGENET_STD
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = Path(__file__).parent / "results" / "dct_scaling.csv"
+CORPUS = ROOT / "data" / "photos-500px"
+STEPS, BATCH = 16, 64
+
+
+def compare(size: int) -> dict[str, str]:
+    folder = index_folder(CORPUS, "train")
+    plain, scaled = (
+        build_loader(
+            DataConfig(root=str(CORPUS), batch_size=BATCH, image_size_px=size, dct_scaling=scaling),
+            folder,
+            seed=0,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        ).batches(0, STEPS)
+        for scaling in (False, True)
+    )
+    std = torch.tensor(IMAGENET_STD)[:, None, None] * 255
+    differences = []
+    for a, b in zip(plain, scaled, strict=True):
+        both = torch.stack([((x - y).abs() * std).mean((1, 2, 3)) for x, y in zip(a.views, b.views, strict=True)])
+        differences.append(both.T)
+    difference = torch.cat(differences)  # (images, views)
+    changed = difference[(difference > 0).any(1)]
+    return {
+        "size_px": str(size),
+        "images": str(len(difference)),
+        "share_reduced": f"{len(changed) / len(difference):.3f}",
+        "mean_difference_255ths": f"{changed.mean().item():.2f}" if len(changed) else "",
+        "p95_difference_255ths": f"{changed.flatten().quantile(0.95).item():.2f}" if len(changed) else "",
+    }
+
+
+def main() -> None:
+    if not CORPUS.exists():
+        command = ["prepare", "photos", "--out", str(CORPUS), "--images", "5000"]
+        subprocess.run([sys.executable, "-m", "fastbyol", *command], check=True)
+    facts = environment.describe()
+    rows = [compare(size) | {key: facts[key] for key in ("fastbyol", "cpu", "simplejpeg")} for size in (96, 128, 224)]
+    with open(RESULT, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {RESULT}")
+
+
+if __name__ == "__main__":
+    main()
