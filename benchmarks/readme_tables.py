@@ -81,7 +81,24 @@ def loader() -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
-TABLES = {"demo_seeds": demo_seeds, "loader": loader}
+def dct_scaling() -> str:
+    rows = read("dct_scaling")
+    lines = [
+        "| size | images decoded smaller | mean difference of their views | 95 % of them below |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        if float(row["share_reduced"]) == 0:
+            lines.append(f"| {row['size_px']} px | none of {row['images']} | | |")
+            continue
+        share = f"{100 * float(row['share_reduced']):.0f} % of {row['images']}"
+        differences = f"{row['mean_difference_255ths']}/255 | {row['p95_difference_255ths']}/255"
+        lines.append(f"| {row['size_px']} px | {share} | {differences} |")
+    note = f"Commit {rows[0]['fastbyol'].split()[-1]}. Source: benchmarks/results/dct_scaling.csv."
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+TABLES = {"dct_scaling": dct_scaling, "demo_seeds": demo_seeds, "loader": loader}
 
 
 def render(text: str) -> str:
