@@ -158,7 +158,7 @@ class AugmentScratch:
         self.padded = np.zeros(blocks + 2 * radius + LANES, dtype=np.float32)
         terms = 1 + 2 * radius
         self.offsets, self.weights = np.zeros((2, terms), dtype=np.int64), np.zeros((2, terms), dtype=np.float32)
-        self.toned = np.zeros((3, size), dtype=np.float32)  # and before it becomes bfloat16
+        self.toned = np.zeros((3, size), dtype=np.float32)  # an output row before it becomes bfloat16
         self.taps = np.zeros(1 + radius, dtype=np.float32)
         self.mean = np.zeros(3, dtype=np.float32)
         mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
