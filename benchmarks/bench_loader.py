@@ -20,7 +20,6 @@ Writes benchmarks/results/loader.csv, one row per measurement; plot_loader.py dr
 """
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -32,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import results_csv
 import torch
 
 from fastbyol import environment
@@ -311,12 +311,8 @@ def main() -> None:
                 row |= {"cpu_s_per_1000": f"{1000 * result['cpu_seconds'] / result['images']:.3f}"}
                 rows.append(row | {"peak_mb": f"{result['peak_mb']:.0f}"} | facts)
                 print(f"round {round_}  {size} px  {name:<28} {rate:7.0f} images/s", flush=True)
-    with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    results_csv.write(args.out, rows)
     print_summary(rows)
-    print(f"wrote {args.out}")
 
 
 def print_summary(rows: list[dict]) -> None:

@@ -6,11 +6,11 @@ Runs the loader with and without the option over the same images of the loader b
 before normalisation, in 255ths. Writes benchmarks/results/dct_scaling.csv.
 """
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
 
+import results_csv
 import torch
 
 from fastbyol import environment
@@ -58,11 +58,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "fastbyol", *command], check=True)
     facts = environment.describe()
     rows = [compare(size) | {key: facts[key] for key in ("fastbyol", "cpu", "simplejpeg")} for size in (96, 128, 224)]
-    with open(RESULT, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {RESULT}")
+    results_csv.write(RESULT, rows)
 
 
 if __name__ == "__main__":

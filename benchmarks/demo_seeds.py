@@ -7,13 +7,14 @@ one row per seed to benchmarks/results/demo_seeds.csv. Takes about 3 minutes a s
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import results_csv
 
 from fastbyol import environment
 
@@ -52,11 +53,7 @@ def main() -> None:
         root = Path(temporary) / "photos"
         fastbyol("prepare", "photos", "--out", str(root), "--images", "3600", "--size", "80", "--seed", "0")
         rows = [measure(seed, root, Path(temporary) / "runs") for seed in seeds]
-    with open(RESULT, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {RESULT}")
+    results_csv.write(RESULT, rows)
 
 
 if __name__ == "__main__":
