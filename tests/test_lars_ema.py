@@ -17,7 +17,7 @@ ETA, MU = 1e-3, 0.9
 
 
 def lars_float64(w, gradients, *, lrs, taus, wd, adapt, target):
-    """BYOL.md's formulas, one tensor, one step after the other."""
+    """The formulas of Grill et al. and You et al., one tensor, one step after the other."""
     m = np.zeros_like(w)
     for g, lr, tau in zip(gradients, lrs, taus, strict=True):
         u = g + wd * w
