@@ -204,6 +204,7 @@ _JIT = {
     "error_model": "numpy",
     "fastmath": {"contract", "nsz", "arcp", "nnan", "reassoc"},
 }
+_RED, _GREEN, _BLUE = (np.float32(weight) for weight in GRAY_WEIGHTS)
 _CACHE_LINE = 64  # bytes
 _BLOCK = 1024  # pixels: three planes of a block stay in the L1 cache while the operations pass over them
 
@@ -217,7 +218,6 @@ def _clip(x):
 def _operation(operation, r, g, b, p, mean):
     """One colour operation in place on a block of pixels r, g, b (n,); mean (3,) is used by contrast alone."""
     one, zero = np.float32(1), np.float32(0)
-    wr, wg, wb = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
     torchvision = p[TORCHVISION] != 0
     n = len(r)
     if operation == OP_BRIGHTNESS:
@@ -238,7 +238,7 @@ def _operation(operation, r, g, b, p, mean):
         factor = p[SATURATION]
         if torchvision:
             for i in range(n):
-                gray = (one - factor) * (wr * r[i] + wg * g[i] + wb * b[i])
+                gray = (one - factor) * (_RED * r[i] + _GREEN * g[i] + _BLUE * b[i])
                 r[i] = _clip(factor * r[i] + gray)
                 g[i] = _clip(factor * g[i] + gray)
                 b[i] = _clip(factor * b[i] + gray)
@@ -262,8 +262,8 @@ def _operation(operation, r, g, b, p, mean):
             is_red, is_green = value == red, value == green
             difference = green - blue if is_red else (blue - red if is_green else red - green)
             base = zero if is_red else (two if is_green else four)
-            h = difference * (one / max(chroma, tiny)) + base + shift  # in [-1.6, 5.6]: |shift| <= 0.6 sextants
-            h += six if h < zero else zero
+            h = difference * (one / max(chroma, tiny)) + base + shift  # in [-4, 8] for up to half a turn
+            h += six if h < zero else (-six if h >= six else zero)
             r[i] = low + chroma * _clip(abs(h - three) - one)
             g[i] = low + chroma * _clip(two - abs(h - two))
             b[i] = low + chroma * _clip(two - abs(h - four))
@@ -300,7 +300,7 @@ def _until_contrast(planes, p, radius, taps, mean):
         for c in range(3):
             mean[c] = sums[c] / n
         if p[TORCHVISION] != 0:
-            mean[:] = np.float32(0.2989) * mean[0] + np.float32(0.587) * mean[1] + np.float32(0.114) * mean[2]
+            mean[:] = _RED * mean[0] + _GREEN * mean[1] + _BLUE * mean[2]
     taps[:] = np.float32(0)
     taps[0] = np.float32(1)
     if p[SIGMA] > 0:
@@ -320,9 +320,8 @@ def _from_contrast(planes, i, p, split, mean):
         for k in range(split, 4):
             _operation(int(p[ORDER + k]), r, g, b, p, mean)
     if p[GRAY] != 0:
-        wr, wg, wb = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
         for j in range(len(r)):
-            gray = wr * r[j] + wg * g[j] + wb * b[j]
+            gray = _RED * r[j] + _GREEN * g[j] + _BLUE * b[j]
             r[j] = gray
             g[j] = gray
             b[j] = gray

@@ -140,6 +140,13 @@ def test_kernel_in_every_order_of_the_jitter(order, torchvision):
     assert largest_error(random_view(5, 33), row) < 2e-5
 
 
+@pytest.mark.parametrize("hue", [-0.5, -0.3, 0.17, 0.5])
+def test_kernel_turns_the_hue_by_up_to_half_a_turn(hue):
+    """More than the recipes draw: a recipe of one's own may."""
+    row = parameter_row(JITTER=1, CONTRAST=1, SATURATION=1, HUE=hue)
+    assert largest_error(random_view(7, 33), row) < 2e-5
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     size=st.sampled_from([1, 2, 8, 19, 31, 32, 48, 97, 224]),

@@ -43,7 +43,7 @@ def decode(data: bytes, buffer: DecodeBuffer | None = None) -> NDArray[np.uint8]
     """
     if not data:
         raise BadImage("the file is empty")
-    if data[:2] == b"\xff\xd8" and data.find(b"Exif\x00\x00", 0, _EXIF_SEARCH_BYTES) < 0:
+    if _is_plain_jpeg(data):
         pixels = _decode_simplejpeg(data, buffer or DecodeBuffer())
         if pixels is not None:
             return pixels
@@ -52,7 +52,7 @@ def decode(data: bytes, buffer: DecodeBuffer | None = None) -> NDArray[np.uint8]
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG that `decode_reduced` can decode; None for any other file (damaged, EXIF, CMYK, PNG)."""
-    if data[:2] != b"\xff\xd8" or data.find(b"Exif\x00\x00", 0, _EXIF_SEARCH_BYTES) >= 0:
+    if not _is_plain_jpeg(data):
         return None
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(data)
@@ -84,6 +84,11 @@ def decode_reduced(
     except ValueError:  # a libjpeg warning: let Pillow judge, as `decode` does, and keep the size that was promised
         with Image.fromarray(_decode_pillow(data)) as image:
             return np.array(image.resize((width, height), Image.Resampling.BOX))
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """A JPEG without EXIF data, which could hold an orientation: Pillow reads those."""
+    return data[:2] == b"\xff\xd8" and data.find(b"Exif\x00\x00", 0, _EXIF_SEARCH_BYTES) < 0
 
 
 def _decode_simplejpeg(data: bytes, buffer: DecodeBuffer) -> NDArray[np.uint8] | None:

@@ -5,7 +5,7 @@ and lets the kernels of crop.py and augment.py write its two views into its plac
 Nothing is pickled, copied or stacked. A slow disk is hidden by the readers, a slow consumer blocks all of them.
 
 Memory: the ring has (prefetch_batches + 1) * V * B * S * S * 3 * bytes per value (V = 2 views); files read ahead take
-readahead_images * bytes per file; each worker holds one decoded image and about 60 S * S bytes of scratch.
+readahead_images * bytes per file; each worker holds one decoded image and the planes of one view, 12 * S * S bytes.
 """
 
 import os

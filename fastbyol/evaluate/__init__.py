@@ -11,7 +11,7 @@ from torch import nn
 from fastbyol import checkpoint, environment
 from fastbyol.config import Config, EvalConfig
 from fastbyol.data import index_folder
-from fastbyol.errors import InputError
+from fastbyol.errors import InputError, first_line
 from fastbyol.evaluate.features import Features, calibrate_batchnorm, check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.evaluate.linear import linear_accuracy
@@ -95,7 +95,7 @@ def load_run(run_or_file: Path, say: Callable[[str], None]) -> tuple[Path, Confi
         model = build_model(config.model, config.data.image_size_px, config.seed)
         model.load_state_dict(state["model"])
     except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"checkpoint {path} cannot be used: {str(error).splitlines()[0]}") from None
+        raise InputError(f"checkpoint {path} cannot be used: {first_line(error)}") from None
     return path, config, model
 
 
