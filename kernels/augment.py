@@ -30,7 +30,7 @@ from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastbyol.kernels.unchecked import LANES, at, put, weighted_sum
+from fastbyol.kernels.unchecked import LANES, ROWS, aligned_zeros, at, blur_columns, finish_row, put
 
 # Columns of a view's parameter row.
 BOX, FLIP, JITTER, ORDER = 0, 4, 5, 6
@@ -152,14 +152,12 @@ class AugmentScratch:
     """A thread's working memory for `augment_into` at one output size."""
 
     def __init__(self, size: int) -> None:
-        radius = _padded_radius(blur_radius(size))
-        blocks = -(-size // LANES) * LANES
-        self.rows = np.zeros((3, blocks), dtype=np.float32)  # an output row after the blur
-        self.padded = np.zeros(blocks + 2 * radius + LANES, dtype=np.float32)
-        terms = 1 + 2 * radius
-        self.offsets, self.weights = np.zeros((2, terms), dtype=np.int64), np.zeros((2, terms), dtype=np.float32)
-        self.toned = np.zeros((3, size), dtype=np.float32)  # an output row before it becomes bfloat16
-        self.taps = np.zeros(1 + radius, dtype=np.float32)
+        radius, blocks = blur_radius(size), -(-size // LANES)
+        self.taps = np.zeros(1 + max(radius, _RADII[-1]), dtype=np.float32)
+        self.padded = aligned_zeros((3, ROWS, _PAD + LANES * blocks + _PAD))  # rows after the vertical pass of the blur
+        self.offsets = np.zeros(ROWS + 2 * _RADII[-1], dtype=np.int64)
+        self.line = np.zeros(size + 2 * radius, dtype=np.float32)
+        self.edge = np.zeros(3 * LANES, dtype=np.float32)  # what is left of an output row after its last whole vector
         self.mean = np.zeros(3, dtype=np.float32)
         mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
         self.scale = (1 / std).astype(np.float32)
@@ -167,11 +165,8 @@ class AugmentScratch:
 
 
 def new_planes(size: int) -> NDArray[np.float32]:
-    """(3, S, S) float32 that begins a cache line, with room behind it for a last vector that reads beyond the end."""
-    count = 3 * size * size
-    memory = np.zeros(count + LANES + _CACHE_LINE // 4, dtype=np.float32)
-    skip = -memory.ctypes.data % _CACHE_LINE // 4
-    return memory[skip : skip + count].reshape(3, size, size)
+    """(3, S, S) float32 that begins a cache line, with a row of zeros behind it: what the blur finds outside the view."""
+    return aligned_zeros((3, size, size), beyond=size + LANES)
 
 
 def augment_into(
@@ -190,12 +185,7 @@ def augment_into(
     """
     s = scratch
     split = _until_contrast(planes, p, blur_radius(planes.shape[1]), s.taps, s.mean)
-    _finish(planes, p, split, s.mean, s.taps, s.padded, s.rows, s.toned, s.scale, s.offset, s.offsets, s.weights, out)
-
-
-def _padded_radius(radius: int) -> int:
-    """Taps are handled in groups of four per side."""
-    return -(-radius // 4) * 4
+    _finish(planes, p, split, s.mean, s.taps, s.padded, s.line, s.edge, s.scale, s.offset, s.offsets, out)
 
 
 _JIT = {
@@ -205,7 +195,6 @@ _JIT = {
     "fastmath": {"contract", "nsz", "arcp", "nnan", "reassoc"},
 }
 _RED, _GREEN, _BLUE = (np.float32(weight) for weight in GRAY_WEIGHTS)
-_CACHE_LINE = 64  # bytes
 _BLOCK = 1024  # pixels: three planes of a block stay in the L1 cache while the operations pass over them
 
 
@@ -327,96 +316,80 @@ def _from_contrast(planes, i, p, split, mean):
             b[j] = gray
 
 
-@njit(**_JIT)
-def _tone(x, solarise, gain, shift):
-    """Solarise, clip and normalise one value."""
-    x = np.float32(1) - x if solarise and x >= np.float32(0.5) else x
-    return _clip(x) * gain + shift
+_RADII = (0, 2, 4, 6, 8)  # that the vector code knows; BYOL's largest sigma, 2, needs 8
+_COLUMNS_2, _COLUMNS_4, _COLUMNS_6, _COLUMNS_8 = (blur_columns(radius) for radius in _RADII[1:])
+_FINISH = {bfloat16: [finish_row(radius, bfloat16=bfloat16) for radius in _RADII] for bfloat16 in (False, True)}
+_PAD = LANES  # zeros on both sides of a row that is to be blurred
 
 
-def _store(source, red, green, blue, solarise, gain, shift, toned, out, place):
-    """Last step of a row: tones S values from red, green and blue on in the flat `source` and interleaves them.
-
-    They go to the flat `out` from `place` on; where that is uint16, as the bits of bfloat16, with `toned` (3, S) between.
-    """
+def _finish_row(source, red, green, blue, radius, taps, solarise, gain, shift, out, place, blocks):
+    """`finish_row` of unchecked.py for this radius and this kind of `out`."""
     raise NotImplementedError("only its overload below exists: it is called from compiled code alone")
 
 
-@overload(_store, jit_options=_JIT)
-def _store_overload(source, red, green, blue, solarise, gain, shift, toned, out, place):
-    if out.dtype == types.float32:
+@overload(_finish_row, jit_options=_JIT)
+def _finish_row_overload(source, red, green, blue, radius, taps, solarise, gain, shift, out, place, blocks):
+    finish_0, finish_2, finish_4, finish_6, finish_8 = _FINISH[out.dtype == types.uint16]
 
-        def store_float32(source, red, green, blue, solarise, gain, shift, toned, out, place):
-            gain_r, gain_g, gain_b = gain[0], gain[1], gain[2]
-            shift_r, shift_g, shift_b = shift[0], shift[1], shift[2]
-            for j in range(toned.shape[1]):
-                put(out, place + 3 * j, _tone(at(source, red + j), solarise, gain_r, shift_r))
-                put(out, place + 3 * j + 1, _tone(at(source, green + j), solarise, gain_g, shift_g))
-                put(out, place + 3 * j + 2, _tone(at(source, blue + j), solarise, gain_b, shift_b))
+    def finish(source, red, green, blue, radius, taps, solarise, gain, shift, out, place, blocks):
+        if radius == 0:
+            finish_0(source, red, green, blue, taps, solarise, gain, shift, out, place, blocks)
+        elif radius == 2:
+            finish_2(source, red, green, blue, taps, solarise, gain, shift, out, place, blocks)
+        elif radius == 4:
+            finish_4(source, red, green, blue, taps, solarise, gain, shift, out, place, blocks)
+        elif radius == 6:
+            finish_6(source, red, green, blue, taps, solarise, gain, shift, out, place, blocks)
+        else:
+            finish_8(source, red, green, blue, taps, solarise, gain, shift, out, place, blocks)
 
-        return store_float32
-
-    def store_bfloat16(source, red, green, blue, solarise, gain, shift, toned, out, place):
-        size = toned.shape[1]
-        gain_r, gain_g, gain_b = gain[0], gain[1], gain[2]
-        shift_r, shift_g, shift_b = shift[0], shift[1], shift[2]
-        for j in range(size):
-            put(toned, j, _tone(at(source, red + j), solarise, gain_r, shift_r))
-            put(toned, size + j, _tone(at(source, green + j), solarise, gain_g, shift_g))
-            put(toned, 2 * size + j, _tone(at(source, blue + j), solarise, gain_b, shift_b))
-        bits = toned.view(np.uint32)
-        for j in range(size):
-            put(out, place + 3 * j, _round_bfloat16(at(bits, j)))
-            put(out, place + 3 * j + 1, _round_bfloat16(at(bits, size + j)))
-            put(out, place + 3 * j + 2, _round_bfloat16(at(bits, 2 * size + j)))
-
-    return store_bfloat16
+    return finish
 
 
 @njit(**_JIT)
-def _round_bfloat16(bits):
-    """The upper half of a float32's bits (uint32), rounded to nearest, ties to even."""
-    return (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-
-
-_first_nine = weighted_sum(9, accumulate=False)  # the centre and four taps on each side
-_next_eight = weighted_sum(8, accumulate=True)  # four further taps on each side
-
-
-@njit(**_JIT)
-def _blur_row(planes, i, size, taps, groups, padded, rows, offsets, weights):
-    """Row i of the three planes, blurred, in rows[:, :size]: vertical sums into `padded`, from there the horizontal ones.
-
-    offsets and weights (2, terms) are those of the vertical and of the horizontal sums; the caller filled the latter.
-    Vectors of LANES values may read and write beyond the row's end: planes, padded and rows have room for that, and what
-    must be 0 (the horizontal padding) is set to 0 again.
-    """
-    pad = 4 * groups
+def _blur_columns(planes, i, radius, taps, offsets, padded):
+    """The vertical pass for rows i .. i + ROWS - 1 of the three planes, into padded (3, ROWS, ...)."""
+    size = planes.shape[1]
+    stride = padded.shape[2]
     blocks = -(-size // LANES)
-    terms = weights.shape[1]
-    for d in range(pad + 1):
-        for side in range(2 if d else 1):
-            y = i + d if side else i - d
-            term = 2 * d - 1 + side if d else 0
-            inside = 0 <= y < size
-            put(offsets, term, y * size if inside else 0)
-            put(weights, term, taps[d] if inside else np.float32(0))
     for c in range(3):
-        plane = c * size * size
-        _first_nine(planes, plane, offsets, weights, 0, padded, pad, blocks)
-        for k in range(1, groups):
-            _next_eight(planes, plane, offsets, weights, 8 * k + 1, padded, pad, blocks)
-        for j in range(pad + LANES):
-            put(padded, pad + size + j, np.float32(0))
-        out = c * rows.shape[1]
-        _first_nine(padded, 0, offsets, weights, terms, rows, out, blocks)
-        for k in range(1, groups):
-            _next_eight(padded, 0, offsets, weights, terms + 8 * k + 1, rows, out, blocks)
+        for k in range(ROWS + 2 * radius):
+            y = i - radius + k
+            put(offsets, k, (c * size + y) * size if 0 <= y < size else 3 * size * size)  # the zeros behind the planes
+        start = c * ROWS * stride + _PAD
+        if radius == 2:
+            _COLUMNS_2(planes, offsets, taps, padded, start, stride, blocks)
+        elif radius == 4:
+            _COLUMNS_4(planes, offsets, taps, padded, start, stride, blocks)
+        elif radius == 6:
+            _COLUMNS_6(planes, offsets, taps, padded, start, stride, blocks)
+        else:
+            _COLUMNS_8(planes, offsets, taps, padded, start, stride, blocks)
+        for k in range(ROWS):
+            for j in range(_PAD):
+                put(padded, start + k * stride + size + j, np.float32(0))
 
 
 @njit(**_JIT)
-def _finish(planes, p, split, mean, taps, padded, rows, toned, scale, offset, offsets, weights, out):
-    """Second pass, one output row at a time: the colour operations from contrast on, blur, solarise, clip, normalise.
+def _blur_wide(planes, i, radius, taps, line, padded):
+    """Both passes for the same rows with any radius, value by value: for recipes with a larger sigma than BYOL's."""
+    size, margin = planes.shape[1], (len(line) - planes.shape[1]) // 2
+    for c in range(3):
+        for k in range(min(ROWS, size - i)):
+            line[:] = 0
+            for y in range(max(i + k - radius, 0), min(i + k + radius + 1, size)):
+                for j in range(size):
+                    line[margin + j] += taps[abs(i + k - y)] * planes[c, y, j]
+            for j in range(size):
+                total = np.float32(0)
+                for d in range(-radius, radius + 1):
+                    total += taps[abs(d)] * line[margin + j + d]
+                padded[c, k, _PAD + j] = total
+
+
+@njit(**_JIT)
+def _finish(planes, p, split, mean, taps, padded, line, edge, scale, offset, offsets, out):
+    """Second pass, ROWS output rows at a time: the colour operations from contrast on, blur, solarise, clip, normalise.
 
     A row's colours are made just before the first output row that its blur needs, while the rows around it are in cache.
     planes (3, S, S) -> out (S, S, 3).
@@ -425,32 +398,35 @@ def _finish(planes, p, split, mean, taps, padded, rows, toned, scale, offset, of
     """
     size = planes.shape[1]
     solarise = p[SOLARISE] != 0
-    groups = (len(taps) - 1) // 4
-    while groups > 0:
-        mass = np.float32(0)
-        for d in range(4 * groups - 3, len(taps)):
-            mass += 2 * taps[d]
-        if mass > np.float32(1e-4):
-            break
-        groups -= 1
-    pad = 4 * groups
-    for d in range(pad + 1):
-        for side in range(2 if d else 1):
-            term = 2 * d - 1 + side if d else 0
-            offsets[1, term] = pad + d if side else pad - d
-            weights[1, term] = taps[d]
-    padded[:pad] = 0
+    radius, mass = 0, np.float32(1) - taps[0]
+    while radius + 1 < len(taps) and mass > np.float32(1e-4):
+        radius += 1
+        mass -= 2 * taps[radius]
+    wide = radius > _RADII[-1]
+    if not wide:
+        radius += radius % 2
+    horizontal = 0 if wide else radius  # what `_finish_row` still has to do: `_blur_wide` does both passes
+    source = padded if radius > 0 else planes
+    stride, plane = (padded.shape[2], ROWS * padded.shape[2]) if radius > 0 else (size, size * size)
+    flat, rest = out.reshape(out.size), edge.view(out.dtype)
+    blocks = size // LANES
+    done = LANES * blocks
     coloured = 0
-    for i in range(size):
-        while coloured < min(i + 4 * groups + 1, size):
+    for i in range(0, size, ROWS):
+        while coloured < min(i + ROWS + radius, size):
             _from_contrast(planes, coloured, p, split, mean)
             coloured += 1
-        place = 3 * size * i
-        if groups > 0:
-            _blur_row(planes, i, size, taps, groups, padded, rows, offsets, weights)
-            stride = rows.shape[1]
-            _store(rows, 0, stride, 2 * stride, solarise, scale, offset, toned, out, place)
-        else:
-            red = i * size
-            green, blue = red + size * size, red + 2 * size * size
-            _store(planes, red, green, blue, solarise, scale, offset, toned, out, place)
+        if wide:
+            _blur_wide(planes, i, radius, taps, line, padded)
+        elif radius > 0:
+            _blur_columns(planes, i, radius, taps, offsets, padded)
+        for k in range(min(ROWS, size - i)):
+            red = k * stride + _PAD if radius > 0 else (i + k) * size
+            green, blue = red + plane, red + 2 * plane
+            place = 3 * size * (i + k)
+            _finish_row(source, red, green, blue, horizontal, taps, solarise, scale, offset, flat, place, blocks)
+            if done < size:
+                red, green, blue, place = red + done, green + done, blue + done, place + 3 * done
+                _finish_row(source, red, green, blue, horizontal, taps, solarise, scale, offset, rest, 0, 1)
+                for j in range(3 * (size - done)):
+                    put(flat, place + j, at(rest, j))

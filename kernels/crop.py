@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from llvmlite import binding, ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastbyol.kernels.unchecked import LANES, at, put, weighted_sum
+from fastbyol.kernels.unchecked import aligned_zeros, at, clip, data_pointer, put, shuffle, splat, vector_pointer
 
 _JIT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
 
@@ -107,9 +108,10 @@ class CropScratch:
         self.start = np.zeros(2 * pairs, dtype=np.int64)  # where in `row` an output pixel's x taps begin, in bytes
         self.fixed = np.zeros((pairs, 2, 2, 8), dtype=np.int16)  # x weights as `_resize_pair` reads them
         self.row = np.zeros(0, dtype=np.uint8)
-        self.resized = np.zeros((4, 2 * pairs * _LANES), dtype=np.float32)  # the last four source rows, resized in x
+        blocks = -(-size // _PIXELS)
+        self.resized = aligned_zeros((4, blocks * _PIXELS * _LANES))  # the last four source rows, resized in x
         self.offsets, self.factors = np.zeros(4, dtype=np.int64), np.zeros(4, dtype=np.float32)  # of the blend in y
-        self.blended = np.zeros(2 * pairs * _LANES, dtype=np.float32)
+        self.edge = aligned_zeros((3 * _PIXELS,))  # what is left of an output row after its last whole block
 
     def row_for(self, width: int) -> NDArray[np.uint8]:
         """One source row of `width` RGB pixels, its padding, and what a 16-byte load may read beyond; only grows."""
@@ -144,7 +146,7 @@ def crop_into(
     if not (0 <= top and 0 <= left and 0 < height <= image.shape[0] - top and 0 < width <= image.shape[1] - left):
         raise ValueError(f"crop box {box} is not inside an image of {image.shape[:2]}")
     s = scratch
-    arrays = s.first, s.weight, s.start, s.fixed, s.row_for(width), s.resized, s.offsets, s.factors, s.blended
+    arrays = s.first, s.weight, s.start, s.fixed, s.row_for(width), s.resized, s.offsets, s.factors, s.edge
     _crop(image, top, left, height, width, flip, *arrays, out)
 
 
@@ -229,7 +231,53 @@ def _resize_pair(typing_context, row, start0, start1, weights, pair, out, place)
     return signature, generate
 
 
-_blend = weighted_sum(4, accumulate=False)
+_PIXELS = 16  # of one round of `_blend`
+
+
+@intrinsic
+def _blend(typing_context, resized, offsets, factors, out, red, green, blue, start, blocks):
+    """Pixels start .. start + _PIXELS * blocks - 1 of an output row: the sum of four resized rows, clipped to [0, 1].
+
+    out[red + j], out[green + j], out[blue + j] for pixel start + j = channels of the sum over k of
+    factors[k] * resized[offsets[k] + _LANES * (start + j) + channel]. Sum and separation of the channels stay in registers.
+    """
+    whole = types.int64
+    signature = types.void(resized, offsets, factors, out, whole, whole, whole, whole, whole)
+
+    def generate(context, builder, signature, arguments):
+        resized, offsets, factors, out = (
+            data_pointer(context, builder, signature.args[i], arguments[i]) for i in range(4)
+        )
+        places, start, blocks = arguments[4:7], arguments[7], arguments[8]
+        f32, i64 = ir.FloatType(), ir.IntType(64)
+        quarter = _PIXELS // _LANES  # pixels of a vector
+
+        def constant(value):
+            return ir.Constant(i64, value)
+
+        begins = [builder.load(builder.gep(offsets, [constant(k)])) for k in range(4)]
+        weights = [splat(builder, builder.load(builder.gep(factors, [constant(k)])), _PIXELS) for k in range(4)]
+        with cgutils.for_range(builder, blocks) as loop:
+            j = builder.mul(loop.index, constant(_PIXELS))
+            first = builder.mul(builder.add(start, j), constant(_LANES))
+            sums = []
+            for v in range(_LANES):
+                total = None
+                for begin, weight in zip(begins, weights, strict=True):
+                    place = builder.add(builder.add(begin, first), constant(_PIXELS * v))
+                    values = builder.load(vector_pointer(builder, resized, place, f32, _PIXELS), align=64)
+                    product = builder.fmul(values, weight, flags=("contract",))
+                    total = product if total is None else builder.fadd(total, product, flags=("contract",))
+                sums.append(clip(builder, total))
+            for c, base in enumerate(places):
+                picks = [_LANES * k + c for k in range(2 * quarter)]  # one channel of two vectors
+                halves = [shuffle(builder, sums[v], sums[v + 1], picks) for v in (0, 2)]
+                channel = shuffle(builder, *halves, range(_PIXELS))
+                stored = builder.store(channel, vector_pointer(builder, out, builder.add(base, j), f32, _PIXELS))
+                stored.align = 4
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
 @njit(**_JIT)
@@ -276,11 +324,10 @@ def _fix_weights(first, weight, flip, start, fixed):
 
 @njit(**_JIT)
 def _crop(
-    image, top, left, height, width, flip, first, weight, start, fixed, row, resized, offsets, factors, blended, out
+    image, top, left, height, width, flip, first, weight, start, fixed, row, resized, offsets, factors, edge, out
 ):
     """Every source row is resized in x once and kept while output rows need it (four rows at most); y is a blend."""
     size = out.shape[1]
-    zero, one = np.float32(0), np.float32(1)
     _taps(height, size, first[0], weight[0])
     _taps(width, size, first[1], weight[1])
     _fix_weights(first[1], weight[1], flip, start, fixed)
@@ -291,19 +338,22 @@ def _crop(
         y0 = first[0, i]
         for y in range(max(y0, done + 1, 0), min(y0 + 4, height)):
             pixels = (top + y) * pitch + 3 * left
+            target = y % 4 * stride // (2 * _LANES)
             for x in range(3 * width):
                 put(row, 3 * _PAD + x, at(image, pixels + x))
-            target = y % 4 * stride // (2 * _LANES)
             for pair in range(len(start) // 2):
                 _resize_pair(row, at(start, 2 * pair), at(start, 2 * pair + 1), fixed, pair, resized, target + pair)
             done = y
         for k in range(4):
             offsets[k] = (y0 + k) % 4 * stride
             factors[k] = scale * weight[0, i, k]
-        _blend(resized, 0, offsets, factors, 0, blended, 0, stride // LANES)
         red = i * size
         green, blue = red + size * size, red + 2 * size * size
-        for j in range(size):
-            put(out, red + j, min(max(at(blended, _LANES * j), zero), one))
-            put(out, green + j, min(max(at(blended, _LANES * j + 1), zero), one))
-            put(out, blue + j, min(max(at(blended, _LANES * j + 2), zero), one))
+        blocks = size // _PIXELS
+        _blend(resized, offsets, factors, out, red, green, blue, 0, blocks)
+        done_pixels = _PIXELS * blocks
+        if done_pixels < size:
+            _blend(resized, offsets, factors, edge, 0, _PIXELS, 2 * _PIXELS, done_pixels, 1)
+            for c in range(3):
+                for j in range(size - done_pixels):
+                    put(out, red + c * size * size + done_pixels + j, at(edge, c * _PIXELS + j))

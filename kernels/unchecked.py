@@ -10,23 +10,56 @@ numba's cache does not notice a change of this file in the kernels that use it: 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
-LANES = 8  # of `weighted_sum`: LLVM cuts its vectors to what the processor has
+LANES = 16  # of the vectors here: LLVM cuts them to what the processor has
+ROWS = 4  # of one round of `blur_columns`
+CACHE_LINE = 64  # bytes
 
 _I64 = ir.IntType(64)
+_I32 = ir.IntType(32)
+_I16 = ir.IntType(16)
+_F32 = ir.FloatType()
 
 
-def _data(context, builder, kind, array) -> ir.Value:
+def aligned_zeros(shape: tuple[int, ...], *, beyond: int = 0) -> NDArray[np.float32]:
+    """float32 zeros that begin a cache line, with room for `beyond` more behind them, for vectors that reach over the end."""
+    count = int(np.prod(shape))
+    memory = np.zeros(count + beyond + CACHE_LINE // 4, dtype=np.float32)
+    skip = -memory.ctypes.data % CACHE_LINE // 4
+    return memory[skip : skip + count].reshape(shape)
+
+
+def data_pointer(context, builder, kind, array) -> ir.Value:
+    """Where the values of a numba array begin."""
     return context.make_array(kind)(context, builder, array).data
+
+
+def vector_pointer(builder, base, index, kind, lanes) -> ir.Value:
+    """&base[index] as the place of a vector of `lanes` values."""
+    return builder.bitcast(builder.gep(base, [index]), ir.VectorType(kind, lanes).as_pointer())
+
+
+def splat(builder, scalar, lanes) -> ir.Value:
+    """A vector of `lanes` copies of a scalar."""
+    kind = ir.VectorType(scalar.type, lanes)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    return shuffle(builder, first, first, [0] * lanes)
+
+
+def shuffle(builder, a, b, mask) -> ir.Value:
+    """The lanes `mask` of the vectors a and b put end to end."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(mask)), list(mask)))
 
 
 def _place(context, builder, signature, arguments) -> ir.Value:
     index = context.cast(builder, arguments[1], signature.args[1], types.int64)
-    return builder.gep(_data(context, builder, signature.args[0], arguments[0]), [index])
+    return builder.gep(data_pointer(context, builder, signature.args[0], arguments[0]), [index])
 
 
 @intrinsic
@@ -51,55 +84,141 @@ def put(typing_context, array, index, value):
     return types.void(array, index, value), generate
 
 
-def weighted_sum(terms: int, *, accumulate: bool) -> Callable[..., Any]:
-    """Makes f(source, base, offsets, weights, first, out, start, blocks), float32 arrays and int64 offsets, C-contiguous:
+def blur_columns(radius: int) -> Callable[..., Any]:
+    """Makes f(source, offsets, taps, out, start, stride, blocks): ROWS rows of the vertical pass of a blur.
 
-        out[start + j] (+)= sum over k of weights[k] * source[base + offsets[k] + j]
+    With y[i] the row at source[offsets[i]], i < ROWS + 2 radius, for k < ROWS and j < LANES * blocks:
 
-    for first <= k < first + terms and j < LANES * blocks.
+        out[start + stride k + j] = taps[0] y[radius + k][j] + sum over d of taps[d] (y[radius + k - d][j] + y[radius + k + d][j])
 
-    `source` and `out` are different arrays, both long enough for the last block. numba's loop vectoriser makes scalar code
-    of this loop: that many streams are more than LLVM tests for aliases.
+    Every value is loaded once for all the rows that it counts for.
     """
 
     @intrinsic
-    def add_up(typing_context, source, base, offsets, weights, first, out, start, blocks):
+    def blur(typing_context, source, offsets, taps, out, start, stride, blocks):
         whole = types.int64
-        signature = types.void(source, whole, offsets, weights, whole, out, whole, whole)
-        vector = ir.VectorType(ir.FloatType(), LANES)
+        signature = types.void(source, offsets, taps, out, whole, whole, whole)
 
         def generate(context, builder, signature, arguments):
-            source, offsets, weights, out = (
-                _data(context, builder, signature.args[i], arguments[i]) for i in (0, 2, 3, 5)
+            source, offsets, taps, out = (
+                data_pointer(context, builder, signature.args[i], arguments[i]) for i in range(4)
             )
-            base, first, start, blocks = (arguments[i] for i in (1, 4, 6, 7))
-
-            def constant(value):
-                return ir.Constant(_I64, value)
-
-            def vector_at(base, index):
-                return builder.bitcast(builder.gep(base, [index]), vector.as_pointer())
-
-            factors, begins = [], []
-            for k in range(terms):
-                term = builder.add(first, constant(k))
-                scalar = builder.load(builder.gep(weights, [term]))
-                lane = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-                zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-                factors.append(builder.shuffle_vector(lane, lane, zeros))
-                begins.append(builder.add(base, builder.load(builder.gep(offsets, [term]))))
+            start, stride, blocks = arguments[4:]
+            begins = [builder.load(builder.gep(offsets, [_whole(i)])) for i in range(ROWS + 2 * radius)]
+            weights = [splat(builder, builder.load(builder.gep(taps, [_whole(d)])), LANES) for d in range(radius + 1)]
             with cgutils.for_range(builder, blocks) as loop:
-                j = builder.mul(loop.index, constant(LANES))
-                place = vector_at(out, builder.add(start, j))
-                total = builder.load(place, align=4) if accumulate else None
-                for factor, begin in zip(factors, begins, strict=True):
-                    values = builder.load(vector_at(source, builder.add(begin, j)), align=4)
-                    product = builder.fmul(values, factor, flags=("contract",))
-                    total = product if total is None else builder.fadd(total, product, flags=("contract",))
-                stored = builder.store(total, place)
-                stored.align = 4
+                j = builder.mul(loop.index, _whole(LANES))
+                rows = [_load(builder, source, builder.add(begin, j)) for begin in begins]
+                for k in range(ROWS):
+                    total = _symmetric_sum(builder, rows[k : k + 2 * radius + 1], weights)
+                    place = builder.add(builder.add(start, builder.mul(stride, _whole(k))), j)
+                    stored = builder.store(total, vector_pointer(builder, out, place, _F32, LANES))
+                    stored.align = 4
             return context.get_dummy_value()
 
         return signature, generate
 
-    return add_up
+    return blur
+
+
+def finish_row(radius: int, *, bfloat16: bool) -> Callable[..., Any]:
+    """Makes f(source, red, green, blue, taps, solarise, gain, shift, out, place, blocks): the last step of a row of a view.
+
+    For LANES * blocks pixels: the horizontal pass of the blur over the rows that begin at source[red], [green] and [blue]
+    (none with radius 0), solarise if told to, clip to [0, 1], times gain (3,), plus shift (3,); then written to the flat `out` from
+    `place` on as R G B R G B ...: float32, or with `bfloat16` the upper half of its bits, rounded to nearest, ties to even, to
+    uint16. All of it happens in registers; the neighbours of a vector's values are shifted in from the vectors beside it.
+
+    radius <= LANES; with a blur, `source` is readable from LANES before the rows to LANES after their last block.
+    """
+
+    @intrinsic
+    def finish(typing_context, source, red, green, blue, taps, solarise, gain, shift, out, place, blocks):
+        whole = types.int64
+        signature = types.void(source, whole, whole, whole, taps, types.boolean, gain, shift, out, whole, whole)
+
+        def generate(context, builder, signature, arguments):
+            source, taps, gain, shift, out = (
+                data_pointer(context, builder, signature.args[i], arguments[i]) for i in (0, 4, 6, 7, 8)
+            )
+            begins, place, blocks = arguments[1:4], arguments[9], arguments[10]
+            invert = splat(builder, context.cast(builder, arguments[5], types.boolean, types.boolean), LANES)
+            weights = [splat(builder, builder.load(builder.gep(taps, [_whole(d)])), LANES) for d in range(radius + 1)]
+            gains, shifts = (
+                [splat(builder, builder.load(builder.gep(a, [_whole(c)])), LANES) for c in range(3)]
+                for a in (gain, shift)
+            )
+            half, one = (ir.Constant(ir.VectorType(_F32, LANES), [value] * LANES) for value in (0.5, 1.0))
+            with cgutils.for_range(builder, blocks) as loop:
+                j = builder.mul(loop.index, _whole(LANES))
+                channels = []
+                for begin, factor, summand in zip(begins, gains, shifts, strict=True):
+                    x = _blurred(builder, source, builder.add(begin, j), weights)
+                    bright = builder.and_(builder.fcmp_ordered(">=", x, half), invert)
+                    x = clip(builder, builder.select(bright, builder.fsub(one, x), x))
+                    x = builder.fadd(builder.fmul(x, factor, flags=("contract",)), summand, flags=("contract",))
+                    channels.append(_round_bfloat16(builder, x) if bfloat16 else x)
+                for k in range(3):
+                    start = builder.add(place, builder.add(builder.mul(j, _whole(3)), _whole(LANES * k)))
+                    kind, width = (_I16, 2) if bfloat16 else (_F32, 4)
+                    pointer = vector_pointer(builder, out, start, kind, LANES)
+                    builder.store(_interleaved(builder, channels, k), pointer).align = width
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return finish
+
+
+def _blurred(builder, source, place, weights) -> ir.Value:
+    """The horizontal pass for the vector at source[place]."""
+    radius = len(weights) - 1
+    centre = _load(builder, source, place)
+    if radius == 0:
+        return centre
+    before, after = (_load(builder, source, builder.add(place, _whole(d))) for d in (-LANES, LANES))
+    left = [shuffle(builder, before, centre, range(LANES - d, 2 * LANES - d)) for d in range(radius, 0, -1)]
+    right = [shuffle(builder, centre, after, range(d, LANES + d)) for d in range(1, radius + 1)]
+    return _symmetric_sum(builder, [*left, centre, *right], weights)
+
+
+def _interleaved(builder, channels, k) -> ir.Value:
+    """Vector k of the three that hold R G B R G B ... of three vectors R, G, B."""
+    sources = [divmod(LANES * k + lane, 3) for lane in range(LANES)]  # (pixel, channel) of a lane
+    red_green = [0 if channel == 2 else pixel + LANES * channel for pixel, channel in sources]
+    with_blue = [LANES + pixel if channel == 2 else lane for lane, (pixel, channel) in enumerate(sources)]
+    return shuffle(builder, shuffle(builder, channels[0], channels[1], red_green), channels[2], with_blue)
+
+
+def _round_bfloat16(builder, x) -> ir.Value:
+    """The upper halves of floats' bits, rounded to nearest, ties to even."""
+    bits = builder.bitcast(x, ir.VectorType(_I32, LANES))
+    below_half, upper, lowest = (ir.Constant(bits.type, [value] * LANES) for value in (0x7FFF, 16, 1))
+    odd = builder.and_(builder.lshr(bits, upper), lowest)
+    bits = builder.lshr(builder.add(builder.add(bits, below_half), odd), upper)
+    return builder.trunc(bits, ir.VectorType(_I16, LANES))
+
+
+def clip(builder, x) -> ir.Value:
+    """A vector of floats clipped to [0, 1]: one maximum and one minimum instruction."""
+    zero, one = (ir.Constant(x.type, [value] * x.type.count) for value in (0.0, 1.0))
+    x = builder.select(builder.fcmp_ordered(">", x, zero), x, zero)
+    return builder.select(builder.fcmp_ordered("<", x, one), x, one)
+
+
+def _whole(value: int) -> ir.Value:
+    return ir.Constant(_I64, value)
+
+
+def _load(builder, base, index) -> ir.Value:
+    return builder.load(vector_pointer(builder, base, index, _F32, LANES), align=4)
+
+
+def _symmetric_sum(builder, values, weights) -> ir.Value:
+    """weights[0] times the middle one of the vectors, plus weights[d] times the sum of the two at distance d from it."""
+    radius = len(weights) - 1
+    total = builder.fmul(values[radius], weights[0], flags=("contract",))
+    for d in range(1, radius + 1):
+        both = builder.fadd(values[radius - d], values[radius + d])
+        total = builder.fadd(total, builder.fmul(both, weights[d], flags=("contract",)), flags=("contract",))
+    return total

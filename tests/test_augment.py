@@ -13,6 +13,7 @@ from scipy import ndimage
 from torchvision.transforms.v2 import functional as tv
 
 from fastbyol.kernels import augment
+from fastbyol.kernels.unchecked import LANES
 
 STD = np.array(augment.IMAGENET_STD, dtype=np.float32)
 MEAN = np.array(augment.IMAGENET_MEAN, dtype=np.float32)
@@ -184,16 +185,36 @@ def test_bfloat16_output_is_the_rounded_float32_output():
     assert torch.equal(torch.from_numpy(bits.view(np.int16)), rounded.view(torch.int16))
 
 
+@pytest.mark.parametrize(("size", "sigma"), [(224, 2.4), (224, 5.0), (512, 6.0), (97, 3.0), (33, 0.05)])
+def test_blur_of_a_recipe_with_other_sigmas(size, sigma):
+    """Larger ones than BYOL's take a path of their own; the smallest leave one tap."""
+    assert largest_error(random_view(8, size), parameter_row(SIGMA=sigma, SOLARISE=1)) < 3e-4
+
+
+def test_a_blurred_view_leaves_nothing_in_the_scratch_for_the_next():
+    """The zeros around the rows and behind the planes must still be zeros for a second view."""
+    size, scratch, planes = 33, augment.AugmentScratch(33), augment.new_planes(33)
+    view, row, results = random_view(9, size).numpy(), parameter_row(SIGMA=2.0), []
+    for sigma in (2.0, 0.4, 0.0, 2.0):
+        row[augment.SIGMA], out = sigma, np.zeros((size, size, 3), dtype=np.float32)
+        planes[:] = view
+        augment.augment_into(planes, row, out, scratch)
+        results.append(out)
+    assert np.array_equal(results[0], results[3])
+
+
 def test_rounding_to_bfloat16_is_to_nearest_and_ties_to_even():
     @njit
-    def store(rows, one, zero, out):
-        augment._store(rows, 0, 3000, 6000, False, one, zero, rows.copy(), out, 0)
+    def store(source, taps, one, zero, out):
+        augment._finish_row(source, 0, 3000, 6000, 0, taps, False, one, zero, out, 0, 3000 // LANES)
 
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, size=(3, 3000), dtype=np.uint32)
     bits[:, :1000] = bits[:, :1000] & 0xFFFF0000 | 0x8000  # exactly halfway
     bits = bits & 0x007FFFFF | 0x3F000000  # in [0.5, 1): what the clip leaves as it is
-    out = np.zeros((3000, 3), dtype=np.uint16)
-    store(bits.view(np.float32), np.ones(3, dtype=np.float32), np.zeros(3, dtype=np.float32), out)
+    out = np.zeros(9000, dtype=np.uint16)
+    one, zero = np.ones(3, dtype=np.float32), np.zeros(3, dtype=np.float32)
+    store(bits.view(np.float32), one[:1], one, zero, out)
     expected = torch.from_numpy(bits.view(np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(out.T, expected)
+    whole = 3000 // LANES * LANES
+    assert np.array_equal(out.reshape(3000, 3)[:whole].T, expected[:, :whole])

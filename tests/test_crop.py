@@ -115,7 +115,7 @@ def test_multiply_add_without_avx2(monkeypatch):
         )
         kernel = njit(error_model="numpy")(function)
         out, s = np.empty((3, 33, 33), dtype=np.float32), CropScratch(33)
-        arrays = s.first, s.weight, s.start, s.fixed, s.row_for(70), s.resized, s.offsets, s.factors, s.blended
+        arrays = s.first, s.weight, s.start, s.fixed, s.row_for(70), s.resized, s.offsets, s.factors, s.edge
         kernel(image, 0, 0, 50, 70, False, *arrays, out)
         views.append(out)
     assert np.abs(views[0] - views[1]).max() < 1e-6
