@@ -48,7 +48,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def blur_radius(size: int) -> int:
     """Taps on each side of the centre for views of `size` pixels: 11 at 224, 0 (no blur) below 20."""
-    return int(size / 10 / 2)
+    return size // 20
 
 
 def augment_reference(x: Tensor, p: NDArray[np.float32]) -> Tensor:
@@ -184,8 +184,7 @@ def augment_into(
             bfloat16 (rounded to nearest, ties to even).
     """
     s = scratch
-    split = _until_contrast(planes, p, blur_radius(planes.shape[1]), s.taps, s.mean)
-    _finish(planes, p, split, s.mean, s.taps, s.padded, s.line, s.edge, s.scale, s.offset, s.offsets, out)
+    _augment(planes, p, s.mean, s.taps, s.padded, s.line, s.edge, s.scale, s.offset, s.offsets, out)
 
 
 _JIT = {
@@ -430,3 +429,11 @@ def _finish(planes, p, split, mean, taps, padded, line, edge, scale, offset, off
                 _finish_row(source, red, green, blue, horizontal, taps, solarise, scale, offset, rest, 0, 1)
                 for j in range(3 * (size - done)):
                     put(flat, place + j, at(rest, j))
+
+
+@njit(**_JIT)
+def _augment(planes, p, mean, taps, padded, line, edge, scale, offset, offsets, out):
+    """Both passes, in one call: a thread that comes back for the interpreter lock may have to wait for it."""
+    radius = (len(line) - planes.shape[1]) // 2
+    split = _until_contrast(planes, p, radius, taps, mean)
+    _finish(planes, p, split, mean, taps, padded, line, edge, scale, offset, offsets, out)

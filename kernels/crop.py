@@ -63,13 +63,14 @@ def _taps_reference(length: int, size: int) -> tuple[Tensor, Tensor]:
     return index.clamp(0, length - 1).long(), (weight / weight.sum(1, keepdim=True)).float()
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def place_boxes(area, aspect, u, sizes, clamp, low, high, out):
     """Boxes out (n, V, 4) from shares of the area and aspects (n, V, tries), uniforms u (n, V, 2) and sizes (n, 2).
 
     A box has whole sides of at least 1. With `clamp` a side that does not fit is cut to the image's. Without, the first try
     that fits is taken, and if none does, the largest centred box of an aspect in [low, high]: torchvision's
-    RandomResizedCrop. Compiled, since a loader calls it for every image, when it has learned the image's size.
+    RandomResizedCrop. Compiled, since a loader calls it for every image, when it has learned the image's size; it takes two
+    microseconds and keeps the interpreter lock, which would take longer to give up and get back.
     """
     for i in range(len(sizes)):
         full_h, full_w = float(sizes[i, 0]), float(sizes[i, 1])

@@ -41,7 +41,7 @@ def compile_cpu_kernels(say: Callable[[str], None]) -> float:
 
 def _cached() -> bool:
     """Whether numba's cache folder holds every entry point, compiled from the source as it is now."""
-    for kernel in (crop.place_boxes, crop._crop, augment._until_contrast, augment._finish):
+    for kernel in (crop.place_boxes, crop._crop, augment._augment):
         source = Path(inspect.getfile(kernel.py_func))
         pattern = f"{source.stem}.{kernel.py_func.__name__}-*.nbi"
         indexes = Path(kernel.stats.cache_path).glob(pattern)
