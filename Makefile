@@ -6,13 +6,17 @@ STAMP := $(VENV)/.installed
 BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
-.PHONY: help demo test lint setup bench-setup bench-loader clean
+GPU_PYTHON ?= $(BIN)/python
+
+.PHONY: help demo test lint setup gpu bench-setup bench-loader bench-kernels clean
 
 help:
 	@echo "make demo   set up, prepare photographs, pre-train on them, evaluate, write runs/demo/report.html (5 minutes)"
 	@echo "make test   set up, ruff, all tests (under 15 minutes)"
 	@echo "make lint   ruff alone"
 	@echo "make bench-loader   the loader against lightly, torchvision, DALI and FFCV, in an environment of its own"
+	@echo "make bench-kernels  optimiser, target and augmentation on the CPU against other people's, in that environment"
+	@echo "make gpu    on a CUDA machine: tests marked gpu, then the kernel benchmarks"
 	@echo "make clean  remove the virtual environment, the demo's corpus and its run"
 
 setup: $(STAMP)
@@ -28,8 +32,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $(STAMP)
 
+# Triton compiles or interprets its kernels for the whole of a process, so those that need the interpreter have their own.
 test: lint
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -61,6 +67,20 @@ $(BENCH_STAMP): benchmarks/requirements.txt pyproject.toml
 bench-loader: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py
 	$(BENCH_VENV)/bin/python benchmarks/plot_loader.py
+
+# The CPU's half of the kernel benchmarks with all peers.
+bench-kernels: $(BENCH_STAMP)
+	cd benchmarks && ../$(BENCH_VENV)/bin/pytest bench_lars_ema.py bench_augment.py --devices cpu \
+		--benchmark-json=/dev/null --benchmark-disable-gc
+
+# On a CUDA machine: the tests marked gpu, the kernels' table, then the kernel benchmarks, results to benchmarks/results/. Peers that
+# are not installed are left out and named. GPU_PYTHON=python3 takes an interpreter that is there instead of .venv.
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
+	$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device here"'
+	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -m fastbyol.kernels.report
+	cd benchmarks && $(abspath $(GPU_PYTHON)) -m pytest bench_lars_ema.py bench_augment.py --devices cuda -rs \
+		--benchmark-json=/dev/null --benchmark-disable-gc
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) data/photos runs/demo

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.config import OptimConfig
-from fastbyol.kernels.lars_ema import lars_ema_reference
+from fastbyol.kernels import dispatch
+from fastbyol.kernels.lars_ema import Hyper
 
 Pair = tuple[Tensor, Tensor]  # online weight, target weight
 
@@ -15,19 +16,22 @@ Pair = tuple[Tensor, Tensor]  # online weight, target weight
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling; `step()` also moves the target network with the new weights.
 
-    Formulas and source: kernels/lars_ema.py.
+    Formulas, source and kernels: kernels/lars_ema.py. All tensors are updated in two passes, without a host sync on a GPU.
 
     Args:
-        params: parameters or groups; a group may set `adapt=False`: trust ratio 1 (biases and norm layers, which
+        params: float32 parameters or groups, on one device; their gradients may be bfloat16 or float16. A group may set `adapt=False`: trust ratio 1 (biases and norm layers, which
             should have weight_decay=0 too).
         lr: scalar tensor on the parameters' device, or a number. The learning rate may change between steps by
             writing to the tensor; nothing is recompiled or synchronised.
         momentum, weight_decay, trust_coefficient: mu, wd and eta.
         target_pairs: (online, target) tensors; every online tensor must be one of the parameters.
         tau: scalar tensor, the target's decay; needed with target_pairs.
+        inv_scale: scalar tensor, 1 / loss scale, for gradients of a scaled loss. Then a step in which any gradient is not
+            finite is skipped, the target's too, and `found_inf` is 1 after it, 0 otherwise.
 
     Raises:
-        ValueError: a pair's online tensor is not among the parameters, or tau is missing.
+        ValueError: a parameter is not float32, lr, tau or inv_scale is no float32 scalar on its device, a pair's online tensor is not among the parameters, or
+            tau is missing.
     """
 
     moves_target = True
@@ -42,44 +46,75 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: float = 1e-3,
         target_pairs: Iterable[Pair] = (),
         tau: Tensor | None = None,
+        inv_scale: Tensor | None = None,
     ) -> None:
         defaults = {
-            "lr": torch.as_tensor(lr),
+            "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
             "adapt": True,
         }
         super().__init__(params, defaults)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        device = parameters[0].device
+        for group in self.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        scalars = [("lr", group["lr"]) for group in self.param_groups] + [("tau", tau), ("inv_scale", inv_scale)]
+        for name, scalar in scalars:
+            if scalar is not None and (scalar.dtype, scalar.device, scalar.ndim) != (torch.float32, device, 0):
+                raise ValueError(f"{name} must be a float32 scalar on {device}, not {scalar!r}")
+        other = {p.dtype for p in parameters} - {torch.float32}
+        if other:
+            raise ValueError(f"LARS keeps float32 parameters (gradients may be of 16 bits), not {other.pop()}")
         self._targets = dict(target_pairs)
-        missing = self._targets.keys() - {p for group in self.param_groups for p in group["params"]}
+        missing = self._targets.keys() - set(parameters)
         if missing:
             raise ValueError(f"{len(missing)} online tensors of target_pairs are not among the optimiser's parameters")
         if self._targets and tau is None:
             raise ValueError("target_pairs need tau")
-        self.tau = torch.ones(()) if tau is None else tau
+        self.tau = torch.ones((), device=device) if tau is None else tau
+        self.inv_scale = inv_scale
+        self.found_inf = torch.zeros((), device=device)
+        self._update = dispatch.lars_update(device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Updates the weights and their targets from the gradients; parameters without a gradient stay as they are."""
-        for group in self.param_groups:
+        rows, groups = [], []
+        for k, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                lars_ema_reference(
-                    p,
-                    p.grad,
-                    state["momentum_buffer"],
-                    self._targets.get(p),
-                    lr=group["lr"],
-                    tau=self.tau,
-                    weight_decay=group["weight_decay"],
-                    momentum=group["momentum"],
-                    trust_coefficient=group["trust_coefficient"] if group["adapt"] else None,
-                )
+                rows.append((p, p.grad, state["momentum_buffer"], self._targets.get(p)))
+                groups.append(k)
+        hypers = [
+            Hyper(
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                trust_coefficient=group["trust_coefficient"] if group["adapt"] else None,
+            )
+            for group in self.param_groups
+        ]
+        if self.inv_scale is not None:
+            self.found_inf.zero_()
+        self._update(rows, groups, hypers, self.tau, inv_scale=self.inv_scale, found_inf=self.found_inf)
+
+
+def ema_update_(pairs: Iterable[Pair], tau: Tensor) -> None:
+    """t <- t + (1 - tau) (w - t) in place for all pairs (w, t), for optimisers that do not move the target.
+
+    Args:
+        pairs: float32 tensors on one device.
+        tau: scalar tensor on it.
+    """
+    pairs = list(pairs)
+    dispatch.ema_update(tau.device)(pairs, tau)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

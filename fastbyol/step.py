@@ -9,7 +9,7 @@ from fastbyol import schedules
 from fastbyol.config import Config
 from fastbyol.data import Batch
 from fastbyol.errors import InputError
-from fastbyol.kernels.lars_ema import ema_update_
+from fastbyol.kernels import dispatch
 from fastbyol.model import BYOL, BYOLOutput
 from fastbyol.optim import build_optimizer
 
@@ -33,6 +33,7 @@ class TrainStep:
         self.lr, self.tau = torch.zeros((), device=device), torch.ones((), device=device)
         self.pairs = model.target_pairs()
         self.optimizer = build_optimizer(config.optim, model, self.pairs, self.lr, self.tau)
+        self._ema_update = dispatch.ema_update(device)
         # The first step whose loss was not finite, -1 while there is none: kept on the device, read when logged.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
@@ -45,7 +46,7 @@ class TrainStep:
         output.loss.backward()
         self.optimizer.step()
         if not getattr(self.optimizer, "moves_target", False):
-            ema_update_(self.pairs, self.tau)
+            self._ema_update(self.pairs, self.tau)
         self.optimizer.zero_grad(set_to_none=True)
         self._note_non_finite(step, output.loss.detach())
         return BYOLOutput(output.loss.detach(), output.projection_std)

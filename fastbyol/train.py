@@ -109,6 +109,7 @@ class _Run:
             f"{self.step.device}, {str(self.step.dtype).removeprefix('torch.')}, {config.optim.name}, "
             f"steps {self.start} to {total} in {self.folder}"
         )
+        self.log.say(dispatch.describe(self.step.device))
 
     def log_step(self, step: int, output: BYOLOutput) -> None:
         """Reads the device values of this step; nothing else in the loop does.

@@ -1,21 +1,60 @@
 """LARS and the target's moving average, in one call over all tensors.
 
-Formulas, per tensor and in float32 (w online weight, g gradient, m momentum buffer, t target weight):
+Formulas, per tensor and in float32 (w online weight, g gradient, s loss scale, m momentum buffer, t target weight):
 
-    u  = g + wd w
+    u  = g / s + wd w
     r  = eta |w| / |u|        1 where either norm is 0, and for biases and norm-layer parameters (wd is 0 there too)
     m <- mu m + r u
     w <- w - lr m
     t <- t + (1 - tau) (w - t)    with the new w; for weights that have a target
 
+With a loss scale nothing at all is written where any value of any gradient is infinite or NaN (a skipped step).
+
 Source: You et al. 2017 (arXiv 1708.03888) as in `byol/utils/optimizers.py` of google-deepmind/deepmind-research, and
 Grill et al. 2020, equation 1. Others differ: |g| + wd |w| + eps below the line is a different optimiser.
+
+Two passes over all tensors, whatever their number and sizes, in chunks of a table of addresses:
+    norms     per chunk |w|^2 and |u|^2: reads w and g, 8 bytes a parameter (6 with 16-bit gradients)
+    update    reads w, g, m, t and writes w, m, t: 28 bytes a parameter (26); 20 (18) without a target
+Together 36 bytes a parameter with a target, the least that two passes can move: the update of a tensor's first value needs the
+norm of all of them. Tensors without a trust ratio have no first pass. On a CPU the threads take small tensors whole, both passes
+while the tensor is in the cache, which leaves 28 bytes to memory. Partial sums are added in a fixed order: two runs give
+the same bits, for any number of threads.
 """
 
-from collections.abc import Iterable
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
 from torch import Tensor
+
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyper:
+    """Hyperparameters of one group of tensors."""
+
+    lr: Tensor
+    """Scalar on the tensors' device: read by the kernels, never by the host."""
+    weight_decay: float
+    momentum: float
+    trust_coefficient: float | None
+    """eta; None fixes the trust ratio at 1."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lr, Tensor) or self.lr.dtype != torch.float32:
+            raise TypeError(
+                f"lr must be a float32 scalar tensor, since the kernels read it where it lies, not {self.lr!r}"
+            )
 
 
 @torch.no_grad()
@@ -30,29 +69,473 @@ def lars_ema_reference(
     weight_decay: float,
     momentum: float,
     trust_coefficient: float | None,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
-    """One tensor's update, in place, without a host sync.
+    """One tensor's update, in place, without a host sync; any float dtype of weight, so float64 too.
 
     Args:
-        weight, momentum_buffer: float32, any one shape; overwritten.
+        weight, momentum_buffer: any one shape; overwritten.
         grad: the same shape, any float dtype.
         target: the same shape, overwritten; None where the weight has no target (the predictor).
         lr, tau: scalars on the tensors' device.
         trust_coefficient: eta; None fixes the trust ratio at 1.
+        inv_scale: scalar, 1 / s; None is 1.
+        found_inf: scalar, not 0 where the step is to be skipped: some tensor's gradient is not finite.
     """
-    update = grad.float() + weight_decay * weight
+    update = grad.to(weight.dtype) * (1.0 if inv_scale is None else inv_scale) + weight_decay * weight
     if trust_coefficient is not None:
         weight_norm, update_norm = torch.linalg.vector_norm(weight), torch.linalg.vector_norm(update)
         usable = (weight_norm > 0) & (update_norm > 0)
         update *= torch.where(usable, trust_coefficient * weight_norm / update_norm, 1.0)
-    momentum_buffer.mul_(momentum).add_(update)
-    weight.sub_(lr * momentum_buffer)
+    keep = torch.zeros((), dtype=torch.bool, device=weight.device) if found_inf is None else found_inf != 0
+    new_momentum = momentum * momentum_buffer + update
+    momentum_buffer.copy_(torch.where(keep, momentum_buffer, new_momentum))
+    weight.copy_(torch.where(keep, weight, weight - lr * momentum_buffer))
     if target is not None:
-        target.add_((1 - tau) * (weight - target))
+        target.copy_(torch.where(keep, target, target + (1 - tau) * (weight - target)))
 
 
-@torch.no_grad()
-def ema_update_(pairs: Iterable[tuple[Tensor, Tensor]], tau: Tensor) -> None:
-    """t <- t + (1 - tau) (w - t) in place for all pairs (w, t), for optimisers that do not move the target."""
-    weights, targets = zip(*pairs, strict=True)
-    torch._foreach_lerp_(targets, weights, 1 - tau)
+def ema_reference(weight: Tensor, target: Tensor, tau: Tensor) -> None:
+    """t <- t + (1 - tau) (w - t), in place."""
+    target.add_((1 - tau) * (weight - target))
+
+
+class Rows:
+    """The tensors of an update as rows of addresses: w, g, m, t, in a memory order that a row's tensors share.
+
+    Tensors that do not fill their memory, or whose gradient or target is laid out in another order than the weight, are
+    staged: copied to a buffer before the kernels and back after them.
+
+    Args:
+        tensors: (weight, gradient, momentum buffer, target or None) per parameter, all of one shape and on one device;
+            gradient and momentum buffer may be None (the target update alone).
+
+    Attributes:
+        addresses: (T, 4) int64; 0 where there is no tensor.
+        sizes: (T,) int64, values per tensor.
+        dtypes: the gradients', one per tensor.
+
+    Raises:
+        ValueError: tensors of a row differ in shape or device (the kernels would write outside of them).
+        TypeError: a dtype that the kernels do not know.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]) -> None:
+        for row in tensors:
+            _check(row)
+        self._tensors = tensors
+        self._before: list[tuple[Tensor, Tensor]] = []  # staging buffer, tensor
+        self._after: list[tuple[Tensor, Tensor]] = []
+        rows = [self._staged(row) for row in tensors]
+        self.addresses = np.array([[0 if x is None else x.data_ptr() for x in row] for row in rows], dtype=np.int64)
+        self.sizes = np.array([row[0].numel() for row in rows], dtype=np.int64)
+        self.dtypes = [None if row[1] is None else row[1].dtype for row in rows]
+
+    def hold(self, tensors: Sequence[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]) -> bool:
+        """Whether these rows still stand for these tensors: no address, dtype or order of memory has changed."""
+        return len(tensors) == len(self._tensors) and all(
+            a is b
+            or (
+                a is not None
+                and b is not None
+                and (a.data_ptr(), a.dtype, a.stride()) == (b.data_ptr(), b.dtype, b.stride())
+            )
+            for row, other in zip(tensors, self._tensors, strict=True)
+            for a, b in zip(row, other, strict=True)
+        )
+
+    def before(self) -> None:
+        """Fills the staging buffers."""
+        for buffer, tensor in self._before:
+            buffer.copy_(tensor)
+
+    def after(self) -> None:
+        """Copies what the kernels wrote back from them."""
+        for buffer, tensor in self._after:
+            tensor.copy_(buffer)
+
+    def _staged(self, row: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        weight, grad, momentum_buffer, target = row
+        written = [x for x in (weight, momentum_buffer, target) if x is not None]
+        if not _fills_memory(weight) or any(_order(x) != _order(weight) for x in written):
+            buffers = {id(x): torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in written}
+            self._before += [(buffers[id(x)], x) for x in written]
+            self._after += [(buffers[id(x)], x) for x in written]
+            weight, momentum_buffer, target = (x if x is None else buffers[id(x)] for x in row[:1] + row[2:])
+        if grad is not None and _order(grad) != _order(weight):
+            buffer = torch.empty_like(weight, dtype=grad.dtype)
+            self._before.append((buffer, grad))
+            grad = buffer
+        return weight, grad, momentum_buffer, target
+
+
+def _check(row: tuple[Tensor | None, ...]) -> None:
+    weight, grad = row[0], row[1]
+    for x in row:
+        if x is not None and (x.shape != weight.shape or x.device != weight.device):
+            raise ValueError(
+                f"a weight is {tuple(weight.shape)} on {weight.device}, its gradient, momentum or target {tuple(x.shape)} on "
+                f"{x.device}"
+            )
+        if x is not None and x is not grad and x.dtype != torch.float32:
+            raise TypeError(f"weights, momentum buffers and targets must be float32, not {x.dtype}")
+    if grad is not None and grad.dtype not in GRADIENT_DTYPES:
+        raise TypeError(f"gradients must be of {', '.join(map(str, GRADIENT_DTYPES))}, not {grad.dtype}")
+
+
+def _fills_memory(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _order(x: Tensor) -> tuple[int, ...]:
+    """Strides of the dimensions that have any."""
+    return tuple(stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The rows cut into chunks of at most `length` values; chunk c holds values from start[c] on of row[c]."""
+
+    row: NDArray[np.int64]
+    start: NDArray[np.int64]
+    first: NDArray[np.int64]  # (T + 1,): chunks first[i] .. first[i + 1] - 1 are row i's
+
+    @staticmethod
+    def of(sizes: NDArray[np.int64], length: int) -> "Chunks":
+        """Cuts every row."""
+        counts = -(-sizes // length)
+        first = np.concatenate([[0], np.cumsum(counts)])
+        row = np.repeat(np.arange(len(sizes)), counts)
+        return Chunks(row, (np.arange(len(row)) - first[row]) * length, first)
+
+
+# --- the CPU: numba, threads over chunks ---
+
+_CHUNK = 1 << 15  # values; also the length of a partial sum
+_RUN = 1 << 18  # values that a thread takes at a time
+_WHOLE_BYTES = 16 << 20  # tensors whose w and g are no larger are taken whole: the second pass finds them in the cache
+_JIT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
+# What the kernels are told of the gradients' dtype: an empty array of the type that its values are read as.
+_SAMPLES = {
+    torch.float32: np.empty(0, dtype=np.float32),
+    torch.bfloat16: np.empty(0, dtype=np.uint16),
+    torch.float16: np.empty(0, dtype=np.int16),  # numba has no float16 on the CPU
+}
+_WEIGHT_DECAY, _MOMENTUM, _ETA = range(3)  # columns of a group's hyperparameters; eta is -1 where r = 1
+
+
+def _pointer(builder, address, index, kind) -> ir.Value:
+    return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index])
+
+
+@intrinsic
+def _value(typing_context, address, index):
+    """float32 number `index` at an address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(_pointer(builder, *arguments, ir.FloatType()))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def _set_value(typing_context, address, index, value):
+    """Writes float32 number `index` at an address."""
+
+    def generate(context, builder, signature, arguments):
+        builder.store(arguments[2], _pointer(builder, *arguments[:2], ir.FloatType()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def _gradient(typing_context, sample, address, index):
+    """Number `index` at an address as float32; stored as float32, bfloat16 or float16, as `sample` tells (see _SAMPLES)."""
+
+    def generate(context, builder, signature, arguments):
+        stored, address, index = signature.args[0].dtype, arguments[1], arguments[2]
+        if stored == types.float32:
+            return builder.load(_pointer(builder, address, index, ir.FloatType()))
+        if stored == types.int16:
+            return builder.fpext(builder.load(_pointer(builder, address, index, ir.HalfType())), ir.FloatType())
+        bits = builder.zext(builder.load(_pointer(builder, address, index, ir.IntType(16))), ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(sample, types.int64, types.int64), generate
+
+
+@njit(**_JIT)
+def _norms(begin, end, sample, chunk_row, chunk_start, addresses, sizes, groups, hyper, inv_scale, scaled, sums, bad):
+    """First pass over chunks begin .. end - 1: sums (C, 2) = |w|^2 and |u|^2; bad (C,) = whether g holds an infinity or NaN.
+
+    inv_scale is the address of the scalar.
+    """
+    inverse = _value(inv_scale, 0)
+    for c in range(begin, end):
+        row, start = chunk_row[c], chunk_start[c]
+        group = groups[row]
+        if hyper[group, _ETA] < 0 and not scaled:
+            continue
+        n = min(sizes[row] - start, _CHUNK)
+        w = addresses[row, 0] + 4 * start
+        g = addresses[row, 1] + sample.itemsize * start
+        decay = hyper[group, _WEIGHT_DECAY]
+        ww, uu = 0.0, 0.0
+        not_finite = np.float32(0)
+        for block in range(0, n, 1024):  # short enough for float32 sums
+            block_ww, block_uu = np.float32(0), np.float32(0)
+            for i in range(block, min(block + 1024, n)):
+                x, y = _value(w, i), _gradient(sample, g, i)
+                u = y * inverse + decay * x
+                block_ww += x * x
+                block_uu += u * u
+                not_finite += y * np.float32(0)
+            ww += block_ww
+            uu += block_uu
+        sums[c, 0], sums[c, 1], bad[c] = ww, uu, not_finite != 0
+
+
+@njit(**_JIT)
+def _update(
+    begin,
+    end,
+    sample,
+    chunk_row,
+    chunk_start,
+    chunk_first,
+    addresses,
+    sizes,
+    groups,
+    hyper,
+    lrs,
+    tau,
+    inv_scale,
+    found_inf,
+    sums,
+):
+    """Second pass over chunks begin .. end - 1; lrs (groups,), tau, inv_scale and found_inf are addresses of the scalars."""
+    if _value(found_inf, 0) != 0:
+        return
+    keep, inverse = np.float32(1) - _value(tau, 0), _value(inv_scale, 0)
+    for c in range(begin, end):
+        row, start = chunk_row[c], chunk_start[c]
+        group = groups[row]
+        lr, decay, mu, eta = (
+            _value(lrs[group], 0),
+            hyper[group, _WEIGHT_DECAY],
+            hyper[group, _MOMENTUM],
+            hyper[group, _ETA],
+        )
+        ratio = np.float32(1)
+        if eta >= 0:
+            ww, uu = 0.0, 0.0
+            for k in range(chunk_first[row], chunk_first[row + 1]):
+                ww += sums[k, 0]
+                uu += sums[k, 1]
+            if ww > 0 and uu > 0:
+                ratio = np.float32(eta * math.sqrt(ww) / math.sqrt(uu))
+        n = min(sizes[row] - start, _CHUNK)
+        w, m, t = addresses[row, 0] + 4 * start, addresses[row, 2] + 4 * start, addresses[row, 3] + 4 * start
+        g = addresses[row, 1] + sample.itemsize * start
+        scale, decay = ratio * inverse, ratio * decay
+        if addresses[row, 3] == 0:
+            for i in range(n):
+                x = _value(w, i)
+                v = mu * _value(m, i) + (scale * _gradient(sample, g, i) + decay * x)
+                _set_value(m, i, v)
+                _set_value(w, i, x - lr * v)
+        else:
+            for i in range(n):
+                x, y = _value(w, i), _value(t, i)
+                v = mu * _value(m, i) + (scale * _gradient(sample, g, i) + decay * x)
+                x -= lr * v
+                _set_value(m, i, v)
+                _set_value(w, i, x)
+                _set_value(t, i, y + keep * (x - y))
+
+
+@njit(**_JIT)
+def _average(begin, end, chunk_row, chunk_start, addresses, sizes, tau):
+    """The target update alone; tau is the address of the scalar."""
+    keep = np.float32(1) - _value(tau, 0)
+    for c in range(begin, end):
+        row, start = chunk_row[c], chunk_start[c]
+        w, t = addresses[row, 0] + 4 * start, addresses[row, 3] + 4 * start
+        for i in range(min(sizes[row] - start, _CHUNK)):
+            y = _value(t, i)
+            _set_value(t, i, y + keep * (_value(w, i) - y))
+
+
+_ONE, _ZERO = torch.ones(()), torch.zeros(())
+KERNELS = (_norms, _update, _average)
+
+
+class LarsEma:
+    """LARS and the target update over many tensors on the CPU; keeps its tables while the tensors stay where they are.
+
+    The same call with the same meaning on a GPU: `fastbyol.kernels.gpu.lars_ema.LarsEma`.
+    """
+
+    def __init__(self) -> None:
+        self._rows: Rows | None = None
+        self._groups: NDArray[np.int64] | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        tensors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
+        groups: Sequence[int],
+        hypers: Sequence[Hyper],
+        tau: Tensor,
+        *,
+        inv_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """One update, in place.
+
+        Args:
+            tensors: (weight, gradient, momentum buffer, target or None) per parameter; float32, gradients also bfloat16 or
+                float16.
+            groups: per parameter, the index of its hyperparameters.
+            hypers: of the groups.
+            tau: scalar.
+            inv_scale: scalar, 1 / loss scale; then `found_inf` is needed too.
+            found_inf: scalar float32; set to 1 where a gradient is not finite. Where it is not 0, nothing is updated.
+        """
+        rows = self._plan(tensors, groups)
+        if rows is None:
+            return
+        rows.before()
+        scaled = inv_scale is not None
+        # The kernels read the scalars where they are, as on a GPU: no tensor becomes a Python number here.
+        inverse, found = (inv_scale, found_inf) if scaled else (_ONE, _ZERO)
+        hyper = np.array([_hyper_row(h) for h in hypers], dtype=np.float32)
+        lrs = np.array([h.lr.data_ptr() for h in hypers])
+        c, tables = self._chunks, (rows.addresses, rows.sizes, self._groups, hyper)
+        first_pass = c.row, c.start, *tables, inverse.data_ptr(), scaled, self._sums, self._bad
+        scalars = lrs, tau.data_ptr(), inverse.data_ptr(), found.data_ptr()
+        second_pass = c.row, c.start, c.first, *tables, *scalars, self._sums
+
+        def norms(begin: int, end: int, sample: NDArray) -> None:
+            _norms(begin, end, sample, *first_pass)
+
+        def update(begin: int, end: int, sample: NDArray) -> None:
+            _update(begin, end, sample, *second_pass)
+
+        def both(begin: int, end: int, sample: NDArray) -> None:
+            _norms(begin, end, sample, *first_pass)
+            _update(begin, end, sample, *second_pass)
+
+        if scaled:
+            self._bad[:] = False
+            _in_threads([(norms, unit) for unit in self._whole + self._split])
+            if self._bad.any():
+                found_inf.fill_(1)
+            _in_threads([(update, unit) for unit in self._whole + self._split])
+        else:
+            _in_threads([(norms, unit) for unit in self._split])
+            _in_threads([(both, unit) for unit in self._whole] + [(update, unit) for unit in self._split])
+        rows.after()
+
+    def _plan(self, tensors: Sequence[tuple[Tensor, ...]], groups: Sequence[int]) -> Rows | None:
+        """The tables for these tensors, made anew where anything of them has changed; None without tensors."""
+        kept = [(row, group) for row, group in zip(tensors, groups, strict=True) if row[0].numel()]
+        if not kept:
+            return None
+        # One dtype after the other, so that the chunks of a unit are of one dtype.
+        kept.sort(key=lambda pair: str(pair[0][1].dtype))
+        tensors, groups = [row for row, _ in kept], np.array([group for _, group in kept])
+        if self._rows is not None and self._rows.hold(tensors) and np.array_equal(self._groups, groups):
+            return self._rows
+        self._rows, self._groups = Rows(tensors), groups
+        self._chunks = Chunks.of(self._rows.sizes, _CHUNK)
+        self._sums, self._bad = np.zeros((len(self._chunks.row), 2)), np.zeros(len(self._chunks.row), dtype=bool)
+        self._whole, self._split = _units(self._rows, self._chunks)
+        return self._rows
+
+
+Unit = tuple[int, int, NDArray]  # chunks from, to (exclusive), and the sample of their dtype
+
+
+def _units(rows: Rows, chunks: Chunks) -> tuple[list[Unit], list[Unit]]:
+    """What a thread takes at a time: runs of whole small rows, and runs of chunks of the others; large ones first."""
+    total = int(rows.sizes.sum())
+    largest = min(_WHOLE_BYTES // 8, max(_RUN, total // (4 * torch.get_num_threads())))
+    whole, split = [], []
+    last, values = -1, 0  # of the run in hand: where its chunks end, and its size
+    for i, size in enumerate(rows.sizes.tolist()):
+        first, end = int(chunks.first[i]), int(chunks.first[i + 1])
+        sample = _SAMPLES.get(rows.dtypes[i])
+        if size > largest:
+            step = _RUN // _CHUNK
+            split += [(k, min(k + step, end), sample) for k in range(first, end, step)]
+            continue
+        if last == first and values + size <= _RUN and whole[-1][2] is sample:
+            whole[-1] = (whole[-1][0], end, sample)
+            values += size
+        else:
+            whole.append((first, end, sample))
+            values = size
+        last = end
+    whole.sort(key=lambda unit: unit[0] - unit[1])
+    return whole, split
+
+
+def _hyper_row(h: Hyper) -> tuple[float, float, float]:
+    return h.weight_decay, h.momentum, -1.0 if h.trust_coefficient is None else h.trust_coefficient
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def _in_threads(calls: Sequence[tuple[Callable[..., None], Unit]]) -> None:
+    """Makes the calls, each with its unit, in as many threads as torch uses; every thread takes the next when it is done."""
+    threads = min(torch.get_num_threads(), len(calls))
+    if threads <= 1:
+        for call, unit in calls:
+            call(*unit)
+        return
+    if threads not in _pools:
+        _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="fastbyol-update")
+    numbers = itertools.count()
+
+    def work() -> None:
+        while (k := next(numbers)) < len(calls):
+            call, unit = calls[k]
+            call(*unit)
+
+    others = [_pools[threads].submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        other.result()
+
+
+class EmaUpdate:
+    """The target update alone over many pairs on the CPU, for optimisers that do not move the target.
+
+    The same call with the same meaning on a GPU: `fastbyol.kernels.gpu.lars_ema.EmaUpdate`.
+    """
+
+    def __init__(self) -> None:
+        self._rows: Rows | None = None
+
+    @torch.no_grad()
+    def __call__(self, pairs: Sequence[tuple[Tensor, Tensor]], tau: Tensor) -> None:
+        """t <- t + (1 - tau) (w - t) in place for all pairs (w, t), float32."""
+        tensors = [(weight, None, None, target) for weight, target in pairs if weight.numel()]
+        if not tensors:
+            return
+        if self._rows is None or not self._rows.hold(tensors):
+            self._rows = Rows(tensors)
+            self._chunks = Chunks.of(self._rows.sizes, _CHUNK)
+        rows, c = self._rows, self._chunks
+
+        def average(begin: int, end: int, _: None) -> None:
+            _average(begin, end, c.row, c.start, rows.addresses, rows.sizes, tau.data_ptr())
+
+        rows.before()
+        step = _RUN // _CHUNK
+        _in_threads([(average, (k, min(k + step, len(c.row)), None)) for k in range(0, len(c.row), step)])
+        rows.after()

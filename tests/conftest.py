@@ -1,12 +1,15 @@
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
 import torch
+import triton
 
 from fastbyol.config import CheckpointConfig, Config, DataConfig, KnnConfig, LogConfig, ModelConfig, OptimConfig
 from fastbyol.data.prepare import prepare_photos
@@ -17,8 +20,21 @@ TRAIN_IMAGES = 72  # 4 batches of 16 and 8 images that no batch of an epoch hold
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if "interpreted" in item.fixturenames:
+            item.add_marker("interpreter")
+        # Triton decides when it is imported whether kernels are compiled or interpreted: one process does one of the two.
+        if "interpreter" in item.keywords and not triton.knobs.runtime.interpret:
+            item.add_marker(
+                pytest.mark.skip(reason="needs TRITON_INTERPRET=1; `make test` runs these in a second process")
+            )
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Callable[[str], ModuleType]:
+    """Gives a module of fastbyol.kernels.gpu whose kernels run on CPU tensors, in Triton's interpreter."""
+    return lambda name: importlib.import_module(f"fastbyol.kernels.gpu.{name}")
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from torch import nn
 
 from fastbyol import schedules
 from fastbyol.config import ModelConfig, OptimConfig
-from fastbyol.kernels.lars_ema import ema_update_
+from fastbyol.kernels import lars_ema
 from fastbyol.model import build_model
-from fastbyol.optim import LARS, build_optimizer, parameter_groups
+from fastbyol.optim import LARS, build_optimizer, ema_update_, parameter_groups
 
 ETA, MU = 1e-3, 0.9
 
@@ -141,3 +141,299 @@ def test_a_pair_that_the_optimiser_does_not_know_is_refused():
         LARS([p], 0.1, target_pairs=[(nn.Parameter(torch.ones(2)), torch.ones(2))], tau=torch.ones(()))
     with pytest.raises(ValueError, match="need tau"):
         LARS([p], 0.1, target_pairs=[(p, torch.ones(2))])
+
+
+# --- every implementation against float64 ---
+
+SIZES = [1, 3, 127, 4097, 2**20 + 1]
+GRADIENTS = [torch.float32, torch.bfloat16, torch.float16]
+HYPERS = [(1e-4, 0.9, ETA), (0.0, 0.9, None)]  # weight decay, momentum, trust coefficient of the two groups
+
+
+@pytest.fixture(params=["numba", pytest.param("triton", marks=pytest.mark.interpreter)])
+def implementation(request):
+    """The module that holds LarsEma and EmaUpdate: for the CPU, or for a GPU in Triton's interpreter."""
+    if request.param == "numba":
+        return lars_ema
+    module, patch = request.getfixturevalue("interpreted")("lars_ema"), request.getfixturevalue("monkeypatch")
+    # The interpreter takes a millisecond a block, whatever its size.
+    patch.setattr(module, "CHUNK", 1 << 18)
+    patch.setattr(module, "BLOCK", 1 << 16)
+    return module
+
+
+class Problem:
+    """Parameters of given shapes and their float64 doubles, moved along together."""
+
+    def __init__(self, shapes, *, seed=0, dtype=torch.float32, scale=1.0):
+        self.rng, self.dtype, self.scale = np.random.default_rng(seed), dtype, scale
+        self.groups = [k % 3 == 2 for k in range(len(shapes))]  # every third without decay and trust ratio
+        self.weights = [self.random(shape) for shape in shapes]
+        self.targets = [self.random(shape) if k % 4 else None for k, shape in enumerate(shapes)]
+        self.grads = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+        self.momenta = [torch.zeros_like(w) for w in self.weights]
+        self.lr, self.tau = torch.tensor(0.0), torch.tensor(0.0)
+        self.inv_scale, self.found_inf = torch.tensor(1 / scale), torch.tensor(0.0)
+        self.hypers = [
+            lars_ema.Hyper(lr=self.lr, weight_decay=wd, momentum=mu, trust_coefficient=eta) for wd, mu, eta in HYPERS
+        ]
+        self.exact = [[None if x is None else x.double().cpu().numpy() for x in row] for row in self.rows()]
+
+    def random(self, shape):
+        return torch.tensor(self.rng.normal(size=shape), dtype=torch.float32)
+
+    def rows(self):
+        return list(zip(self.weights, self.grads, self.momenta, self.targets, strict=True))
+
+    def new_gradients(self, poison=None):
+        for k, g in enumerate(self.grads):
+            g.copy_(self.scale * self.random(g.shape))
+            if poison is not None and k == len(self.grads) // 2:
+                g.view(-1)[-1] = poison
+
+    def step(self, update, k, steps):
+        self.lr.fill_(schedules.learning_rate(k, peak=3.0, warmup_steps=5, total_steps=steps))
+        self.tau.fill_(schedules.target_decay(k, base=0.9, total_steps=steps))
+        scaled = {"inv_scale": self.inv_scale, "found_inf": self.found_inf.zero_()} if self.scale != 1 else {}
+        update(self.rows(), [int(g) for g in self.groups], self.hypers, self.tau, **scaled)
+
+    def exact_step(self):
+        for row, g, group in zip(self.exact, self.grads, self.groups, strict=True):
+            wd, mu, eta = HYPERS[group]
+            w, m, t = row[0], row[2], row[3]
+            u = g.double().cpu().numpy() / self.scale + wd * w
+            w_norm, u_norm = np.linalg.norm(w), np.linalg.norm(u)
+            r = eta * w_norm / u_norm if eta is not None and w_norm > 0 and u_norm > 0 else 1.0
+            m = mu * m + r * u
+            w = w - self.lr.item() * m
+            row[0], row[2] = w, m
+            if t is not None:
+                row[3] = t + (1 - self.tau.item()) * (w - t)
+
+    def largest_error(self):
+        """Norm of the difference over the norm, the largest of all weights, momenta and targets."""
+        errors = []
+        for row, exact in zip(self.rows(), self.exact, strict=True):
+            for k in (0, 2, 3):
+                if exact[k] is not None:
+                    size = np.linalg.norm(exact[k])
+                    errors.append(np.linalg.norm(row[k].double().cpu().numpy() - exact[k]) / (size if size > 0 else 1))
+        return max(errors)
+
+
+def odd_shapes(count):
+    rng = np.random.default_rng(1)
+    return [(int(n),) for n in [*SIZES, *(2 * rng.integers(1, 1500, size=count - len(SIZES)) + 1)]]
+
+
+@pytest.mark.parametrize("dtype", GRADIENTS, ids=str)
+def test_twenty_steps_over_many_tensors(implementation, dtype):
+    count = 170 if dtype == torch.float32 or implementation is lars_ema else 20  # the interpreter takes its time
+    problem, update = Problem(odd_shapes(count), dtype=dtype), implementation.LarsEma()
+    problem.weights[7].zero_()
+    problem.exact[7][0][...] = 0
+    for k in range(20):
+        problem.new_gradients()
+        problem.grads[9].zero_()
+        problem.step(update, k, 20)
+        problem.exact_step()
+    assert problem.largest_error() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", GRADIENTS, ids=str)
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_skips_the_step_for_all(implementation, dtype, poison):
+    problem, update = Problem(odd_shapes(9), dtype=dtype, scale=64.0), implementation.LarsEma()
+    for k in range(6):
+        problem.new_gradients(poison if k in (1, 4) else None)
+        problem.step(update, k + 5, 20)
+        assert problem.found_inf.item() == (k in (1, 4))
+        if k not in (1, 4):
+            problem.exact_step()
+    assert problem.largest_error() < 1e-6
+
+
+def test_without_a_loss_scale_nothing_is_skipped(implementation):
+    """As in torch's optimisers: what is not finite then shows in the loss."""
+    problem, update = Problem([(5,), (6,), (7,)]), implementation.LarsEma()
+    problem.new_gradients(float("nan"))
+    problem.step(update, 6, 20)
+    assert problem.weights[1].isnan().any()
+    assert problem.weights[0].isfinite().all()
+
+
+def layouts():
+    """(weight, gradient, target) of the same values in other orders of memory than the plain one."""
+    rng = torch.Generator().manual_seed(0)
+
+    def values(*shape):
+        return torch.randn(shape, generator=rng)
+
+    last = torch.channels_last
+    yield "channels_last", tuple(values(8, 3, 5, 5).to(memory_format=last) for _ in range(3))
+    weight, target = (values(8, 3, 5, 5).to(memory_format=last) for _ in range(2))
+    yield "gradient in another order", (weight, values(8, 3, 5, 5), target)
+    yield "target in another order", (values(4, 6, 3, 3), values(4, 6, 3, 3), values(4, 6, 3, 3).to(memory_format=last))
+    yield "strided", tuple(values(9, 20)[:, ::2] for _ in range(3))
+    yield "transposed", tuple(values(9, 21).T for _ in range(3))
+    yield "expanded gradient", (values(6, 4), values(1, 4).expand(6, 4), values(6, 4))
+    yield "1x1 convolution", (values(6, 4, 1, 1).to(memory_format=last), values(6, 4, 1, 1), values(6, 4, 1, 1))
+    bucket = values(1000)
+    yield "bucket views at odd places", (values(300), bucket[1:301], values(300))
+
+
+@pytest.mark.parametrize(("name", "tensors"), [pytest.param(n, t, id=n) for n, t in layouts()])
+def test_any_layout(implementation, name, tensors):
+    weight, grad, target = tensors
+    momentum_buffer, other = torch.zeros_like(weight), torch.ones(4)
+    plain = [t.contiguous().clone() for t in (weight, grad, momentum_buffer, target)]
+    hypers = [lars_ema.Hyper(lr=torch.tensor(0.1), weight_decay=0.1, momentum=0.9, trust_coefficient=ETA)]
+    tau, update = torch.tensor(0.9), implementation.LarsEma()
+    for _ in range(3):
+        update([(weight, grad, momentum_buffer, target), (other, other, other, None)], [0, 0], hypers, tau)
+        lars_ema.lars_ema_reference(
+            *plain, lr=hypers[0].lr, tau=tau, weight_decay=0.1, momentum=0.9, trust_coefficient=ETA
+        )
+    for actual, expected in zip((weight, momentum_buffer, target), (plain[0], plain[2], plain[3]), strict=True):
+        assert (actual - expected).abs().max() < 1e-6, name
+
+
+def test_two_runs_give_the_same_bits(implementation):
+    results = []
+    for _ in range(2):
+        problem, update = Problem(odd_shapes(12)), implementation.LarsEma()
+        for k in range(3):
+            problem.new_gradients()
+            problem.step(update, k + 5, 20)
+        results.append(problem.weights + problem.momenta)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    results, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            problem, update = Problem(odd_shapes(12)), lars_ema.LarsEma()
+            for k in range(3):
+                problem.new_gradients()
+                problem.step(update, k + 5, 20)
+            results.append(problem.weights + problem.momenta)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_gradient_that_moves_is_followed(implementation):
+    problem, update, old = Problem([(5, 7), (4097,)]), implementation.LarsEma(), []
+    for k in range(4):
+        old.append(problem.grads)  # kept, so that the new ones lie elsewhere
+        problem.grads = [torch.zeros_like(g) for g in problem.grads]
+        problem.new_gradients()
+        problem.step(update, k + 5, 20)
+        problem.exact_step()
+    assert problem.largest_error() < 1e-6
+
+
+def test_low_precision_gradients_lose_no_more_than_in_torch(implementation):
+    """Twice the error of the plain float32 formulas on the same gradients, at most."""
+    for dtype in GRADIENTS[1:]:
+        ours, plain, update = (
+            Problem(odd_shapes(9), dtype=dtype),
+            Problem(odd_shapes(9), dtype=dtype),
+            implementation.LarsEma(),
+        )
+        for k in range(20):
+            for problem in (ours, plain):
+                problem.new_gradients()
+            ours.step(update, k, 20)
+            plain.step(reference_update, k, 20)
+            ours.exact_step()
+            plain.exact_step()
+        assert ours.largest_error() <= 2 * plain.largest_error()
+
+
+def reference_update(rows, groups, hypers, tau):
+    for row, group in zip(rows, groups, strict=True):
+        h = hypers[group]
+        lars_ema.lars_ema_reference(
+            *row,
+            lr=h.lr,
+            tau=tau,
+            weight_decay=h.weight_decay,
+            momentum=h.momentum,
+            trust_coefficient=h.trust_coefficient,
+        )
+
+
+def test_reference_skips_too():
+    tensors = [torch.ones(3), torch.full((3,), torch.inf), torch.ones(3), torch.zeros(3)]
+    lars_ema.lars_ema_reference(
+        *tensors,
+        lr=torch.tensor(0.1),
+        tau=torch.tensor(0.5),
+        weight_decay=0.0,
+        momentum=0.9,
+        trust_coefficient=None,
+        inv_scale=torch.tensor(0.5),
+        found_inf=torch.tensor(1.0),
+    )
+    assert [t.tolist() for t in (tensors[0], tensors[2], tensors[3])] == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
+
+
+def test_target_update_alone(implementation):
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(1,), (3, 5), (4097,), (8, 3, 5, 5), (2**17 + 1,)]
+    pairs = [(torch.randn(s, generator=rng), torch.randn(s, generator=rng)) for s in shapes]
+    pairs[3] = (pairs[3][0].to(memory_format=torch.channels_last), pairs[3][1])
+    bucket = torch.randn(302, generator=rng)
+    pairs.append((bucket[1:], torch.randn(301, generator=rng)))
+    expected = [(t.double() + 0.1 * (w.double() - t.double())) for w, t in pairs]
+    implementation.EmaUpdate()(pairs, torch.tensor(0.9))
+    assert all((t - e).abs().max() < 1e-6 for (_, t), e in zip(pairs, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "message"),
+    [
+        ((torch.zeros(3), torch.zeros(4), torch.zeros(3), None), ValueError, r"\(3,\).*\(4,\)"),
+        ((torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.zeros(2)), ValueError, r"target \(2,\)"),
+        ((torch.zeros(3), torch.zeros(3).double(), torch.zeros(3), None), TypeError, "gradients must be of"),
+        (
+            (torch.zeros(3), torch.zeros(3), torch.zeros(3).half(), None),
+            TypeError,
+            "must be float32, not torch.float16",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_memory_is_touched(implementation, row, error, message):
+    hyper = lars_ema.Hyper(lr=torch.tensor(0.1), weight_decay=0.0, momentum=0.9, trust_coefficient=ETA)
+    with pytest.raises(error, match=message):
+        implementation.LarsEma()([row], [0], [hyper], torch.tensor(0.5))
+
+
+def test_scalars_that_the_kernels_could_not_read_are_refused():
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="lr must be a float32 scalar"):
+        LARS([p], torch.tensor(0.1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="tau must be a float32 scalar"):
+        LARS([p], 0.1, target_pairs=[(p, torch.ones(2))], tau=torch.ones(1))
+    with pytest.raises(ValueError, match="float32 parameters"):
+        LARS([nn.Parameter(torch.ones(2).double())], 0.1)
+    with pytest.raises(TypeError, match="float32 scalar tensor"):
+        lars_ema.Hyper(lr=0.1, weight_decay=0.0, momentum=0.9, trust_coefficient=None)
+
+
+def test_optimizer_with_a_loss_scale_skips_and_says_so():
+    p, target, inv_scale = nn.Parameter(torch.ones(4, 4)), torch.zeros(4, 4), torch.tensor(1 / 8)
+    optimizer = LARS([p], 0.1, target_pairs=[(p, target)], tau=torch.tensor(0.5), inv_scale=inv_scale)
+    p.grad = torch.full((4, 4), torch.inf)
+    optimizer.step()
+    assert optimizer.found_inf.item() == 1
+    assert torch.equal(p.detach(), torch.ones(4, 4))
+    assert torch.equal(target, torch.zeros(4, 4))
+    p.grad = 8 * torch.ones(4, 4)
+    optimizer.step()
+    assert optimizer.found_inf.item() == 0
+    assert (p.detach() - (1 - 0.1 * ETA)).abs().max() < 1e-6  # |w| / |g / 8| = 1
+    assert (target - 0.5 * p.detach()).abs().max() < 1e-7

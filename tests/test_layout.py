@@ -34,7 +34,7 @@ def modules():
         parts = path.relative_to(ROOT / "fastbyol").with_suffix("").parts
         if parts[0] not in ("__init__", "__main__"):
             yield parts[0], path
-    for path in sorted((ROOT / "kernels").glob("*.py")):
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
         yield "kernels", path
 
 

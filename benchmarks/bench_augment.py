@@ -1,0 +1,159 @@
+"""Colour, blur, solarise, normalise of a batch of crops: fastbyol against other people's ways, and against a plain copy.
+
+    make bench-kernels                  # in the peers' environment, on the CPU and, where there is one, the GPU
+
+All contenders get the same uint8 crops, on their device, and the same number of views of both kinds; the peers draw their own
+parameters, image by image, from the same distributions. On the CPU torch's threads work for the peers, and as many threads of
+the native loader's kind for fastbyol. Bytes are those of the floor: crops read twice (the contrast mean, then the pixels), views
+written in bfloat16.
+
+    fastbyol         kernels/gpu/augment.py on a GPU, kernels/augment.py on the CPU
+    reference        the plain torch formulas, view by view
+    torchvision v2   ColorJitter, RandomGrayscale, GaussianBlur, RandomSolarize, Normalize, view by view
+    kornia           its batched augmentations, parameters per image
+    copy             as many bytes copied by torch
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from timing import measure
+from torch import Tensor
+
+from fastbyol.kernels import augment
+from fastbyol.views import sample
+
+SIZE = 224
+VIEWS = {"cpu": 32, "cuda": 512}
+BLUR, SOLARISE = (1.0, 0.1), (0.0, 0.2)
+
+
+def inputs(device: str) -> tuple[Tensor, np.ndarray]:
+    """(N, S, S, 3) uint8 crops and (N, COLUMNS) parameters, view 1 of all images first."""
+    n = VIEWS[device]
+    rng = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 256, (n, 3, 14, 14), generator=rng, dtype=torch.uint8).float()
+    smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bicubic").clamp(0, 255).byte()
+    params = sample("byol", 0, 0, np.arange(n // 2), np.full((n // 2, 2), 300))
+    rows = params.pack().transpose(1, 0, 2).reshape(n, augment.COLUMNS).copy()
+    return smooth.permute(0, 2, 3, 1).contiguous().to(device), rows
+
+
+def fastbyol(device: str) -> Callable[[], object]:
+    crops, rows = inputs(device)
+    if device == "cuda":
+        from fastbyol.kernels.gpu.augment import augment_views
+
+        parameters = torch.from_numpy(rows).to(device)
+        return lambda: augment_views(crops, parameters, torch.bfloat16)
+    return _on_the_cpu(crops, rows)
+
+
+def _on_the_cpu(crops: Tensor, rows: np.ndarray) -> Callable[[], object]:
+    n, threads = len(rows), torch.get_num_threads()
+    planes = (crops.permute(0, 3, 1, 2).float() / 255).numpy()
+    out = np.empty((n, SIZE, SIZE, 3), dtype=np.uint16)
+    pool = ThreadPoolExecutor(threads)
+
+    def work(first: int) -> None:
+        scratch, view = augment.AugmentScratch(SIZE), augment.new_planes(SIZE)
+        for k in range(first, n, threads):
+            view[:] = planes[k]
+            augment.augment_into(view, rows[k], out[k], scratch)
+
+    return lambda: list(pool.map(work, range(threads)))
+
+
+def reference(device: str) -> Callable[[], object]:
+    if device == "cuda":
+        pytest.skip("the plain formulas keep their constants on the CPU")
+    crops, rows = inputs(device)
+
+    def run() -> Tensor:
+        views = [
+            augment.augment_reference(c.permute(2, 0, 1).float() / 255, r) for c, r in zip(crops, rows, strict=True)
+        ]
+        return augment.normalise_reference(torch.stack(views)).bfloat16()
+
+    return run
+
+
+def torchvision(device: str) -> Callable[[], object]:
+    from torchvision.transforms import v2
+
+    crops = inputs(device)[0].permute(0, 3, 1, 2)
+    chains = [
+        v2.Compose(
+            [
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+                v2.RandomGrayscale(p=0.2),
+                v2.RandomApply([v2.GaussianBlur(23, sigma=(0.1, 2.0))], p=BLUR[v]),
+                v2.RandomSolarize(128, p=SOLARISE[v]),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD),
+                v2.ToDtype(torch.bfloat16),
+            ]
+        )
+        for v in range(2)
+    ]
+    half = len(crops) // 2
+    return lambda: torch.stack([chains[k >= half](crop) for k, crop in enumerate(crops)])
+
+
+def kornia(device: str) -> Callable[[], object]:
+    k = pytest.importorskip("kornia.augmentation", reason="kornia is not installed here: make bench-setup")
+    crops = inputs(device)[0].permute(0, 3, 1, 2)
+    chains = [
+        k.AugmentationSequential(
+            k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
+            k.RandomGrayscale(p=0.2),
+            k.RandomGaussianBlur((23, 23), (0.1, 2.0), p=BLUR[v]),
+            k.RandomSolarize(0.0, 0.0, p=SOLARISE[v]),
+            k.Normalize(torch.tensor(augment.IMAGENET_MEAN), torch.tensor(augment.IMAGENET_STD)),
+        )
+        for v in range(2)
+    ]
+    half = len(crops) // 2
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        parts = crops[:half], crops[half:]
+        return [chain(part.float() / 255).bfloat16() for chain, part in zip(chains, parts, strict=True)]
+
+    return run
+
+
+def moved(device: str) -> int:
+    return VIEWS[device] * SIZE * SIZE * (3 + 3 + 6)
+
+
+def copy(device: str) -> Callable[[], object]:
+    values = torch.ones(moved(device) // 8, device=device)
+    other = torch.empty_like(values)
+    return lambda: other.copy_(values)
+
+
+CONTENDERS = {
+    "fastbyol": fastbyol,
+    "reference": reference,
+    "torchvision v2": torchvision,
+    "kornia": kornia,
+    "copy": copy,
+}
+
+
+@cache
+def prepared(contender: str, device: str) -> Callable[[], object]:
+    return CONTENDERS[contender](device)
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_augment(benchmark: BenchmarkFixture, device: str, contender: str, turn: int) -> None:
+    run = prepared(contender, device)
+    name = f"{VIEWS[device]} views, {SIZE} px"
+    measure(benchmark, run, device=device, turn=turn, set_name=name, contender=contender, moved=moved(device))
