@@ -87,7 +87,7 @@ def foreach(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
     @torch.no_grad()
     def step() -> None:
         weights, grads = [r[0] for r in adapted], [r[1] for r in adapted]
-        updates = torch._foreach_add(grads, weights, alpha=WEIGHT_DECAY)
+        updates = list(torch._foreach_add(grads, weights, alpha=WEIGHT_DECAY))
         w_norms, u_norms = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
         ratios = torch.where((w_norms > 0) & (u_norms > 0), ETA * w_norms / u_norms, 1.0)
         torch._foreach_mul_(updates, list(ratios.unbind()))

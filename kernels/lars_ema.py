@@ -101,6 +101,10 @@ def ema_reference(weight: Tensor, target: Tensor, tau: Tensor) -> None:
     target.add_((1 - tau) * (weight - target))
 
 
+Row = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # weight, gradient, momentum buffer, target
+_GRADIENT = 1  # column of a row
+
+
 class Rows:
     """The tensors of an update as rows of addresses: w, g, m, t, in a memory order that a row's tensors share.
 
@@ -121,57 +125,62 @@ class Rows:
         TypeError: a dtype that the kernels do not know.
     """
 
-    def __init__(self, tensors: Sequence[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]) -> None:
+    def __init__(self, tensors: Sequence[Row]) -> None:
         for row in tensors:
             _check(row)
-        self._tensors = tensors
-        self._before: list[tuple[Tensor, Tensor]] = []  # staging buffer, tensor
-        self._after: list[tuple[Tensor, Tensor]] = []
-        rows = [self._staged(row) for row in tensors]
-        self.addresses = np.array([[0 if x is None else x.data_ptr() for x in row] for row in rows], dtype=np.int64)
-        self.sizes = np.array([row[0].numel() for row in rows], dtype=np.int64)
-        self.dtypes = [None if row[1] is None else row[1].dtype for row in rows]
+        self._layout = _layout(tensors)
+        self._buffers: dict[tuple[int, int], Tensor] = {}  # (row, column) -> staging buffer
+        for i, row in enumerate(tensors):
+            self._stage(i, row)
+        self.sizes = np.array([row[0].numel() for row in tensors], dtype=np.int64)
+        self.dtypes = [None if row[1] is None else row[1].dtype for row in tensors]
+        self.addresses = np.zeros((len(tensors), 4), dtype=np.int64)
 
-    def hold(self, tensors: Sequence[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]) -> bool:
-        """Whether these rows still stand for these tensors: no address, dtype or order of memory has changed."""
-        return len(tensors) == len(self._tensors) and all(
-            a is b
-            or (
-                a is not None
-                and b is not None
-                and (a.data_ptr(), a.dtype, a.stride()) == (b.data_ptr(), b.dtype, b.stride())
-            )
-            for row, other in zip(tensors, self._tensors, strict=True)
-            for a, b in zip(row, other, strict=True)
-        )
+    def fit(self, tensors: Sequence[Row]) -> bool:
+        """Whether these rows can stand for these tensors too: shapes, dtypes and orders of memory are the same."""
+        return self._layout == _layout(tensors)
 
-    def before(self) -> None:
+    def bind(self, tensors: Sequence[Row]) -> bool:
+        """Takes the tensors' addresses, and holds none of them: gradients are to be freed after a step.
+
+        Returns:
+            whether any address has changed.
+        """
+        old = self.addresses
+        pointers = [0 if x is None else x.data_ptr() for row in tensors for x in row]
+        self.addresses = np.array(pointers, dtype=np.int64).reshape(-1, 4)
+        for place, buffer in self._buffers.items():
+            self.addresses[place] = buffer.data_ptr()
+        return not np.array_equal(old, self.addresses)
+
+    def before(self, tensors: Sequence[Row]) -> None:
         """Fills the staging buffers."""
-        for buffer, tensor in self._before:
-            buffer.copy_(tensor)
+        for (i, column), buffer in self._buffers.items():
+            buffer.copy_(tensors[i][column])
 
-    def after(self) -> None:
+    def after(self, tensors: Sequence[Row]) -> None:
         """Copies what the kernels wrote back from them."""
-        for buffer, tensor in self._after:
-            tensor.copy_(buffer)
+        for (i, column), buffer in self._buffers.items():
+            if column != _GRADIENT:
+                tensors[i][column].copy_(buffer)
 
-    def _staged(self, row: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        weight, grad, momentum_buffer, target = row
-        written = [x for x in (weight, momentum_buffer, target) if x is not None]
-        if not _fills_memory(weight) or any(_order(x) != _order(weight) for x in written):
-            buffers = {id(x): torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in written}
-            self._before += [(buffers[id(x)], x) for x in written]
-            self._after += [(buffers[id(x)], x) for x in written]
-            weight, momentum_buffer, target = (x if x is None else buffers[id(x)] for x in row[:1] + row[2:])
+    def _stage(self, i: int, row: Row) -> None:
+        weight, grad = row[0], row[_GRADIENT]
+        written = [k for k, x in enumerate(row) if x is not None and k != _GRADIENT]
+        if not _fills_memory(weight) or any(_order(row[k]) != _order(weight) for k in written):
+            for k in written:
+                self._buffers[i, k] = torch.empty(weight.shape, device=weight.device)
+            weight = self._buffers[i, 0]
         if grad is not None and _order(grad) != _order(weight):
-            buffer = torch.empty_like(weight, dtype=grad.dtype)
-            self._before.append((buffer, grad))
-            grad = buffer
-        return weight, grad, momentum_buffer, target
+            self._buffers[i, _GRADIENT] = torch.empty_like(weight, dtype=grad.dtype)
 
 
-def _check(row: tuple[Tensor | None, ...]) -> None:
-    weight, grad = row[0], row[1]
+def _layout(tensors: Sequence[Row]) -> list[tuple[torch.dtype, torch.Size, tuple[int, ...]] | None]:
+    return [None if x is None else (x.dtype, x.shape, x.stride()) for row in tensors for x in row]
+
+
+def _check(row: Row) -> None:
+    weight, grad = row[0], row[_GRADIENT]
     for x in row:
         if x is not None and (x.shape != weight.shape or x.device != weight.device):
             raise ValueError(
@@ -214,7 +223,7 @@ class Chunks:
 
 _CHUNK = 1 << 15  # values; also the length of a partial sum
 _RUN = 1 << 18  # values that a thread takes at a time
-_WHOLE_BYTES = 16 << 20  # tensors whose w and g are no larger are taken whole: the second pass finds them in the cache
+_WHOLE_BYTES = 20 << 20  # tensors whose w and g are no larger are taken whole: the second pass finds them in the cache
 _JIT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
 # What the kernels are told of the gradients' dtype: an empty array of the type that its values are read as.
 _SAMPLES = {
@@ -385,7 +394,7 @@ class LarsEma:
     @torch.no_grad()
     def __call__(
         self,
-        tensors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
+        tensors: Sequence[Row],
         groups: Sequence[int],
         hypers: Sequence[Hyper],
         tau: Tensor,
@@ -404,10 +413,11 @@ class LarsEma:
             inv_scale: scalar, 1 / loss scale; then `found_inf` is needed too.
             found_inf: scalar float32; set to 1 where a gradient is not finite. Where it is not 0, nothing is updated.
         """
-        rows = self._plan(tensors, groups)
-        if rows is None:
+        tensors = self._plan(tensors, groups)
+        if not tensors:
             return
-        rows.before()
+        rows = self._rows
+        rows.before(tensors)
         scaled = inv_scale is not None
         # The kernels read the scalars where they are, as on a GPU: no tensor becomes a Python number here.
         inverse, found = (inv_scale, found_inf) if scaled else (_ONE, _ZERO)
@@ -437,23 +447,23 @@ class LarsEma:
         else:
             _in_threads([(norms, unit) for unit in self._split])
             _in_threads([(both, unit) for unit in self._whole] + [(update, unit) for unit in self._split])
-        rows.after()
+        rows.after(tensors)
 
-    def _plan(self, tensors: Sequence[tuple[Tensor, ...]], groups: Sequence[int]) -> Rows | None:
-        """The tables for these tensors, made anew where anything of them has changed; None without tensors."""
+    def _plan(self, tensors: Sequence[Row], groups: Sequence[int]) -> Sequence[Row]:
+        """Makes the tables fit the tensors, anew where anything but addresses has changed; returns the tensors in their order."""
         kept = [(row, group) for row, group in zip(tensors, groups, strict=True) if row[0].numel()]
-        if not kept:
-            return None
         # One dtype after the other, so that the chunks of a unit are of one dtype.
         kept.sort(key=lambda pair: str(pair[0][1].dtype))
         tensors, groups = [row for row, _ in kept], np.array([group for _, group in kept])
-        if self._rows is not None and self._rows.hold(tensors) and np.array_equal(self._groups, groups):
-            return self._rows
+        if self._rows is not None and self._rows.fit(tensors) and np.array_equal(self._groups, groups):
+            self._rows.bind(tensors)
+            return tensors
         self._rows, self._groups = Rows(tensors), groups
+        self._rows.bind(tensors)
         self._chunks = Chunks.of(self._rows.sizes, _CHUNK)
         self._sums, self._bad = np.zeros((len(self._chunks.row), 2)), np.zeros(len(self._chunks.row), dtype=bool)
         self._whole, self._split = _units(self._rows, self._chunks)
-        return self._rows
+        return tensors
 
 
 Unit = tuple[int, int, NDArray]  # chunks from, to (exclusive), and the sample of their dtype
@@ -527,15 +537,16 @@ class EmaUpdate:
         tensors = [(weight, None, None, target) for weight, target in pairs if weight.numel()]
         if not tensors:
             return
-        if self._rows is None or not self._rows.hold(tensors):
+        if self._rows is None or not self._rows.fit(tensors):
             self._rows = Rows(tensors)
             self._chunks = Chunks.of(self._rows.sizes, _CHUNK)
         rows, c = self._rows, self._chunks
+        rows.bind(tensors)
 
         def average(begin: int, end: int, _: None) -> None:
             _average(begin, end, c.row, c.start, rows.addresses, rows.sizes, tau.data_ptr())
 
-        rows.before()
+        rows.before(tensors)
         step = _RUN // _CHUNK
         _in_threads([(average, (k, min(k + step, len(c.row)), None)) for k in range(0, len(c.row), step)])
-        rows.after()
+        rows.after(tensors)

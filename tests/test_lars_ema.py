@@ -1,6 +1,8 @@
 """LARS and the target update against an independent float64 numpy loop."""
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -333,6 +335,33 @@ def test_a_gradient_that_moves_is_followed(implementation):
         problem.step(update, k + 5, 20)
         problem.exact_step()
     assert problem.largest_error() < 1e-6
+
+
+def test_a_weight_that_moves_is_followed(implementation):
+    """`p.data = ...` keeps the tensor and gives it other memory."""
+    problem, update, old = Problem([(5, 7), (4097,)]), implementation.LarsEma(), []
+    for k in range(3):
+        for w in problem.weights:
+            old.append(w.data)
+            w.data = w.data.clone()
+        problem.new_gradients()
+        problem.step(update, k + 5, 20)
+        problem.exact_step()
+    assert problem.largest_error() < 1e-6
+
+
+def test_no_gradient_is_held_after_the_step(implementation):
+    """Memory of the old gradients while a backward makes the new ones would be the model's size again."""
+    problem, update = Problem([(5, 7), (8, 3, 5, 5)]), implementation.LarsEma()
+    problem.weights[1] = problem.weights[1].to(
+        memory_format=torch.channels_last
+    )  # staged: another order than its gradient
+    problem.new_gradients()
+    problem.step(update, 6, 20)
+    gone = [weakref.ref(g) for g in problem.grads]
+    problem.grads = []
+    gc.collect()
+    assert [r() for r in gone] == [None, None]
 
 
 def test_low_precision_gradients_lose_no_more_than_in_torch(implementation):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol.kernels.lars_ema import Chunks, Hyper, Rows
+from fastbyol.kernels.lars_ema import Chunks, Hyper, Row, Rows
 
 CHUNK = 1 << 14  # values of a program: about 2,300 programs for a ResNet-50 pair
 BLOCK = 2048  # values at a time: two 16-byte vectors of each array a thread
@@ -235,27 +235,33 @@ class _Tables:
         )
         self._kept: list[Tensor] = []  # pinned memory that a captured graph copies from at every replay
 
-    def plan(self, tensors: Sequence[tuple[Tensor | None, ...]], groups: Sequence[int]) -> bool:
-        """Whether there is anything to do; afterwards the attributes stand for these tensors.
+    def plan(self, tensors: Sequence[Row], groups: Sequence[int]) -> Sequence[Row]:
+        """Makes the tables fit the tensors, and returns the tensors in the tables' order.
 
         Raises:
             RuntimeError: addresses have changed twice while graphs were captured, without a step outside in between.
         """
         kept = [(row, group) for row, group in zip(tensors, groups, strict=True) if row[0].numel()]
-        if not kept:
-            return False
         kept.sort(key=lambda pair: _kind(pair[0]))
         tensors, groups = [row for row, _ in kept], [group for _, group in kept]
-        if self.rows is None or not self.rows.hold(tensors) or groups != self._groups:
-            self._build(tensors, groups)
-        return True
+        new = self.rows is None or not self.rows.fit(tensors) or groups != self._groups
+        if new:
+            self.rows, self._groups = Rows(tensors), groups
+        if tensors and (self.rows.bind(tensors) or new):
+            self._build(tensors[0][0].device)
+        return tensors
 
-    def _build(self, tensors: Sequence[tuple[Tensor | None, ...]], groups: list[int]) -> None:
-        device = tensors[0][0].device
-        self.rows, self._groups = Rows(tensors), groups
+    def _build(self, device: torch.device) -> None:
         chunks = Chunks.of(self.rows.sizes, CHUNK)
         self.count = len(chunks.row)
-        parts = (chunks.row, chunks.start, chunks.first, self.rows.addresses.ravel(), self.rows.sizes, np.array(groups))
+        parts = (
+            chunks.row,
+            chunks.start,
+            chunks.first,
+            self.rows.addresses.ravel(),
+            self.rows.sizes,
+            np.array(self._groups),
+        )
         packed = torch.from_numpy(np.concatenate(parts))
         if device.type == "cuda":
             packed = self._to(device, packed)
@@ -290,7 +296,7 @@ class _Tables:
         return on_device
 
 
-def _kind(row: Sequence[Tensor | None]) -> tuple[str, bool]:
+def _kind(row: Row) -> tuple[str, bool]:
     """Order of the launches: by the gradient's dtype, then by whether all addresses are multiples of 16 bytes."""
     grad = row[1]
     return (
@@ -310,7 +316,7 @@ class LarsEma:
     @torch.no_grad()
     def __call__(
         self,
-        tensors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
+        tensors: Sequence[Row],
         groups: Sequence[int],
         hypers: Sequence[Hyper],
         tau: Tensor,
@@ -320,12 +326,13 @@ class LarsEma:
     ) -> None:
         """One update, in place; nothing is synchronised."""
         t = self._tables
-        if not t.plan(tensors, groups):
+        tensors = t.plan(tensors, groups)
+        if not tensors:
             return
         self._set_hypers(hypers, tau.device)
         scaled = inv_scale is not None
         inverse, flag = (inv_scale, found_inf) if scaled else (self._one, self._zero)
-        t.rows.before()
+        t.rows.before(tensors)
         for begin, count, dtype, aligned in t.launches:
             norms_kernel[(count,)](
                 t.chunk_row,
@@ -369,7 +376,7 @@ class LarsEma:
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
-        t.rows.after()
+        t.rows.after(tensors)
 
     def _set_hypers(self, hypers: Sequence[Hyper], device: torch.device) -> None:
         """Writes the hyperparameters to the device where they have changed."""
@@ -396,9 +403,10 @@ class EmaUpdate:
     def __call__(self, pairs: Sequence[tuple[Tensor, Tensor]], tau: Tensor) -> None:
         """t <- t + (1 - tau) (w - t) in place; nothing is synchronised."""
         t = self._tables
-        if not t.plan([(w, None, None, target) for w, target in pairs], [0] * len(pairs)):
+        tensors = t.plan([(w, None, None, target) for w, target in pairs], [0] * len(pairs))
+        if not tensors:
             return
-        t.rows.before()
+        t.rows.before(tensors)
         for begin, count, _, aligned in t.launches:
             average_kernel[(count,)](
                 t.chunk_row,
@@ -412,4 +420,4 @@ class EmaUpdate:
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
-        t.rows.after()
+        t.rows.after(tensors)
