@@ -56,14 +56,14 @@ def fastbyol(device: str) -> Callable[[], object]:
 
 def _on_the_cpu(crops: Tensor, rows: np.ndarray) -> Callable[[], object]:
     n, threads = len(rows), torch.get_num_threads()
-    planes = (crops.permute(0, 3, 1, 2).float() / 255).numpy()
+    planes = crops.permute(0, 3, 1, 2).contiguous().numpy()  # the layout that crop.py's kernel writes
     out = np.empty((n, SIZE, SIZE, 3), dtype=np.uint16)
     pool = ThreadPoolExecutor(threads)
 
     def work(first: int) -> None:
         scratch, view = augment.AugmentScratch(SIZE), augment.new_planes(SIZE)
         for k in range(first, n, threads):
-            view[:] = planes[k]
+            np.multiply(planes[k], np.float32(1 / 255), out=view)
             augment.augment_into(view, rows[k], out[k], scratch)
 
     return lambda: list(pool.map(work, range(threads)))

@@ -98,7 +98,34 @@ def dct_scaling() -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
-TABLES = {"dct_scaling": dct_scaling, "demo_seeds": demo_seeds, "loader": loader}
+def kernels() -> str:
+    """Times on the CPU, and how many times as long as fastbyol's, in the same round."""
+    sets = [
+        (row["set"], f, row) for f in ("lars_ema_cpu", "augment_cpu") for row in {r["set"]: r for r in read(f)}.values()
+    ]
+    titles = {"R18": "LARS + target, R18 pair", "R50": "LARS + target, R50 pair"}
+    lines = ["| | ms: median (range) | times fastbyol's: median (range) |", "|---|---|---|"]
+    for name, file, _ in sets:
+        rows = [row for row in read(file) if row["set"] == name]
+        times: dict[str, dict[str, float]] = {}
+        for row in rows:
+            times.setdefault(row["contender"], {})[row["round"]] = float(row["ms"])
+        lines.append(f"| **{titles.get(name, f'augmentation, {name}')}** | | |")
+        for contender, by_round in times.items():
+            ms, ratios = list(by_round.values()), [v / times["fastbyol"][k] for k, v in by_round.items()]
+            ratio = "" if contender == "fastbyol" else f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            lines.append(f"| {contender} | {median(ms):.1f} ({min(ms):.1f}-{max(ms):.1f}) | {ratio} |")
+    commits = ", ".join(dict.fromkeys(row["fastbyol"].split()[-1] for _, _, row in sets))
+    first = sets[0][2]
+    note = (
+        f"{first['cpu']}; torch {first['torch']}, numba {first['numba']}, lightly {first['lightly']}, kornia {first['kornia']}; "
+        f"commit {commits}; contenders in turn, ratios within a round. Source: benchmarks/results/lars_ema_cpu.csv and "
+        "augment_cpu.csv (`make bench-kernels`)."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+TABLES = {"kernels": kernels, "dct_scaling": dct_scaling, "demo_seeds": demo_seeds, "loader": loader}
 
 
 def render(text: str) -> str:
