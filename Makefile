@@ -7,6 +7,7 @@ BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 GPU_PYTHON ?= $(BIN)/python
+KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-json=/dev/null --benchmark-disable-gc
 
 .PHONY: help demo test lint setup gpu bench-setup bench-loader bench-kernels clean
 
@@ -70,17 +71,18 @@ bench-loader: $(BENCH_STAMP)
 
 # The CPU's half of the kernel benchmarks with all peers.
 bench-kernels: $(BENCH_STAMP)
-	cd benchmarks && ../$(BENCH_VENV)/bin/pytest bench_lars_ema.py bench_augment.py --devices cpu \
-		--benchmark-json=/dev/null --benchmark-disable-gc
+	$(BENCH_VENV)/bin/pytest $(KERNEL_BENCHMARKS) --devices cpu
 
 # On a CUDA machine: the tests marked gpu, the kernels' table, then the kernel benchmarks, results to benchmarks/results/. Peers that
 # are not installed are left out and named. GPU_PYTHON=python3 takes an interpreter that is there instead of .venv.
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
-	$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device here"'
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device here")'
 	$(GPU_PYTHON) -m pytest -m gpu
+	@if command -v compute-sanitizer >/dev/null; \
+	then compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py; \
+	else echo "== compute-sanitizer is not installed here: memory accesses are not checked"; fi
 	$(GPU_PYTHON) -m fastbyol.kernels.report
-	cd benchmarks && $(abspath $(GPU_PYTHON)) -m pytest bench_lars_ema.py bench_augment.py --devices cuda -rs \
-		--benchmark-json=/dev/null --benchmark-disable-gc
+	$(GPU_PYTHON) -m pytest $(KERNEL_BENCHMARKS) --devices cuda
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) data/photos runs/demo

@@ -70,8 +70,6 @@ def _on_the_cpu(crops: Tensor, rows: np.ndarray) -> Callable[[], object]:
 
 
 def reference(device: str) -> Callable[[], object]:
-    if device == "cuda":
-        pytest.skip("the plain formulas keep their constants on the CPU")
     crops, rows = inputs(device)
 
     def run() -> Tensor:

@@ -127,14 +127,14 @@ def rgb_to_hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     """Inverse of `rgb_to_hsv`: (3, S, S)."""
-    k = (torch.tensor([5.0, 3.0, 1.0])[:, None, None] + 6 * hue) % 6
+    k = (torch.tensor([5.0, 3.0, 1.0], device=hue.device)[:, None, None] + 6 * hue) % 6
     return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def blur_reference(x: Tensor, sigma: float) -> Tensor:
     """Separable Gaussian of 2 * blur_radius(S) + 1 taps, zero padding."""
     radius = blur_radius(x.shape[-1])
-    d = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    d = torch.arange(-radius, radius + 1, dtype=torch.float32, device=x.device)
     taps = torch.exp(-(d**2) / (2 * sigma**2))
     taps = taps / taps.sum()
     planes = x[:, None]  # (3, 1, S, S)
@@ -144,7 +144,7 @@ def blur_reference(x: Tensor, sigma: float) -> Tensor:
 
 def normalise_reference(x: Tensor) -> Tensor:
     """(..., 3, S, S) in [0, 1] -> zero mean and unit variance over ImageNet."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
 
 

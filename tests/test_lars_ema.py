@@ -187,10 +187,10 @@ class Problem:
     def rows(self):
         return list(zip(self.weights, self.grads, self.momenta, self.targets, strict=True))
 
-    def new_gradients(self, poison=None):
+    def new_gradients(self, poison=None, poisoned=1):
         for k, g in enumerate(self.grads):
             g.copy_(self.scale * self.random(g.shape))
-            if poison is not None and k == len(self.grads) // 2:
+            if poison is not None and k == poisoned:
                 g.view(-1)[-1] = poison
 
     def step(self, update, k, steps):
@@ -247,7 +247,8 @@ def test_twenty_steps_over_many_tensors(implementation, dtype):
 def test_a_gradient_that_is_not_finite_skips_the_step_for_all(implementation, dtype, poison):
     problem, update = Problem(odd_shapes(9), dtype=dtype, scale=64.0), implementation.LarsEma()
     for k in range(6):
-        problem.new_gradients(poison if k in (1, 4) else None)
+        # Tensor 4 has a trust ratio, tensor 5 has none and needs no norms but for this.
+        problem.new_gradients(poison if k in (1, 4) else None, poisoned=4 if k == 1 else 5)
         problem.step(update, k + 5, 20)
         assert problem.found_inf.item() == (k in (1, 4))
         if k not in (1, 4):
@@ -337,6 +338,21 @@ def test_a_gradient_that_moves_is_followed(implementation):
     assert problem.largest_error() < 1e-6
 
 
+def test_other_tensors_and_other_orders_in_the_next_call(implementation):
+    """A parameter without a gradient in one step, and a gradient that comes in another order of memory in the next."""
+    update = implementation.LarsEma()
+    problems = [Problem([(300,), (4, 3, 5, 5)]), Problem([(7,)]), Problem([(8, 3, 5, 5), (300,)])]
+    for problem in (*problems, problems[0]):
+        problem.new_gradients()
+        problem.step(update, 6, 20)
+        problem.exact_step()
+        problem.grads = [g.to(memory_format=torch.channels_last) if g.ndim == 4 else g for g in problem.grads]
+        problem.new_gradients()
+        problem.step(update, 7, 20)
+        problem.exact_step()
+        assert problem.largest_error() < 1e-6
+
+
 def test_a_weight_that_moves_is_followed(implementation):
     """`p.data = ...` keeps the tensor and gives it other memory."""
     problem, update, old = Problem([(5, 7), (4097,)]), implementation.LarsEma(), []
@@ -417,8 +433,11 @@ def test_target_update_alone(implementation):
     pairs[3] = (pairs[3][0].to(memory_format=torch.channels_last), pairs[3][1])
     bucket = torch.randn(302, generator=rng)
     pairs.append((bucket[1:], torch.randn(301, generator=rng)))
+    around = torch.ones(10, 20)
+    pairs.append((torch.randn(10, 20, generator=rng)[:, ::2], around[:, ::2]))
     expected = [(t.double() + 0.1 * (w.double() - t.double())) for w, t in pairs]
     implementation.EmaUpdate()(pairs, torch.tensor(0.9))
+    assert torch.equal(around[:, 1::2], torch.ones(10, 10))
     assert all((t - e).abs().max() < 1e-6 for (_, t), e in zip(pairs, expected, strict=True))
 
 

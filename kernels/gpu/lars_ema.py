@@ -42,7 +42,7 @@ def _squares(w, g, decay, inverse):
     return w * w, u * u, bad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk"])
 def norms_kernel(
     chunk_row,  # (C,) int32: the tensor of a chunk
     chunk_start,  # (C,) int64: its first value there
@@ -120,7 +120,7 @@ def _new_weights(w, g, m, lr, decay, mu, ratio, inverse):
     return w - lr * m, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk"])
 def update_kernel(
     chunk_row,
     chunk_start,
@@ -186,7 +186,7 @@ def update_kernel(
             tl.store(t_pointer + at, t + keep * (w - t), mask=inside & has_target)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk"])
 def average_kernel(
     chunk_row,
     chunk_start,
@@ -230,10 +230,9 @@ class _Tables:
     def __init__(self) -> None:
         self.rows: Rows | None = None
         self._groups: list[int] = []
-        self._spare: Tensor | None = (
-            None  # pinned memory for the next tables: none can be had while a graph is captured
-        )
-        self._kept: list[Tensor] = []  # pinned memory that a captured graph copies from at every replay
+        # Pinned memory for the next tables: none can be had while a graph is captured.
+        self._spare: Tensor | None = None
+        self._captured: list[Tensor] = []  # pinned memory that captured graphs copy from at every replay
 
     def plan(self, tensors: Sequence[Row], groups: Sequence[int]) -> Sequence[Row]:
         """Makes the tables fit the tensors, and returns the tensors in the tables' order.
@@ -262,6 +261,8 @@ class _Tables:
             self.rows.sizes,
             np.array(self._groups),
         )
+        # Every table begins a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
+        parts = [np.pad(part, (0, len(part) % 2)) for part in parts]
         packed = torch.from_numpy(np.concatenate(parts))
         if device.type == "cuda":
             packed = self._to(device, packed)
@@ -291,7 +292,8 @@ class _Tables:
         host.copy_(packed)
         on_device = torch.empty(len(packed), dtype=torch.int64, device=device)
         on_device.copy_(host, non_blocking=True)
-        self._kept = [*self._kept, host] if capturing else [host]
+        if capturing:
+            self._captured.append(host)
         self._spare = None if capturing else torch.empty(2 * len(packed), dtype=torch.int64, pin_memory=True)
         return on_device
 
