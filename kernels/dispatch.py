@@ -2,15 +2,18 @@
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from fastbyol.kernels import augment, crop, lars_ema
+from fastbyol.kernels import augment, crop, lars_ema, unchecked
 
 _ANNOUNCE_S = 1.0  # a start from the cache on disk takes less
+_ENTRY_POINTS = (crop.place_boxes, crop._crop, augment._augment, *lars_ema.KERNELS)
+_UNCHECKED = Path(inspect.getfile(unchecked))
 
 
 def lars_update(device: torch.device) -> Callable[..., None]:
@@ -56,6 +59,7 @@ def compile_cpu_kernels(say: Callable[[str], None]) -> float:
     planes = augment.new_planes(size)
     p = np.zeros(augment.COLUMNS, dtype=np.float32)
     share, boxes = np.ones((1, 2, 1)), np.empty((1, 2, 4), dtype=np.int32)
+    _drop_stale(_ENTRY_POINTS)
     if not _cached():
         say("compiling the CPU kernels; the result is cached for the next start")
     crop.place_boxes(share, share, np.zeros((1, 2, 2)), np.full((1, 2), size), True, 0.75, 4 / 3, boxes)
@@ -73,11 +77,23 @@ def compile_cpu_kernels(say: Callable[[str], None]) -> float:
 
 
 def _cached() -> bool:
-    """Whether numba's cache folder holds every entry point, compiled from the source as it is now."""
-    for kernel in (crop.place_boxes, crop._crop, augment._augment, *lars_ema.KERNELS):
-        source = Path(inspect.getfile(kernel.py_func))
-        pattern = f"{source.stem}.{kernel.py_func.__name__}-*.nbi"
-        indexes = Path(kernel.stats.cache_path).glob(pattern)
-        if not any(index.stat().st_mtime >= source.stat().st_mtime for index in indexes):
-            return False
-    return True
+    """Whether numba's cache folder holds every entry point, compiled from the sources as they are now."""
+    newest = {kernel: max(_source(kernel).stat().st_mtime, _UNCHECKED.stat().st_mtime) for kernel in _ENTRY_POINTS}
+    return all(any(i.stat().st_mtime >= time for i in _indexes(kernel)) for kernel, time in newest.items())
+
+
+def _drop_stale(kernels: Iterable[Any]) -> None:
+    """Drops what was compiled with another unchecked.py: numba looks at the time of a kernel's own file alone."""
+    for kernel in kernels:
+        for index in _indexes(kernel):
+            if index.stat().st_mtime < _UNCHECKED.stat().st_mtime:
+                index.unlink(missing_ok=True)
+
+
+def _source(kernel: Any) -> Path:
+    return Path(inspect.getfile(kernel.py_func))
+
+
+def _indexes(kernel: Any) -> list[Path]:
+    """The index files of a kernel in numba's cache folder."""
+    return list(Path(kernel.stats.cache_path).glob(f"{_source(kernel).stem}.{kernel.py_func.__name__}-*.nbi"))

@@ -1,10 +1,10 @@
-"""Array access for inner loops: no wrap-around of negative indices, no slices; and one loop in vector registers.
+"""Array access for inner loops: no wrap-around of negative indices, no slices; and the blur in vector registers.
 
 A slice in compiled code counts references to its array, atomically, and `a[i]` with a signed index tests whether it counts
 from the end; both keep LLVM from vector code or cost more than the few hundred values of a row. These do neither:
 indices are taken as they are, so the caller proves that they are inside.
 
-numba's cache does not notice a change of this file in the kernels that use it: remove kernels/__pycache__ after one.
+numba's cache does not notice a change of this file in the kernels that use it; `dispatch.compile_cpu_kernels` does.
 """
 
 from collections.abc import Callable

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fastbyol import views
 from fastbyol.data import index_folder, native
 from fastbyol.data.decode import decode, decode_reduced, jpeg_size
 from fastbyol.data.folder import ImageFolder
-from fastbyol.kernels import augment, dispatch
+from fastbyol.kernels import augment, crop, dispatch
 from fastbyol.kernels.augment import IMAGENET_STD
 
 STD = np.array(IMAGENET_STD, dtype=np.float32)
@@ -172,6 +173,18 @@ def test_a_first_start_says_that_it_compiles(monkeypatch):
     monkeypatch.setattr(dispatch, "_cached", lambda: False)
     dispatch.compile_cpu_kernels(said.append)
     assert "compiling the CPU kernels" in said[0]
+
+
+def test_what_was_compiled_with_another_unchecked_py_is_dropped(tmp_path):
+    kernel = SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path)), py_func=crop._crop.py_func)
+    older, newer, other = (tmp_path / f"{name}-1.py311.nbi" for name in ("crop._crop", "crop._crop-2", "crop.other"))
+    for path in (older, newer, other):
+        path.touch()
+    changed = dispatch._UNCHECKED.stat().st_mtime
+    for path, when in ((older, changed - 10), (newer, changed + 10), (other, changed - 10)):
+        os.utime(path, (when, when))
+    dispatch._drop_stale([kernel])
+    assert [path.exists() for path in (older, newer, other)] == [False, True, True]
 
 
 def test_new_planes_begin_a_cache_line():
