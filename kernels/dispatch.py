@@ -41,7 +41,7 @@ def ema_update(device: torch.device) -> Callable[..., None]:
 def describe(device: torch.device) -> str:
     """What runs for tensors on `device`, for people to read."""
     update = "Triton" if device.type == "cuda" else f"numba in {torch.get_num_threads()} threads"
-    return f"views by numba, optimiser and target by {update}"
+    return f"kernels: views by numba, LARS and target update by {update}"
 
 
 def compile_cpu_kernels(say: Callable[[str], None]) -> float:

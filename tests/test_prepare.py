@@ -97,7 +97,12 @@ def test_an_error_halfway_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupt_leaves_no_half_corpus(tmp_path, number):
     command = [sys.executable, "-m", "fastbyol", "prepare", "photos", "--out", str(tmp_path / "p"), "--images", "20000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def heed_interrupts() -> None:
+        """A shell that starts this test in the background has its children ignore SIGINT."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     deadline = time.monotonic() + 60
     while not any(tmp_path.glob(".p.partial-*/train/*/*.jpg")):
         assert time.monotonic() < deadline
