@@ -19,8 +19,8 @@ class LARS(torch.optim.Optimizer):
     Formulas, source and kernels: kernels/lars_ema.py. All tensors are updated in two passes, without a host sync on a GPU.
 
     Args:
-        params: float32 parameters or groups, on one device; their gradients may be bfloat16 or float16. A group may set `adapt=False`: trust ratio 1 (biases and norm layers, which
-            should have weight_decay=0 too).
+        params: float32 parameters or groups, on one device; their gradients may be bfloat16 or float16. A group may set
+            `adapt=False`: trust ratio 1 (biases and norm layers, which should have weight_decay=0 too).
         lr: scalar tensor on the parameters' device, or a number. The learning rate may change between steps by
             writing to the tensor; nothing is recompiled or synchronised.
         momentum, weight_decay, trust_coefficient: mu, wd and eta.
@@ -30,8 +30,8 @@ class LARS(torch.optim.Optimizer):
             finite is skipped, the target's too, and `found_inf` is 1 after it, 0 otherwise.
 
     Raises:
-        ValueError: a parameter is not float32, lr, tau or inv_scale is no float32 scalar on its device, a pair's online tensor is not among the parameters, or
-            tau is missing.
+        ValueError: a parameter is not float32; lr, tau or inv_scale is no float32 scalar on its device; a pair's online tensor
+            is not among the parameters; tau is missing.
     """
 
     moves_target = True
@@ -111,10 +111,14 @@ def ema_update_(pairs: Iterable[Pair], tau: Tensor) -> None:
 
     Args:
         pairs: float32 tensors on one device.
-        tau: scalar tensor on it.
+        tau: float32 scalar tensor on it.
+
+    Raises:
+        TypeError, ValueError: tensors that the kernels could not read, see kernels/lars_ema.py.
     """
     pairs = list(pairs)
-    dispatch.ema_update(tau.device)(pairs, tau)
+    device = pairs[0][0].device if pairs else torch.device("cpu")
+    dispatch.ema_update(device)(pairs, tau)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

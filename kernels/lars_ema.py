@@ -51,10 +51,17 @@ class Hyper:
     """eta; None fixes the trust ratio at 1."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lr, Tensor) or self.lr.dtype != torch.float32:
-            raise TypeError(
-                f"lr must be a float32 scalar tensor, since the kernels read it where it lies, not {self.lr!r}"
-            )
+        check_scalar("lr", self.lr)
+
+
+def check_scalar(name: str, x: Tensor) -> None:
+    """Refuses what the kernels would misread: they read scalars as float32 where they lie.
+
+    Raises:
+        TypeError: x is no float32 tensor of one value.
+    """
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.numel() != 1:
+        raise TypeError(f"{name} must be a float32 scalar tensor, since the kernels read it where it lies, not {x!r}")
 
 
 @torch.no_grad()
@@ -413,6 +420,7 @@ class LarsEma:
             inv_scale: scalar, 1 / loss scale; then `found_inf` is needed too.
             found_inf: scalar float32; set to 1 where a gradient is not finite. Where it is not 0, nothing is updated.
         """
+        check_scalar("tau", tau)
         tensors = self._plan(tensors, groups)
         if not tensors:
             return
@@ -534,6 +542,7 @@ class EmaUpdate:
     @torch.no_grad()
     def __call__(self, pairs: Sequence[tuple[Tensor, Tensor]], tau: Tensor) -> None:
         """t <- t + (1 - tau) (w - t) in place for all pairs (w, t), float32."""
+        check_scalar("tau", tau)
         tensors = [(weight, None, None, target) for weight, target in pairs if weight.numel()]
         if not tensors:
             return

@@ -461,6 +461,9 @@ def test_tensors_that_do_not_fit_are_refused_before_memory_is_touched(implementa
 
 
 def test_scalars_that_the_kernels_could_not_read_are_refused():
+    for tau in (0.9, torch.tensor(0.9, dtype=torch.float64), torch.ones(2)):
+        with pytest.raises(TypeError, match="tau must be a float32 scalar"):
+            ema_update_([(torch.ones(2), torch.zeros(2))], tau)
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="lr must be a float32 scalar"):
         LARS([p], torch.tensor(0.1, dtype=torch.float64))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol.kernels.lars_ema import Chunks, Hyper, Row, Rows
+from fastbyol.kernels.lars_ema import Chunks, Hyper, Row, Rows, check_scalar
 
 CHUNK = 1 << 14  # values of a program: about 2,300 programs for a ResNet-50 pair
 BLOCK = 2048  # values at a time: two 16-byte vectors of each array a thread
@@ -328,6 +328,7 @@ class LarsEma:
     ) -> None:
         """One update, in place; nothing is synchronised."""
         t = self._tables
+        check_scalar("tau", tau)
         tensors = t.plan(tensors, groups)
         if not tensors:
             return
@@ -405,6 +406,7 @@ class EmaUpdate:
     def __call__(self, pairs: Sequence[tuple[Tensor, Tensor]], tau: Tensor) -> None:
         """t <- t + (1 - tau) (w - t) in place; nothing is synchronised."""
         t = self._tables
+        check_scalar("tau", tau)
         tensors = t.plan([(w, None, None, target) for w, target in pairs], [0] * len(pairs))
         if not tensors:
             return
