@@ -9,7 +9,7 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 GPU_PYTHON ?= $(BIN)/python
 KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-json=/dev/null --benchmark-disable-gc
 
-.PHONY: help demo test lint setup gpu bench-setup bench-loader bench-kernels clean
+.PHONY: help demo test lint setup gpu bench-setup bench-loader bench-kernels bench-step bench-train bench-exchange clean
 
 help:
 	@echo "make demo   set up, prepare photographs, pre-train on them, evaluate, write runs/demo/report.html (5 minutes)"
@@ -17,7 +17,9 @@ help:
 	@echo "make lint   ruff alone"
 	@echo "make bench-loader   the loader against lightly, torchvision, DALI and FFCV, in an environment of its own"
 	@echo "make bench-kernels  optimiser, target and augmentation on the CPU against other people's, in that environment"
-	@echo "make gpu    on a CUDA machine: tests marked gpu, then the kernel benchmarks"
+	@echo "make bench-step     one training step against lightly's, byol-pytorch's and plain torch's, in that environment"
+	@echo "make bench-train    whole training, loader and step, against lightly's loop, in that environment"
+	@echo "make gpu    on a CUDA machine: tests marked gpu, then the benchmarks of kernels, step and whole runs"
 	@echo "make clean  remove the virtual environment, the demo's corpus and its run"
 
 setup: $(STAMP)
@@ -73,7 +75,18 @@ bench-loader: $(BENCH_STAMP)
 bench-kernels: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/pytest $(KERNEL_BENCHMARKS) --devices cpu
 
-# On a CUDA machine: the tests marked gpu, the kernels' table, then the kernel benchmarks, results to benchmarks/results/. Peers that
+# On a machine with nothing else to do; the device is the GPU where there is one.
+bench-step: $(BENCH_STAMP)
+	$(BENCH_VENV)/bin/python benchmarks/bench_step.py
+
+bench-train: $(BENCH_STAMP)
+	$(BENCH_VENV)/bin/python benchmarks/bench_train.py
+
+# Bytes between GPUs, counted from the model: an estimate, which measures nothing.
+bench-exchange: $(STAMP)
+	$(BIN)/python benchmarks/exchange.py
+
+# On a CUDA machine: the tests marked gpu, the kernels' table, then the benchmarks of kernels, step and whole runs, results to benchmarks/results/. Peers that
 # are not installed are left out and named. GPU_PYTHON=python3 takes an interpreter that is there instead of .venv.
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device here")'
@@ -83,6 +96,8 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	else echo "== compute-sanitizer is not installed here: memory accesses are not checked"; fi
 	$(GPU_PYTHON) -m fastbyol.kernels.report
 	$(GPU_PYTHON) -m pytest $(KERNEL_BENCHMARKS) --devices cuda
+	$(GPU_PYTHON) benchmarks/bench_step.py --device cuda --modes
+	$(GPU_PYTHON) benchmarks/bench_train.py --device cuda
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) data/photos runs/demo

@@ -94,12 +94,17 @@ def _data_loader(dataset: torch.utils.data.Dataset) -> Iterator[int]:
             yield BATCH
 
 
-def lightly(size: int) -> Iterator[int]:
+def lightly_images(size: int) -> torch.utils.data.Dataset:
+    """The corpus with lightly's views: items of ([view1, view2], class)."""
     from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
     from torchvision.datasets import ImageFolder
 
     transform = BYOLTransform(BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size))
-    return _data_loader(ImageFolder(str(CORPUS / "train"), transform))
+    return ImageFolder(str(CORPUS / "train"), transform)
+
+
+def lightly(size: int) -> Iterator[int]:
+    return _data_loader(lightly_images(size))
 
 
 def torchvision_v2(size: int) -> Iterator[int]:
@@ -278,6 +283,13 @@ def _peak_mb() -> float:
     return sum(int(text.split("VmHWM:")[1].split()[0]) for text in peaks if "VmHWM:" in text) / 1024
 
 
+def prepare_corpus() -> None:
+    """Makes the JPEG files if they are not there."""
+    if not CORPUS.exists():
+        command = ["prepare", "photos", "--out", str(CORPUS), "--images", "5000"]
+        subprocess.run([sys.executable, "-m", "fastbyol", *command], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 128, 96], help="pixels")
@@ -289,9 +301,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         measure(args.measure, args.sizes[0], args.seconds)
-    if not CORPUS.exists():
-        command = ["prepare", "photos", "--out", str(CORPUS), "--images", "5000"]
-        subprocess.run([sys.executable, "-m", "fastbyol", *command], check=True)
+    prepare_corpus()
     facts = environment.describe()
     keys = ("fastbyol", "cpu", "python", "torch", "torchvision", "numba", "simplejpeg", "nvidia-dali-cuda130", "ffcv")
     facts = {key: facts.get(key, "") for key in keys} | {"lightly": environment.installed("lightly") or ""}

@@ -22,6 +22,34 @@ def read(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def spread(values: list[float], digits: int) -> str:
+    """Median and range."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def by_round(rows: list[dict[str, str]], column: str) -> dict[str, dict[str, float]]:
+    """Contender -> round -> value."""
+    values: dict[str, dict[str, float]] = {}
+    for row in rows:
+        values.setdefault(row["contender"], {})[row["round"]] = float(row[column])
+    return values
+
+
+def ratios(values: dict[str, float], others: dict[str, float]) -> list[float]:
+    """value / other's value, within every round that both have."""
+    return [value / others[k] for k, value in values.items() if k in others]
+
+
+def source_note(rows: list[dict[str, str]], packages: tuple[str, ...], source: str) -> str:
+    """Machine, versions, commits, number of rounds, origin."""
+    first = rows[0]
+    machine = first["cpu"] if first["gpu"] == "none" else f"{first['gpu']}; {first['cpu']}"
+    versions = ", ".join(f"{name} {first[name]}" for name in packages if first.get(name))
+    commits = ", ".join(dict.fromkeys(row["fastbyol"].split()[-1] for row in rows))
+    rounds = len({row["round"] for row in rows})
+    return f"{machine}; {versions}; commit {commits}; {rounds} rounds in turn, ratios within a round. Source: {source}."
+
+
 def demo_seeds() -> str:
     rows = read("demo_seeds")
     lines = ["| | " + " | ".join(f"seed {row['seed']}" for row in rows) + " | mean |", "|---" * (len(rows) + 2) + "|"]
@@ -107,14 +135,11 @@ def kernels() -> str:
     lines = ["| | ms: median (range) | times fastbyol's: median (range) |", "|---|---|---|"]
     for name, file, _ in sets:
         rows = [row for row in read(file) if row["set"] == name]
-        times: dict[str, dict[str, float]] = {}
-        for row in rows:
-            times.setdefault(row["contender"], {})[row["round"]] = float(row["ms"])
+        times = by_round(rows, "ms")
         lines.append(f"| **{titles.get(name, f'augmentation, {name}')}** | | |")
-        for contender, by_round in times.items():
-            ms, ratios = list(by_round.values()), [v / times["fastbyol"][k] for k, v in by_round.items()]
-            ratio = "" if contender == "fastbyol" else f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-            lines.append(f"| {contender} | {median(ms):.1f} ({min(ms):.1f}-{max(ms):.1f}) | {ratio} |")
+        for contender, ms in times.items():
+            ratio = "" if contender == "fastbyol" else spread(ratios(ms, times["fastbyol"]), 2)
+            lines.append(f"| {contender} | {spread(list(ms.values()), 1)} | {ratio} |")
     commits = ", ".join(dict.fromkeys(row["fastbyol"].split()[-1] for _, _, row in sets))
     first = sets[0][2]
     note = (
@@ -125,7 +150,117 @@ def kernels() -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
-TABLES = {"kernels": kernels, "dct_scaling": dct_scaling, "demo_seeds": demo_seeds, "loader": loader}
+def step(device: str = "cpu") -> str:
+    """Times of one training step, and how many times as long as fastbyol's, in the same round."""
+    rows = read(f"step_{device}")
+    lines = ["| | ms: median (range) | images/s | times fastbyol's: median (range) |", "|---|---|---|---|"]
+    for name in dict.fromkeys(row["set"] for row in rows):
+        own = [row for row in rows if row["set"] == name]
+        times, rates = by_round(own, "ms"), by_round(own, "images_per_s")
+        lines.append(f"| **{name}** | | | |")
+        for contender, ms in times.items():
+            comparable = contender not in ("fastbyol", "supervised")
+            ratio = spread(ratios(ms, times["fastbyol"]), 2) if comparable else ""
+            rate = median(rates[contender].values())
+            lines.append(
+                f"| {contender} | {spread(list(ms.values()), 1)} | {rate:.{0 if rate >= 100 else 1}f} | {ratio} |"
+            )
+        bounds = {row["round"]: row for row in own if row["contender"] == "fastbyol" and row["share_of_bound"]}
+        if bounds:
+            bound = median(float(row["bound_images_per_s"]) for row in bounds.values())
+            share = spread([float(row["share_of_bound"]) for row in bounds.values()], 2)
+            lines.append(f"| *bound: 3/8 of supervised* | | {bound:.0f} | *fastbyol reaches {share} of it* |")
+    packages = ("torch", "torchvision", "timm", "lightly", "byol-pytorch")
+    note = source_note(rows, packages, f"benchmarks/results/step_{device}.csv (`make bench-step`)")
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def train_run(device: str = "cpu") -> str:
+    """Rates of whole training, loader and step, and how many times as long as fastbyol an image takes, in the same round."""
+    rows = read(f"train_{device}")
+    lines = [
+        "| | images/s: median (range) | waiting for data | share of its step alone | times fastbyol's: median (range) |",
+        "|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["set"] for row in rows):
+        own = [row for row in rows if row["set"] == name]
+        rates, times = by_round(own, "images_per_s"), by_round(own, "ms")
+        waits = by_round(own, "wait_share")
+        shares = by_round([row for row in own if row["share_of_step_alone"]], "share_of_step_alone")
+        lines.append(f"| **{name}** | | | | |")
+        for contender, values in rates.items():
+            alone = contender.endswith("step alone")
+            reference = times["fastbyol step alone" if alone else "fastbyol"]
+            ratio = spread(ratios(times[contender], reference), 2) if times[contender] is not reference else ""
+            wait = "" if alone else f"{100 * median(waits[contender].values()):.0f} %"
+            share = spread(list(shares[contender].values()), 2) if contender in shares else ""
+            rate = spread(list(values.values()), 1)
+            lines.append(f"| {contender} | {rate} | {wait} | {share} | {ratio} |")
+    packages = ("torch", "torchvision", "lightly", "pillow", "simplejpeg")
+    note = source_note(rows, packages, f"benchmarks/results/train_{device}.csv (`make bench-train`)")
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def exchange() -> str:
+    """The estimate of what GPUs exchange; times beside the computing time of a step."""
+    rows = read("exchange")
+    lines = [
+        "| GPUs | images per GPU | gradients sent, float32 (bfloat16) | on the link at full rate | backward pass computes | "
+        "gradients hidden | SyncBN sent | on the link + latency | step computes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def pair(full: dict[str, str], half: dict[str, str], column: str, scale: float, form: str) -> str:
+        return f"{scale * float(full[column]):{form}} ({scale * float(half[column]):{form}})"
+
+    for gpu in dict.fromkeys(row["gpu"] for row in rows):
+        lines.append(f"| **{gpu}** | | | | | | | | |")
+        own = {(row["gpus"], row["gradient_dtype"]): row for row in rows if row["gpu"] == gpu}
+        for gpus in dict.fromkeys(key[0] for key in own):
+            full, half = own[gpus, "float32"], own[gpus, "bfloat16"]
+            if int(gpus) == 1:
+                computes = f"{float(full['backward_ms']):.0f} ms"
+                lines.append(
+                    f"| 1 | {full['images_per_gpu']} | 0 | | {computes} | | 0 | | {float(full['step_ms']):.0f} ms |"
+                )
+                continue
+            cells = [
+                gpus,
+                full["images_per_gpu"],
+                f"{pair(full, half, 'gradient_bytes_sent', 1e-6, '.0f')} MB",
+                f"{pair(full, half, 'gradient_link_ms', 1, '.2f')} ms, {full['link']}",
+                f"{float(full['backward_ms']):.1f} ms",
+                f"{pair(full, half, 'gradient_share_hidden', 100, '.0f')} %",
+                f"{1e-6 * float(full['syncbn_bytes_sent']):.2f} MB in {full['syncbn_collectives']} collectives",
+                f"{float(full['syncbn_link_ms']):.2f} + {float(full['syncbn_latency_ms']):.1f} ms",
+                f"{float(full['step_ms']):.1f} ms",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    first = rows[0]
+    links = {row["link"]: f"{row['link']} {row['link_gb_per_s_one_way']} GB/s" for row in rows if row["link"]}
+    latency = {row["link"].split()[0]: row["assumed_latency_us"] for row in rows if row["link"]}
+    rates = dict.fromkeys(f"{row['gpu']} {row['images_per_s_per_gpu']}: {row['rate_source']}" for row in rows)
+    note = (
+        f"Estimates, nothing measured: {first['backbone']}, {first['size_px']} px, batch {first['batch']} over all GPUs; bytes that "
+        f"each GPU sends (and receives) per optimiser step in a ring, counted on the model. Links one way, per GPU: {', '.join(links.values())} "
+        f"(NVIDIA's data sheets). Assumed latency of a collective: {', '.join(f'{v} us over {k}' for k, v in latency.items())}. Computing, "
+        f"images/s: {'; '.join(rates)}. Commit {first['fastbyol'].split()[-1]}. Source: benchmarks/results/exchange.csv "
+        "(`python benchmarks/exchange.py`)."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+TABLES = {
+    "kernels": kernels,
+    "dct_scaling": dct_scaling,
+    "demo_seeds": demo_seeds,
+    "loader": loader,
+    "step": step,
+    "step_cuda": lambda: step("cuda"),
+    "train_run": train_run,
+    "train_run_cuda": lambda: train_run("cuda"),
+    "exchange": exchange,
+}
 
 
 def render(text: str) -> str:

@@ -16,18 +16,23 @@ from rich.progress import Progress
 
 from fastbyol import __version__
 from fastbyol.config import Config, EvalConfig
-from fastbyol.errors import FastbyolError, InputError
+from fastbyol.errors import FastbyolError, InputError, StoppedByAnother
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_ALIASES = {"--batch-size": "--data.batch_size"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code."""
+    arguments = [_ALIASES.get(a, a) for a in (sys.argv[1:] if arguments is None else arguments)]
     try:
         args = _parser().parse_args(arguments)
         return _COMMANDS[args.subcommand](args[args.subcommand])
     except argparse.ArgumentError as error:
         return _fail(" ".join(str(error).split()), 2)
+    except StoppedByAnother as error:
+        return error.exit_code
     except FastbyolError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -108,7 +113,8 @@ def _train(args: Namespace) -> int:
     result = train(config)
     if result.stopped_by is not None:
         return 130 if result.stopped_by == signal.SIGINT else 0
-    print(f"report: {write_report(result.folder, print)}")
+    if result.first_rank:
+        print(f"report: {write_report(result.folder, print)}")
     return 0
 
 

@@ -25,8 +25,8 @@ class DataConfig:
     """Sub-folder of `root` to pre-train on; '.' is `root` itself."""
     val_split: str = "val"
     """Sub-folder of `root` for evaluation; missing is fine, evaluation is then left out."""
-    batch_size: int = 256
-    """Images per optimiser step."""
+    batch_size: int | Literal["auto"] = 256
+    """Images per optimiser step, over all ranks and micro-batches; auto takes the largest power of two that fits (--batch-size)."""
     image_size_px: int = 224
     """Side of both views in pixels."""
     recipe: Literal["byol", "torchvision"] = "byol"
@@ -43,15 +43,19 @@ class DataConfig:
     """Decode a JPEG at 1/2, 1/4 or 1/8 where both crops keep at least image_size_px; faster, slightly other pixels."""
     max_bad_fraction: float = 0.01
     """Share of the training files that may be unreadable (each is skipped and named) before the run stops."""
+    timeout_s: float = 600
+    """Seconds without a batch after which the loader counts as hung: all threads' stacks are written and the run stops."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "BatchNorm needs at least 2 images")
+        if self.batch_size != "auto":
+            _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "BatchNorm needs at least 2 images")
         _require(8 <= self.image_size_px <= 4096, "data.image_size_px", self.image_size_px, "must lie in 8..4096")
         _require(self.threads >= 0, "data.threads", self.threads, "must be 0 (all cores) or more")
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "must be at least 1")
         _require(self.readers >= 1, "data.readers", self.readers, "must be at least 1")
         _require(self.readahead_images >= 1, "data.readahead_images", self.readahead_images, "must be at least 1")
         _require(0 <= self.max_bad_fraction < 1, "data.max_bad_fraction", self.max_bad_fraction, "must lie in [0, 1)")
+        _require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "must be above 0")
 
 
 @dataclass(kw_only=True)
@@ -99,6 +103,8 @@ class OptimConfig:
     """eta of LARS; biases and norm-layer parameters have trust ratio 1."""
     tau_base: float = 0.99
     """Target decay at step 0; it rises to 1 by a cosine."""
+    clip_grad_norm: float = 0.0
+    """Scales the gradients down to at most this total norm; 0 is off, as published."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "optim.epochs", self.epochs, "must be at least 1")
@@ -114,6 +120,39 @@ class OptimConfig:
         _require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "must lie in [0, 1)")
         _require(self.trust_coefficient > 0, "optim.trust_coefficient", self.trust_coefficient, "must be above 0")
         _require(0 <= self.tau_base <= 1, "optim.tau_base", self.tau_base, "must lie in [0, 1]")
+        _require(self.clip_grad_norm >= 0, "optim.clip_grad_norm", self.clip_grad_norm, "must be 0 (off) or more")
+
+
+@dataclass(kw_only=True)
+class StepConfig:
+    """How the training step is carried out; none of it changes what is computed, up to rounding."""
+
+    mode: Literal["auto", "eager", "compile", "cuda_graph"] = "auto"
+    """auto is compile on a GPU and eager on a CPU; cuda_graph is compile and one captured graph of the whole step."""
+    micro_batches: int = 1
+    """Parts of a rank's batch that go through the network one after the other (BatchNorm per part, gradients summed)."""
+    checkpoint_stages: int = 0
+    """The first so many stages of the backbone keep their blocks' inputs only and compute the rest again in the backward pass."""
+
+    def __post_init__(self) -> None:
+        _require(self.micro_batches >= 1, "step.micro_batches", self.micro_batches, "must be at least 1")
+        _require(0 <= self.checkpoint_stages <= 4, "step.checkpoint_stages", self.checkpoint_stages, "must lie in 0..4")
+
+
+@dataclass(kw_only=True)
+class DistributedConfig:
+    """Several processes, started by torchrun; without it none of this matters."""
+
+    sync_bn_ranks: int = 0
+    """Neighbouring ranks that share BatchNorm statistics; 0 is all of them, as published, 1 is each on its own."""
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients travel between ranks; bf16 halves the bytes."""
+    timeout_s: float = 1800
+    """Seconds that a rank waits for another before the run ends; longer than an online kNN evaluation takes."""
+
+    def __post_init__(self) -> None:
+        _require(self.sync_bn_ranks >= 0, "distributed.sync_bn_ranks", self.sync_bn_ranks, "must be 0 (all) or more")
+        _require(self.timeout_s > 0, "distributed.timeout_s", self.timeout_s, "must be above 0")
 
 
 @dataclass(kw_only=True)
@@ -180,8 +219,8 @@ class Config:
     """Seed of the weights, of the sample order and of the views."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast dtype of the forward pass; auto takes bf16 where the processor computes in it."""
+    precision: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"
+    """Autocast dtype of the forward pass: auto takes bf16 where the processor computes in it, else fp32; fp16 scales the loss."""
     resume: str = "none"
     """none, auto (continue from the newest good checkpoint, start afresh if there is none) or a checkpoint's path."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -190,6 +229,10 @@ class Config:
     """Backbone and heads."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser, schedules and target update."""
+    step: StepConfig = field(default_factory=StepConfig)
+    """How the training step is carried out."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Several processes."""
     log: LogConfig = field(default_factory=LogConfig)
     """What a run writes while it trains."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

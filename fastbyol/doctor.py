@@ -8,7 +8,8 @@ import torch
 
 from fastbyol import environment
 from fastbyol.kernels import dispatch
-from fastbyol.step import choose_device, compute_dtype
+from fastbyol.precision import compute_dtype
+from fastbyol.step import choose_device
 
 
 def diagnose(say: Callable[[str], None]) -> int:

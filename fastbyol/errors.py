@@ -19,6 +19,18 @@ class RunError(FastbyolError):
     exit_code = 1
 
 
+class StoppedByAnother(FastbyolError):
+    """Another rank has said why the run ends; this one says nothing."""
+
+
+class HungLoader(RunError):
+    """No batch came for data.timeout_s; `stacks` says where every thread was."""
+
+    def __init__(self, text: str, stacks: str) -> None:
+        super().__init__(text)
+        self.stacks = stacks
+
+
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an exception's text (its class name if it has none), for one-line messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

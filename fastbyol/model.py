@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError, first_line
+from fastbyol.layers import batch_norms, convert
+from fastbyol.views import VIEWS
 
 
 class BYOLOutput(NamedTuple):
@@ -50,14 +52,21 @@ class BYOL(nn.Module):
         super().__init__()
         self.online, self.predictor = online, predictor
         self.target = target.requires_grad_(False)
+        for norm in batch_norms(self):
+            norm.views = VIEWS
 
     def forward(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
-        """Loss of two views (B, 3, S, S) of the same images. Each forward is per view: its own batch statistics."""
-        z1, z2 = self.online(view1), self.online(view2)
-        q1, q2 = self.predictor(z1), self.predictor(z2)
+        """Loss of two views (B, 3, S, S) of the same images.
+
+        Both go through the networks as one batch, in which BatchNorm keeps the statistics of each view apart (see layers.py). The
+        target comes first: its activations are gone before the online network's are kept for the backward pass.
+        """
+        images = torch.cat((view1, view2))
         with torch.no_grad():
-            t1, t2 = self.target(view1), self.target(view2)
-        return BYOLOutput(regression_loss(q1, t2) + regression_loss(q2, t1), projection_std(z1))
+            t1, t2 = self.target(images).chunk(2)
+        z = self.online(images)
+        q1, q2 = self.predictor(z).chunk(2)
+        return BYOLOutput(regression_loss(q1, t2) + regression_loss(q2, t1), projection_std(z.chunk(2)[0]))
 
     def target_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(online, target) of every parameter that the target has; buffers are not averaged."""
@@ -142,4 +151,4 @@ def build_model(config: ModelConfig, image_size: int, seed: int) -> BYOL:
             target = copy.deepcopy(online)
         else:
             target = Branch(build_backbone(config, image_size)[0], features, config.hidden_dim, config.projection_dim)
-    return BYOL(online, target, predictor).train()
+    return BYOL(convert(online), convert(target), convert(predictor)).train()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastbyol.config import OptimConfig
 from fastbyol.kernels import dispatch
 from fastbyol.kernels.lars_ema import Hyper
+from fastbyol.precision import LossScale
 
 Pair = tuple[Tensor, Tensor]  # online weight, target weight
 
@@ -28,9 +29,10 @@ class LARS(torch.optim.Optimizer):
         tau: scalar tensor, the target's decay; needed with target_pairs.
         inv_scale: scalar tensor, 1 / loss scale, for gradients of a scaled loss. Then a step in which any gradient is not
             finite is skipped, the target's too, and `found_inf` is 1 after it, 0 otherwise.
+        found_inf: scalar tensor to use for that.
 
     Raises:
-        ValueError: a parameter is not float32; lr, tau or inv_scale is no float32 scalar on its device; a pair's online tensor
+        ValueError: a parameter is not float32; lr, tau, inv_scale or found_inf is no float32 scalar on its device; a pair's online tensor
             is not among the parameters; tau is missing.
     """
 
@@ -47,6 +49,7 @@ class LARS(torch.optim.Optimizer):
         target_pairs: Iterable[Pair] = (),
         tau: Tensor | None = None,
         inv_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -61,7 +64,11 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):
                 group["lr"] = torch.tensor(float(group["lr"]), device=device)
-        scalars = [("lr", group["lr"]) for group in self.param_groups] + [("tau", tau), ("inv_scale", inv_scale)]
+        scalars = [("lr", group["lr"]) for group in self.param_groups] + [
+            ("tau", tau),
+            ("inv_scale", inv_scale),
+            ("found_inf", found_inf),
+        ]
         for name, scalar in scalars:
             if scalar is not None and (scalar.dtype, scalar.device, scalar.ndim) != (torch.float32, device, 0):
                 raise ValueError(f"{name} must be a float32 scalar on {device}, not {scalar!r}")
@@ -76,7 +83,7 @@ class LARS(torch.optim.Optimizer):
             raise ValueError("target_pairs need tau")
         self.tau = torch.ones((), device=device) if tau is None else tau
         self.inv_scale = inv_scale
-        self.found_inf = torch.zeros((), device=device)
+        self.found_inf = torch.zeros((), device=device) if found_inf is None else found_inf
         self._update = dispatch.lars_update(device)
 
     @torch.no_grad()
@@ -131,7 +138,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def build_optimizer(
-    config: OptimConfig, module: nn.Module, target_pairs: Iterable[Pair], lr: Tensor, tau: Tensor
+    config: OptimConfig,
+    module: nn.Module,
+    target_pairs: Iterable[Pair],
+    lr: Tensor,
+    tau: Tensor,
+    loss_scale: LossScale | None = None,
 ) -> torch.optim.Optimizer:
     """The configured optimiser over the module's trainable parameters.
 
@@ -139,6 +151,8 @@ def build_optimizer(
 
     Args:
         lr, tau: scalar tensors on the parameters' device, written by the step's schedule.
+        loss_scale: of float16. LARS unscales the gradients, skips a step whose gradients are not finite and says so in
+            `loss_scale.found_inf`; for the others the step does it.
     """
     groups = parameter_groups(module, config.weight_decay)
     if config.name == "lars":
@@ -149,6 +163,8 @@ def build_optimizer(
             trust_coefficient=config.trust_coefficient,
             target_pairs=target_pairs,
             tau=tau,
+            inv_scale=None if loss_scale is None else loss_scale.inverse,
+            found_inf=None if loss_scale is None else loss_scale.found_inf,
         )
     for group in groups:
         del group["adapt"]

@@ -20,9 +20,10 @@ from fastbyol.evaluate import load_run
 from fastbyol.evaluate.features import CENTRE_FRACTION, check_splits, extract
 from fastbyol.evaluate.knn import nearest
 from fastbyol.model import BYOL
+from fastbyol.precision import compute_dtype
 from fastbyol.preview import draw_views, to_pixels, to_png
 from fastbyol.runlog import read_metrics
-from fastbyol.step import choose_device, compute_dtype
+from fastbyol.step import choose_device
 from fastbyol.train import ENVIRONMENT, SUMMARY
 
 REPORT = "report.html"

@@ -1,6 +1,8 @@
 """What a run tells: the progress bar, metrics.jsonl, TensorBoard, and lines of text."""
 
+import errno
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,8 @@ METRICS = "metrics.jsonl"
 class RunLog:
     """Writes one line of metrics.jsonl per event and keeps the progress bar.
 
-    Lines: {"kind": "train", step, epoch, loss, lr, tau, projection_std, images_per_s, wait_share} and
+    Lines: {"kind": "train", step, epoch, loss, lr, tau, projection_std, images_per_s, wait_share},
+    with float16 also loss_scale and skipped_steps, and
     {"kind": "knn", step, epoch, top1, top5}; `step` counts the optimiser steps done.
 
     Args:
@@ -26,6 +29,7 @@ class RunLog:
         start: steps done before; later lines of an earlier attempt are dropped, since those steps are done again.
         total_steps, steps_per_epoch, batch_size: of the run.
         tensorboard: also write event files.
+        speaks: False for all ranks but the first: they write and print nothing.
     """
 
     def __init__(
@@ -37,14 +41,19 @@ class RunLog:
         steps_per_epoch: int,
         batch_size: int,
         tensorboard: bool,
+        speaks: bool = True,
         console: Console | None = None,
     ) -> None:
-        self.console = console or Console()
+        self.console = console or Console(quiet=not speaks)
         self._folder, self._batch_size, self._steps_per_epoch = folder, batch_size, steps_per_epoch
         self._total_steps, self._epochs = total_steps, total_steps // steps_per_epoch
-        _truncate(folder / METRICS, start)
-        self._file = open(folder / METRICS, "a", encoding="utf-8")
-        self._tensorboard = _tensorboard_writer(folder, start) if tensorboard else None
+        self._file = None
+        if speaks:
+            _truncate(folder / METRICS, start)
+            self._file = open(
+                folder / METRICS, "ab", buffering=0
+            )  # a line is on its way to the disk when it is written
+        self._tensorboard = _tensorboard_writer(folder, start) if tensorboard and speaks else None
         self._mark = start, time.perf_counter(), 0.0  # step, clock and waiting time at the last training line
         self._paused_s = 0.0
         self._shown: dict[str, str] = {}
@@ -66,7 +75,8 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -74,7 +84,17 @@ class RunLog:
         """Moves the bar; reads nothing."""
         self._progress.update(self._task, completed=step, epoch=self._epoch_text(step))
 
-    def train(self, step: int, *, loss: float, lr: float, tau: float, projection_std: float, wait_s: float) -> None:
+    def train(
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        tau: float,
+        projection_std: float,
+        wait_s: float,
+        **more: float,
+    ) -> None:
         """One training line; wait_s is the loader's total so far. Speed and waiting share are since the last line."""
         now, (last_step, last_time, last_wait) = time.perf_counter(), self._mark
         elapsed = max(now - last_time - self._paused_s, 1e-9)
@@ -88,6 +108,7 @@ class RunLog:
             projection_std=projection_std,
             images_per_s=(step - last_step) * self._batch_size / elapsed,
             wait_share=min((wait_s - last_wait) / elapsed, 1.0),
+            **more,
         )
 
     def knn(self, step: int, accuracy: dict[str, float]) -> None:
@@ -112,9 +133,15 @@ class RunLog:
             self._paused_s += time.perf_counter() - before
 
     def _write(self, kind: str, step: int, **values: float) -> None:
+        if self._file is None:
+            return
         epoch = step / self._steps_per_epoch
-        self._file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n").encode()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder / METRICS)) from None
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)

@@ -1,10 +1,12 @@
 """The run: loader -> step -> log -> evaluate -> checkpoint."""
 
+import dataclasses
 import json
 import math
 import signal
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -13,10 +15,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from fastbyol import checkpoint, environment
+from fastbyol import checkpoint, environment, memory
 from fastbyol.config import Config
-from fastbyol.data import ImageFolder, build_loader, index_folder
-from fastbyol.errors import InputError, RunError, first_line
+from fastbyol.data import Batch, ImageFolder, build_loader, index_folder
+from fastbyol.distributed import ProcessGroup, StopTogether, World, world_from_environment
+from fastbyol.errors import HungLoader, InputError, RunError, first_line
 from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.kernels import dispatch
@@ -25,6 +28,7 @@ from fastbyol.runlog import RunLog, read_metrics
 from fastbyol.step import TrainStep, choose_device
 
 SUMMARY, ENVIRONMENT, CONFIG, CHECKPOINTS = "summary.json", "environment.json", "config.json", "checkpoints"
+STACKS = "stacks.txt"
 
 
 @dataclass(frozen=True)
@@ -34,53 +38,81 @@ class RunResult:
     folder: Path
     step: int  # optimiser steps done
     total_steps: int
+    first_rank: bool
     stopped_by: signal.Signals | None  # the signal that ended it early
 
 
 def train(config: Config) -> RunResult:
     """Pre-trains a backbone as `config` says; everything is written under config.runs/config.name.
 
+    Under torchrun every rank calls this; rank 0 writes and speaks.
+
     Raises:
         InputError: the config does not fit the data, the machine or the checkpoint; nothing was started.
         RunError: the run had to stop; the message names the last good checkpoint.
     """
-    run = _Run(config)
-    start, total = run.start, run.step.total_steps
-    done = start
-    with run.log, _StopSignals() as stop, closing(run.loader.batches(start, total)) as batches:
-        run.announce()
-        for step, batch in zip(range(start, total), batches, strict=True):
-            output = run.step(step, batch)
-            done = step + 1
-            run.log.advance(done)
-            if done % config.log.log_every_steps == 0 or done == total:
-                run.log_step(step, output)
-            if done % len(run.loader) == 0:
-                run.end_of_epoch(done)
-            if stop.received is not None:
-                break
-        run.save(done)
-        run.summarise(done)
-    return RunResult(run.folder, done, total, stop.received if done < total else None)
+    world = world_from_environment()
+    device = choose_device(config.device, world.local_rank)
+    with ProcessGroup(world, config.distributed, device):
+        run = _Run(config, world, device)
+        with run.one_line_for_faults(), run.log, _StopSignals() as stop, StopTogether(world) as together:
+            run.announce()
+            done = run.start
+            with closing(run.loader.batches(run.start, run.step.total_steps)) as batches:
+                for step, batch in zip(range(run.start, run.step.total_steps), batches, strict=True):
+                    output = run.first_step(step, batch) if step == run.start else run.step(step, batch)
+                    done = step + 1
+                    run.log.advance(done)
+                    if done % config.log.log_every_steps == 0 or done == run.step.total_steps:
+                        run.log_step(step, output)
+                    if done % len(run.loader) == 0:
+                        run.end_of_epoch(done)
+                    if together.agree(stop.received is not None):
+                        break
+            run.save(done)
+            run.summarise(done)
+    total = run.step.total_steps
+    stopped_by = (stop.received or signal.SIGTERM) if done < total else None  # another rank may have got the signal
+    return RunResult(run.folder, done, total, world.first, stopped_by)
 
 
 class _Run:
     """Everything around the loop: set-up, resume, logging, evaluation, saving."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.folder = Path(config.runs) / config.name
-        device = choose_device(config.device)
-        self.images = index_folder(config.data.root, config.data.train_split)
-        model = build_model(config.model, config.data.image_size_px, config.seed)
-        self.model = model.to(device=device, memory_format=torch.channels_last)
-        steps_per_epoch = len(self.images) // config.data.batch_size
-        self.step = TrainStep(self.model, config, steps_per_epoch, device)
-        self.loader = build_loader(config.data, self.images, seed=config.seed, device=device, dtype=self.step.dtype)
+    def __init__(self, config: Config, world: World, device: torch.device) -> None:
+        self.world, self.folder = world, Path(config.runs) / config.name
+        self._notes: list[str] = []  # warnings, and news, for when the log is open
+        self._news: list[str] = []
         self.knn: dict[str, float] = {"last": math.nan, "best": math.nan}
-        self._notes: list[str] = []  # said once the log is open
-        self.start = self._resume()
-        self._prepare_folder()
+        with world.together():
+            self.images = index_folder(config.data.root, config.data.train_split)
+            found = self._find_checkpoint(config)
+            fits = 0
+            if config.data.batch_size == "auto":
+                fits = memory.largest_batch(config, device, world) if found is None else -1
+        with world.together():
+            self.config = config = self._with_batch_size(config, found, fits)
+            if found is not None:
+                self._check_fits(*found)
+            model = build_model(config.model, config.data.image_size_px, config.seed)
+            self.model = model.to(device=device, memory_format=torch.channels_last)
+        steps_per_epoch = len(self.images) // config.data.batch_size
+        with world.together():
+            self.step = TrainStep(self.model, config, steps_per_epoch, device, world)
+            self.loader = build_loader(
+                config.data,
+                self.images,
+                seed=config.seed,
+                device=device,
+                dtype=self.step.view_dtype,
+                shard=world.shard(config.data.batch_size, config.step.micro_batches),
+            )
+            self.start = 0 if found is None else self._load(*found)
+            if world.first:
+                self._prepare_folder()
+        if len(set(world.gather(self.start))) > 1:
+            raise InputError(f"the ranks found different checkpoints in {self.folder}: runs must lie on a shared disk")
+        self.memory: memory.Memory | None = None
         self.log = RunLog(
             self.folder,
             start=self.start,
@@ -88,6 +120,7 @@ class _Run:
             steps_per_epoch=steps_per_epoch,
             batch_size=config.data.batch_size,
             tensorboard=config.log.tensorboard,
+            speaks=world.first,
         )
         self._val = self._knn_split()
         self._saved_at = self.start if self.start else -1
@@ -100,16 +133,55 @@ class _Run:
         config, total = self.config, self.step.total_steps
         for note in self._notes:
             self.log.warn(note)
+        for text in self._news:
+            self.log.say(text)
         dispatch.compile_cpu_kernels(self.log.say)
         classes = f" of {len(self.images.classes)} classes" if self.images.classes else ""
         self.log.say(f"{len(self.images)} images{classes} in {self.images.root}")
         parameters = sum(p.numel() for p in self.model.online.parameters()) / 1e6
+        ranks = f"{self.world.size} ranks on " if self.world.size > 1 else ""
         self.log.say(
             f"{config.model.backbone} (width {config.model.width:g}, {parameters:.1f} M parameters with projector) on "
-            f"{self.step.device}, {str(self.step.dtype).removeprefix('torch.')}, {config.optim.name}, "
-            f"steps {self.start} to {total} in {self.folder}"
+            f"{ranks}{self.step.device}, {str(self.step.dtype).removeprefix('torch.')}, step {self.step.mode}, "
+            f"{config.optim.name}, batch {config.data.batch_size}, steps {self.start} to {total} in {self.folder}"
         )
         self.log.say(dispatch.describe(self.step.device))
+
+    def first_step(self, step: int, batch: Batch) -> BYOLOutput:
+        """A step whose memory is counted."""
+        device = self.step.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with memory.SavedBytes(self.model) as saved:
+            output = self.step(step, batch)
+        views = memory.batch_bytes(self.config, len(batch.indices), device, batch.views[0].dtype)
+        self.memory = memory.by_part(self.model, self.step.optimizer, views, device, saved)
+        self.log.say(str(self.memory))
+        return output
+
+    @contextmanager
+    def one_line_for_faults(self) -> Iterator[None]:
+        """Turns what can go wrong in the middle of a run into one line that says what to do."""
+        try:
+            yield
+        except HungLoader as error:
+            path = self.folder / (STACKS if self.world.first else f"rank{self.world.rank}_{STACKS}")
+            path.write_text(error.stacks)
+            raise RunError(f"{error}; {path} has the stacks of all threads; {self._last_good()}") from None
+        except torch.OutOfMemoryError as error:
+            parts = f" ({self.memory})" if self.memory is not None else ""
+            raise RunError(
+                f"out of GPU memory: {first_line(error)}{parts}; lower data.batch_size (auto finds the largest), raise "
+                f"step.micro_batches or step.checkpoint_stages, or lower data.image_size_px; {self._last_good()}"
+            ) from None
+        except OSError as error:
+            where = error.filename or self.folder
+            raise RunError(f"{where}: {error.strerror or first_line(error)}; {self._last_good()}") from None
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RunError(
+                f"step.mode={self.step.mode}: the model does not compile here ({first_line(error)}); "
+                "step.mode=eager needs no compiler"
+            ) from None
 
     def log_step(self, step: int, output: BYOLOutput) -> None:
         """Reads the device values of this step; nothing else in the loop does.
@@ -118,14 +190,17 @@ class _Run:
             RunError: a loss since the last look was not finite.
         """
         self._check_finite()
-        std = output.projection_std.item()
+        loss, std = self.world.mean(torch.stack((output.loss, output.projection_std))).tolist()
+        scale = self.step.loss_scale
+        scaling = {} if scale is None else {"loss_scale": scale.scale.item(), "skipped_steps": int(scale.skipped)}
         self.log.train(
             step + 1,
-            loss=output.loss.item(),
+            loss=loss,
             lr=self.step.lr_at(step),
             tau=self.step.tau_at(step),
             projection_std=std,
             wait_s=self.loader.wait_s,
+            **scaling,
         )
         threshold = self.config.log.collapse_threshold / math.sqrt(self.config.model.projection_dim)
         if std < threshold and not self._collapse_warned:
@@ -160,22 +235,27 @@ class _Run:
         if self._saved_at == done:
             return
         self._check_finite()
+        self._saved_at = done
+        if not self.world.first:
+            return
         state = {
             "step": done,
             "config": self.config.to_dict(),
             "images": len(self.images),
             "model": self.model.state_dict(),
-            "optimizer": self.step.state_dict(),
+            **self.step.state_dict(),
             "rng": _rng_state(),
             "knn": self.knn,
         }
         with self.log.pause():
             checkpoint.save(self.folder / CHECKPOINTS, state, keep_last=self.config.checkpoint.keep_last, best=best)
-        self._saved_at = done
 
     def summarise(self, done: int) -> None:
         """The closing lines, and summary.json."""
         self._name_bad_images()
+        bad = self._all_bad_images()
+        if not self.world.first:
+            return
         lines = [m for m in read_metrics(self.folder) if m["kind"] == "train" and m["step"] > self.start]
         summary: dict[str, Any] = {
             "steps": done,
@@ -186,7 +266,8 @@ class _Run:
             "loss": lines[-1]["loss"] if lines else None,
             "knn_last": _finite_or_none(self.knn["last"]),
             "knn_best": _finite_or_none(self.knn["best"]),
-            "bad_images": {self.images.paths[i]: reason for i, reason in sorted(self.loader.bad.items())},
+            "memory_bytes": None if self.memory is None else dataclasses.asdict(self.memory),
+            "bad_images": {self.images.paths[i]: reason for i, reason in sorted(bad.items())},
         }
         (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
         if lines:
@@ -195,40 +276,66 @@ class _Run:
                 f"{done - self.start} steps in {summary['seconds']:.0f} s: {summary['images_per_s']:.0f} images/s, "
                 f"{summary['wait_share']:.0%} of the time waiting for data, loss {summary['loss']:.3f}{knn}"
             )
-        if self.loader.bad:
-            self.log.warn(f"{len(self.loader.bad)} unreadable images were skipped, listed in {self.folder / SUMMARY}")
+        if bad:
+            self.log.warn(f"{len(bad)} unreadable images were skipped, listed in {self.folder / SUMMARY}")
         if done < self.step.total_steps:
             self.log.say(
                 f"stopped after step {done} of {self.step.total_steps}, saved in {self.folder / CHECKPOINTS}; "
                 "the same command with --resume auto goes on from here"
             )
 
-    def _resume(self) -> int:
-        """Loads the checkpoint that config.resume names; returns the number of steps it had done.
+    def _find_checkpoint(self, config: Config) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint that config.resume names, None for a fresh start. Workers that torchrun started anew go on.
 
         Raises:
-            InputError: it does not exist, does not verify or does not fit; or resume=none would mix two runs.
+            InputError: it does not exist or does not verify; or resume=none would mix two runs.
         """
-        folder, resume = self.folder / CHECKPOINTS, self.config.resume
+        folder = self.folder / CHECKPOINTS
+        resume = "auto" if self.world.restarts and config.resume == "none" else config.resume
         if resume == "none":
             if checkpoint.listed(folder):
                 raise InputError(
                     f"{self.folder} already holds a run: continue it with --resume auto, or choose another --name"
                 )
-            return 0
-        if resume == "auto":
-            found = checkpoint.newest_good(folder, self._notes.append)
-            if found is None:
-                if checkpoint.listed(folder):
-                    raise InputError(f"--resume auto: none of the checkpoints in {folder} is usable: {self._notes[-1]}")
-                return 0
+            return None
+        if resume != "auto":
+            return checkpoint.resolve(Path(resume), self._notes.append)
+        found = checkpoint.newest_good(folder, self._notes.append)
+        if found is None and checkpoint.listed(folder):
+            raise InputError(f"--resume auto: none of the checkpoints in {folder} is usable: {self._notes[-1]}")
+        return found
+
+    def _with_batch_size(self, config: Config, found: tuple[Path, dict[str, Any]] | None, fits: int) -> Config:
+        """The config with a number for data.batch_size=auto: the checkpoint's, or the largest that fits on every rank.
+
+        Raises:
+            InputError: the split is smaller than two images per rank and micro-batch.
+        """
+        if config.data.batch_size != "auto":
+            return config
+        if found is not None:
+            size = found[1]["config"]["data"]["batch_size"]
         else:
-            found = checkpoint.resolve(Path(resume), self._notes.append)
-        path, state = found
-        self._check_fits(path, state)
+            size = min(self.world.gather(fits)) * self.world.size
+            while size > len(self.images):
+                size //= 2
+            if size < 2 * config.step.micro_batches * self.world.size:
+                raise InputError(f"data.batch_size=auto: {self.images.root} has only {len(self.images)} images")
+            peak = config.optim.base_lr * size / 256
+            self._news.append(
+                f"data.batch_size=auto: {size}; the learning rate rises to {peak:.4g} (optim.base_lr * {size} / 256)"
+            )
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
+
+    def _load(self, path: Path, state: dict[str, Any]) -> int:
+        """Takes over a checkpoint; returns the number of steps it had done.
+
+        Raises:
+            InputError: it does not fit this model.
+        """
         try:
             self.model.load_state_dict(state["model"])
-            self.step.load_state_dict(state["optimizer"])
+            self.step.load_state_dict(state)
             self.knn = {key: float(state["knn"][key]) for key in ("last", "best")}
             _set_rng_state(state["rng"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -257,6 +364,9 @@ class _Run:
             "data.root",
             "data.threads",
             "data.prefetch_batches",
+            "data.timeout_s",
+            "step.",
+            "distributed.",
             "log.",
             "knn.",
             "checkpoint.",
@@ -276,7 +386,7 @@ class _Run:
     def _knn_split(self) -> ImageFolder | None:
         """The validation split of the online kNN; None, and a line why, where there can be none."""
         data = self.config.data
-        if self.config.knn.every_epochs == 0:
+        if self.config.knn.every_epochs == 0 or not self.world.first:
             return None
         try:
             val = index_folder(data.root, data.val_split)
@@ -300,14 +410,20 @@ class _Run:
         return knn_accuracy(bank, val, k=self.config.knn.k, temperature=self.config.knn.temperature)
 
     def _check_finite(self) -> None:
-        bad = int(self.step.first_bad_step)
+        bad = int(self.world.maximum(self.step.first_bad_step))
         if bad >= 0:
-            saved = checkpoint.listed(self.folder / CHECKPOINTS)
-            last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
             raise RunError(
-                f"the loss became NaN or infinite at step {bad} (lr {self.step.lr_at(bad):.4g}); {last}; "
+                f"the loss became NaN or infinite at step {bad} (lr {self.step.lr_at(bad):.4g}); {self._last_good()}; "
                 "lower optim.base_lr, or set precision=fp32"
             )
+
+    def _last_good(self) -> str:
+        saved = checkpoint.listed(self.folder / CHECKPOINTS)
+        return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+
+    def _all_bad_images(self) -> dict[int, str]:
+        """Every rank's."""
+        return {index: reason for bad in self.world.gather(self.loader.bad) for index, reason in bad.items()}
 
     def _name_bad_images(self) -> None:
         for index, reason in sorted(self.loader.bad.items()):

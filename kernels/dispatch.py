@@ -1,19 +1,24 @@
 """Which implementation runs on a device: chosen here once, and said aloud."""
 
+import fcntl
 import inspect
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastbyol.kernels import augment, crop, lars_ema, unchecked
+from fastbyol.kernels import augment, batch_norm, crop, lars_ema, max_pool, threads, unchecked
 
 _ANNOUNCE_S = 1.0  # a start from the cache on disk takes less
-_ENTRY_POINTS = (crop.place_boxes, crop._crop, augment._augment, *lars_ema.KERNELS)
+_IN_THREADS = (*threads.KERNELS, *lars_ema.KERNELS, *batch_norm.KERNELS, *max_pool.KERNELS)
+_ENTRY_POINTS = (crop.place_boxes, crop._crop, augment._augment, *_IN_THREADS)
 _UNCHECKED = Path(inspect.getfile(unchecked))
+# Files whose functions are compiled into the kernels of another one, beside unchecked.py's.
+_INLINED = {Path(inspect.getfile(max_pool)): Path(inspect.getfile(batch_norm))}
 
 
 def lars_update(device: torch.device) -> Callable[..., None]:
@@ -40,8 +45,9 @@ def ema_update(device: torch.device) -> Callable[..., None]:
 
 def describe(device: torch.device) -> str:
     """What runs for tensors on `device`, for people to read."""
-    update = "Triton" if device.type == "cuda" else f"numba in {torch.get_num_threads()} threads"
-    return f"kernels: views by numba, LARS and target update by {update}"
+    if device.type == "cuda":
+        return "kernels: views by numba, LARS and target update by Triton"
+    return f"kernels: views by numba; BatchNorm, max-pool, LARS and target update by numba on {threads.describe()}"
 
 
 def compile_cpu_kernels(say: Callable[[str], None]) -> float:
@@ -59,35 +65,49 @@ def compile_cpu_kernels(say: Callable[[str], None]) -> float:
     planes = augment.new_planes(size)
     p = np.zeros(augment.COLUMNS, dtype=np.float32)
     share, boxes = np.ones((1, 2, 1)), np.empty((1, 2, 4), dtype=np.int32)
-    _drop_stale(_ENTRY_POINTS)
-    if not _cached():
-        say("compiling the CPU kernels; the result is cached for the next start")
-    crop.place_boxes(share, share, np.zeros((1, 2, 2)), np.full((1, 2), size), True, 0.75, 4 / 3, boxes)
-    crop.crop_into(image, (0, 0, size, size), False, planes, crop.CropScratch(size))
-    for dtype in (np.float32, np.uint16):
-        augment.augment_into(planes, p, np.empty((size, size, 3), dtype=dtype), augment.AugmentScratch(size))
-    weight, scalar = torch.zeros(1), torch.zeros(())
-    hyper = lars_ema.Hyper(lr=scalar, weight_decay=0.0, momentum=0.0, trust_coefficient=None)
-    lars_ema.LarsEma()([(weight, weight, weight, weight)], [0], [hyper], scalar)
-    lars_ema.EmaUpdate()([(weight, weight)], scalar)
+    with _one_process_at_a_time():
+        _drop_stale(_ENTRY_POINTS)
+        if not _cached():
+            say("compiling the CPU kernels; the result is cached for the next start")
+        crop.place_boxes(share, share, np.zeros((1, 2, 2)), np.full((1, 2), size), True, 0.75, 4 / 3, boxes)
+        crop.crop_into(image, (0, 0, size, size), False, planes, crop.CropScratch(size))
+        for dtype in (np.float32, np.uint16):
+            augment.augment_into(planes, p, np.empty((size, size, 3), dtype=dtype), augment.AugmentScratch(size))
+        for kernel in _IN_THREADS:
+            kernel.compile()
     seconds = time.perf_counter() - began
     if seconds > _ANNOUNCE_S:
         say(f"CPU kernels ready after {seconds:.1f} s")
     return seconds
 
 
+@contextmanager
+def _one_process_at_a_time() -> Iterator[None]:
+    """Of several ranks on a machine one compiles and the others find the result; none looks while another cleans up."""
+    folder = Path(crop._crop.stats.cache_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "fastbyol.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _cached() -> bool:
     """Whether numba's cache folder holds every entry point, compiled from the sources as they are now."""
-    newest = {kernel: max(_source(kernel).stat().st_mtime, _UNCHECKED.stat().st_mtime) for kernel in _ENTRY_POINTS}
+    newest = {kernel: max(_source(kernel).stat().st_mtime, _inlined(kernel)) for kernel in _ENTRY_POINTS}
     return all(any(i.stat().st_mtime >= time for i in _indexes(kernel)) for kernel, time in newest.items())
 
 
 def _drop_stale(kernels: Iterable[Any]) -> None:
-    """Drops what was compiled with another unchecked.py: numba looks at the time of a kernel's own file alone."""
+    """Drops what was compiled with other inlined functions: numba looks at the time of a kernel's own file alone."""
     for kernel in kernels:
         for index in _indexes(kernel):
-            if index.stat().st_mtime < _UNCHECKED.stat().st_mtime:
+            if index.stat().st_mtime < _inlined(kernel):
                 index.unlink(missing_ok=True)
+
+
+def _inlined(kernel: Any) -> float:
+    """When the files were changed whose functions a kernel of another file is compiled with."""
+    return max(path.stat().st_mtime for path in (_UNCHECKED, _INLINED.get(_source(kernel), _UNCHECKED)))
 
 
 def _source(kernel: Any) -> Path:

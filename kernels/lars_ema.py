@@ -22,10 +22,8 @@ while the tensor is in the cache, which leaves 28 bytes to memory. Partial sums 
 the same bits, for any number of threads.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +33,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fastbyol.kernels import threads
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -231,14 +231,11 @@ class Chunks:
 _CHUNK = 1 << 15  # values; also the length of a partial sum
 _RUN = 1 << 18  # values that a thread takes at a time
 _WHOLE_BYTES = 20 << 20  # tensors whose w and g are no larger are taken whole: the second pass finds them in the cache
-_JIT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
-# What the kernels are told of the gradients' dtype: an empty array of the type that its values are read as.
-_SAMPLES = {
-    torch.float32: np.empty(0, dtype=np.float32),
-    torch.bfloat16: np.empty(0, dtype=np.uint16),
-    torch.float16: np.empty(0, dtype=np.int16),  # numba has no float16 on the CPU
-}
-_WEIGHT_DECAY, _MOMENTUM, _ETA = range(3)  # columns of a group's hyperparameters; eta is -1 where r = 1
+_JIT = {"error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
+# The gradients' dtypes as numbers, and as what compiled functions are told of them: a value of the type that they are read as.
+_DTYPES = {None: 0, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_AS_FLOAT32, _AS_BFLOAT16, _AS_FLOAT16 = np.float32(0), np.uint16(0), np.int16(0)  # numba has no float16 on the CPU
+_WEIGHT_DECAY, _MOMENTUM, _ETA = range(3)  # a group's hyperparameters; eta is -1 where r = 1
 
 
 def _pointer(builder, address, index, kind) -> ir.Value:
@@ -268,10 +265,10 @@ def _set_value(typing_context, address, index, value):
 
 @intrinsic
 def _gradient(typing_context, sample, address, index):
-    """Number `index` at an address as float32; stored as float32, bfloat16 or float16, as `sample` tells (see _SAMPLES)."""
+    """Number `index` at an address as float32; stored as float32, bfloat16 or float16, as the type of `sample` tells."""
 
     def generate(context, builder, signature, arguments):
-        stored, address, index = signature.args[0].dtype, arguments[1], arguments[2]
+        stored, address, index = signature.args[0], arguments[1], arguments[2]
         if stored == types.float32:
             return builder.load(_pointer(builder, address, index, ir.FloatType()))
         if stored == types.int16:
@@ -282,22 +279,77 @@ def _gradient(typing_context, sample, address, index):
     return types.float32(sample, types.int64, types.int64), generate
 
 
-@njit(**_JIT)
-def _norms(begin, end, sample, chunk_row, chunk_start, addresses, sizes, groups, hyper, inv_scale, scaled, sums, bad):
-    """First pass over chunks begin .. end - 1: sums (C, 2) = |w|^2 and |u|^2; bad (C,) = whether g holds an infinity or NaN.
+@intrinsic
+def _numbers(typing_context, like, address):
+    """The numbers at an address, of the type of `like`."""
 
-    inv_scale is the address of the scalar.
-    """
-    inverse = _value(inv_scale, 0)
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[1], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(like, types.int64), generate
+
+
+# Words of all kernels: addresses of tables, all (., k) arrays with their rows end to end, and of the scalars.
+(
+    _UNITS,  # (units, 4) int64: chunks from, to (exclusive), number of the gradients' dtype, whether both passes are to be made
+    _CHUNK_ROW,
+    _CHUNK_START,
+    _CHUNK_FIRST,
+    _ADDRESSES,  # (T, 4) int64
+    _SIZES,
+    _GROUPS,
+    _HYPER,  # (groups, 3) float32
+    _LRS,  # (groups,) int64: addresses of scalars
+    _TAU,
+    _INV_SCALE,
+    _FOUND_INF,
+    _SCALED,  # whether there is a loss scale
+    _SUMS,  # (C, 2) float64
+    _BAD,  # (C,) uint8
+) = range(15)
+
+
+@njit(**_JIT)
+def _unit(unit, words):
+    """Chunks from and to, dtype, and whether both passes are to be made."""
+    table = _numbers(unit, words[_UNITS])
+    return table[4 * unit], table[4 * unit + 1], table[4 * unit + 2], table[4 * unit + 3]
+
+
+@intrinsic
+def _size(typing_context, sample):
+    """Bytes of a value of this type."""
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(ir.IntType(64), signature.args[0].bitwidth // 8)
+
+    return types.int64(sample), generate
+
+
+@njit(**_JIT)
+def _norms(begin, end, sample, words):
+    """First pass over chunks begin .. end - 1: SUMS = |w|^2 and |u|^2; BAD = whether g holds an infinity or NaN."""
+    chunk_row, chunk_start = _numbers(begin, words[_CHUNK_ROW]), _numbers(begin, words[_CHUNK_START])
+    addresses, sizes, groups = (
+        _numbers(begin, words[_ADDRESSES]),
+        _numbers(begin, words[_SIZES]),
+        _numbers(begin, words[_GROUPS]),
+    )
+    hyper, sums, bad = (
+        _numbers(np.float32(0), words[_HYPER]),
+        _numbers(0.0, words[_SUMS]),
+        _numbers(np.uint8(0), words[_BAD]),
+    )
+    inverse = _value(words[_INV_SCALE], 0)
     for c in range(begin, end):
         row, start = chunk_row[c], chunk_start[c]
         group = groups[row]
-        if hyper[group, _ETA] < 0 and not scaled:
+        if hyper[3 * group + _ETA] < 0 and words[_SCALED] == 0:
             continue
         n = min(sizes[row] - start, _CHUNK)
-        w = addresses[row, 0] + 4 * start
-        g = addresses[row, 1] + sample.itemsize * start
-        decay = hyper[group, _WEIGHT_DECAY]
+        w = addresses[4 * row] + 4 * start
+        g = addresses[4 * row + 1] + _size(sample) * start
+        decay = hyper[3 * group + _WEIGHT_DECAY]
         ww, uu = 0.0, 0.0
         not_finite = np.float32(0)
         for block in range(0, n, 1024):  # short enough for float32 sums
@@ -310,53 +362,45 @@ def _norms(begin, end, sample, chunk_row, chunk_start, addresses, sizes, groups,
                 not_finite += y * np.float32(0)
             ww += block_ww
             uu += block_uu
-        sums[c, 0], sums[c, 1], bad[c] = ww, uu, not_finite != 0
+        sums[2 * c], sums[2 * c + 1], bad[c] = ww, uu, not_finite != 0
 
 
 @njit(**_JIT)
-def _update(
-    begin,
-    end,
-    sample,
-    chunk_row,
-    chunk_start,
-    chunk_first,
-    addresses,
-    sizes,
-    groups,
-    hyper,
-    lrs,
-    tau,
-    inv_scale,
-    found_inf,
-    sums,
-):
-    """Second pass over chunks begin .. end - 1; lrs (groups,), tau, inv_scale and found_inf are addresses of the scalars."""
-    if _value(found_inf, 0) != 0:
+def _update(begin, end, sample, words):
+    """Second pass over chunks begin .. end - 1."""
+    if _value(words[_FOUND_INF], 0) != 0:
         return
-    keep, inverse = np.float32(1) - _value(tau, 0), _value(inv_scale, 0)
+    chunk_row, chunk_start = _numbers(begin, words[_CHUNK_ROW]), _numbers(begin, words[_CHUNK_START])
+    chunk_first, lrs = _numbers(begin, words[_CHUNK_FIRST]), _numbers(begin, words[_LRS])
+    addresses, sizes, groups = (
+        _numbers(begin, words[_ADDRESSES]),
+        _numbers(begin, words[_SIZES]),
+        _numbers(begin, words[_GROUPS]),
+    )
+    hyper, sums = _numbers(np.float32(0), words[_HYPER]), _numbers(0.0, words[_SUMS])
+    keep, inverse = np.float32(1) - _value(words[_TAU], 0), _value(words[_INV_SCALE], 0)
     for c in range(begin, end):
         row, start = chunk_row[c], chunk_start[c]
         group = groups[row]
         lr, decay, mu, eta = (
             _value(lrs[group], 0),
-            hyper[group, _WEIGHT_DECAY],
-            hyper[group, _MOMENTUM],
-            hyper[group, _ETA],
+            hyper[3 * group + _WEIGHT_DECAY],
+            hyper[3 * group + _MOMENTUM],
+            hyper[3 * group + _ETA],
         )
         ratio = np.float32(1)
         if eta >= 0:
             ww, uu = 0.0, 0.0
             for k in range(chunk_first[row], chunk_first[row + 1]):
-                ww += sums[k, 0]
-                uu += sums[k, 1]
+                ww += sums[2 * k]
+                uu += sums[2 * k + 1]
             if ww > 0 and uu > 0:
                 ratio = np.float32(eta * math.sqrt(ww) / math.sqrt(uu))
         n = min(sizes[row] - start, _CHUNK)
-        w, m, t = addresses[row, 0] + 4 * start, addresses[row, 2] + 4 * start, addresses[row, 3] + 4 * start
-        g = addresses[row, 1] + sample.itemsize * start
+        w, m, t = addresses[4 * row] + 4 * start, addresses[4 * row + 2] + 4 * start, addresses[4 * row + 3] + 4 * start
+        g = addresses[4 * row + 1] + _size(sample) * start
         scale, decay = ratio * inverse, ratio * decay
-        if addresses[row, 3] == 0:
+        if addresses[4 * row + 3] == 0:
             for i in range(n):
                 x = _value(w, i)
                 v = mu * _value(m, i) + (scale * _gradient(sample, g, i) + decay * x)
@@ -372,20 +416,53 @@ def _update(
                 _set_value(t, i, y + keep * (x - y))
 
 
-@njit(**_JIT)
-def _average(begin, end, chunk_row, chunk_start, addresses, sizes, tau):
-    """The target update alone; tau is the address of the scalar."""
-    keep = np.float32(1) - _value(tau, 0)
+@threads.kernel(**_JIT)
+def _first_pass(unit, words):
+    """The norms of a unit's chunks."""
+    begin, end, dtype, _ = _unit(unit, words)
+    if dtype == 0:
+        _norms(begin, end, _AS_FLOAT32, words)
+    elif dtype == 1:
+        _norms(begin, end, _AS_BFLOAT16, words)
+    else:
+        _norms(begin, end, _AS_FLOAT16, words)
+
+
+@threads.kernel(**_JIT)
+def _second_pass(unit, words):
+    """The update of a unit's chunks; behind the first pass where the unit has not had it."""
+    begin, end, dtype, both = _unit(unit, words)
+    if dtype == 0:
+        if both:
+            _norms(begin, end, _AS_FLOAT32, words)
+        _update(begin, end, _AS_FLOAT32, words)
+    elif dtype == 1:
+        if both:
+            _norms(begin, end, _AS_BFLOAT16, words)
+        _update(begin, end, _AS_BFLOAT16, words)
+    else:
+        if both:
+            _norms(begin, end, _AS_FLOAT16, words)
+        _update(begin, end, _AS_FLOAT16, words)
+
+
+@threads.kernel(**_JIT)
+def _average(unit, words):
+    """The target update alone, over a unit's chunks."""
+    begin, end, _, _ = _unit(unit, words)
+    chunk_row, chunk_start = _numbers(begin, words[_CHUNK_ROW]), _numbers(begin, words[_CHUNK_START])
+    addresses, sizes = _numbers(begin, words[_ADDRESSES]), _numbers(begin, words[_SIZES])
+    keep = np.float32(1) - _value(words[_TAU], 0)
     for c in range(begin, end):
         row, start = chunk_row[c], chunk_start[c]
-        w, t = addresses[row, 0] + 4 * start, addresses[row, 3] + 4 * start
+        w, t = addresses[4 * row] + 4 * start, addresses[4 * row + 3] + 4 * start
         for i in range(min(sizes[row] - start, _CHUNK)):
             y = _value(t, i)
             _set_value(t, i, y + keep * (_value(w, i) - y))
 
 
 _ONE, _ZERO = torch.ones(()), torch.zeros(())
-KERNELS = (_norms, _update, _average)
+KERNELS = (_first_pass, _second_pass, _average)
 
 
 class LarsEma:
@@ -430,31 +507,24 @@ class LarsEma:
         # The kernels read the scalars where they are, as on a GPU: no tensor becomes a Python number here.
         inverse, found = (inv_scale, found_inf) if scaled else (_ONE, _ZERO)
         hyper = np.array([_hyper_row(h) for h in hypers], dtype=np.float32)
-        lrs = np.array([h.lr.data_ptr() for h in hypers])
-        c, tables = self._chunks, (rows.addresses, rows.sizes, self._groups, hyper)
-        first_pass = c.row, c.start, *tables, inverse.data_ptr(), scaled, self._sums, self._bad
-        scalars = lrs, tau.data_ptr(), inverse.data_ptr(), found.data_ptr()
-        second_pass = c.row, c.start, c.first, *tables, *scalars, self._sums
+        lrs = np.array([h.lr.data_ptr() for h in hypers], dtype=np.int64)
+        scalars = [t.data_ptr() for t in (tau, inverse, found)]
+        split, units = self._units[self._whole :], self._units
 
-        def norms(begin: int, end: int, sample: NDArray) -> None:
-            _norms(begin, end, sample, *first_pass)
-
-        def update(begin: int, end: int, sample: NDArray) -> None:
-            _update(begin, end, sample, *second_pass)
-
-        def both(begin: int, end: int, sample: NDArray) -> None:
-            _norms(begin, end, sample, *first_pass)
-            _update(begin, end, sample, *second_pass)
+        def words(units: NDArray[np.int64]) -> list[int]:
+            arrays = [units, *self._tables, rows.addresses, rows.sizes, self._groups, hyper, lrs]
+            sums = [a.ctypes.data for a in (self._sums, self._bad)]
+            return [*(a.ctypes.data for a in arrays), *scalars, scaled, *sums]
 
         if scaled:
-            self._bad[:] = False
-            _in_threads([(norms, unit) for unit in self._whole + self._split])
+            units = units * np.array([1, 1, 1, 0])  # every unit has its first pass before any has its second
+            self._bad[:] = 0
+            threads.run(_first_pass, len(units), words(units))
             if self._bad.any():
                 found_inf.fill_(1)
-            _in_threads([(update, unit) for unit in self._whole + self._split])
         else:
-            _in_threads([(norms, unit) for unit in self._split])
-            _in_threads([(both, unit) for unit in self._whole] + [(update, unit) for unit in self._split])
+            threads.run(_first_pass, len(split), words(split))
+        threads.run(_second_pass, len(units), words(units))
         rows.after(tensors)
 
     def _plan(self, tensors: Sequence[Row], groups: Sequence[int]) -> Sequence[Row]:
@@ -468,66 +538,43 @@ class LarsEma:
             return tensors
         self._rows, self._groups = Rows(tensors), groups
         self._rows.bind(tensors)
-        self._chunks = Chunks.of(self._rows.sizes, _CHUNK)
-        self._sums, self._bad = np.zeros((len(self._chunks.row), 2)), np.zeros(len(self._chunks.row), dtype=bool)
-        self._whole, self._split = _units(self._rows, self._chunks)
+        chunks = Chunks.of(self._rows.sizes, _CHUNK)
+        self._tables = chunks.row, chunks.start, chunks.first
+        self._sums, self._bad = np.zeros((len(chunks.row), 2)), np.zeros(len(chunks.row), dtype=np.uint8)
+        self._units, self._whole = _units(self._rows, chunks)
         return tensors
 
 
-Unit = tuple[int, int, NDArray]  # chunks from, to (exclusive), and the sample of their dtype
+def _units(rows: Rows, chunks: Chunks) -> tuple[NDArray[np.int64], int]:
+    """What a thread takes at a time: runs of whole small rows, large ones first; then runs of chunks of the other rows.
 
-
-def _units(rows: Rows, chunks: Chunks) -> tuple[list[Unit], list[Unit]]:
-    """What a thread takes at a time: runs of whole small rows, and runs of chunks of the others; large ones first."""
+    Returns:
+        (units, 4), see _UNITS, and how many of them hold whole rows.
+    """
     total = int(rows.sizes.sum())
     largest = min(_WHOLE_BYTES // 8, max(_RUN, total // (4 * torch.get_num_threads())))
     whole, split = [], []
     last, values = -1, 0  # of the run in hand: where its chunks end, and its size
     for i, size in enumerate(rows.sizes.tolist()):
         first, end = int(chunks.first[i]), int(chunks.first[i + 1])
-        sample = _SAMPLES.get(rows.dtypes[i])
+        dtype = _DTYPES[rows.dtypes[i]]
         if size > largest:
             step = _RUN // _CHUNK
-            split += [(k, min(k + step, end), sample) for k in range(first, end, step)]
+            split += [(k, min(k + step, end), dtype, 0) for k in range(first, end, step)]
             continue
-        if last == first and values + size <= _RUN and whole[-1][2] is sample:
-            whole[-1] = (whole[-1][0], end, sample)
+        if last == first and values + size <= _RUN and whole[-1][2] == dtype:
+            whole[-1] = (whole[-1][0], end, dtype, 1)
             values += size
         else:
-            whole.append((first, end, sample))
+            whole.append((first, end, dtype, 1))
             values = size
         last = end
     whole.sort(key=lambda unit: unit[0] - unit[1])
-    return whole, split
+    return np.array(whole + split, dtype=np.int64).reshape(-1, 4), len(whole)
 
 
 def _hyper_row(h: Hyper) -> tuple[float, float, float]:
     return h.weight_decay, h.momentum, -1.0 if h.trust_coefficient is None else h.trust_coefficient
-
-
-_pools: dict[int, ThreadPoolExecutor] = {}
-
-
-def _in_threads(calls: Sequence[tuple[Callable[..., None], Unit]]) -> None:
-    """Makes the calls, each with its unit, in as many threads as torch uses; every thread takes the next when it is done."""
-    threads = min(torch.get_num_threads(), len(calls))
-    if threads <= 1:
-        for call, unit in calls:
-            call(*unit)
-        return
-    if threads not in _pools:
-        _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="fastbyol-update")
-    numbers = itertools.count()
-
-    def work() -> None:
-        while (k := next(numbers)) < len(calls):
-            call, unit = calls[k]
-            call(*unit)
-
-    others = [_pools[threads].submit(work) for _ in range(threads - 1)]
-    work()
-    for other in others:
-        other.result()
 
 
 class EmaUpdate:
@@ -552,10 +599,13 @@ class EmaUpdate:
         rows, c = self._rows, self._chunks
         rows.bind(tensors)
 
-        def average(begin: int, end: int, _: None) -> None:
-            _average(begin, end, c.row, c.start, rows.addresses, rows.sizes, tau.data_ptr())
-
+        step, n = _RUN // _CHUNK, len(c.row)
+        units = np.array([(k, min(k + step, n), 0, 0) for k in range(0, n, step)], dtype=np.int64)
+        words = [0] * (_BAD + 1)
+        arrays = ((_UNITS, units), (_CHUNK_ROW, c.row), (_CHUNK_START, c.start))
+        for place, array in (*arrays, (_ADDRESSES, rows.addresses), (_SIZES, rows.sizes)):
+            words[place] = array.ctypes.data
+        words[_TAU] = tau.data_ptr()
         rows.before(tensors)
-        step = _RUN // _CHUNK
-        _in_threads([(average, (k, min(k + step, len(c.row)), None)) for k in range(0, len(c.row), step)])
+        threads.run(_average, len(units), words)
         rows.after(tensors)

@@ -11,7 +11,16 @@ import simplejpeg
 import torch
 import triton
 
-from fastbyol.config import CheckpointConfig, Config, DataConfig, KnnConfig, LogConfig, ModelConfig, OptimConfig
+from fastbyol.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    KnnConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    StepConfig,
+)
 from fastbyol.data.prepare import prepare_photos
 
 BATCH = 16
@@ -57,6 +66,7 @@ def make_config(photos: Path, tmp_path: Path) -> Callable[..., Config]:
             "log": {"log_every_steps": 1, "tensorboard": False},
             "checkpoint": {},
             "knn": {"every_epochs": 2},
+            "step": {},
         }
         kinds = {
             "data": DataConfig,
@@ -65,6 +75,7 @@ def make_config(photos: Path, tmp_path: Path) -> Callable[..., Config]:
             "log": LogConfig,
             "checkpoint": CheckpointConfig,
             "knn": KnnConfig,
+            "step": StepConfig,
         }
         top = {key: value for key, value in changes.items() if key not in defaults}
         sections = {key: kinds[key](**(values | changes.get(key, {}))) for key, values in defaults.items()}

@@ -40,7 +40,7 @@ def on_gpu(problem):
 def test_lars_and_target_over_twenty_steps(dtype, scale):
     problem, update = (
         on_gpu(Problem(odd_shapes(170), dtype=dtype, scale=scale)),
-        dispatch.lars_ema(torch.device("cuda")),
+        dispatch.lars_update(torch.device("cuda")),
     )
     for k in range(20):
         poisoned = scale != 1 and k in (7, 12)
@@ -52,7 +52,7 @@ def test_lars_and_target_over_twenty_steps(dtype, scale):
 
 
 def test_the_update_synchronises_nothing():
-    problem, update = on_gpu(Problem(odd_shapes(20), scale=64.0)), dispatch.lars_ema(torch.device("cuda"))
+    problem, update = on_gpu(Problem(odd_shapes(20), scale=64.0)), dispatch.lars_update(torch.device("cuda"))
     problem.new_gradients()
     problem.step(update, 6, 20)
     rows, groups = problem.rows(), [int(g) for g in problem.groups]
@@ -65,7 +65,7 @@ def test_the_update_synchronises_nothing():
 
 def test_a_captured_update_follows_lr_and_tau():
     captured, eager = (on_gpu(Problem(odd_shapes(12))) for _ in range(2))
-    updates = [dispatch.lars_ema(torch.device("cuda")) for _ in range(2)]
+    updates = [dispatch.lars_update(torch.device("cuda")) for _ in range(2)]
     for problem, update in zip((captured, eager), updates, strict=True):
         problem.new_gradients()
         problem.step(update, 6, 20)
@@ -86,7 +86,7 @@ def test_a_captured_update_follows_lr_and_tau():
 def test_two_runs_give_the_same_bits():
     results = []
     for _ in range(2):
-        problem, update = on_gpu(Problem(odd_shapes(50))), dispatch.lars_ema(torch.device("cuda"))
+        problem, update = on_gpu(Problem(odd_shapes(50))), dispatch.lars_update(torch.device("cuda"))
         for k in range(5):
             problem.new_gradients()
             problem.step(update, k + 5, 20)
@@ -102,7 +102,7 @@ def test_gradients_in_buckets_at_odd_places():
     lr, tau = torch.tensor(0.1, device="cuda"), torch.tensor(0.9, device="cuda")
     hyper = lars_ema.Hyper(lr=lr, weight_decay=0.1, momentum=0.9, trust_coefficient=ETA)
     row = (weight, bucket[3:], torch.zeros_like(weight), target)
-    dispatch.lars_ema(torch.device("cuda"))([row], [0], [hyper], tau)
+    dispatch.lars_update(torch.device("cuda"))([row], [0], [hyper], tau)
     lars_ema.lars_ema_reference(*plain, lr=lr, tau=tau, weight_decay=0.1, momentum=0.9, trust_coefficient=ETA)
     assert (weight - plain[0]).abs().max() < 1e-6
     assert (target - plain[3]).abs().max() < 1e-6

@@ -1,7 +1,9 @@
 """Imports only go down this list, and kernels/ imports nothing of the rest."""
 
 import ast
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,12 +17,16 @@ ORDER = [
     "train",
     "runlog",
     "evaluate",
+    "memory",
     "step",
     "checkpoint",
     "environment",
     "data",
     "model",
     "optim",
+    "distributed",
+    "precision",
+    "layers",
     "views",
     "schedules",
     "config",
@@ -53,6 +59,31 @@ def test_imports_go_down(module, path):
     assert module in ORDER
     allowed = ORDER[ORDER.index(module) :] if module != "kernels" else ["kernels"]
     assert set(imported(path)) <= set(allowed)
+
+
+def scripts():
+    return [*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
+def test_what_tests_and_benchmarks_ask_for_exists(path):
+    """Much of them runs only where there is a GPU: what they name in our modules is there all the same."""
+    tree = ast.parse(path.read_text())
+    known = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastbyol":
+            if node.module.startswith("fastbyol.kernels.gpu"):
+                continue  # importing them decides how Triton works in this process
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" == "fastbyol.kernels.gpu":
+                    continue
+                inner = getattr(module, alias.name, None) or importlib.import_module(f"{node.module}.{alias.name}")
+                if isinstance(inner, ModuleType):
+                    known[alias.asname or alias.name] = inner
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
+            assert hasattr(known[node.value.id], node.attr), f"{path.name}:{node.lineno}: {node.value.id}.{node.attr}"
 
 
 def test_the_licence_is_apache_2():

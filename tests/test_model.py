@@ -7,7 +7,8 @@ from torch import nn
 
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError
-from fastbyol.model import BYOL, build_model, mlp, projection_std, regression_loss
+from fastbyol.layers import FusedBasicBlock, FusedBottleneck, batch_norms, convert
+from fastbyol.model import BYOL, Branch, build_model, mlp, projection_std, regression_loss
 
 SMALL = {"backbone": "resnet18", "width": 0.125, "hidden_dim": 24, "projection_dim": 12}
 
@@ -28,16 +29,49 @@ def test_the_two_terms_are_summed_not_averaged():
     class Fixed(nn.Module):
         def __init__(self, *outputs):
             super().__init__()
-            self.outputs = list(outputs)
+            self.outputs = torch.cat(outputs)
 
-        def forward(self, view):
-            return self.outputs.pop(0)
+        def forward(self, views):
+            return self.outputs
 
     right, up, left = (torch.tensor([v, v]) for v in ([1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]))
     # View 1 predicts `right` for a target `up` (2 - 0), view 2 predicts `left` for a target `right` (2 + 2).
     pair = BYOL(Fixed(right, left), Fixed(right, up), nn.Identity())
     view = torch.zeros(1)
     assert pair(view, view).loss.item() == pytest.approx(2 + 4)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet26", "test_resnet", "test_byobnet", "vgg11_bn"])
+def test_both_views_in_one_batch_are_two_forward_passes(backbone):
+    """Loss, gradients and running statistics equal those of plain torch modules that see one view after the other."""
+    config = ModelConfig(**(SMALL | {"backbone": backbone, "width": 0.125 if backbone.startswith("resnet") else 1}))
+    pair = build_model(config, 32, seed=0).double()
+    for p in pair.online.parameters():  # zeros would hide the last norm of every block
+        p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype), alpha=0.05)
+    options = {"channels": (8, 16, 32, 64)} if backbone.startswith("resnet") else {}
+    features = pair.online.projector[0].in_features
+    plain = [
+        Branch(timm.create_model(backbone, num_classes=0, **options), features, 24, 12).double().requires_grad_(grad)
+        for grad in (True, False)
+    ]
+    predictor = mlp(12, 24, 12).double()
+    for mine, other in zip(plain, (pair.online, pair.target), strict=True):
+        mine.load_state_dict(other.state_dict())
+    predictor.load_state_dict(pair.predictor.state_dict())
+    rng = torch.Generator().manual_seed(2)
+    views = [k + torch.randn(6, 3, 32, 32, generator=rng, dtype=torch.float64) for k in (0, 3)]
+    output = pair(*views)
+    output.loss.backward()
+    q1, q2 = (predictor(plain[0](v)) for v in views)
+    t1, t2 = (plain[1](v) for v in views)
+    loss = regression_loss(q1, t2) + regression_loss(q2, t1)
+    loss.backward()
+    assert output.loss.item() == pytest.approx(loss.item(), abs=1e-6)  # the loss is float32
+    for (name, p), q in zip(pair.online.named_parameters(), plain[0].parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() <= 1e-4 * q.grad.abs().max() + 1e-6, name
+    for mine, other in zip(plain, (pair.online, pair.target), strict=True):
+        for (name, a), b in zip(mine.named_buffers(), other.buffers(), strict=True):
+            assert torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-9), name
 
 
 def test_loss_is_float32_under_autocast(model):
@@ -52,12 +86,32 @@ def test_heads_are_the_paper_s():
     assert (first.in_features, first.out_features, first.bias is not None) == (512, 4096, True)
     assert (norm.num_features, norm.momentum, norm.eps) == (4096, 0.1, 1e-5)
     assert isinstance(relu, nn.ReLU)
+    assert [type(m).__name__ for m in convert(mlp(8, 8, 8))] == ["Linear", "BatchNorm", "Identity", "Linear"]
     assert (last.in_features, last.out_features, last.bias) == (4096, 256, None)
 
 
 def test_every_batchnorm_has_the_paper_s_constants(model):
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert {(m.momentum, m.eps) for m in norms} == {(0.1, 1e-5)}
+    assert {(m.momentum, m.eps, m.views) for m in norms} == {(0.1, 1e-5, 2)}
+    assert batch_norms(model) == norms
+
+
+@pytest.mark.parametrize(
+    ("backbone", "kind", "relus"), [("resnet18", FusedBasicBlock, 18), ("resnet50", FusedBottleneck, 50)]
+)
+def test_norm_addition_and_relu_of_a_resnet_are_one_call(backbone, kind, relus):
+    online = build_model(ModelConfig(**(SMALL | {"backbone": backbone})), 32, seed=0).online
+    blocks = [block for k in (1, 2, 3, 4) for block in getattr(online.backbone, f"layer{k}")]
+    assert {type(block) for block in blocks} == {kind}
+    fused = [norm for norm in batch_norms(online) if norm.relu]
+    assert len(fused) == relus  # the stem, two or three a block, the projector
+
+
+def test_a_norm_whose_views_cannot_be_kept_apart_is_refused():
+    with pytest.raises(InputError, match="GhostNorm, whose statistics cannot be kept per view"):
+        convert(nn.Sequential(type("GhostNorm", (nn.BatchNorm2d,), {})(4)))
+    with pytest.raises(InputError, match="only norms with weight, bias and running statistics"):
+        convert(nn.Sequential(nn.BatchNorm2d(4, affine=False)))
 
 
 def test_resnet50_has_the_published_number_of_parameters():
@@ -85,9 +139,6 @@ def test_statistics_are_per_view_and_the_target_keeps_its_own(model):
     expected = 0.9 * (0.1 * means[0]) + 0.1 * means[1]
     assert (stem.running_mean - expected).abs().max() < 1e-5
     assert (online_stem.running_mean - expected).abs().max() < 1e-5
-    # Were both views normalised together, the second view's mean would not vanish after the norm.
-    normalised = stem(model.target.backbone.conv1(views[1]))
-    assert normalised.mean((0, 2, 3)).abs().max() < 1e-5
     # Target statistics are not averaged from the online network's.
     online_stem.running_mean.add_(1)
     before = stem.running_mean.clone()
@@ -118,7 +169,7 @@ def test_width_widens_all_four_groups_and_the_small_stem_keeps_the_resolution():
     model = build_model(ModelConfig(**(SMALL | {"width": 2, "stem": "small"})), 32, seed=0)
     backbone = model.online.backbone
     assert [getattr(backbone, f"layer{k}")[0].conv1.out_channels for k in (1, 2, 3, 4)] == [128, 256, 512, 1024]
-    assert backbone.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 1024, 4, 4)
+    assert backbone.eval().forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 1024, 4, 4)
 
 
 def test_projection_std_of_spread_and_collapsed_projections():

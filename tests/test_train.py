@@ -58,7 +58,7 @@ def test_sixteen_steps_end_to_end(make_config, capsys):
     assert all(name.split(".")[0] in ("online", "predictor", "target") for name in state["model"])
     # The optimiser's threads stay for the next step, as torch's do.
     left = [t.name for t in threading.enumerate() if t.name.startswith("fastbyol")]
-    assert all(name.startswith("fastbyol-update") for name in left)
+    assert all(name.startswith("fastbyol-kernel") for name in left)
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])

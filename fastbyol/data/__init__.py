@@ -1,6 +1,8 @@
 """Images -> batches of two views. `build_loader` is the only door."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastbyol.config import DataConfig
 from fastbyol.data.batch import Batch, Loader
@@ -13,9 +15,18 @@ __all__ = ["Batch", "ImageFolder", "Loader", "build_loader", "index_folder"]
 
 
 def build_loader(
-    config: DataConfig, folder: ImageFolder, *, seed: int, device: torch.device, dtype: torch.dtype
+    config: DataConfig,
+    folder: ImageFolder,
+    *,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard: NDArray[np.int64] | None = None,
 ) -> Loader:
     """The loader of a run's training split.
+
+    Args:
+        shard: the positions of every batch that this rank makes, in order; None is all of them.
 
     Raises:
         InputError: the folder has fewer images than one batch.
@@ -28,6 +39,7 @@ def build_loader(
     return NativeLoader(
         folder,
         batch_size=config.batch_size,
+        shard=np.arange(config.batch_size) if shard is None else shard,
         size=config.image_size_px,
         recipe=RECIPES[config.recipe],
         seed=seed,
@@ -39,4 +51,5 @@ def build_loader(
         dtype=dtype,
         device=device,
         max_bad_fraction=config.max_bad_fraction,
+        timeout_s=config.timeout_s,
     )

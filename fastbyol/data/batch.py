@@ -15,7 +15,10 @@ class Batch(NamedTuple):
 
 
 class Loader(Protocol):
-    """Endless epochs of N // B batches, addressed by optimiser step: epoch, batch = divmod(step, len(loader))."""
+    """Endless epochs of N // B batches, addressed by optimiser step: epoch, batch = divmod(step, len(loader)).
+
+    Over R ranks each yields its part of B / R images; B, and with it the epoch, stays the same for any R.
+    """
 
     wait_s: float
     """Seconds that the consumer has waited for batches so far."""

@@ -8,7 +8,9 @@ Memory: the ring has (prefetch_batches + 1) * V * B * S * S * 3 * bytes per valu
 readahead_images * bytes per file; each worker holds one decoded image and the planes of one view, 12 * S * S bytes.
 """
 
+import faulthandler
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +24,7 @@ from torch import Tensor
 from fastbyol.data.batch import Batch
 from fastbyol.data.decode import BadImage, DecodeBuffer, decode, decode_reduced, jpeg_size
 from fastbyol.data.folder import ImageFolder
-from fastbyol.errors import RunError, first_line
+from fastbyol.errors import HungLoader, RunError, first_line
 from fastbyol.kernels import augment, crop
 from fastbyol.views import VIEWS, Recipe, Sampler, centre_box, epoch_order
 
@@ -39,7 +41,8 @@ class NativeLoader:
 
     Args:
         folder: the indexed images, at least `batch_size` of them.
-        batch_size: B.
+        batch_size: images of a batch over all ranks.
+        shard: (B,) the positions of every batch that this rank makes.
         size: S, side of a view in pixels.
         recipe: how views are drawn.
         seed: of the sample order and the views.
@@ -51,9 +54,11 @@ class NativeLoader:
         dtype: float32 or bfloat16.
         device: where batches are delivered.
         max_bad_fraction: share of the files that may be unreadable.
+        timeout_s: how long to wait for a batch.
 
     Raises (while iterating):
         RunError: more files are unreadable than `max_bad_fraction` allows.
+        HungLoader: no batch came within `timeout_s`.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class NativeLoader:
         folder: ImageFolder,
         *,
         batch_size: int,
+        shard: NDArray[np.int64],
         size: int,
         recipe: Recipe,
         seed: int,
@@ -72,8 +78,11 @@ class NativeLoader:
         dtype: torch.dtype,
         device: torch.device,
         max_bad_fraction: float,
+        timeout_s: float,
     ) -> None:
-        self.folder, self.batch_size, self.size, self.recipe, self.seed = folder, batch_size, size, recipe, seed
+        self.folder, self.size, self.recipe, self.seed = folder, size, recipe, seed
+        self.global_batch, self.shard, self.batch_size = batch_size, shard, len(shard)
+        self.timeout_s = timeout_s
         self.threads, self.prefetch_batches = cpu_threads(threads), prefetch_batches
         self.readers, self.readahead_images, self.dct_scaling = readers, readahead_images, dct_scaling
         self.dtype, self.device, self.max_bad_fraction = dtype, device, max_bad_fraction
@@ -82,25 +91,24 @@ class NativeLoader:
         self._bad_lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.folder) // self.batch_size
+        return len(self.folder) // self.global_batch
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches of steps start .. stop - 1; leaving the loop early stops the workers."""
         pipeline = _Pipeline(self, start, stop)
-        copied: torch.cuda.Event | None = None
+        on_device = _DeviceSlots(self.device) if self.device.type == "cuda" else None
         try:
             for step in range(start, stop):
                 before = time.perf_counter()
                 slot = pipeline.wait_for(step)
                 self.wait_s += time.perf_counter() - before
-                views, labels, indices = slot.views, slot.labels, slot.indices
-                if self.device.type != "cpu":
-                    views, labels, indices = (t.to(self.device, non_blocking=True) for t in (views, labels, indices))
-                    copied = torch.cuda.Event()
-                    copied.record()
-                yield Batch((views[0], views[1]), labels, indices)
-                if copied is not None:
-                    copied.synchronize()  # the workers may overwrite the slot only after the copy has read it
+                tensors = [*slot.views, slot.labels, slot.indices]
+                if on_device is not None:
+                    tensors = on_device.fill(step, tensors)
+                view1, view2, labels, indices = tensors
+                yield Batch((view1, view2), labels, indices)
+                if on_device is not None:
+                    on_device.release(step)
                 pipeline.release(step)
         finally:
             pipeline.close()
@@ -201,6 +209,32 @@ class _Slot:
         self.out = bits.numpy().view(np.uint16) if loader.dtype == torch.bfloat16 else bits.numpy()
 
 
+class _DeviceSlots:
+    """Two batches on a GPU, filled in turn from a stream of their own: a copy runs beside the step before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._slots: list[list[Tensor]] = [[], []]
+        self._copied, self._used = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
+
+    def fill(self, step: int, tensors: list[Tensor]) -> list[Tensor]:
+        """The pinned `tensors` on the GPU; work that the caller queues from now on waits for the copy, the host does not."""
+        k = step % 2
+        self._slots[k] = self._slots[k] or [torch.empty_like(t, device=self._device) for t in tensors]
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._used[k])  # of the step before the last
+            for mine, theirs in zip(self._slots[k], tensors, strict=True):
+                mine.copy_(theirs, non_blocking=True)
+            self._copied[k].record()
+        torch.cuda.current_stream(self._device).wait_event(self._copied[k])
+        return self._slots[k]
+
+    def release(self, step: int) -> None:
+        """After all work on the batch has been queued: waits until the pinned memory has been read."""
+        self._used[step % 2].record()
+        self._copied[step % 2].synchronize()
+
+
 class _Job:
     """One batch in the making."""
 
@@ -226,7 +260,7 @@ class _Pipeline:
         self._next_read = self._next = start * b  # the next image to be read, and to be decoded
         self._end = stop * b
         self._released = start  # steps before this one have been consumed
-        self._closed = False
+        self._closed = self._hung = False
         self._error: BaseException | None = None
         lock = threading.Lock()
         self._work, self._ready, self._room = (threading.Condition(lock) for _ in range(3))
@@ -243,10 +277,18 @@ class _Pipeline:
 
         Raises:
             BaseException: whatever a thread died of.
+            HungLoader: it does not come.
         """
+        limit = time.monotonic() + self._loader.timeout_s
         with self._ready:
             while self._error is None and (step not in self._jobs or self._jobs[step].remaining):
-                self._ready.wait()
+                if not self._ready.wait(max(limit - time.monotonic(), 0)) and time.monotonic() >= limit:
+                    self._hung = True
+                    raise HungLoader(
+                        f"the loader has made no batch for {self._loader.timeout_s:g} s (data.timeout_s), reading from "
+                        f"{self._loader.folder.root}",
+                        _stacks(),
+                    )
             if self._error is not None:
                 raise self._error
             return self._jobs[step].slot
@@ -259,11 +301,12 @@ class _Pipeline:
             self._work.notify_all()
 
     def close(self) -> None:
-        """Stops all threads after the image in hand and waits for them."""
+        """Stops all threads after the image in hand and waits for them, unless they hang: then they die with the process."""
         with self._work:
             self._stop_all()
         for thread in self._threads:
-            thread.join()
+            if not self._hung:
+                thread.join()
 
     def _stop_all(self) -> None:
         self._closed = True
@@ -327,8 +370,9 @@ class _Pipeline:
 
     def _index(self, image: int) -> int:
         """The file of image number `image`."""
-        epoch, position = divmod(image, len(self._loader) * self._loader.batch_size)
-        return int(self._order(epoch)[position])
+        step, i = divmod(image, self._loader.batch_size)
+        epoch, batch = divmod(step, len(self._loader))
+        return int(self._order(epoch)[batch * self._loader.global_batch + self._loader.shard[i]])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
@@ -339,7 +383,7 @@ class _Pipeline:
     def _new_job(self, step: int) -> _Job:
         loader = self._loader
         epoch, batch = divmod(step, len(loader))
-        positions = np.arange(batch * loader.batch_size, (batch + 1) * loader.batch_size)
+        positions = batch * loader.global_batch + loader.shard
         sampler = Sampler(loader.recipe, loader.seed, epoch, positions)
         return _Job(self._slots[step % len(self._slots)], sampler, self._order(epoch)[positions])
 
@@ -354,6 +398,14 @@ class _Pipeline:
             scratch.render(image, box, job.packed[i, v], job.slot.out[v, i])
         job.slot.label_values[i] = self._loader.folder.labels[index]
         job.slot.index_values[i] = index
+
+
+def _stacks() -> str:
+    """Where every thread of the process is."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
 
 
 def centre_crops(

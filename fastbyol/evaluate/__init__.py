@@ -16,7 +16,8 @@ from fastbyol.evaluate.features import Features, calibrate_batchnorm, check_spli
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.evaluate.linear import linear_accuracy
 from fastbyol.model import BYOL, build_model
-from fastbyol.step import choose_device, compute_dtype
+from fastbyol.precision import compute_dtype
+from fastbyol.step import choose_device
 
 BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fastbyol.data.folder import ImageFolder
 from fastbyol.data.native import centre_crops
 from fastbyol.errors import InputError
+from fastbyol.layers import batch_norms
+from fastbyol.precision import autocast
 
 CENTRE_FRACTION = 0.875  # 224/256 of the short side, BYOL's evaluation crop
 RAW_PIXELS_SIDE = 64  # raw pixels above this size are averaged down to it, so that a query stays 12,288 numbers
@@ -52,7 +54,7 @@ def extract(
     try:
         if backbone is not None:
             backbone.eval()
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.no_grad(), autocast(device, dtype):
             crops = centre_crops(
                 folder, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad=bad
             )
@@ -83,6 +85,8 @@ def calibrate_batchnorm(
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
+    for norm in batch_norms(backbone):
+        norm.views = 1  # plain batches
     backbone.train()
     with torch.no_grad():
         for images, _ in centre_crops(

@@ -1,0 +1,191 @@
+"""Whole training, loader and step, from JPEG files on all cores: fastbyol against lightly's loop.
+
+    make bench-train                                      # in the peers' environment
+    python benchmarks/bench_train.py --rounds 1 --seconds 5 --only fastbyol "lightly 1 thread" --out /tmp/train.csv
+
+Every measurement is a process of its own, and the contenders take turns (A B C A B C ...). All read the corpus of
+bench_loader.py with a warm page cache and train for some seconds; the first steps are not counted (worker start-up,
+compilation, filling of queues), and on a GPU its queue is waited for before and after. Ratios are within a round.
+
+Contenders:
+    fastbyol             data/native.py and step.py as they run by default: the loop of train.py without logs and evaluation
+    lightly              BYOLTransform in a DataLoader with one worker process per core, and the step of bench_step.py: float32, NCHW
+    lightly 1 thread     on the CPU: the same with one thread for the step, since the workers want the cores too
+    ... step alone       the same step on a batch that is already there: what the loader costs is the difference
+
+Writes benchmarks/results/train_DEVICE.csv, one row per measurement. `wait_share` is the part of the time for which the loop
+stood still for a batch, `share_of_step_alone` the rate beside that of the step alone in the same round.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import bench_loader
+import bench_step
+import results_csv
+import torch
+from bench_step import Work
+
+from fastbyol import environment
+
+SETS = {"cpu": ["R18 96 px, batch 32"], "cuda": ["R50 224 px, batch 256"]}
+WARM_UP = {"cpu": 8, "cuda": 40}  # steps
+MIN_STEPS = 5  # of a measurement, however long they take
+ALONE = " step alone"
+Loop = tuple[Iterator[Any], Callable[[Any], object]]  # endless batches, and a step on one of them
+
+
+def fastbyol(work: Work, device: torch.device) -> Loop:
+    """The parts that train.py puts together."""
+    from fastbyol.config import DataConfig
+    from fastbyol.data import build_loader, index_folder
+    from fastbyol.kernels import dispatch
+
+    dispatch.compile_cpu_kernels(lambda text: None)
+    step = bench_step.fastbyol_step(work, device)
+    config = DataConfig(root=str(bench_loader.CORPUS), batch_size=work.batch, image_size_px=work.size)
+    loader = build_loader(config, index_folder(config.root, "train"), seed=0, device=device, dtype=step.dtype)
+    numbers = itertools.count()
+    return loader.batches(0, 10**9), lambda batch: step(next(numbers), batch)
+
+
+def lightly(work: Work, device: torch.device, threads: int | None = None) -> Loop:
+    """The loop of its example; `threads` of torch carry out the step on the CPU, by default one per core."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    trainer = bench_step.lightly(work, device)
+    loader = torch.utils.data.DataLoader(
+        bench_loader.lightly_images(work.size),
+        work.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=bench_loader.CORES,
+    )
+    endless = itertools.chain.from_iterable(itertools.repeat(loader))
+    return endless, lambda batch: trainer.step(batch[0][0].to(device), batch[0][1].to(device))
+
+
+def alone(contender: str, work: Work, device: torch.device) -> Loop:
+    step = bench_step.prepare(contender, work, device)
+    return itertools.repeat(None), lambda batch: step()
+
+
+CONTENDERS: dict[str, Callable[[Work, torch.device], Loop]] = {
+    "fastbyol": fastbyol,
+    "lightly": lightly,
+    "lightly 1 thread": lambda work, device: lightly(work, device, threads=1),
+    f"fastbyol{ALONE}": lambda work, device: alone("fastbyol", work, device),
+    f"lightly{ALONE}": lambda work, device: alone("lightly", work, device),
+}
+
+
+def measure(contender: str, work: Work, device: torch.device, seconds: float) -> None:
+    """Runs one contender in this process and prints a line of JSON."""
+
+    def synchronise() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    batches, step = CONTENDERS[contender](work, device)
+    for _ in range(WARM_UP[device.type]):
+        step(next(batches))
+    synchronise()
+    steps, waited, began = 0, 0.0, time.perf_counter()
+    while (now := time.perf_counter()) - began < seconds or steps < MIN_STEPS:
+        batch = next(batches)
+        waited += time.perf_counter() - now
+        step(batch)
+        steps += 1
+    synchronise()
+    elapsed = time.perf_counter() - began
+    print(json.dumps({"steps": steps, "seconds": elapsed, "waited_s": waited}), flush=True)
+    os._exit(0)  # workers and threads are not waited for
+
+
+def run(contender: str, work: Work, device: torch.device, seconds: float) -> dict[str, float]:
+    """The JSON of a measurement in a process of its own."""
+    command = [sys.executable, __file__, "--measure", contender, "--sets", str(work)]
+    command += ["--device", device.type, "--seconds", str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not done.stdout.strip():
+        sys.exit(f"{contender} failed at {work}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds the share that the whole loop keeps of its step's own rate, within a round."""
+    rates = {(r["set"], r["round"], r["contender"]): float(r["images_per_s"]) for r in rows}
+    for row in rows:
+        rate = rates.get((row["set"], row["round"], row["contender"] + ALONE))
+        row["share_of_step_alone"] = f"{float(row['images_per_s']) / rate:.3f}" if rate else ""
+    return rows
+
+
+def print_summary(rows: list[dict[str, Any]]) -> None:
+    """Medians and ranges, and fastbyol's rate over the others' within a round."""
+    for name in dict.fromkeys(row["set"] for row in rows):
+        print(name)
+        rates: dict[str, dict[int, float]] = {}
+        for row in (r for r in rows if r["set"] == name):
+            rates.setdefault(row["contender"], {})[row["round"]] = float(row["images_per_s"])
+        for contender, by_round in rates.items():
+            own, ours = list(by_round.values()), rates.get("fastbyol", {})
+            ratios = [ours[k] / value for k, value in by_round.items() if k in ours]
+            ratio = f"fastbyol / it {median(ratios):5.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
+            print(f"  {contender:<22} {median(own):8.1f} images/s ({min(own):.1f}-{max(own):.1f})  {ratio}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=["cpu", "cuda"],
+        help="where it runs",
+    )
+    parser.add_argument("--sets", nargs="+", type=Work.parse, help=f"by default {SETS}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=30, help="of each measurement")
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS))
+    parser.add_argument("--out", type=Path, help="by default benchmarks/results/train_DEVICE.csv")
+    parser.add_argument("--measure", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    sets = args.sets or [Work.parse(text) for text in SETS[device.type]]
+    if args.measure:
+        measure(args.measure, sets[0], device, args.seconds)
+    names = args.only or [name for name in CONTENDERS if device.type == "cpu" or name != "lightly 1 thread"]
+    for name in (n for n in names if not bench_step.is_installed(n.split()[0])):
+        print(f"{name} is not installed here and is left out: make bench-setup")
+    names = [name for name in names if bench_step.is_installed(name.split()[0])]
+    bench_loader.prepare_corpus()
+    for path in sorted((bench_loader.CORPUS / "train").rglob("*.jpg")):
+        path.read_bytes()  # into the page cache
+    facts = bench_step.machine() | {name: environment.installed(name) or "" for name in ("simplejpeg", "pillow")}
+    rows: list[dict[str, Any]] = []
+    for round_ in range(args.rounds):
+        for work in sets:
+            for name in names:
+                result = run(name, work, device, args.seconds)
+                ms = 1e3 * result["seconds"] / result["steps"]
+                row = {"set": str(work), "round": round_, "contender": name, "steps": int(result["steps"])}
+                row |= {"ms": f"{ms:.3f}", "images_per_s": f"{1e3 * work.batch / ms:.2f}"}
+                row["wait_share"] = f"{result['waited_s'] / result['seconds']:.3f}"
+                rows.append(row | {"cores": bench_loader.CORES})
+                print(f"round {round_}  {work}  {name:<22} {1e3 * work.batch / ms:8.1f} images/s", flush=True)
+        out = args.out or results_csv.FOLDER / f"train_{device.type}.csv"
+        results_csv.write(out, [row | facts for row in with_shares(rows)])
+    print_summary(rows)
+
+
+if __name__ == "__main__":
+    main()
