@@ -238,17 +238,22 @@ _SYNC_BUFFERS = (
 )
 
 
-def data_parallel(model: nn.Module, config: DistributedConfig, device: torch.device) -> DistributedDataParallel:
+def data_parallel(
+    model: nn.Module, config: DistributedConfig, device: torch.device, *, static_graph: bool
+) -> DistributedDataParallel:
     """`model` under DistributedDataParallel: both views in one call, gradients averaged while the backward pass goes on.
 
     Gradients are views of DDP's buckets. No buffer is broadcast: BatchNorm's are equal on all ranks that share statistics,
     and the checkpoint holds rank 0's.
+
+    Args:
+        static_graph: every backward pass is followed by an update; torch's own check fails where micro-batches are not.
     """
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        static_graph=True,
+        static_graph=static_graph,
         **{_SYNC_BUFFERS: False},
     )
     if config.gradient_dtype == "bf16":

@@ -67,7 +67,7 @@ class TrainStep:
             distributed.sync_batch_norm(model, config.distributed, self.world)
             if self.mode == "compile":
                 _compile_parts(model)
-            self._forward = distributed.data_parallel(model, config.distributed, device)
+            self._forward = distributed.data_parallel(model, config.distributed, device, static_graph=self._parts == 1)
         elif self.mode != "eager":
             self._forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
 
@@ -232,6 +232,8 @@ def _compile_parts(model: BYOL) -> None:
     parts = [
         part for branch in (model.online, model.target) for part in (*branch.backbone.children(), branch.projector)
     ]
+    # All parts are the same function to the compiler, which would give up after eight different ones.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))
     for part in (*parts, model.predictor):
         if any(True for _ in part.parameters()):
             part.compile(fullgraph=True, dynamic=False)
