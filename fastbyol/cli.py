@@ -20,12 +20,13 @@ from fastbyol.errors import FastbyolError, InputError, StoppedByAnother
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-_ALIASES = {"--batch-size": "--data.batch_size"}
+_ALIAS, _MEANS = "--batch-size", "--data.batch_size"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code."""
-    arguments = [_ALIASES.get(a, a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    given = sys.argv[1:] if arguments is None else arguments
+    arguments = [_MEANS + a.removeprefix(_ALIAS) if a.split("=")[0] == _ALIAS else a for a in given]
     try:
         args = _parser().parse_args(arguments)
         return _COMMANDS[args.subcommand](args[args.subcommand])

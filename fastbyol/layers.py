@@ -69,9 +69,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             relu=self.relu,
             reduce=self.reduce,
         )
-        if (
-            torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
-        ):  # else: recomputed for a backward pass
+        # In the middle of a backward pass, checkpointing computes again what has been counted.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._track(mean, var, x.numel() // (x.shape[1] * self.views) * self.ranks)
         return y
 
@@ -157,11 +156,10 @@ def convert(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if type(module) is nn.Conv2d and _is_simple(module):
             module.__class__ = Conv2d
-        elif isinstance(module, nn.Sequential):
-            for first, second in zip(list(module), list(module)[1:], strict=False):
-                if type(first) is BatchNorm and type(second) is nn.ReLU:
-                    first.relu = True
-                    module[list(module).index(second)] = nn.Identity()
+        elif type(module) is nn.Sequential:
+            for k in range(len(module) - 1):
+                if type(module[k]) is BatchNorm and type(module[k + 1]) is nn.ReLU:
+                    module[k].relu, module[k + 1] = True, nn.Identity()
         elif type(module) in _BLOCKS and _is_plain(module):
             norms, module.__class__ = _BLOCKS[type(module)]
             for norm in norms:

@@ -18,9 +18,7 @@ from fastbyol.model import BYOL, build_model
 from fastbyol.precision import autocast, compute_dtype
 from fastbyol.views import VIEWS
 
-_SHARE = (
-    0.85  # of the free memory that a batch may be predicted to need: allocators fragment, libraries have workspaces
-)
+_SHARE = 0.85  # of the free memory that a batch may need: allocators fragment, libraries have workspaces
 _PROBES = 4, 8  # images of the two trial steps whose difference is the cost of an image
 
 

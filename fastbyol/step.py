@@ -209,7 +209,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def choose_mode(mode: str, device: torch.device, world: World) -> str:
     """eager, compile or cuda_graph: what config.step.mode means on a device.
 
-    A CPU's `auto` is eager: its fused kernels (kernels/batch_norm.py) beat compiled code there, see benchmarks/LOG.md.
+    A CPU's `auto` is eager: the fused kernels (kernels/batch_norm.py) run there alone, and compilation, which takes a minute,
+    brought nothing even before them (benchmarks/LOG.md).
 
     Raises:
         InputError: a CUDA graph without a GPU, or over several ranks.

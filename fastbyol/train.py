@@ -216,13 +216,9 @@ class _Run:
         epoch, epochs = done // len(self.loader), self.config.optim.epochs
         every = self.config.knn.every_epochs
         best = False
-        if self._val is not None and (epoch % every == 0 or epoch == epochs):
+        if every and (epoch % every == 0 or epoch == epochs):  # the same on all ranks, as everything that they exchange
             self._check_finite()
-            with self.log.pause():
-                accuracy = self._evaluate_knn()
-            best = not accuracy["top1"] <= self.knn["best"]  # also true while best is NaN
-            self.knn = {"last": accuracy["top1"], "best": accuracy["top1"] if best else self.knn["best"]}
-            self.log.knn(done, accuracy)
+            best = self.world.gather(self._val is not None and self._evaluate_knn(done))[0]
         if best or epoch % self.config.checkpoint.every_epochs == 0 or epoch == epochs:
             self.save(done, best=best)
 
@@ -396,7 +392,16 @@ class _Run:
             return None
         return val
 
-    def _evaluate_knn(self) -> dict[str, float]:
+    def _evaluate_knn(self, done: int) -> bool:
+        """Logs top-1 and top-5 of the online backbone and says whether top-1 is the best so far; rank 0 alone does it."""
+        with self.log.pause():
+            accuracy = self._knn_accuracy()
+        best = not accuracy["top1"] <= self.knn["best"]  # also true while best is NaN
+        self.knn = {"last": accuracy["top1"], "best": accuracy["top1"] if best else self.knn["best"]}
+        self.log.knn(done, accuracy)
+        return best
+
+    def _knn_accuracy(self) -> dict[str, float]:
         """Top-1 and top-5 of the online backbone; at most knn.max_bank_images training images vote."""
         assert self._val is not None
         options = {

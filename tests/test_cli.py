@@ -46,6 +46,8 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["train", "--data.bach_size", "3"], "data.bach_size"),
         (["train", "--data.batch_size", "many"], "data.batch_size.*many"),
         (["train", "--data.batch_size", "1"], "data.batch_size=1: BatchNorm needs at least 2 images"),
+        (["train", "--batch-size", "1"], "data.batch_size=1: BatchNorm needs at least 2 images"),
+        (["train", "--batch-size=1"], "data.batch_size=1: BatchNorm needs at least 2 images"),
         (["train", "--optim.tau_base", "1.5"], "optim.tau_base=1.5: must lie in"),
         (["train", "--optim.name", "sdg"], "optim.name.*sdg"),
         (["train", "--config", "/nowhere.yaml"], "config.*nowhere.yaml"),

@@ -398,7 +398,7 @@ def test_low_precision_gradients_lose_no_more_than_in_torch(implementation):
         assert ours.largest_error() <= 2 * plain.largest_error()
 
 
-def reference_update(rows, groups, hypers, tau):
+def reference_update(rows, groups, hypers, tau, **scaling):
     for row, group in zip(rows, groups, strict=True):
         h = hypers[group]
         lars_ema.lars_ema_reference(
@@ -408,6 +408,7 @@ def reference_update(rows, groups, hypers, tau):
             weight_decay=h.weight_decay,
             momentum=h.momentum,
             trust_coefficient=h.trust_coefficient,
+            **scaling,
         )
 
 

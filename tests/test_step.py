@@ -6,13 +6,14 @@ import copy
 import pytest
 import torch
 from conftest import BATCH
+from test_lars_ema import reference_update
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepConfig
 from fastbyol.data import Batch
 from fastbyol.distributed import World
 from fastbyol.errors import InputError
-from fastbyol.kernels import batch_norm, dispatch, lars_ema
+from fastbyol.kernels import batch_norm, dispatch
 from fastbyol.memory import SavedBytes
 from fastbyol.model import build_model
 from fastbyol.precision import LossScale
@@ -122,28 +123,11 @@ def test_the_mode_of_a_device_and_what_cannot_be():
         choose_mode("cuda_graph", cuda, World(0, 2))
 
 
-class _Reference:
-    """LARS and target by the plain reference: kernels that take addresses cannot run on tensors without memory."""
-
-    def __call__(self, rows, groups, hypers, tau, inv_scale=None, found_inf=None):
-        for row, k in zip(rows, groups, strict=True):
-            h = hypers[k]
-            lars_ema.lars_ema_reference(
-                *row,
-                lr=h.lr,
-                tau=tau,
-                weight_decay=h.weight_decay,
-                momentum=h.momentum,
-                trust_coefficient=h.trust_coefficient,
-                inv_scale=inv_scale,
-                found_inf=found_inf,
-            )
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_reads_no_value(monkeypatch, precision):
     """On tensors without values, where `.item()` and its like raise: the step as a whole asks for none."""
-    monkeypatch.setattr(dispatch, "lars_update", lambda device: _Reference())
+    # Kernels that take addresses cannot run on tensors without memory.
+    monkeypatch.setattr(dispatch, "lars_update", lambda device: reference_update)
     monkeypatch.setattr(batch_norm, "ON_CPU", batch_norm.IN_TORCH)
     with FakeTensorMode():
         options = {"micro_batches": 2, "optim": {"clip_grad_norm": 1.0}}
