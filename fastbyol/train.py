@@ -89,6 +89,7 @@ class _Run:
             found = self._find_checkpoint(config)
             fits = 0
             if config.data.batch_size == "auto":
+                dispatch.compile_cpu_kernels(self._news.append)  # the trial steps need them
                 fits = memory.largest_batch(config, device, world) if found is None else -1
         with world.together():
             self.config = config = self._with_batch_size(config, found, fits)

@@ -39,15 +39,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbyol.kernels import threads
-from fastbyol.kernels.unchecked import LANES, splat
+from fastbyol.kernels.vectors import ROWS, bfloat16_at, double_of, doubles, floats, over_rows
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -355,185 +354,7 @@ IN_TORCH = InTorch()
 
 # --- the CPU: numba, threads over pieces of views ---
 
-ROWS = 4  # that a vector of channels is carried over at once: what is kept a channel is loaded once for all of them
-_I64, _I32, _I16, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
-_CONTRACT = ("contract",)
-
-
-@intrinsic
-def floats(typing_context, address):
-    """The float32 numbers at an address."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], _F32.as_pointer())
-
-    return types.CPointer(types.float32)(types.int64), generate
-
-
-@intrinsic
-def doubles(typing_context, address):
-    """The float64 numbers at an address."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], ir.DoubleType().as_pointer())
-
-    return types.CPointer(types.float64)(types.int64), generate
-
-
-@intrinsic
-def double_of(typing_context, bits):
-    """The float64 with these bits."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.DoubleType())
-
-    return types.float64(types.int64), generate
-
-
-@intrinsic
-def bfloat16_at(typing_context, address, index):
-    """bfloat16 number `index` at an address, as float32."""
-
-    def generate(context, builder, signature, arguments):
-        return load(builder, arguments[0], arguments[1], 1, bfloat16=True, scalar=True)
-
-    return types.float32(types.int64, types.int64), generate
-
-
-def load(builder, address, index, lanes, *, bfloat16, scalar=False) -> ir.Value:
-    """Numbers `index` to `index` + `lanes` - 1 at an address, as a vector of float32 (or, scalar, one float32)."""
-    stored, wide, result = _I16 if bfloat16 else _F32, _I32, _F32
-    if not scalar:
-        stored, wide, result = (ir.VectorType(kind, lanes) for kind in (stored, wide, result))
-    place = builder.gep(builder.inttoptr(address, (_I16 if bfloat16 else _F32).as_pointer()), [index])
-    value = builder.load(builder.bitcast(place, stored.as_pointer()), align=2 if bfloat16 else 4)
-    if not bfloat16:
-        return value
-    upper = ir.Constant(wide, 16 if scalar else [16] * lanes)
-    return builder.bitcast(builder.shl(builder.zext(value, wide), upper), result)
-
-
-class _BFloat16(ir.Type):
-    """LLVM's bfloat, which llvmlite does not know."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-
-# One instruction instead of eight. Older LLVMs call a function for it, or do not know it.
-_CONVERTS = bool(binding.get_host_cpu_features().get("avx512bf16")) and binding.llvm_version_info[0] >= 22
-
-
-def round_bfloat16(builder, value, *, converts=_CONVERTS) -> ir.Value:
-    """The bits of a vector of float32 as bfloat16, rounded to nearest, ties to even; NaN stays NaN.
-
-    converts: by the processor's instruction, which takes numbers below 1.2e-38 for 0.
-    """
-    lanes = value.type.count
-    stored = ir.VectorType(_I16, lanes)
-    if converts:
-        return builder.bitcast(builder.fptrunc(value, ir.VectorType(_BFloat16(), lanes)), stored)
-    bits = builder.bitcast(value, ir.VectorType(_I32, lanes))
-    below_half, upper, lowest, quiet = (ir.Constant(bits.type, [n] * lanes) for n in (0x7FFF, 16, 1, 0x7FC0))
-    odd = builder.and_(builder.lshr(bits, upper), lowest)
-    rounded = builder.lshr(builder.add(builder.add(bits, below_half), odd), upper)
-    return builder.trunc(builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded), stored)
-
-
-def store(builder, value, address, index, *, bfloat16) -> None:
-    """Writes a vector of float32 as numbers from `index` on."""
-    place = builder.gep(builder.inttoptr(address, (_I16 if bfloat16 else _F32).as_pointer()), [index])
-    if bfloat16:
-        value = round_bfloat16(builder, value)
-    builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=2 if bfloat16 else 4)
-
-
-class Tile:
-    """Up to ROWS rows of one vector of channels, in the middle of the loops that `over_rows` makes.
-
-    Attributes:
-        rows: how many.
-        lanes: channels.
-    """
-
-    def __init__(self, builder, row, rows, channel, lanes, stride) -> None:
-        self.builder, self.rows, self.lanes, self._channel = builder, rows, lanes, channel
-        self._places = [
-            builder.add(builder.mul(builder.add(row, ir.Constant(_I64, k)), stride), channel) for k in range(rows)
-        ]
-
-    def load(self, address, *, bfloat16) -> list[ir.Value]:
-        """A vector a row, of a tensor of x's size."""
-        return [load(self.builder, address, place, self.lanes, bfloat16=bfloat16) for place in self._places]
-
-    def store(self, values, address, *, bfloat16) -> None:
-        """Writes a vector a row."""
-        for value, place in zip(values, self._places, strict=True):
-            store(self.builder, value, address, place, bfloat16=bfloat16)
-
-    def channels(self, address, *, bfloat16=False) -> ir.Value:
-        """The channels' vector of a (C,) array."""
-        return load(self.builder, address, self._channel, self.lanes, bfloat16=bfloat16)
-
-    def add_to(self, address, values) -> None:
-        """Adds vectors to the channels of a (C,) float32 array; in pairs, which rounds less than one by one."""
-        while len(values) > 1:
-            values = [
-                self.plus(*values[k : k + 2]) if k + 1 < len(values) else values[k] for k in range(0, len(values), 2)
-            ]
-        store(self.builder, self.plus(self.channels(address), values[0]), address, self._channel, bfloat16=False)
-
-    def plus(self, a, b) -> ir.Value:
-        """a + b, to be fused with a product."""
-        return self.builder.fadd(a, b, flags=_CONTRACT)
-
-    def minus(self, a, b) -> ir.Value:
-        """a - b."""
-        return self.builder.fsub(a, b, flags=_CONTRACT)
-
-    def times(self, a, b) -> ir.Value:
-        """a b, to be fused with a sum."""
-        return self.builder.fmul(a, b, flags=_CONTRACT)
-
-    def splat(self, scalar) -> ir.Value:
-        """The scalar in all lanes."""
-        return splat(self.builder, scalar, self.lanes)
-
-    def above(self, values, floor, otherwise) -> list[ir.Value]:
-        """otherwise[k] where values[k] is above `floor` or NaN, else 0."""
-        zero = ir.Constant(floor.type, [0.0] * self.lanes)
-        return [
-            self.builder.select(self.builder.fcmp_unordered(">", v, floor), o, zero)
-            for v, o in zip(values, otherwise, strict=True)
-        ]
-
-    def at_least(self, values, floor) -> list[ir.Value]:
-        """The larger of value and `floor`; NaN stays NaN."""
-        return [self.builder.select(self.builder.fcmp_ordered("<", v, floor), floor, v) for v in values]
-
-
-def over_channels(builder, channels, body: Callable[[ir.Value, int], None]) -> None:
-    """Makes loops that call body(channel, lanes) for vectors of LANES channels, and for what is left one by one."""
-    whole = builder.and_(channels, ir.Constant(_I64, -LANES))
-    for begin, end, lanes in ((ir.Constant(_I64, 0), whole, LANES), (whole, channels, 1)):
-        with cgutils.for_range_slice(builder, begin, end, ir.Constant(_I64, lanes)) as (channel, _):
-            body(channel, lanes)
-
-
-def over_rows(builder, rows, channels, stride, body: Callable[[Tile], None]) -> None:
-    """Makes loops that call body(tile) for tiles of ROWS rows, and one by one for the rows that are left.
-
-    Rows of `channels` channels are `stride` values apart.
-    """
-    whole = builder.and_(rows, ir.Constant(_I64, -ROWS))
-    for begin, end, count in ((ir.Constant(_I64, 0), whole, ROWS), (whole, rows, 1)):
-        with cgutils.for_range_slice(builder, begin, end, ir.Constant(_I64, count)) as (row, _):
-            over_channels(
-                builder,
-                channels,
-                # Called at once: row and count are this iteration's.
-                lambda channel, lanes: body(Tile(builder, row, count, channel, lanes, stride)),  # noqa: B023
-            )
+_F32 = ir.FloatType()
 
 
 def _moments_rows(*, bfloat16: bool) -> Callable[..., Any]:
@@ -662,13 +483,17 @@ _INF = np.float32(np.inf)
 
 @njit(**_JIT)
 def _piece(unit, words):
-    """The unit's view, its first row within the view, rows, first channel, channels, and number of its row range."""
+    """Of unit `unit`: view, rows, first channel, channels, number of its row range; the address of the view's first row of x at
+    that channel; and how many bytes into a tensor of x's size the piece begins.
+    """
     across = -(-words[_CHANNELS] // words[_PIECE_CHANNELS])
     down = -(-words[_ROWS] // words[_PIECE_ROWS])
     piece, channel = unit // across, unit % across * words[_PIECE_CHANNELS]
     view, row = piece // down, piece % down * words[_PIECE_ROWS]
     rows = min(words[_PIECE_ROWS], words[_ROWS] - row)
-    return view, row, rows, channel, min(words[_PIECE_CHANNELS], words[_CHANNELS] - channel), piece
+    channels = min(words[_PIECE_CHANNELS], words[_CHANNELS] - channel)
+    begin = words[_BYTES] * (view * words[_ROWS] * words[_CHANNELS] + channel)
+    return view, rows, channel, channels, piece, words[_X] + begin, begin + words[_BYTES] * row * words[_CHANNELS]
 
 
 @njit(**_JIT)
@@ -693,10 +518,8 @@ def _clear(address, n):
 @threads.kernel(**_JIT)
 def _moments(unit, words):
     """Partial sums of d and d^2 over a piece."""
-    view, row, rows, channel, channels, piece = _piece(unit, words)
-    stride, size = words[_CHANNELS], words[_BYTES]
-    first = words[_X] + size * (view * words[_ROWS] * stride + channel)
-    x = first + size * row * stride
+    _, rows, channel, channels, piece, first, place = _piece(unit, words)
+    stride, size, x = words[_CHANNELS], words[_BYTES], words[_X] + place
     sums, squares = _partial(words, piece, 0, channel), _partial(words, piece, 1, channel)
     _clear(sums, channels)
     _clear(squares, channels)
@@ -770,10 +593,8 @@ def _affine(unit, words):
 @threads.kernel(**_JIT)
 def _apply(unit, words):
     """y of a piece."""
-    view, row, rows, channel, channels, _ = _piece(unit, words)
+    view, rows, channel, channels, _, first, place = _piece(unit, words)
     stride, size = words[_CHANNELS], words[_BYTES]
-    first = words[_X] + size * (view * words[_ROWS] * stride + channel)
-    place = size * ((view * words[_ROWS] + row) * stride + channel)
     x, other, y = words[_X] + place, words[_OTHER] + place, words[_Y] + place
     scale, offset = _table(words, _TABLE, SCALE, view, channel), _table(words, _TABLE, OFFSET, view, channel)
     floor = np.float32(0) if words[_RELU] else -_INF
@@ -791,10 +612,8 @@ def _apply(unit, words):
 @threads.kernel(**_JIT)
 def _sums(unit, words):
     """Partial sums of g and g d over a piece, and g where y is given."""
-    view, row, rows, channel, channels, piece = _piece(unit, words)
+    view, rows, channel, channels, piece, first, place = _piece(unit, words)
     stride, size = words[_CHANNELS], words[_BYTES]
-    first = words[_X] + size * (view * words[_ROWS] * stride + channel)
-    place = size * ((view * words[_ROWS] + row) * stride + channel)
     x, y, dy, g = words[_X] + place, words[_Y] + place, words[_DY] + place, words[_G] + place
     scale, offset = _table(words, _TABLE, SCALE, view, channel), _table(words, _TABLE, OFFSET, view, channel)
     floor = np.float32(0) if words[_RELU] else -_INF
@@ -855,10 +674,8 @@ def _slopes(unit, words):
 @threads.kernel(**_JIT)
 def _gradient(unit, words):
     """dx of a piece."""
-    view, row, rows, channel, channels, _ = _piece(unit, words)
+    view, rows, channel, channels, _, first, place = _piece(unit, words)
     stride, size = words[_CHANNELS], words[_BYTES]
-    first = words[_X] + size * (view * words[_ROWS] * stride + channel)
-    place = size * ((view * words[_ROWS] + row) * stride + channel)
     x, g, dx = words[_X] + place, words[_G] + place, words[_DX] + place
     scale, offset = _table(words, _TABLE, SCALE, view, channel), _table(words, _TABLE, OFFSET, view, channel)
     slope, constant = _table(words, _BACK, SLOPE, view, channel), _table(words, _BACK, CONSTANT, view, channel)

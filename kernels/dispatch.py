@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbyol.kernels import augment, batch_norm, crop, lars_ema, max_pool, threads, unchecked
+from fastbyol.kernels import augment, batch_norm, crop, lars_ema, max_pool, threads, unchecked, vectors
 
 _ANNOUNCE_S = 1.0  # a start from the cache on disk takes less
 _IN_THREADS = (*threads.KERNELS, *lars_ema.KERNELS, *batch_norm.KERNELS, *max_pool.KERNELS)
 _ENTRY_POINTS = (crop.place_boxes, crop._crop, augment._augment, *_IN_THREADS)
-_UNCHECKED = Path(inspect.getfile(unchecked))
-# Files whose functions are compiled into the kernels of another one, beside unchecked.py's.
-_INLINED = {Path(inspect.getfile(max_pool)): Path(inspect.getfile(batch_norm))}
+_INLINED = tuple(Path(inspect.getfile(module)) for module in (unchecked, vectors))  # compiled into other files' kernels
 
 
 def lars_update(device: torch.device) -> Callable[..., None]:
@@ -93,7 +91,7 @@ def _one_process_at_a_time() -> Iterator[None]:
 
 def _cached() -> bool:
     """Whether numba's cache folder holds every entry point, compiled from the sources as they are now."""
-    newest = {kernel: max(_source(kernel).stat().st_mtime, _inlined(kernel)) for kernel in _ENTRY_POINTS}
+    newest = {kernel: max(_source(kernel).stat().st_mtime, _inlined()) for kernel in _ENTRY_POINTS}
     return all(any(i.stat().st_mtime >= time for i in _indexes(kernel)) for kernel, time in newest.items())
 
 
@@ -101,13 +99,13 @@ def _drop_stale(kernels: Iterable[Any]) -> None:
     """Drops what was compiled with other inlined functions: numba looks at the time of a kernel's own file alone."""
     for kernel in kernels:
         for index in _indexes(kernel):
-            if index.stat().st_mtime < _inlined(kernel):
+            if index.stat().st_mtime < _inlined():
                 index.unlink(missing_ok=True)
 
 
-def _inlined(kernel: Any) -> float:
-    """When the files were changed whose functions a kernel of another file is compiled with."""
-    return max(path.stat().st_mtime for path in (_UNCHECKED, _INLINED.get(_source(kernel), _UNCHECKED)))
+def _inlined() -> float:
+    """When the functions that other files' kernels are compiled with were last changed."""
+    return max(path.stat().st_mtime for path in _INLINED)
 
 
 def _source(kernel: Any) -> Path:

@@ -27,8 +27,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastbyol.kernels import threads
-from fastbyol.kernels.batch_norm import load, over_channels, store
 from fastbyol.kernels.unchecked import splat
+from fastbyol.kernels.vectors import load, over_channels, store
 
 
 def max_pool_reference(x: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 1) -> Tensor:

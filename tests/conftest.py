@@ -22,6 +22,7 @@ from fastbyol.config import (
     StepConfig,
 )
 from fastbyol.data.prepare import prepare_photos
+from fastbyol.kernels import dispatch
 
 BATCH = 16
 TRAIN_IMAGES = 72  # 4 batches of 16 and 8 images that no batch of an epoch holds
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_from_the_sources() -> None:
+    """No test runs a kernel from numba's cache that was compiled with another unchecked.py or vectors.py."""
+    dispatch.compile_cpu_kernels(lambda text: None)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from fastbyol.kernels import batch_norm as bn
 from fastbyol.kernels import threads
 from fastbyol.kernels.batch_norm import batch_norm, batch_norm_reference
-from fastbyol.kernels.unchecked import LANES
+from fastbyol.kernels.unchecked import CONVERTS, LANES, round_bfloat16
+from fastbyol.kernels.vectors import load
 
 EPS = 1e-5
 
@@ -234,7 +235,7 @@ def test_no_nan_is_lost(f, dtype, poison):
 
 
 @pytest.mark.parametrize(
-    "converts", [False, pytest.param(True, marks=pytest.mark.skipif(not bn._CONVERTS, reason="no such instruction"))]
+    "converts", [False, pytest.param(True, marks=pytest.mark.skipif(not CONVERTS, reason="no such instruction"))]
 )
 def test_rounding_to_bfloat16_is_torch_s(converts):
     rng = torch.Generator().manual_seed(0)
@@ -260,7 +261,7 @@ def _rounds(converts):
     def rounds(typing_context, x, out, index):
         def generate(context, builder, signature, arguments):
             x, out, index = arguments
-            value = bn.round_bfloat16(builder, bn.load(builder, x, index, LANES, bfloat16=False), converts=converts)
+            value = round_bfloat16(builder, load(builder, x, index, LANES, bfloat16=False), converts=converts)
             place = builder.gep(builder.inttoptr(out, ir.IntType(16).as_pointer()), [index])
             builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=2)
             return context.get_dummy_value()
@@ -283,7 +284,7 @@ def _round_converting(unit, words):
         _converting(words[0], words[1], index)
 
 
-# Not cached: numba would not notice that batch_norm.py has changed.
+# Not cached: numba would not notice that unchecked.py has changed.
 round_counting, round_converting = (threads.Kernel(f, {"cache": False}) for f in (_round_counting, _round_converting))
 
 

@@ -180,7 +180,7 @@ def test_what_was_compiled_with_another_unchecked_py_is_dropped(tmp_path):
     older, newer, other = (tmp_path / f"{name}-1.py311.nbi" for name in ("crop._crop", "crop._crop-2", "crop.other"))
     for path in (older, newer, other):
         path.touch()
-    changed = dispatch._UNCHECKED.stat().st_mtime
+    changed = dispatch._inlined()
     for path, when in ((older, changed - 10), (newer, changed + 10), (other, changed - 10)):
         os.utime(path, (when, when))
     dispatch._drop_stale([kernel])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastbyol.kernels import dispatch, threads
-from fastbyol.kernels.batch_norm import doubles
+from fastbyol.kernels.vectors import doubles
 
 
 @threads.kernel(cache=False)
