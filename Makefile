@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-for-tests
+FFCV_PACKAGES := libopencv-dev libturbojpeg0-dev pkg-config g++
 BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 
 GPU_PYTHON ?= $(BIN)/python
 KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-json=/dev/null --benchmark-disable-gc
 
-.PHONY: help demo test lint setup gpu bench-setup bench-loader bench-kernels bench-step bench-train bench-exchange clean
+.PHONY: help demo test pytest pytest-interpreter lint setup gpu ffcv-packages bench-setup bench-loader bench-kernels bench-step bench-train bench-exchange clean
 
 help:
 	@echo "make demo   set up, prepare photographs, pre-train on them, evaluate, write runs/demo/report.html (5 minutes)"
@@ -35,9 +37,30 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $(STAMP)
 
+# The tests run DALI's and FFCV's backends too, on the CPU.
+$(TEST_STAMP): $(STAMP)
+	@$(MAKE) --no-print-directory ffcv-packages
+	@echo "== adding DALI and FFCV to $(VENV) (1 GB)"
+	$(BIN)/pip install --quiet --editable '.[dev,dali,ffcv]'
+	@touch $(TEST_STAMP)
+
+# FFCV has no wheels.
+ffcv-packages:
+	@pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v g++ >/dev/null && exit 0; \
+	echo "== FFCV is compiled, which needs: apt-get install $(FFCV_PACKAGES)"; \
+	if [ "$$(id -u)" = 0 ]; then root=; elif sudo -n true 2>/dev/null; then root=sudo; \
+	else echo "make: run that command as root first" >&2; exit 1; fi; \
+	$$root apt-get -qq update && $$root apt-get -qq install -y --no-install-recommends $(FFCV_PACKAGES) >/dev/null
+
 # Triton compiles or interprets its kernels for the whole of a process, so those that need the interpreter have their own.
-test: lint
+# Both processes at once: the interpreter is one thread of Python.
+test: lint $(TEST_STAMP)
+	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest pytest-interpreter
+
+pytest:
 	$(BIN)/pytest
+
+pytest-interpreter:
 	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter
 
 lint: $(STAMP)
@@ -56,19 +79,19 @@ demo: $(STAMP) data/photos
 	$(BIN)/fastbyol eval linear --run runs/demo
 	@echo "== open runs/demo/report.html"
 
-# The peers live in an environment of their own. FFCV compiles against OpenCV and libjpeg-turbo.
+# The peers live in an environment of their own.
 bench-setup: $(BENCH_STAMP)
 
 $(BENCH_STAMP): benchmarks/requirements.txt pyproject.toml
 	@echo "== setting up $(BENCH_VENV): fastbyol and the trainers and loaders it is measured against"
-	@pkg-config --exists opencv4 libturbojpeg || \
-		{ echo "FFCV needs: apt-get install libopencv-dev libturbojpeg0-dev pkg-config" >&2; exit 1; }
+	@$(MAKE) --no-print-directory ffcv-packages
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/pip install --quiet --editable . -r benchmarks/requirements.txt
 	@touch $(BENCH_STAMP)
 
 bench-loader: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py
+	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py --set doors
 	$(BENCH_VENV)/bin/python benchmarks/plot_loader.py
 
 # The CPU's half of the kernel benchmarks with all peers.
@@ -96,6 +119,7 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	else echo "== compute-sanitizer is not installed here: memory accesses are not checked"; fi
 	$(GPU_PYTHON) -m fastbyol.kernels.report
 	$(GPU_PYTHON) -m pytest $(KERNEL_BENCHMARKS) --devices cuda
+	$(GPU_PYTHON) benchmarks/bench_loader.py --set loader_cuda
 	$(GPU_PYTHON) benchmarks/bench_step.py --device cuda --modes
 	$(GPU_PYTHON) benchmarks/bench_train.py --device cuda
 

@@ -2,21 +2,28 @@
 
     make bench-loader                                     # in the peers' environment
     python benchmarks/bench_loader.py --sizes 224 --rounds 1 --only fastbyol lightly
+    python benchmarks/bench_loader.py --set doors         # folder and .beton files, through each of our backends
+    python benchmarks/bench_loader.py --set loader_cuda   # on a GPU
 
 Every measurement is a process of its own, so that its CPU time and its peak memory (with its workers) are its own; the
 contenders take turns (A B C A B C ...), so that a drift of the machine meets them alike. All read the same files with a
 warm page cache on all cores of the machine, and throw the batches away. The first batches are not counted: worker start-up,
 compilation and filling of queues.
 
-Contenders:
+Contenders (--set loader and doors):
     decode only      libjpeg-turbo in threads, nothing else: the floor (with one thread: how the machine itself scales)
     fastbyol         data/native.py, float32 batches (and bfloat16, and with one thread)
+    ... .beton jpg   the same from a .beton file that holds the JPEGs; raw: one that holds pixels, of 1,000 of the images
+    ... dali, ffcv   DALI's decoder or FFCV's loader, and our kernels: data/dali.py on the folder, data/ffcv.py on a .beton file
     lightly          BYOLTransform in a DataLoader, one worker process per core
     torchvision v2   tensor transforms on torchvision.io's decoder, likewise
     DALI CPU         the same operations with DALI's own operators, threads
     FFCV             less work: one view, crop and flip alone (RandomResizedCropRGBImageDecoder)
 
-Writes benchmarks/results/loader.csv, one row per measurement; plot_loader.py draws it.
+With --set loader_cuda batches are made on a GPU: native.py's copied by a side stream, DALI's decoded there, with the share of the
+JPEGs that the hardware decoder takes swept from none to all.
+
+Writes benchmarks/results/SET.csv, one row per measurement; plot_loader.py draws loader.csv.
 """
 
 import argparse
@@ -30,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import results_csv
 import torch
@@ -37,7 +45,7 @@ import torch
 from fastbyol import environment
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = Path(__file__).parent / "results" / "loader.csv"
+RESULTS = Path(__file__).parent / "results"
 CORPUS = ROOT / "data" / "photos-500px"
 CORES = len(os.sched_getaffinity(0))
 BATCH = 32
@@ -46,29 +54,29 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def fastbyol(
-    size: int, dtype: torch.dtype = torch.float32, threads: int = 0, dct_scaling: bool = False
+    size: int, split: str = "train", dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any
 ) -> Iterator[int]:
     from fastbyol.config import DataConfig
-    from fastbyol.data import build_loader, index_folder
+    from fastbyol.data import build_loader, open_split
     from fastbyol.kernels import dispatch
 
     dispatch.compile_cpu_kernels(lambda text: None)
-    config = DataConfig(
-        root=str(CORPUS), batch_size=BATCH, image_size_px=size, threads=threads, dct_scaling=dct_scaling
-    )
-    folder = index_folder(CORPUS, "train")
-    loader = build_loader(config, folder, seed=0, device=torch.device("cpu"), dtype=dtype)
+    config = DataConfig(root=str(CORPUS), image_size_px=size, **{"batch_size": BATCH} | options)
+    images = open_split(CORPUS, split)
+    loader = build_loader(config, images, seed=0, device=torch.device(device), dtype=dtype)
     for _ in loader.batches(0, 10**9):
-        yield BATCH
+        if device == "cuda":
+            torch.cuda.synchronize()  # a batch counts when it is there
+        yield config.batch_size
 
 
 def decode_only(size: int, threads: int = CORES) -> Iterator[int]:
     from threading import Thread
 
-    from fastbyol.data import index_folder
+    from fastbyol.data import open_split
     from fastbyol.data.decode import DecodeBuffer, decode
 
-    folder = index_folder(CORPUS, "train")
+    folder = open_split(CORPUS, "train")
     done = [0] * threads
 
     def run(worker: int) -> None:
@@ -194,9 +202,9 @@ def ffcv(size: int) -> Iterator[int]:
     from ffcv.writer import DatasetWriter
     from PIL import Image
 
-    from fastbyol.data import index_folder
+    from fastbyol.data import open_split
 
-    folder = index_folder(CORPUS, "train")
+    folder = open_split(CORPUS, "train")
 
     class Images:
         def __len__(self) -> int:
@@ -236,7 +244,7 @@ CONTENDERS: dict[str, Callable[[int], Iterator[int]]] = {
     "decode only": decode_only,
     "decode only 1 thread": lambda size: decode_only(size, 1),
     "fastbyol": fastbyol,
-    "fastbyol bf16": lambda size: fastbyol(size, torch.bfloat16),
+    "fastbyol bf16": lambda size: fastbyol(size, dtype=torch.bfloat16),
     "fastbyol 1 thread": lambda size: fastbyol(size, threads=1),
     "fastbyol dct_scaling": lambda size: fastbyol(size, dct_scaling=True),
     "lightly": lightly,
@@ -246,10 +254,35 @@ CONTENDERS: dict[str, Callable[[int], Iterator[int]]] = {
 }
 
 
+DOORS: dict[str, Callable[[int], Iterator[int]]] = {
+    "decode only": decode_only,
+    "fastbyol": fastbyol,
+    "fastbyol .beton jpg": lambda size: fastbyol(size, "jpg.beton"),
+    "fastbyol .beton raw": lambda size: fastbyol(size, "raw.beton"),
+    "fastbyol dali": lambda size: fastbyol(size, backend="dali"),
+    "fastbyol ffcv .beton jpg": lambda size: fastbyol(size, "jpg.beton", backend="ffcv"),
+    "fastbyol ffcv .beton raw": lambda size: fastbyol(size, "raw.beton", backend="ffcv"),
+    "FFCV (1 view, crop + flip)": ffcv,
+}
+ON_GPU = {"device": "cuda", "dtype": torch.bfloat16, "batch_size": 256}
+GPU_CONTENDERS: dict[str, Callable[[int], Iterator[int]]] = {
+    "fastbyol native": lambda size: fastbyol(size, backend="native", **ON_GPU),
+    "fastbyol native .beton raw": lambda size: fastbyol(size, "raw.beton", backend="native", **ON_GPU),
+    "fastbyol dali .beton raw": lambda size: fastbyol(size, "raw.beton", backend="dali", **ON_GPU),
+} | {
+    f"fastbyol dali, hw_decoder_load {load}": lambda size, load=load: fastbyol(
+        size, backend="dali", hw_decoder_load=load, **ON_GPU
+    )
+    for load in (0.0, 0.5, 0.65, 0.75, 0.9, 1.0)
+}
+SETS = {"loader": CONTENDERS, "doors": DOORS, "loader_cuda": GPU_CONTENDERS}
+ALL = CONTENDERS | DOORS | GPU_CONTENDERS
+
+
 def measure(name: str, size: int, seconds: float) -> None:
     """Runs one contender in this process and prints a line of JSON."""
     torch.set_num_threads(1 if name in ("lightly", "torchvision v2") else CORES)
-    batches = CONTENDERS[name](size)
+    batches = ALL[name](size)
     for _ in range(WARM_UP_BATCHES):
         next(batches)
     images, began, cpu = 0, time.perf_counter(), _cpu_seconds()
@@ -290,20 +323,52 @@ def prepare_corpus() -> None:
         subprocess.run([sys.executable, "-m", "fastbyol", *command], check=True)
 
 
+def prepare_betons() -> None:
+    """The same images in two .beton files; raw ones take six times the bytes, so only a part of them."""
+    from fastbyol.data import open_split
+    from fastbyol.data.beton import pack
+
+    images = open_split(CORPUS, "train")
+    for mode, part in (("jpg", images), ("raw", images.spread(1000))):
+        if not (CORPUS / f"{mode}.beton").exists():
+            print(pack(part, CORPUS / f"{mode}.beton", mode=mode))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 128, 96], help="pixels")
+    parser.add_argument(
+        "--set", choices=list(SETS), default="loader", help="which contenders; names the result file too"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels; 224 128 96, on a GPU 224")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=6, help="of each measurement")
-    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--measure", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=list(ALL))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--measure", choices=list(ALL), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.sizes = args.sizes or ([224] if args.set == "loader_cuda" else [224, 128, 96])
+    args.only = args.only or list(SETS[args.set])
+    args.out = args.out or RESULTS / f"{args.set}.csv"
+    if not environment.has_module("nvidia.dali"):
+        print(f"DALI is left out: {environment.dali_command()}")
+        args.only = [name for name in args.only if "dali" not in name.lower()]
     if args.measure:
         measure(args.measure, args.sizes[0], args.seconds)
     prepare_corpus()
+    prepare_betons()
     facts = environment.describe()
-    keys = ("fastbyol", "cpu", "python", "torch", "torchvision", "numba", "simplejpeg", "nvidia-dali-cuda130", "ffcv")
+    keys = (
+        "fastbyol",
+        "cpu",
+        "gpu",
+        "python",
+        "torch",
+        "torchvision",
+        "numba",
+        "simplejpeg",
+        "nvidia-dali-cuda130",
+        "ffcv",
+    )
     facts = {key: facts.get(key, "") for key in keys} | {"lightly": environment.installed("lightly") or ""}
     rows = []
     for round_ in range(args.rounds):
@@ -320,7 +385,7 @@ def main() -> None:
                 row |= {"images": result["images"], "images_per_s": f"{rate:.1f}"}
                 row |= {"cpu_s_per_1000": f"{1000 * result['cpu_seconds'] / result['images']:.3f}"}
                 rows.append(row | {"peak_mb": f"{result['peak_mb']:.0f}"} | facts)
-                print(f"round {round_}  {size} px  {name:<28} {rate:7.0f} images/s", flush=True)
+                print(f"round {round_}  {size} px  {name:<34} {rate:7.0f} images/s", flush=True)
     results_csv.write(args.out, rows)
     print_summary(rows)
 
@@ -331,7 +396,7 @@ def print_summary(rows: list[dict]) -> None:
         print(f"{size} px")
         for name in dict.fromkeys(row["contender"] for row in rows):
             own = [float(r["images_per_s"]) for r in rows if (r["size_px"], r["contender"]) == (size, name)]
-            print(f"  {name:<28} {statistics.median(own):7.0f} images/s  ({min(own):.0f} to {max(own):.0f})")
+            print(f"  {name:<34} {statistics.median(own):7.0f} images/s  ({min(own):.0f} to {max(own):.0f})")
 
 
 if __name__ == "__main__":

@@ -47,13 +47,13 @@ Loop = tuple[Iterator[Any], Callable[[Any], object]]  # endless batches, and a s
 def fastbyol(work: Work, device: torch.device) -> Loop:
     """The parts that train.py puts together."""
     from fastbyol.config import DataConfig
-    from fastbyol.data import build_loader, index_folder
+    from fastbyol.data import build_loader, open_split
     from fastbyol.kernels import dispatch
 
     dispatch.compile_cpu_kernels(lambda text: None)
     step = bench_step.fastbyol_step(work, device)
     config = DataConfig(root=str(bench_loader.CORPUS), batch_size=work.batch, image_size_px=work.size)
-    loader = build_loader(config, index_folder(config.root, "train"), seed=0, device=device, dtype=step.dtype)
+    loader = build_loader(config, open_split(config.root, "train"), seed=0, device=device, dtype=step.dtype)
     numbers = itertools.count()
     return loader.batches(0, 10**9), lambda batch: step(next(numbers), batch)
 

@@ -15,7 +15,7 @@ import torch
 
 from fastbyol import environment
 from fastbyol.config import DataConfig
-from fastbyol.data import build_loader, index_folder
+from fastbyol.data import build_loader, open_split
 from fastbyol.kernels.augment import IMAGENET_STD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +25,7 @@ STEPS, BATCH = 16, 64
 
 
 def compare(size: int) -> dict[str, str]:
-    folder = index_folder(CORPUS, "train")
+    folder = open_split(CORPUS, "train")
     plain, scaled = (
         build_loader(
             DataConfig(root=str(CORPUS), batch_size=BATCH, image_size_px=size, dct_scaling=scaling),

@@ -73,7 +73,18 @@ def demo_seeds() -> str:
 
 
 def loader() -> str:
-    rows = read("loader")
+    pairs = [("fastbyol", other) for other in ("decode only", "lightly", "torchvision v2", "DALI CPU")]
+    return _loaders("loader", [*pairs, ("fastbyol", "fastbyol 1 thread"), ("decode only", "decode only 1 thread")])
+
+
+def doors() -> str:
+    """The same images through every door."""
+    others = (".beton jpg", ".beton raw", "dali", "ffcv .beton jpg", "ffcv .beton raw")
+    return _loaders("doors", [(f"fastbyol {other}", "fastbyol") for other in others])
+
+
+def _loaders(file: str, pairs: list[tuple[str, str]]) -> str:
+    rows = read(file)
     sizes = sorted({int(row["size_px"]) for row in rows}, reverse=True)
     names = list(dict.fromkeys(row["contender"] for row in rows))
 
@@ -94,8 +105,6 @@ def loader() -> str:
             for size in sizes
         )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    pairs = [("fastbyol", other) for other in ("decode only", "lightly", "torchvision v2", "DALI CPU")]
-    pairs += [("fastbyol", "fastbyol 1 thread"), ("decode only", "decode only 1 thread")]
     for name, other in pairs:
         cells = " | ".join(ratio(name, other, size) for size in sizes)
         lines.append(f"| **{name} / {other}** | {cells} |")
@@ -104,7 +113,7 @@ def loader() -> str:
     note = (
         f"{first['cpu']}; {versions}, DALI {first['nvidia-dali-cuda130']}, FFCV {first['ffcv']}; commit "
         f"{first['fastbyol'].split()[-1]}; {len(rates(names[0], sizes[0]))} rounds in turn, ratios within a round. "
-        "Source: benchmarks/results/loader.csv (`make bench-loader`)."
+        f"Source: benchmarks/results/{file}.csv (`make bench-loader`)."
     )
     return "\n".join([*lines, "", note]) + "\n"
 
@@ -255,6 +264,7 @@ TABLES = {
     "dct_scaling": dct_scaling,
     "demo_seeds": demo_seeds,
     "loader": loader,
+    "doors": doors,
     "step": step,
     "step_cuda": lambda: step("cuda"),
     "train_run": train_run,

@@ -6,9 +6,10 @@ Errors that a user can mend are one line on stderr: exit code 2 where the input 
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from rich.console import Console
@@ -80,6 +81,20 @@ def _parser() -> ArgumentParser:
     fashion.add_argument("--images", type=int, help="Only the first so many images of train/.")
     fashion.add_argument("--val_images", type=int, help="Only the first so many images of val/.")
 
+    pack = add(commands, "pack", "Write the images of a folder as one .beton file, which ffcv reads too.")
+    pack.add_argument("source", type=Path, help="One split: a folder of class folders or of images, or a .beton file.")
+    pack.add_argument("out", type=Path, help="The .beton file to make; it must not exist.")
+    pack.add_argument(
+        "--mode",
+        type=Literal["jpg", "raw", "auto"],
+        default="auto",
+        help="JPEG files, raw pixels, or JPEG but raw where that takes at most 16 KB. JPEGs that need no change are copied.",
+    )
+    pack.add_argument("--max-side", type=int, help="Reduce images whose longer side has more pixels.")
+    pack.add_argument("--quality", type=int, default=90, help="Of JPEGs that are made anew, 1 to 100.")
+    pack.add_argument("--skip-bad", action="store_true", help="Leave unreadable images out instead of stopping.")
+    pack.add_argument("--threads", type=int, default=0, help="0 takes one per CPU core.")
+
     preview = add(commands, "preview", "Draw 8 images of a config's data set and both their views.")
     _add_config(preview)
     preview.add_argument("--out", type=Path, default=Path("preview.png"), help="PNG file to write.")
@@ -137,12 +152,27 @@ def _prepare(args: Namespace) -> int:
 
     options = args[args.subcommand].as_dict()
     writer = prepare_photos if args.subcommand == "photos" else prepare_fashion_mnist
+    print(_with_progress(args.subcommand, partial(writer, **options)))
+    return 0
+
+
+def _pack(args: Namespace) -> int:
+    from fastbyol.data import open_split
+    from fastbyol.data.beton import pack
+
+    options = args.as_dict()
+    source = options.pop("source")
+    images = open_split(source.parent, source.name, key="source")
+    print(_with_progress("pack", partial(pack, images, options.pop("out"), **options)))
+    return 0
+
+
+def _with_progress(name: str, work: Callable[..., str]) -> str:
+    """work(progress=...) beside a progress bar."""
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(args.subcommand, total=None)
-        text = writer(**options, progress=lambda done, total: progress.update(task, completed=done, total=total))
-    print(text)
-    return 0
+        task = progress.add_task(name, total=None)
+        return work(progress=lambda done, total: progress.update(task, completed=done, total=total))
 
 
 def _preview(args: Namespace) -> int:
@@ -169,6 +199,7 @@ _COMMANDS = {
     "train": _train,
     "eval": _eval,
     "prepare": _prepare,
+    "pack": _pack,
     "preview": _preview,
     "report": _report,
     "doctor": _doctor,

@@ -20,11 +20,23 @@ class DataConfig:
     """Where the images are and how they are fed."""
 
     root: str | None = None
-    """Folder with the splits, e.g. ROOT/train/CLASS/x.jpg; `fastbyol prepare` makes such folders."""
+    """Folder with the splits, e.g. ROOT/train/CLASS/x.jpg or ROOT/train.beton; `fastbyol prepare` makes such folders."""
     train_split: str = "train"
-    """Sub-folder of `root` to pre-train on; '.' is `root` itself."""
+    """Sub-folder or .beton file of `root` to pre-train on; '.' is `root` itself."""
     val_split: str = "val"
-    """Sub-folder of `root` for evaluation; missing is fine, evaluation is then left out."""
+    """Sub-folder or .beton file of `root` for evaluation; missing is fine, evaluation is then left out."""
+    backend: Literal["auto", "native", "dali", "ffcv"] = "auto"
+    """What reads and decodes: auto is dali on a GPU where it is installed, else native; ffcv is FFCV's own loader."""
+    classes: list[str] = field(default_factory=list)
+    """Only these classes, of both splits; empty is all of them."""
+    fraction: float = 1.0
+    """Share of each class of the training split, e.g. 0.01 or 0.1."""
+    images_per_class: int = 0
+    """So many images of each class of the training split; 0 is all."""
+    file_list: str | None = None
+    """Text file with one image of the training split per line: its path or name, in a .beton file the sample's number."""
+    subset_seed: int = 0
+    """Which images `fraction` and `images_per_class` take; a smaller part lies within a larger one."""
     batch_size: int | Literal["auto"] = 256
     """Images per optimiser step, over all ranks and micro-batches; auto takes the largest power of two that fits (--batch-size)."""
     image_size_px: int = 224
@@ -41,6 +53,10 @@ class DataConfig:
     """Files read ahead; their bytes stay in memory until they are decoded."""
     dct_scaling: bool = False
     """Decode a JPEG at 1/2, 1/4 or 1/8 where both crops keep at least image_size_px; faster, slightly other pixels."""
+    hw_decoder_load: float = 0.75
+    """dali on a GPU: share of the JPEGs that the hardware decoder takes, the rest goes to CUDA cores; full load is slower."""
+    preallocate_px: int = 0
+    """dali on a GPU: side of the largest image to set memory aside for before the first batch; 0 lets it grow."""
     max_bad_fraction: float = 0.01
     """Share of the training files that may be unreadable (each is skipped and named) before the run stops."""
     timeout_s: float = 600
@@ -53,7 +69,16 @@ class DataConfig:
         _require(self.threads >= 0, "data.threads", self.threads, "must be 0 (all cores) or more")
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, "must be at least 1")
         _require(self.readers >= 1, "data.readers", self.readers, "must be at least 1")
+        _require(0 < self.fraction <= 1, "data.fraction", self.fraction, "must lie in (0, 1]")
+        _require(self.images_per_class >= 0, "data.images_per_class", self.images_per_class, "must be 0 (all) or more")
+        _require(self.subset_seed >= 0, "data.subset_seed", self.subset_seed, "must be 0 or more")
+        given = [self.fraction != 1, self.images_per_class != 0, self.file_list is not None]
+        _require(
+            sum(given) <= 1, "data.fraction", self.fraction, "give one of data.fraction, images_per_class and file_list"
+        )
         _require(self.readahead_images >= 1, "data.readahead_images", self.readahead_images, "must be at least 1")
+        _require(0 <= self.hw_decoder_load <= 1, "data.hw_decoder_load", self.hw_decoder_load, "must lie in [0, 1]")
+        _require(self.preallocate_px >= 0, "data.preallocate_px", self.preallocate_px, "must be 0 (off) or more")
         _require(0 <= self.max_bad_fraction < 1, "data.max_bad_fraction", self.max_bad_fraction, "must lie in [0, 1)")
         _require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "must be above 0")
 

@@ -1,12 +1,19 @@
 """`fastbyol doctor`: what this machine is, what works on it, and the one command that mends what does not."""
 
 import importlib
-import importlib.util
+import shutil
+import subprocess
 from collections.abc import Callable
 
+import llvmlite.binding
+import numpy as np
+import simplejpeg
 import torch
 
 from fastbyol import environment
+from fastbyol.data.decode import decode
+from fastbyol.data.workers import torchs_threads_kept
+from fastbyol.errors import first_line
 from fastbyol.kernels import dispatch
 from fastbyol.precision import compute_dtype
 from fastbyol.step import choose_device
@@ -28,18 +35,19 @@ def diagnose(say: Callable[[str], None]) -> int:
     return 1 if failures else 0
 
 
+_GRAY = 200
+
+
 class _Missing(Exception):
     """Something does not work; the text names the command that mends it."""
 
 
+def _gray_jpeg() -> bytes:
+    return simplejpeg.encode_jpeg(np.full((8, 8, 3), _GRAY, dtype=np.uint8))
+
+
 def _images() -> str:
-    import numpy as np
-    import simplejpeg
-
-    from fastbyol.data.decode import decode
-
-    image = np.full((8, 8, 3), 200, dtype=np.uint8)
-    worst = int(np.abs(decode(simplejpeg.encode_jpeg(image)).astype(int) - 200).max())
+    worst = int(np.abs(decode(_gray_jpeg()).astype(int) - _GRAY).max())
     if worst > 3:
         raise _Missing(f"a gray JPEG came back {worst}/255 off: pip install --force-reinstall simplejpeg")
     return "JPEG decode by libjpeg-turbo"
@@ -66,26 +74,73 @@ def _gpu() -> str:
     )
 
 
-def _has_module(name: str) -> bool:
-    """Whether a dotted module exists; nothing but its parents is imported."""
+def _driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        raise _Missing("nvidia-smi is not here: on a machine with a GPU install NVIDIA's driver")
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # a parent is missing
-        return False
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _Missing(f"nvidia-smi fails ({first_line(error)}): install the driver again, then reboot") from None
+    return f"{found[0]} for {len(found)} GPU(s), torch is built for CUDA {torch.version.cuda}"
+
+
+def _triton() -> str:
+    version = environment.installed("triton")
+    if version is None:
+        raise _Missing("not installed: pip install torch (the default build brings it); needed on a GPU only")
+    if not torch.cuda.is_available():
+        return f"{version}, no GPU to run its kernels on"
+    weight, target = torch.ones(64, device="cuda"), torch.zeros(64, device="cuda")
+    dispatch.ema_update(torch.device("cuda"))([(weight, target)], torch.tensor(0.75, device="cuda"))
+    if not torch.allclose(target, torch.full_like(target, 0.25)):
+        raise _Missing(f"{version} computes a wrong target update here: pip install --force-reinstall triton")
+    return f"{version}, the target update runs on the GPU"
 
 
 def _dali() -> str:
-    if not _has_module("nvidia.dali"):
-        cuda = (torch.version.cuda or "13.0").split(".")[0]
-        raise _Missing(
-            f"not installed: pip install nvidia-dali-cuda{cuda}0 (the name without a CUDA version is a stub)"
-        )
-    return importlib.import_module("nvidia.dali").__version__
+    if not environment.has_module("nvidia.dali"):
+        stub = environment.installed("nvidia-dali")
+        note = f"{stub} is the stub of that name, not DALI" if stub else "not installed"
+        raise _Missing(f"{note}: {environment.dali_command()} (the name without a CUDA version is a stub)")
+    from nvidia import dali
+
+    try:
+        pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=None)
+        with pipe:
+            encoded = dali.fn.external_source(source=lambda: [np.frombuffer(_gray_jpeg(), dtype=np.uint8)])
+            pipe.set_outputs(dali.fn.decoders.image(encoded))
+        worst = int(np.abs(np.asarray(pipe.run()[0][0]).astype(int) - _GRAY).max())
+    except RuntimeError as error:
+        raise _Missing(f"{dali.__version__} fails ({first_line(error)}): {environment.dali_command()}") from None
+    return f"{dali.__version__}, decodes on the CPU, a gray JPEG within {worst}/255"
+
+
+def _ffcv() -> str:
+    if not environment.has_module("ffcv"):
+        raise _Missing(f"not installed (.beton files are read without it too): {environment.FFCV_COMMAND}")
+    try:
+        with torchs_threads_kept():
+            importlib.import_module("ffcv.loader")
+    except (ImportError, OSError) as error:
+        raise _Missing(f"cannot be loaded ({first_line(error)}): {environment.FFCV_COMMAND}") from None
+    return f"{environment.installed('ffcv')}, its loader can be used (data.backend=ffcv)"
+
+
+def _cpu_features() -> str:
+    features = llvmlite.binding.get_host_cpu_features()
+    names = [name for name in ("avx2", "avx512f", "avx512bf16", "amx-bf16", "neon", "sve") if features.get(name)]
+    if not names:
+        raise _Missing("none of AVX2, AVX-512, AMX, NEON, SVE: everything works, slowly")
+    return ", ".join(names)
 
 
 def _apex() -> str:
-    if not _has_module("amp_C") or not _has_module("apex.multi_tensor_apply"):
-        raise _Missing("NVIDIA's apex is not built (only a baseline of the benchmarks; PyPI's apex is another project)")
+    if not environment.has_module("amp_C") or not environment.has_module("apex.multi_tensor_apply"):
+        raise _Missing(
+            "NVIDIA's apex is not built (a baseline of the benchmarks, nothing else; PyPI's apex is another project): APEX_CPP_EXT=1 "
+            "APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex"
+        )
     return "NVIDIA's, with multi_tensor_apply"
 
 
@@ -93,7 +148,11 @@ _CHECKS: tuple[tuple[bool, str, Callable[[], str]], ...] = (
     (True, "images", _images),
     (True, "CPU kernels", _cpu_kernels),
     (True, "precision", _precision),
+    (False, "CPU features", _cpu_features),
     (False, "GPU", _gpu),
+    (False, "driver", _driver),
+    (False, "Triton", _triton),
     (False, "DALI", _dali),
+    (False, "FFCV", _ffcv),
     (False, "apex", _apex),
 )

@@ -1,6 +1,7 @@
 """What this machine is and what is installed on it: for reports, result files and `fastbyol doctor`."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -35,6 +36,23 @@ def describe() -> dict[str, str]:
         "gpu": ", ".join(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())) or "none",
     }
     return facts | {name: version for name in PACKAGES if (version := installed(name)) is not None}
+
+
+# FFCV has no wheels: it compiles against OpenCV and libjpeg-turbo.
+FFCV_COMMAND = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install ffcv"
+
+
+def dali_command() -> str:
+    """What installs DALI for torch's CUDA version; the name without a version is a stub."""
+    return f"pip install nvidia-dali-cuda{(torch.version.cuda or '13.0').split('.')[0]}0"
+
+
+def has_module(name: str) -> bool:
+    """Whether a dotted module exists; nothing but its parents is imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a parent is missing
+        return False
 
 
 def installed(distribution: str) -> str | None:

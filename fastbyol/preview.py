@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastbyol import views
 from fastbyol.config import Config
-from fastbyol.data import ImageFolder, index_folder
+from fastbyol.data import ImageSet, find_images
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -28,7 +28,7 @@ def write_preview(config: Config, out: Path) -> str:
     Raises:
         InputError: no images, none readable, or `out` cannot be written.
     """
-    folder = index_folder(config.data.root, config.data.train_split)
+    folder = find_images(config.data, "train")
     try:
         out.write_bytes(draw_views(config, folder))
     except OSError as error:
@@ -36,7 +36,7 @@ def write_preview(config: Config, out: Path) -> str:
     return f"{out}: {IMAGES} images of {folder.root} and both views of each"
 
 
-def draw_views(config: Config, folder: ImageFolder) -> bytes:
+def draw_views(config: Config, folder: ImageSet) -> bytes:
     """The grid as PNG.
 
     Raises:
@@ -68,7 +68,7 @@ def draw_views(config: Config, folder: ImageFolder) -> bytes:
         for v, picture in enumerate((image, to_pixels(pictures[0, i]), to_pixels(pictures[1, i]))):
             axis = grid[top + v, column]
             axis.imshow(picture, interpolation="nearest")
-            title = f"{folder.paths[order[positions[i]]]}\n{image.shape[1]}x{image.shape[0]}"
+            title = f"{folder.name(order[positions[i]])}\n{image.shape[1]}x{image.shape[0]}"
             axis.set_title(title if v == 0 else _describe(params, i, v - 1), fontsize=7)
     return to_png(figure)
 

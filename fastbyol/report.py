@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from fastbyol import __version__
 from fastbyol.config import Config
-from fastbyol.data import ImageFolder, index_folder
+from fastbyol.data import ImageSet, find_images
 from fastbyol.data.native import centre_crops
 from fastbyol.errors import InputError
 from fastbyol.evaluate import load_run
@@ -184,9 +185,9 @@ def _pictures(config: Config, model: BYOL, say: Callable[[str], None]) -> str:
     """View grid and nearest neighbours; a data set that is gone by now costs the pictures, not the report."""
     parts: list[str] = []
     try:
-        train = index_folder(config.data.root, config.data.train_split)
+        train = find_images(config.data, "train")
         parts.append(_section("The two views", _image(draw_views(config, train))))
-        val = index_folder(config.data.root, config.data.val_split)
+        val = find_images(config.data, "val")
         check_splits(train, val)
         parts.append(_section("Nearest neighbours", _neighbours(config, model, train, val)))
     except InputError as error:
@@ -194,7 +195,7 @@ def _pictures(config: Config, model: BYOL, say: Callable[[str], None]) -> str:
     return "".join(parts)
 
 
-def _neighbours(config: Config, model: BYOL, train: ImageFolder, val: ImageFolder) -> str:
+def _neighbours(config: Config, model: BYOL, train: ImageSet, val: ImageSet) -> str:
     size, device = config.data.image_size_px, choose_device("auto")
     options = {
         "size": size,
@@ -230,13 +231,13 @@ def _neighbours(config: Config, model: BYOL, train: ImageFolder, val: ImageFolde
     return f"{_image(to_png(figure))}<p class=note>{note}</p>"
 
 
-def _kept(folder: ImageFolder, bad: dict[int, str]) -> list[int]:
+def _kept(folder: ImageSet, bad: dict[int, str]) -> list[int]:
     """Indices of the images that have features, in the order of the features."""
     return [i for i in range(len(folder)) if i not in bad]
 
 
-def _thumbnail(folder: ImageFolder, index: int, size: int) -> Any:
-    one = ImageFolder(folder.root, [folder.paths[index]], folder.labels[[index]], folder.classes)
+def _thumbnail(folder: ImageSet, index: int, size: int) -> Any:
+    one = folder.take(np.array([index]))
     crops = centre_crops(one, size=size, fraction=CENTRE_FRACTION, batch_size=1, threads=1, bad={})
     images, _ = next(crops)
     return to_pixels(images[0])

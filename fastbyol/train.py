@@ -17,7 +17,7 @@ import torch
 
 from fastbyol import checkpoint, environment, memory
 from fastbyol.config import Config
-from fastbyol.data import Batch, ImageFolder, build_loader, index_folder
+from fastbyol.data import Batch, ImageSet, build_loader, choose_backend, find_images
 from fastbyol.distributed import ProcessGroup, StopTogether, World, world_from_environment
 from fastbyol.errors import HungLoader, InputError, RunError, first_line
 from fastbyol.evaluate.features import check_splits, extract
@@ -85,7 +85,7 @@ class _Run:
         self._news: list[str] = []
         self.knn: dict[str, float] = {"last": math.nan, "best": math.nan}
         with world.together():
-            self.images = index_folder(config.data.root, config.data.train_split)
+            self.images = find_images(config.data, "train")
             found = self._find_checkpoint(config)
             fits = 0
             if config.data.batch_size == "auto":
@@ -138,7 +138,8 @@ class _Run:
             self.log.say(text)
         dispatch.compile_cpu_kernels(self.log.say)
         classes = f" of {len(self.images.classes)} classes" if self.images.classes else ""
-        self.log.say(f"{len(self.images)} images{classes} in {self.images.root}")
+        backend, why = choose_backend(config.data, self.images, self.step.device)
+        self.log.say(f"{len(self.images)} images{classes} in {self.images.root}, read by {backend}: {why}")
         parameters = sum(p.numel() for p in self.model.online.parameters()) / 1e6
         ranks = f"{self.world.size} ranks on " if self.world.size > 1 else ""
         self.log.say(
@@ -146,7 +147,7 @@ class _Run:
             f"{ranks}{self.step.device}, {str(self.step.dtype).removeprefix('torch.')}, step {self.step.mode}, "
             f"{config.optim.name}, batch {config.data.batch_size}, steps {self.start} to {total} in {self.folder}"
         )
-        self.log.say(dispatch.describe(self.step.device))
+        self.log.say(dispatch.describe(self.step.device, backend))
 
     def first_step(self, step: int, batch: Batch) -> BYOLOutput:
         """A step whose memory is counted."""
@@ -264,7 +265,7 @@ class _Run:
             "knn_last": _finite_or_none(self.knn["last"]),
             "knn_best": _finite_or_none(self.knn["best"]),
             "memory_bytes": None if self.memory is None else dataclasses.asdict(self.memory),
-            "bad_images": {self.images.paths[i]: reason for i, reason in sorted(bad.items())},
+            "bad_images": {self.images.name(i): reason for i, reason in sorted(bad.items())},
         }
         (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
         if lines:
@@ -380,13 +381,13 @@ class _Run:
         except OSError as error:
             raise InputError(f"runs={self.config.runs}: {self.folder} cannot be written: {error.strerror}") from None
 
-    def _knn_split(self) -> ImageFolder | None:
+    def _knn_split(self) -> ImageSet | None:
         """The validation split of the online kNN; None, and a line why, where there can be none."""
         data = self.config.data
         if self.config.knn.every_epochs == 0 or not self.world.first:
             return None
         try:
-            val = index_folder(data.root, data.val_split)
+            val = find_images(data, "val")
             check_splits(self.images, val)
         except InputError as error:
             self._notes.append(f"no online kNN: {error}")
@@ -435,7 +436,7 @@ class _Run:
         for index, reason in sorted(self.loader.bad.items()):
             if index not in self._named_bad:
                 self._named_bad.add(index)
-                self.log.warn(f"skipped {self.images.root / self.images.paths[index]}: {reason}")
+                self.log.warn(f"skipped {self.images.where(index)}: {reason}")
 
 
 class _StopSignals:

@@ -41,10 +41,11 @@ def ema_update(device: torch.device) -> Callable[..., None]:
     return lars_ema.EmaUpdate()
 
 
-def describe(device: torch.device) -> str:
-    """What runs for tensors on `device`, for people to read."""
+def describe(device: torch.device, backend: str) -> str:
+    """What runs for tensors on `device` and images from `backend` of data/, for people to read."""
     if device.type == "cuda":
-        return "kernels: views by numba, LARS and target update by Triton"
+        views = "Triton" if backend == "dali" else "numba"
+        return f"kernels: views by {views}, LARS and target update by Triton"
     return f"kernels: views by numba; BatchNorm, max-pool, LARS and target update by numba on {threads.describe()}"
 
 
@@ -90,9 +91,12 @@ def _one_process_at_a_time() -> Iterator[None]:
 
 
 def _cached() -> bool:
-    """Whether numba's cache folder holds every entry point, compiled from the sources as they are now."""
-    newest = {kernel: max(_source(kernel).stat().st_mtime, _inlined()) for kernel in _ENTRY_POINTS}
-    return all(any(i.stat().st_mtime >= time for i in _indexes(kernel)) for kernel, time in newest.items())
+    """Whether numba's cache folder holds every entry point, compiled from the sources as they are now: its index is empty if not."""
+    return all(_dispatcher(kernel)._cache._cache_file._load_index() for kernel in _ENTRY_POINTS)
+
+
+def _dispatcher(kernel: Any) -> Any:
+    return kernel.dispatcher if isinstance(kernel, threads.Kernel) else kernel
 
 
 def _drop_stale(kernels: Iterable[Any]) -> None:
@@ -114,4 +118,6 @@ def _source(kernel: Any) -> Path:
 
 def _indexes(kernel: Any) -> list[Path]:
     """The index files of a kernel in numba's cache folder."""
-    return list(Path(kernel.stats.cache_path).glob(f"{_source(kernel).stem}.{kernel.py_func.__name__}-*.nbi"))
+    return list(
+        Path(_dispatcher(kernel).stats.cache_path).glob(f"{_source(kernel).stem}.{kernel.py_func.__name__}-*.nbi")
+    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench_step
 import exchange
 import readme_tables

@@ -8,8 +8,9 @@ import simplejpeg
 from conftest import jpeg
 from PIL import Image
 
+from fastbyol.data import open_split
 from fastbyol.data.decode import BadImage, decode
-from fastbyol.data.folder import UNLABELLED, index_folder
+from fastbyol.data.images import UNLABELLED
 from fastbyol.errors import InputError
 
 
@@ -106,14 +107,14 @@ def test_index_sorts_and_labels(folder_of):
             "train/.hidden": b"",
         }
     )
-    folder = index_folder(root, "train")
+    folder = open_split(root, "train")
     assert folder.paths == ["a/x.jpeg", "b/1.JPG", "b/2.png"]
     assert folder.labels.tolist() == [0, 1, 1]
     assert folder.classes == ["a", "b"]
 
 
 def test_a_flat_folder_has_no_labels(folder_of):
-    folder = index_folder(folder_of({"2.jpg": b"", "1.jpg": b""}), ".")
+    folder = open_split(folder_of({"2.jpg": b"", "1.jpg": b""}), ".")
     assert folder.paths == ["1.jpg", "2.jpg"]
     assert folder.labels.tolist() == [UNLABELLED] * 2
     assert folder.classes == []
@@ -121,17 +122,17 @@ def test_a_flat_folder_has_no_labels(folder_of):
 
 def test_unusable_folders_name_the_key_and_the_path(folder_of, tmp_path):
     with pytest.raises(InputError, match="data.root is not set"):
-        index_folder(None, "train")
+        open_split(None, "train")
     with pytest.raises(InputError, match=r"data.root=.*nowhere: there is no folder .*nowhere/train"):
-        index_folder(tmp_path / "nowhere", "train")
+        open_split(tmp_path / "nowhere", "train")
     with pytest.raises(InputError, match="no images"):
-        index_folder(folder_of({"train/a/readme.txt": b""}), "train")
+        open_split(folder_of({"train/a/readme.txt": b""}), "train")
     with pytest.raises(InputError, match="mixes images and class folders"):
-        index_folder(folder_of({"train/a/1.jpg": b"", "train/2.jpg": b""}), "train")
+        open_split(folder_of({"train/a/1.jpg": b"", "train/2.jpg": b""}), "train")
 
 
 def test_spread_keeps_all_classes(folder_of):
-    folder = index_folder(folder_of({f"{c}/{i}.jpg": b"" for c in "abc" for i in range(10)}), ".")
+    folder = open_split(folder_of({f"{c}/{i}.jpg": b"" for c in "abc" for i in range(10)}), ".")
     part = folder.spread(6)
     assert len(part) == 6
     assert set(part.labels.tolist()) == {0, 1, 2}

@@ -8,7 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from fastbyol.config import EvalConfig
-from fastbyol.data import index_folder
+from fastbyol.data import open_split
 from fastbyol.errors import InputError
 from fastbyol.evaluate import BYOL_ROW, PIXELS_ROW, UNTRAINED_ROW, evaluate
 from fastbyol.evaluate.features import Features, calibrate_batchnorm, extract
@@ -94,14 +94,14 @@ def test_non_finite_features_are_refused():
 def test_extraction_uses_eval_mode_and_restores_train_mode(photos):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
     before = network[1].running_mean.clone()
-    features = extract(network, index_folder(photos, "val"), size=32, **CPU)
+    features = extract(network, open_split(photos, "val"), size=32, **CPU)
     assert features.x.shape == (18, 4)
     assert torch.equal(network[1].running_mean, before)
     assert network.training
 
 
 def test_calibrated_batchnorm_has_the_data_s_statistics(photos):
-    folder = index_folder(photos, "train")
+    folder = open_split(photos, "train")
     network = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     calibrate_batchnorm(network, folder, size=32, device=torch.device("cpu"), threads=2)
     pixels = extract(None, folder, size=32, **CPU).x.view(72, 3, 32, 32)
@@ -109,7 +109,7 @@ def test_calibrated_batchnorm_has_the_data_s_statistics(photos):
 
 
 def test_raw_pixels_of_large_images_are_averaged_down(photos):
-    assert extract(None, index_folder(photos, "val"), size=96, **CPU).x.shape == (18, 3 * 64 * 64)
+    assert extract(None, open_split(photos, "val"), size=96, **CPU).x.shape == (18, 3 * 64 * 64)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_every_protocol_reports_byol_untrained_and_pixels(run, protocol):
 
 def test_evaluation_without_labels_or_with_other_classes(run, folder_of, photos):
     one = folder_of({"train/a/1.jpg": b"", "val/a/1.jpg": b""})
-    with pytest.raises(InputError, match=r"train has 1 class folder\(s\): a classifier needs at least 2"):
+    with pytest.raises(InputError, match=r"train has 1 class\(es\): a classifier needs at least 2"):
         evaluate("knn", EvalConfig(run=str(run), root=str(one)), print)
     other = folder_of({"train/b/1.jpg": b"", "val/c/1.jpg": b""})
     with pytest.raises(InputError, match="different classes, for example 'b'"):

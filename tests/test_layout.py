@@ -20,7 +20,6 @@ ORDER = [
     "memory",
     "step",
     "checkpoint",
-    "environment",
     "data",
     "model",
     "optim",
@@ -30,6 +29,7 @@ ORDER = [
     "views",
     "schedules",
     "config",
+    "environment",
     "kernels",
     "errors",
 ]

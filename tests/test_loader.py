@@ -10,7 +10,7 @@ from conftest import jpeg
 
 from fastbyol import views
 from fastbyol.config import DataConfig
-from fastbyol.data import build_loader, index_folder, native
+from fastbyol.data import build_loader, native, open_split
 from fastbyol.data.decode import decode
 from fastbyol.errors import InputError, RunError
 
@@ -20,7 +20,7 @@ SIZE, BATCH = 24, 6
 def make_loader(root, *, split="train", seed=0, dtype=torch.float32, **changes):
     options = {"batch_size": BATCH, "image_size_px": SIZE, "threads": 2, **changes}
     config = DataConfig(root=str(root), **options)
-    return build_loader(config, index_folder(root, split), seed=seed, device=torch.device("cpu"), dtype=dtype)
+    return build_loader(config, open_split(root, split), seed=seed, device=torch.device("cpu"), dtype=dtype)
 
 
 def collect(loader, start, stop):
@@ -59,7 +59,7 @@ def test_batches_per_epoch_and_every_image_at_most_once(photos):
 
 
 def test_views_equal_the_reference_and_come_as_promised(photos):
-    folder = index_folder(photos, "train")
+    folder = open_split(photos, "train")
     loader = make_loader(photos, seed=5)
     batch = collect(loader, 13, 14)[0]  # epoch 1, batch 1
     indices = batch[3].tolist()
@@ -172,7 +172,7 @@ def test_bad_images_are_skipped_named_and_replaced_by_their_neighbours(flawed):
     orders = [views.epoch_order(0, epoch, 22)[: len(loader) * BATCH] for epoch in (0, 1)]
     expected = [{5: 6, 11: 12}.get(i, i) for i in np.concatenate(orders).tolist()]
     assert torch.cat([b[3] for b in batches]).tolist() == expected
-    reasons = {loader.folder.paths[i]: reason for i, reason in loader.bad.items()}
+    reasons = {loader.images.name(i): reason for i, reason in loader.bad.items()}
     assert sorted(reasons) == ["a/05.jpg", "a/11.jpg"]
     assert reasons["a/05.jpg"] == "not an image file"
     assert "truncated" in reasons["a/11.jpg"]
@@ -199,9 +199,9 @@ def test_unreadable_files_count_as_bad(folder_of):
         make_loader(root)
     (root / "train/7.jpg").rmdir()
     loader = make_loader(root, batch_size=11, max_bad_fraction=0.2)
-    delivered = {loader.folder.paths[i] for b in collect(loader, 0, 3) for i in b[3].tolist()}
+    delivered = {loader.images.name(i) for b in collect(loader, 0, 3) for i in b[3].tolist()}
     assert "3.jpg" not in delivered
-    assert [loader.folder.paths[i] for i in loader.bad] == ["3.jpg"]
+    assert [loader.images.name(i) for i in loader.bad] == ["3.jpg"]
     assert "No such file" in next(iter(loader.bad.values()))
 
 
@@ -215,7 +215,7 @@ def test_nothing_readable_is_an_error_not_a_hang(folder_of):
 
 
 def test_centre_crops_are_all_images_once_in_order(flawed):
-    folder = index_folder(flawed, "train")
+    folder = open_split(flawed, "train")
     bad = {}
     images, indices = zip(
         *native.centre_crops(folder, size=SIZE, fraction=0.875, batch_size=7, threads=2, bad=bad), strict=True

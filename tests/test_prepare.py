@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastbyol.data import index_folder
+from fastbyol.data import open_split
 from fastbyol.data.decode import decode
 from fastbyol.data.prepare import prepare_fashion_mnist, prepare_photos
 from fastbyol.errors import InputError
@@ -22,7 +22,7 @@ def digest(root):
 
 
 def test_photos_have_one_class_per_photograph_in_both_splits(photos):
-    train, val = index_folder(photos, "train"), index_folder(photos, "val")
+    train, val = open_split(photos, "train"), open_split(photos, "val")
     assert len(train) == 72
     assert len(val) == 18
     assert train.classes == val.classes
@@ -137,7 +137,7 @@ def idx_files(tmp_path):
 def test_fashion_mnist_is_lossless(tmp_path, idx_files):
     text = prepare_fashion_mnist(tmp_path / "out", idx_files)
     assert "30 in train/" in text
-    train, val = index_folder(tmp_path / "out", "train"), index_folder(tmp_path / "out", "val")
+    train, val = open_split(tmp_path / "out", "train"), open_split(tmp_path / "out", "val")
     assert (len(train), len(val), len(train.classes)) == (30, 20, 10)
     raw = np.frombuffer((idx_files / "train-images-idx3-ubyte").read_bytes()[16:], dtype=np.uint8).reshape(30, 28, 28)
     image = decode((tmp_path / "out/train/sandal/00005.png").read_bytes())
@@ -146,8 +146,8 @@ def test_fashion_mnist_is_lossless(tmp_path, idx_files):
 
 def test_fashion_mnist_limits(tmp_path, idx_files):
     prepare_fashion_mnist(tmp_path / "out", idx_files, images=12, val_images=10)
-    assert len(index_folder(tmp_path / "out", "train")) == 12
-    assert len(index_folder(tmp_path / "out", "val")) == 10
+    assert len(open_split(tmp_path / "out", "train")) == 12
+    assert len(open_split(tmp_path / "out", "val")) == 10
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,6 @@ def test_malformed_idx_files(tmp_path, idx_files, name, change, message):
 )
 def test_debian_s_package_is_found(tmp_path):
     prepare_fashion_mnist(tmp_path / "out", images=100, val_images=50)
-    train = index_folder(tmp_path / "out", "train")
+    train = open_split(tmp_path / "out", "train")
     assert (len(train), len(train.classes)) == (100, 10)
     assert decode(train.read(0)).shape == (28, 28, 3)

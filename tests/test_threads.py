@@ -98,5 +98,5 @@ def test_where_the_symbol_or_the_library_is_missing_there_is_no_openmp(monkeypat
 def test_the_choice_is_said(start):
     expected = "2 of torch's OpenMP threads" if start == "openmp" else "2 of a thread pool"
     if torch.get_num_threads() == 2:
-        assert expected in dispatch.describe(torch.device("cpu"))
+        assert expected in dispatch.describe(torch.device("cpu"), "native")
     assert ("pool" in threads.describe()) == (start == "pool")

@@ -30,8 +30,10 @@ class BadImage(Exception):
     """A file that cannot be decoded; the text says why in one line and does not name the file."""
 
 
-def decode(data: bytes, buffer: DecodeBuffer | None = None) -> NDArray[np.uint8]:
+def decode(data: bytes | NDArray[np.uint8], buffer: DecodeBuffer | None = None) -> NDArray[np.uint8]:
     """Decodes one image, into `buffer` where one is given: the result is then valid until the buffer's next use.
+
+    What is stored as pixels comes back as it is.
 
     Grayscale, palette, 16-bit, alpha, CMYK and YCCK inputs give RGB; an EXIF orientation is applied.
 
@@ -41,6 +43,8 @@ def decode(data: bytes, buffer: DecodeBuffer | None = None) -> NDArray[np.uint8]
     Raises:
         BadImage: empty, truncated, damaged, too large or not an image.
     """
+    if isinstance(data, np.ndarray):
+        return data
     if not data:
         raise BadImage("the file is empty")
     if _is_plain_jpeg(data):
@@ -59,6 +63,11 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     return (height, width) if colour_space in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS else None
+
+
+def is_whole_jpeg(data: bytes) -> bool:
+    """Whether a JPEG's end marker is there; one that was cut off needs a decoder that says so."""
+    return data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def decode_reduced(

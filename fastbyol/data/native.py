@@ -9,12 +9,12 @@ readahead_images * bytes per file; each worker holds one decoded image and the p
 """
 
 import faulthandler
-import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,38 +23,27 @@ from torch import Tensor
 
 from fastbyol.data.batch import Batch
 from fastbyol.data.decode import BadImage, DecodeBuffer, decode, decode_reduced, jpeg_size
-from fastbyol.data.folder import ImageFolder
-from fastbyol.errors import HungLoader, RunError, first_line
+from fastbyol.data.images import ImageSet
+from fastbyol.data.sequence import Sequenced
+from fastbyol.data.workers import cpu_threads
+from fastbyol.errors import HungLoader, first_line
 from fastbyol.kernels import augment, crop
-from fastbyol.views import VIEWS, Recipe, Sampler, centre_box, epoch_order
+from fastbyol.views import VIEWS, Sampler, centre_box
 
 Boxes = Callable[[int, int], list[list[int]]]  # (height, width) -> V boxes of top, left, height, width
+Fetched = bytes | NDArray[np.uint8] | OSError  # an image as it is stored, or why it could not be read
 
 
-def cpu_threads(threads: int) -> int:
-    """The number of threads that a setting means: 0 is one per core that this process may use."""
-    return threads or len(os.sched_getaffinity(0))
-
-
-class NativeLoader:
+class NativeLoader(Sequenced):
     """Threads -> ring of batches; see `batch.Loader` for the contract.
 
     Args:
-        folder: the indexed images, at least `batch_size` of them.
-        batch_size: images of a batch over all ranks.
-        shard: (B,) the positions of every batch that this rank makes.
-        size: S, side of a view in pixels.
-        recipe: how views are drawn.
-        seed: of the sample order and the views.
         threads: workers; 0 is one per core.
         prefetch_batches: batches made ahead.
         readers: threads that read files.
         readahead_images: files read ahead of the workers.
         dct_scaling: decode at a reduced size where both crops keep at least S pixels.
-        dtype: float32 or bfloat16.
-        device: where batches are delivered.
-        max_bad_fraction: share of the files that may be unreadable.
-        timeout_s: how long to wait for a batch.
+        sequence: as for `Sequenced`.
 
     Raises (while iterating):
         RunError: more files are unreadable than `max_bad_fraction` allows.
@@ -63,40 +52,22 @@ class NativeLoader:
 
     def __init__(
         self,
-        folder: ImageFolder,
         *,
-        batch_size: int,
-        shard: NDArray[np.int64],
-        size: int,
-        recipe: Recipe,
-        seed: int,
         threads: int,
         prefetch_batches: int,
         readers: int,
         readahead_images: int,
         dct_scaling: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_bad_fraction: float,
-        timeout_s: float,
+        **sequence: Any,
     ) -> None:
-        self.folder, self.size, self.recipe, self.seed = folder, size, recipe, seed
-        self.global_batch, self.shard, self.batch_size = batch_size, shard, len(shard)
-        self.timeout_s = timeout_s
+        super().__init__(**sequence)
         self.threads, self.prefetch_batches = cpu_threads(threads), prefetch_batches
         self.readers, self.readahead_images, self.dct_scaling = readers, readahead_images, dct_scaling
-        self.dtype, self.device, self.max_bad_fraction = dtype, device, max_bad_fraction
-        self.wait_s = 0.0
-        self.bad: dict[int, str] = {}
-        self._bad_lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self.folder) // self.global_batch
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches of steps start .. stop - 1; leaving the loop early stops the workers."""
-        pipeline = _Pipeline(self, start, stop)
-        on_device = _DeviceSlots(self.device) if self.device.type == "cuda" else None
+        pipeline = self._pipeline(start, stop)
+        on_device = DeviceSlots(self.device) if self.device.type == "cuda" else None
         try:
             for step in range(start, stop):
                 before = time.perf_counter()
@@ -113,41 +84,35 @@ class NativeLoader:
         finally:
             pipeline.close()
 
-    def load(
-        self, index: int, data: bytes | OSError, boxes: Boxes, buffer: DecodeBuffer
-    ) -> tuple[int, NDArray[np.uint8], list[list[int]]]:
-        """Decodes image `index`, or, where that fails, the next one in the index that can be read and decoded.
+    def _pipeline(self, start: int, stop: int) -> "Pipeline":
+        return Pipeline(self, start, stop)
 
-        The substitute depends on the files alone, so batches stay the same for any number of threads.
+    def ready(self, index: int) -> Any:
+        """What a reader makes of an image, for `load`."""
+        return self.fetch(index)
+
+    def load(
+        self, index: int, data: Fetched, boxes: Boxes, buffer: DecodeBuffer
+    ) -> tuple[int, NDArray[np.uint8], list[list[int]]]:
+        """Decodes image `index`, or, where that fails, the next one that can be read and decoded.
 
         Args:
             index: of the image wanted.
-            data: its bytes, or why they could not be read.
+            data: what is stored of it, or why it could not be read.
             boxes: (height, width) -> the crop boxes of its views.
             buffer: of this thread.
 
         Returns:
             the index of the image delivered, its pixels, uint8 (H, W, 3), and the boxes in those pixels.
         """
-        n = len(self.folder)
-        for k in range(n):
-            candidate = (index + k) % n
-            if candidate in self.bad:
-                continue
-            try:
-                content = data if k == 0 else self.folder.read(candidate)
-                if isinstance(content, OSError):
-                    raise content
-                return candidate, *self._decode(content, boxes, buffer)
-            except OSError as error:
-                self._count_bad(candidate, error.strerror or first_line(error))
-            except BadImage as error:
-                self._count_bad(candidate, str(error))
-        raise RunError(f"none of the {n} images in {self.folder.root} can be read")
+        found, (image, places) = self.first_good(index, data, lambda content: self._decode(content, boxes, buffer))
+        return found, image, places
 
-    def _decode(self, data: bytes, boxes: Boxes, buffer: DecodeBuffer) -> tuple[NDArray[np.uint8], list[list[int]]]:
+    def _decode(
+        self, data: bytes | NDArray[np.uint8], boxes: Boxes, buffer: DecodeBuffer
+    ) -> tuple[NDArray[np.uint8], list[list[int]]]:
         """Pixels and boxes, both at the reduced size where `dct_scaling` allows one."""
-        full = jpeg_size(data) if self.dct_scaling else None
+        full = jpeg_size(data) if self.dct_scaling and isinstance(data, bytes) else None
         if full is None:
             image = decode(data, buffer)
             return image, boxes(image.shape[0], image.shape[1])
@@ -156,16 +121,6 @@ class NativeLoader:
         factor = next(f for f in (8, 4, 2, 1) if f == 1 or shortest >= f * self.size)
         image = decode_reduced(data, full, factor, buffer)
         return image, [_reduce_box(box, full, image.shape[:2]) for box in wanted]
-
-    def _count_bad(self, index: int, reason: str) -> None:
-        with self._bad_lock:
-            self.bad[index] = reason
-            count = len(self.bad)
-        if count > self.max_bad_fraction * len(self.folder):
-            raise RunError(
-                f"{count} of {len(self.folder)} images cannot be read, more than data.max_bad_fraction="
-                f"{self.max_bad_fraction} allows; the last one: {self.folder.root / self.folder.paths[index]}: {reason}"
-            )
 
 
 def _reduce_box(box: list[int], full: tuple[int, int], size: tuple[int, int]) -> list[int]:
@@ -177,7 +132,7 @@ def _reduce_box(box: list[int], full: tuple[int, int], size: tuple[int, int]) ->
     return [y0, x0, y1 - y0, x1 - x0]
 
 
-class _Scratch:
+class Scratch:
     """A thread's working memory: decoded image, planes of the view in hand, and what the kernels need."""
 
     def __init__(self, size: int) -> None:
@@ -209,7 +164,7 @@ class _Slot:
         self.out = bits.numpy().view(np.uint16) if loader.dtype == torch.bfloat16 else bits.numpy()
 
 
-class _DeviceSlots:
+class DeviceSlots:
     """Two batches on a GPU, filled in turn from a stream of their own: a copy runs beside the step before it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -244,7 +199,7 @@ class _Job:
         self.remaining = len(indices)
 
 
-class _Pipeline:
+class Pipeline:
     """The readers and workers of one iteration, and the ring between them and the consumer.
 
     Images are numbered through: image k belongs to step k // B and is the (k % B)-th of its batch.
@@ -255,22 +210,23 @@ class _Pipeline:
         b = loader.batch_size
         self._slots = [_Slot(loader) for _ in range(loader.prefetch_batches + 1)]
         self._jobs: dict[int, _Job] = {}
-        self._orders: dict[int, NDArray[np.int64]] = {}  # of the epochs in hand
-        self._bytes: dict[int, bytes | OSError] = {}  # image -> its file, read and not yet taken
+        self._fetched: dict[int, Any] = {}  # image -> what the readers made of it, not yet taken
         self._next_read = self._next = start * b  # the next image to be read, and to be decoded
         self._end = stop * b
         self._released = start  # steps before this one have been consumed
         self._closed = self._hung = False
         self._error: BaseException | None = None
         lock = threading.Lock()
-        self._work, self._ready, self._room = (threading.Condition(lock) for _ in range(3))
-        targets = [("reader", self._read)] * loader.readers + [("worker", self._run)] * loader.threads
+        self._work, self._ready, self._room, self._space = (threading.Condition(lock) for _ in range(4))
         self._threads = [
             threading.Thread(target=self._guard, args=(target,), name=f"fastbyol-loader-{name}-{k}", daemon=True)
-            for k, (name, target) in enumerate(targets)
+            for k, (name, target) in enumerate(self._jobs_of_threads())
         ]
         for thread in self._threads:
             thread.start()
+
+    def _jobs_of_threads(self) -> list[tuple[str, Callable[[], None]]]:
+        return [("reader", self._read)] * self._loader.readers + [("worker", self._run)] * self._loader.threads
 
     def wait_for(self, step: int) -> _Slot:
         """Blocks until the batch of `step` is complete.
@@ -284,11 +240,7 @@ class _Pipeline:
             while self._error is None and (step not in self._jobs or self._jobs[step].remaining):
                 if not self._ready.wait(max(limit - time.monotonic(), 0)) and time.monotonic() >= limit:
                     self._hung = True
-                    raise HungLoader(
-                        f"the loader has made no batch for {self._loader.timeout_s:g} s (data.timeout_s), reading from "
-                        f"{self._loader.folder.root}",
-                        _stacks(),
-                    )
+                    raise hung(self._loader)
             if self._error is not None:
                 raise self._error
             return self._jobs[step].slot
@@ -310,7 +262,7 @@ class _Pipeline:
 
     def _stop_all(self) -> None:
         self._closed = True
-        for condition in (self._work, self._ready, self._room):
+        for condition in (self._work, self._ready, self._room, self._space):
             condition.notify_all()
 
     def _guard(self, target: Callable[[], None]) -> None:
@@ -332,16 +284,17 @@ class _Pipeline:
                     return
                 image, self._next_read = self._next_read, self._next_read + 1
                 index = self._index(image)
-            try:
-                data: bytes | OSError = loader.folder.read(index)
-            except OSError as error:
-                data = error
+            data = loader.ready(index)
             with self._work:
-                self._bytes[image] = data
-                self._work.notify_all()
+                self._deliver(image, data)
+
+    def _deliver(self, image: int, data: Any) -> None:
+        """Called with the lock held."""
+        self._fetched[image] = data
+        self._work.notify_all()
 
     def _run(self) -> None:
-        scratch = _Scratch(self._loader.size)
+        scratch = Scratch(self._loader.size)
         while (taken := self._take()) is not None:
             job, i, data = taken
             self._make(job, i, data, scratch)
@@ -350,44 +303,34 @@ class _Pipeline:
                 if job.remaining == 0:
                     self._ready.notify_all()
 
-    def _take(self) -> tuple[_Job, int, bytes | OSError] | None:
+    def _take(self) -> tuple[_Job, int, Any] | None:
         """The next image, once its batch has a slot and its file has been read; None at the end or after close."""
         b = self._loader.batch_size
         with self._work:
             while not self._closed and self._next < self._end:
                 step, i = divmod(self._next, b)
-                if step >= self._released + len(self._slots) or self._next not in self._bytes:
+                if step >= self._released + len(self._slots) or self._next not in self._fetched:
                     self._work.wait()
                     continue
                 if i == 0:
                     self._jobs[step] = self._new_job(step)
-                data = self._bytes.pop(self._next)
+                data = self._fetched.pop(self._next)
                 self._next += 1
+                self._space.notify()
                 if self._next + self._loader.readahead_images * 3 // 4 >= self._next_read:
                     self._room.notify_all()
                 return self._jobs[step], i, data
             return None
 
     def _index(self, image: int) -> int:
-        """The file of image number `image`."""
-        step, i = divmod(image, self._loader.batch_size)
-        epoch, batch = divmod(step, len(self._loader))
-        return int(self._order(epoch)[batch * self._loader.global_batch + self._loader.shard[i]])
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = epoch_order(self._loader.seed, epoch, len(self._loader.folder))
-        return self._orders[epoch]
+        """The place in the set of image number `image`."""
+        return self._loader.index(*divmod(image, self._loader.batch_size))
 
     def _new_job(self, step: int) -> _Job:
         loader = self._loader
-        epoch, batch = divmod(step, len(loader))
-        positions = batch * loader.global_batch + loader.shard
-        sampler = Sampler(loader.recipe, loader.seed, epoch, positions)
-        return _Job(self._slots[step % len(self._slots)], sampler, self._order(epoch)[positions])
+        return _Job(self._slots[step % len(self._slots)], loader.sampler(step), loader.indices(step))
 
-    def _make(self, job: _Job, i: int, data: bytes | OSError, scratch: "_Scratch") -> None:
+    def _make(self, job: _Job, i: int, data: Any, scratch: Scratch) -> None:
         """Decodes image i of the batch once and writes its label, index and both views."""
 
         def boxes(height: int, width: int) -> list[list[int]]:
@@ -396,8 +339,16 @@ class _Pipeline:
         index, image, places = self._loader.load(int(job.indices[i]), data, boxes, scratch.buffer)
         for v, box in enumerate(places):
             scratch.render(image, box, job.packed[i, v], job.slot.out[v, i])
-        job.slot.label_values[i] = self._loader.folder.labels[index]
+        job.slot.label_values[i] = self._loader.images.labels[index]
         job.slot.index_values[i] = index
+
+
+def hung(loader: Sequenced) -> HungLoader:
+    """What to raise where a loader's batch does not come."""
+    return HungLoader(
+        f"the loader has made no batch for {loader.timeout_s:g} s (data.timeout_s), reading from {loader.images.root}",
+        _stacks(),
+    )
 
 
 def _stacks() -> str:
@@ -409,7 +360,7 @@ def _stacks() -> str:
 
 
 def centre_crops(
-    folder: ImageFolder, *, size: int, fraction: float, batch_size: int, threads: int, bad: dict[int, str]
+    images: ImageSet, *, size: int, fraction: float, batch_size: int, threads: int, bad: dict[int, str]
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
     """All images in index order, without augmentation: centre crop, bicubic resize, normalise.
 
@@ -426,9 +377,9 @@ def centre_crops(
 
     def make(index: int, out: NDArray[np.float32]) -> bool:
         if not hasattr(local, "scratch"):
-            local.scratch = _Scratch(size)
+            local.scratch = Scratch(size)
         try:
-            image = decode(folder.read(index), local.scratch.buffer)
+            image = decode(images.read(index), local.scratch.buffer)
         except (OSError, BadImage) as error:
             bad[index] = first_line(error)
             return False
@@ -436,9 +387,9 @@ def centre_crops(
         return True
 
     with ThreadPoolExecutor(cpu_threads(threads), thread_name_prefix="fastbyol-eval") as pool:
-        for start in range(0, len(folder), batch_size):
-            indices = np.arange(start, min(start + batch_size, len(folder)))
-            images = np.empty((len(indices), size, size, 3), dtype=np.float32)
-            good = np.array(list(pool.map(make, indices.tolist(), images)), dtype=bool)
+        for start in range(0, len(images), batch_size):
+            indices = np.arange(start, min(start + batch_size, len(images)))
+            crops = np.empty((len(indices), size, size, 3), dtype=np.float32)
+            good = np.array(list(pool.map(make, indices.tolist(), crops)), dtype=bool)
             if good.any():
-                yield torch.from_numpy(images[good]).permute(0, 3, 1, 2), indices[good]
+                yield torch.from_numpy(crops[good]).permute(0, 3, 1, 2), indices[good]

@@ -8,22 +8,18 @@ import gzip
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastbyol.data.native import cpu_threads
+from fastbyol.data.workers import in_order
 from fastbyol.errors import InputError, first_line
 
-T = TypeVar("T")
-R = TypeVar("R")
 Progress = Callable[[int, int], None]  # (images written, images in all)
 
 # Photographs that ship inside scikit-image and scikit-learn: one class each. Drawings and test charts are left out,
@@ -101,7 +97,7 @@ def prepare_photos(
             return len(data)
 
         sizes = []
-        for written in _parallel(write, tasks):
+        for written in in_order(write, tasks):
             sizes.append(written)
             progress(len(sizes), len(tasks))
     return (
@@ -150,7 +146,7 @@ def prepare_fashion_mnist(
             def write(i: int, split: str = split, pixels: NDArray = pixels, labels: NDArray = labels) -> None:
                 Image.fromarray(pixels[i]).save(folder / split / FASHION_CLASSES[labels[i]] / f"{i:05d}.png")
 
-            for _ in _parallel(write, range(len(labels))):
+            for _ in in_order(write, range(len(labels))):
                 done += 1
                 progress(done, total)
     counts = ", ".join(f"{len(labels)} in {split}/" for split, (_, labels) in splits.items())
@@ -262,15 +258,6 @@ def _read_idx(source: Path, name: str, dims: int) -> NDArray[np.uint8]:
     if len(data) - header != np.prod(shape):
         raise InputError(f"{path}: {len(data) - header} bytes of data where {shape} needs {np.prod(shape)}")
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
-
-
-def _parallel(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-    """function(task) for all tasks, in order, on all cores; an interrupt drops the tasks not yet begun."""
-    pool = ThreadPoolExecutor(cpu_threads(0), thread_name_prefix="fastbyol-prepare")
-    try:
-        yield from pool.map(function, tasks)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from fastbyol import checkpoint, environment
 from fastbyol.config import Config, EvalConfig
-from fastbyol.data import index_folder
+from fastbyol.data import find_images
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluate.features import Features, calibrate_batchnorm, check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
@@ -38,8 +39,10 @@ def evaluate(protocol: str, options: EvalConfig, say: Callable[[str], None]) -> 
     """
     path, config, model = load_run(Path(options.run), say)
     root = options.root or config.data.root
-    train = index_folder(root, config.data.train_split, key="root")
-    val = index_folder(root, config.data.val_split, key="root")
+    # The run's classes, but every image of them: what was left out of pre-training is not left out of its evaluation.
+    whole = replace(config.data, fraction=1.0, images_per_class=0, file_list=None)
+    train = find_images(whole, "train", root=root, key="root")
+    val = find_images(whole, "val", root=root, key="root")
     check_splits(train, val)
     device = choose_device(options.device)
     dtype = compute_dtype(config.precision, device)
@@ -62,7 +65,7 @@ def evaluate(protocol: str, options: EvalConfig, say: Callable[[str], None]) -> 
         ]
         for split, extracted in zip((train, val), features, strict=True):
             for index, reason in extracted.bad.items() if name == BYOL_ROW else ():
-                say(f"warning: skipped {split.root / split.paths[index]}: {reason}")
+                say(f"warning: skipped {split.where(index)}: {reason}")
         rows[name] = _classify(protocol, *features, options)
         say(_row_text(name, rows[name]))
     result = {

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastbyol.data.folder import ImageFolder
+from fastbyol.data.images import ImageSet
 from fastbyol.data.native import centre_crops
 from fastbyol.errors import InputError
 from fastbyol.layers import batch_norms
@@ -30,7 +30,7 @@ class Features:
 
 def extract(
     backbone: nn.Module | None,
-    folder: ImageFolder,
+    split: ImageSet,
     *,
     size: int,
     device: torch.device,
@@ -56,7 +56,7 @@ def extract(
             backbone.eval()
         with torch.no_grad(), autocast(device, dtype):
             crops = centre_crops(
-                folder, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad=bad
+                split, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad=bad
             )
             for images, indices in crops:
                 images = images.to(device)
@@ -66,13 +66,13 @@ def extract(
         if backbone is not None:
             backbone.train(training)
     if not rows:
-        raise InputError(f"{folder.root}: none of the {len(folder)} images can be read")
-    labels = torch.from_numpy(folder.labels[np.concatenate(kept)]).to(device)
-    return Features(torch.cat(rows), labels, len(folder.classes), bad)
+        raise InputError(f"{split.root}: none of the {len(split)} images can be read")
+    labels = torch.from_numpy(split.labels[np.concatenate(kept)]).to(device)
+    return Features(torch.cat(rows), labels, len(split.classes), bad)
 
 
 def calibrate_batchnorm(
-    backbone: nn.Module, folder: ImageFolder, *, size: int, device: torch.device, threads: int, batch_size: int = 256
+    backbone: nn.Module, split: ImageSet, *, size: int, device: torch.device, threads: int, batch_size: int = 256
 ) -> None:
     """Replaces BatchNorm's running statistics by their average over the split's images (float32).
 
@@ -90,20 +90,20 @@ def calibrate_batchnorm(
     backbone.train()
     with torch.no_grad():
         for images, _ in centre_crops(
-            folder, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad={}
+            split, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad={}
         ):
             if len(images) > 1:
                 backbone(images.to(device))
 
 
-def check_splits(train: ImageFolder, val: ImageFolder) -> None:
+def check_splits(train: ImageSet, val: ImageSet) -> None:
     """What every classifier needs of the two splits.
 
     Raises:
         InputError: fewer than two classes, or other classes in val than in train.
     """
     if len(train.classes) < 2:
-        raise InputError(f"{train.root} has {len(train.classes)} class folder(s): a classifier needs at least 2")
+        raise InputError(f"{train.root} has {len(train.classes)} class(es): a classifier needs at least 2")
     if train.classes != val.classes:
         extra = sorted(set(train.classes) ^ set(val.classes))
         raise InputError(f"{train.root} and {val.root} have different classes, for example {extra[0]!r}")
