@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import fastbyol
+from fastbyol import environment
 from fastbyol.cli import main
 from fastbyol.train import train
 
@@ -178,4 +179,40 @@ def test_doctor_says_what_works(capsys):
     assert re.search(r"ok +images", out)
     assert re.search(r"ok +CPU kernels", out)
     assert re.search(r"(ok|--) +GPU", out)
+    assert re.search(r"ok +DALI +\S+, decodes on the CPU, a gray JPEG within [0-3]/255", out)
+    assert re.search(r"ok +FFCV +\S+, its loader can be used", out)
+    assert re.search(r"(ok|--) +driver", out)
+    assert re.search(r"ok +Triton", out)
+    assert re.search(r"-- +apex.*PyPI's apex is another project.*pip install", out)
     assert "FAIL" not in out
+
+
+def test_doctor_names_the_command_for_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(environment, "has_module", lambda name: False)
+    monkeypatch.setattr(environment, "installed", lambda name: "0.1" if name == "nvidia-dali" else None)
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert re.search(r"-- +DALI +0.1 is the stub of that name, not DALI: pip install nvidia-dali-cuda\d+", out)
+    assert re.search(r"-- +FFCV +not installed .*: apt-get install libopencv-dev", out)
+    assert re.search(r"-- +Triton +not installed: pip install torch", out)
+
+
+def test_pack_writes_one_file_and_says_what_cannot_be(photos, tmp_path, capsys):
+    out = tmp_path / "x.beton"
+    code, text, _ = run(capsys, "pack", str(photos / "train"), str(out), "--mode", "jpg", "--max-side", "50")
+    assert code == 0
+    assert f"{out}: 72 images (72 JPEG, 0 raw)" in text
+    again = tmp_path / "again.beton"
+    assert run(capsys, "pack", str(out), str(again), "--mode", "raw")[0] == 0
+    for arguments, message in [
+        ((str(photos), str(tmp_path / "y.beton")), "no images"),
+        ((str(tmp_path / "none"), str(tmp_path / "y.beton")), "there is no folder"),
+        ((str(photos / "train"), str(out)), "exists; it is not overwritten"),
+        ((str(photos / "train"), str(tmp_path / "y.beton"), "--quality", "101"), "--quality 101: must lie in 1..100"),
+        ((str(photos / "train"), str(tmp_path / "y.beton"), "--mode", "png"), "mode"),
+    ]:
+        code, _, error = run(capsys, "pack", *arguments)
+        assert code == 2
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "y.beton").exists()
