@@ -218,6 +218,36 @@ def test_a_hung_disk_is_noticed(stored, monkeypatch):
         never.clear()
 
 
+def test_a_hung_ffcv_is_noticed(loaders, monkeypatch):
+    loader, never = loaders("ffcv", "raw"), threading.Event()
+    monkeypatch.setattr(loader, "timeout_s", 0.5)
+    monkeypatch.setattr(loader, "sampler", lambda step: never.wait(60))
+    with pytest.raises(HungLoader, match=r"no batch for 0.5 s"):
+        collect(loader, 0, 3)
+    never.set()
+    deadline = time.monotonic() + 20
+    while any(type(t).__name__ == "_Epoch" for t in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("readahead", [1, 5, 200])
+def test_what_dali_is_given_on_a_gpu(stored, monkeypatch, readahead):
+    """The reading half of its path there, which needs no GPU: whole steps in order, an early end, a hung disk."""
+    loader = make(stored, "train", "dali", readahead_images=readahead, timeout_s=0.5)
+    steps = list(loader._read_steps(5, 12))
+    assert [[p.index for p in step] for step in steps] == [loader.indices(k).tolist() for k in range(5, 12)]
+    assert all(p.pixels is None and decode(p.encoded.tobytes()).shape[:2] == p.size for step in steps for p in step)
+    part = loader._read_steps(0, 10**6)
+    next(part)
+    part.close()
+    never = threading.Event()
+    monkeypatch.setattr(type(loader.images), "read", lambda self, index: never.wait(60) and b"")
+    with pytest.raises(HungLoader, match="no batch for 0.5 s"):
+        next(loader._read_steps(0, 3))
+    never.set()
+    time.sleep(0.2)
+
+
 def test_ffcv_leaves_torchs_threads_alone(stored):
     """In a fresh process: FFCV sets their number when it is imported, too."""
     code = f"""

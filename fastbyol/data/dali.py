@@ -18,8 +18,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +30,7 @@ from torch import Tensor
 from fastbyol.data.batch import Batch
 from fastbyol.data.decode import DecodeBuffer, decode, is_whole_jpeg, jpeg_size
 from fastbyol.data.native import Boxes, NativeLoader, Pipeline, hung
+from fastbyol.data.workers import Ahead
 from fastbyol.errors import first_line
 from fastbyol.kernels import augment
 
@@ -83,7 +82,7 @@ class DaliLoader(NativeLoader):
         if self.device.type == "cpu":
             yield from super().batches(start, stop)
             return
-        steps = self._fetch_steps(start, stop)
+        steps = self._read_steps(start, stop)
         decoded = self.decoder(steps).batches()
         try:
             for step in range(start, stop):
@@ -122,24 +121,23 @@ class DaliLoader(NativeLoader):
         found, image = data
         return found, image, boxes(image.shape[0], image.shape[1])
 
-    def _fetch_steps(self, start: int, stop: int) -> Iterator[list[Prepared]]:
+    def _read_steps(self, start: int, stop: int) -> Iterator[list[Prepared]]:
         """The images of each step, read by `readers` threads `readahead_images` ahead."""
-        coming = ((step, i) for step in range(start, stop) for i in range(self.batch_size))
-        pool = ThreadPoolExecutor(self.readers, thread_name_prefix="fastbyol-loader-reader")
-        pending: deque[Future[Prepared]] = deque()
+        places = ((step, i) for step in range(start, stop) for i in range(self.batch_size))
+        ahead = Ahead(
+            lambda place: self.ready(self.index(*place)),
+            places,
+            threads=self.readers,
+            window=self.readahead_images,
+            name="fastbyol-loader-reader",
+        )
         try:
             for _ in range(start, stop):
-                batch = []
-                while len(batch) < self.batch_size:
-                    while len(pending) < max(self.readahead_images, 1) and (place := next(coming, None)) is not None:
-                        pending.append(pool.submit(self.ready, self.index(*place)))
-                    try:
-                        batch.append(pending.popleft().result(timeout=self.timeout_s))
-                    except FutureTimeout:
-                        raise hung(self) from None
-                yield batch
+                yield [ahead.take(self.timeout_s) for _ in range(self.batch_size)]
+        except TimeoutError:
+            raise hung(self) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            ahead.close()
 
     def _render(self, step: int, prepared: list[Prepared], images: list[Tensor]) -> Batch:
         """Both views of a batch, by kernels on the current stream."""

@@ -215,7 +215,7 @@ class _Epoch(EpochIterator):
     """FFCV's thread for the steps start .. stop - 1 of one epoch."""
 
     def __init__(self, ours: FfcvLoader, ffcv: Loader, start: int, stop: int) -> None:
-        self._ours, self._start, self._error = ours, start, None
+        self._ours, self._start, self._error, self._hung = ours, start, None, False
         self._scratch, self._buffer = Scratch(ours.size), DecodeBuffer()
         places = np.concatenate([ours.indices(step) for step in range(start, stop)])
         super().__init__(ffcv, ours.images.samples[places].astype(np.uint64))
@@ -260,6 +260,7 @@ class _Epoch(EpochIterator):
         try:
             result = self.output_queue.get(timeout=self._ours.timeout_s)
         except Empty:
+            self._hung = True
             raise hung(self._ours) from None
         if result is None:
             assert self._error is not None
@@ -267,11 +268,10 @@ class _Epoch(EpochIterator):
         return result[1]
 
     def stop(self) -> None:
-        """Ends the thread, which otherwise goes on waiting for a place in its queue."""
+        """Ends the thread, which otherwise goes on waiting for a place in its queue, unless it hangs: then it dies with the process."""
         self.close()
-        while self.is_alive():
+        while self.is_alive() and not self._hung:
             try:
                 self.output_queue.get(timeout=0.01)
             except Empty:
                 continue
-        self.join()
