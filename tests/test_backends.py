@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import jpeg, losses
+from test_beton import write_with_ffcv
 from test_loader import collect, same
 
 from fastbyol import views
 from fastbyol.config import DataConfig, EvalConfig
 from fastbyol.data import beton, build_loader, choose_backend, open_split
 from fastbyol.data.decode import decode
+from fastbyol.data.workers import torchs_threads_kept
 from fastbyol.errors import HungLoader, InputError, RunError
 from fastbyol.evaluate import evaluate
 from fastbyol.train import train
@@ -180,6 +182,18 @@ def test_a_batch_that_dali_refuses_is_decoded_by_the_host(photos, tmp_path):
         assert torch.equal(a[3], b[3])
         assert torch.equal(a[2], b[2])
         assert all((x - y).abs().max() < 3 / 255 / 0.224 for x, y in zip(a[:2], b[:2], strict=True))
+
+
+def test_a_file_of_ffcvs_gives_the_same_batches_everywhere(tmp_path):
+    """JPEG and raw images among fields of every kind."""
+    with torchs_threads_kept():
+        write_with_ffcv(tmp_path / "theirs.beton", "proportion")
+    runs = [collect(make(tmp_path, "theirs", backend), 0, 6) for backend in ("native", "dali", "ffcv")]
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a[3], b[3])
+            assert torch.equal(a[2], b[2])
+            assert all((x - y).abs().max() < 3 / 255 / 0.224 for x, y in zip(a[:2], b[:2], strict=True))
 
 
 def test_ffcv_has_bad_images_replaced(stored, tmp_path, loaders):

@@ -384,27 +384,21 @@ def test_a_split_is_a_folder_or_a_beton_file(corpus, tmp_path):
 # --- the real ffcv ---
 
 
-@pytest.mark.parametrize("mode", ["jpg", "raw", "proportion", "smart"])
-def test_files_that_ffcv_writes(mode, tmp_path):
+class Samples:
+    """What ffcv's writer asks for: 30 images of different sizes among fields of every kind."""
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, i):
+        note = {"name": f"image {i}", "tags": ["x"] * (i % 4)}
+        text = np.frombuffer(b"abc"[: i % 3] + b"z", dtype=np.uint8)
+        return (i / 7, pixels_of(i, 30 + i, 64 + 3 * i), note, i % 5, np.full((2, 3), i, np.float32), text, i * 1000)
+
+
+def write_with_ffcv(path, mode):
     from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
     from ffcv.writer import DatasetWriter
-
-    class Samples:
-        def __len__(self):
-            return 30
-
-        def __getitem__(self, i):
-            note = {"name": f"image {i}", "tags": ["x"] * (i % 4)}
-            text = np.frombuffer(b"abc"[: i % 3] + b"z", dtype=np.uint8)
-            return (
-                i / 7,
-                pixels_of(i, 30 + i, 64 + 3 * i),
-                note,
-                i % 5,
-                np.full((2, 3), i, np.float32),
-                text,
-                i * 1000,
-            )
 
     fields = {
         "score": FloatField(),
@@ -415,8 +409,13 @@ def test_files_that_ffcv_writes(mode, tmp_path):
         "text": BytesField(),
         "other": IntField(),
     }
-    path = tmp_path / "ffcv.beton"
     DatasetWriter(str(path), fields, num_workers=2).from_indexed_dataset(Samples(), chunksize=4)
+
+
+@pytest.mark.parametrize("mode", ["jpg", "raw", "proportion", "smart"])
+def test_files_that_ffcv_writes(mode, tmp_path):
+    path = tmp_path / "ffcv.beton"
+    write_with_ffcv(path, mode)
     found = open_beton(path)
     assert len(found) == 30
     assert found.fields[0] == "photo"
