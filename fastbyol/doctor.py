@@ -79,9 +79,11 @@ def _driver() -> str:
         raise _Missing("nvidia-smi is not here: on a machine with a GPU install NVIDIA's driver")
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError) as error:
         raise _Missing(f"nvidia-smi fails ({first_line(error)}): install the driver again, then reboot") from None
+    if not found:
+        raise _Missing("nvidia-smi lists no GPU: install the driver again, then reboot")
     return f"{found[0]} for {len(found)} GPU(s), torch is built for CUDA {torch.version.cuda}"
 
 

@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,15 +18,7 @@ from fastbyol.data import beton, open_split
 from fastbyol.data.beton import BadBeton, open_beton, pack
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.folder import index_folder
-from fastbyol.data.workers import torchs_threads_kept
 from fastbyol.errors import InputError
-
-
-@pytest.fixture(autouse=True)
-def torchs_threads():
-    """FFCV sets their number when it is imported."""
-    with torchs_threads_kept():
-        yield
 
 
 def pixels_of(seed, height=40, width=50):
@@ -397,6 +390,12 @@ class Samples:
 
 
 def write_with_ffcv(path, mode):
+    """In a process of its own: ffcv's writer forks, which a process with threads may not survive."""
+    code = "import sys; sys.path.append(sys.argv[1]); from test_beton import ffcv_writes; ffcv_writes(*sys.argv[2:])"
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(path), mode], check=True, timeout=120)
+
+
+def ffcv_writes(path, mode):
     from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
     from ffcv.writer import DatasetWriter
 
@@ -409,7 +408,7 @@ def write_with_ffcv(path, mode):
         "text": BytesField(),
         "other": IntField(),
     }
-    DatasetWriter(str(path), fields, num_workers=2).from_indexed_dataset(Samples(), chunksize=4)
+    DatasetWriter(path, fields, num_workers=2).from_indexed_dataset(Samples(), chunksize=4)
 
 
 @pytest.mark.parametrize("mode", ["jpg", "raw", "proportion", "smart"])

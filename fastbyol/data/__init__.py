@@ -1,4 +1,4 @@
-"""Images -> batches of two views. `find_images` and `build_loader` are the only doors."""
+"""Images -> batches of two views. `find_images` (`open_split` for all of a split) and `build_loader` are the only doors."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from fastbyol.environment import FFCV_COMMAND, dali_command, has_module
 from fastbyol.errors import InputError
 from fastbyol.views import RECIPES
 
-__all__ = ["Batch", "ImageSet", "Loader", "build_loader", "choose_backend", "find_images"]
+__all__ = ["Batch", "ImageSet", "Loader", "build_loader", "choose_backend", "find_images", "open_split"]
 
 BETON = ".beton"
 

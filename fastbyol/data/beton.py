@@ -73,19 +73,23 @@ class BetonFile(ImageSet):
 
     def read(self, index: int) -> bytes | NDArray[np.uint8]:
         """A JPEG's bytes or a raw image's pixels (H, W, 3), in memory of their own."""
-        buffer = np.empty(self.sizes[index], dtype=np.uint8)
-        _read_into(self.file, int(self.starts[index]), buffer)
+        start, size = int(self.starts[index]), int(self.sizes[index])
         if self.modes[index] == JPEG:
-            return buffer.tobytes()
+            data = os.pread(self.file.fileno(), size, start)
+            if len(data) < size:
+                raise _cut_short(start + len(data), size - len(data))
+            return data
+        buffer = np.empty(size, dtype=np.uint8)
+        _read_into(self.file, start, buffer)
         return buffer.reshape(*self.shapes[index], 3)
 
     def name(self, index: int) -> str:
         """The sample's number in the file."""
-        return f"sample {self.samples[index]}"
+        return str(self.samples[index])
 
     def where(self, index: int) -> str:
         """The file and the sample's number."""
-        return f"{self.root}, {self.name(index)}"
+        return f"{self.root}, sample {self.name(index)}"
 
     def take(self, keep: NDArray[np.int64]) -> "BetonFile":
         """The images at `keep`; the file stays open once."""
@@ -144,8 +148,8 @@ class _Parser:
         image_field = self._pick(IMAGE_TYPE, "image", types, names)
         self._require(image_field is not None, f"no image field among {', '.join(names)}")
         label_field = self._pick(INTEGER_TYPE, "label", types, names)
-        sizes = self._sizes(rows[f"f{image_field}"], data_start, table_start)
         images = rows[f"f{image_field}"]
+        sizes = self._sizes(images, data_start, table_start)
         labels, classes = np.full(n, UNLABELLED, dtype=np.int64), list[str]()
         if label_field is not None:
             labels = rows[f"f{label_field}"].astype(np.int64)
@@ -235,8 +239,12 @@ def _read_into(file: IO[bytes], start: int, buffer: NDArray[np.uint8]) -> None:
     while done < len(buffer):
         got = os.preadv(file.fileno(), [memoryview(buffer)[done:]], start + done)
         if got == 0:
-            raise OSError(f"the file ends at byte {start + done}, {len(buffer) - done} bytes early")
+            raise _cut_short(start + done, len(buffer) - done)
         done += got
+
+
+def _cut_short(end: int, missing: int) -> OSError:
+    return OSError(f"the file ends at byte {end}, {missing} bytes early")
 
 
 # --- writing ---

@@ -37,16 +37,15 @@ from numpy.typing import NDArray
 from fastbyol.data.batch import Batch
 from fastbyol.data.beton import BetonFile
 from fastbyol.data.decode import DecodeBuffer, decode
-from fastbyol.data.native import DeviceSlots, Scratch, hung
+from fastbyol.data.native import DeviceSlots, Scratch, hand_over, hung
 from fastbyol.data.sequence import Sequenced
 from fastbyol.data.workers import cpu_threads
 from fastbyol.kernels import augment, crop
 from fastbyol.views import VIEWS
 
 _STORED = types.Array(types.uint8, 1, "C", readonly=True)
-_STATE = types.Tuple(
-    [_STORED, types.uint64[::1], types.uint64[::1]]
-)  # the file, where its parts begin, how long they are
+_NUMBERS = types.uint64[::1]
+_STATE = types.Tuple([_STORED, _NUMBERS, _NUMBERS])  # the file, where its parts begin, how long they are
 
 
 def _compile_reader(manager: OSCacheManager) -> Callable:
@@ -108,13 +107,8 @@ class FfcvLoader(Sequenced):
                     before = time.perf_counter()
                     views, labels, indices = epoch.next_batch()
                     self.wait_s += time.perf_counter() - before
-                    tensors = [views[:, v].permute(0, 3, 1, 2) for v in range(VIEWS)] + [labels, indices]
-                    if on_device is not None:
-                        tensors = on_device.fill(step, tensors)
-                    view1, view2, labels, indices = tensors
-                    yield Batch((view1, view2), labels, indices)
-                    if on_device is not None:
-                        on_device.release(step)
+                    both = [views[:, v].permute(0, 3, 1, 2) for v in range(VIEWS)]
+                    yield from hand_over(step, [*both, labels, indices], on_device)
             finally:
                 epoch.stop()
             first = end

@@ -73,13 +73,7 @@ class NativeLoader(Sequenced):
                 before = time.perf_counter()
                 slot = pipeline.wait_for(step)
                 self.wait_s += time.perf_counter() - before
-                tensors = [*slot.views, slot.labels, slot.indices]
-                if on_device is not None:
-                    tensors = on_device.fill(step, tensors)
-                view1, view2, labels, indices = tensors
-                yield Batch((view1, view2), labels, indices)
-                if on_device is not None:
-                    on_device.release(step)
+                yield from hand_over(step, [*slot.views, slot.labels, slot.indices], on_device)
                 pipeline.release(step)
         finally:
             pipeline.close()
@@ -190,6 +184,16 @@ class DeviceSlots:
         self._copied[step % 2].synchronize()
 
 
+def hand_over(step: int, tensors: list[Tensor], on_device: DeviceSlots | None) -> Iterator[Batch]:
+    """Yields the batch of `tensors` (both views, labels, indices), copied to the GPU where there is one; their memory is free after it."""
+    if on_device is not None:
+        tensors = on_device.fill(step, tensors)
+    view1, view2, labels, indices = tensors
+    yield Batch((view1, view2), labels, indices)
+    if on_device is not None:
+        on_device.release(step)
+
+
 class _Job:
     """One batch in the making."""
 
@@ -217,6 +221,7 @@ class Pipeline:
         self._closed = self._hung = False
         self._error: BaseException | None = None
         lock = threading.Lock()
+        # Waited for by workers, consumer, readers, and by a thread that decodes ahead of the workers where there is one.
         self._work, self._ready, self._room, self._space = (threading.Condition(lock) for _ in range(4))
         self._threads = [
             threading.Thread(target=self._guard, args=(target,), name=f"fastbyol-loader-{name}-{k}", daemon=True)

@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config import DataConfig
-from fastbyol.data.beton import BetonFile
 from fastbyol.data.images import ImageSet
 from fastbyol.errors import InputError
 
@@ -79,15 +78,10 @@ def _listed(images: ImageSet, path: Path) -> NDArray[np.int64]:
         raise InputError(f"data.file_list={path}: it names no image")
     if twice := [name for name, count in Counter(wanted).items() if count > 1]:
         raise InputError(f"data.file_list={path}: {twice[0]!r} is named twice")
-    if isinstance(images, BetonFile):
-        places = {str(sample): i for i, sample in enumerate(images.samples)}
-        ambiguous: set[str] = set()
-    else:
-        names = [images.name(i) for i in range(len(images))]
-        places = {name: i for i, name in enumerate(names)}
-        short = Counter(name.rpartition("/")[2] for name in names)
-        ambiguous = {name for name, count in short.items() if count > 1}
-        places |= {s: i for name, i in list(places.items()) if (s := name.rpartition("/")[2]) not in ambiguous}
+    names = [images.name(i) for i in range(len(images))]
+    short = [name.rpartition("/")[2] for name in names]
+    ambiguous = {name for name, count in Counter(short).items() if count > 1}
+    places = {name: i for i, name in enumerate(short) if name not in ambiguous} | {n: i for i, n in enumerate(names)}
     for name in wanted:
         if name not in places:
             several = f"several images of {images.root}: give paths" if name in ambiguous else f"not in {images.root}"
