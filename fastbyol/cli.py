@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fastbyol import __version__
-from fastbyol.config import Config, EvalConfig
+from fastbyol.config import EVALUATIONS, Config
 from fastbyol.errors import FastbyolError, InputError, StoppedByAnother
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -64,8 +64,8 @@ def _parser() -> ArgumentParser:
     _add_config(train)
 
     evaluation = add(commands, "eval", "Evaluate the features of a checkpoint.").add_subcommands(metavar="PROTOCOL")
-    for name, text in (("knn", "Weighted kNN on frozen features."), ("linear", "Linear probe on cached features.")):
-        add(evaluation, name, text).add_class_arguments(EvalConfig)
+    for name, options in EVALUATIONS.items():
+        add(evaluation, name, (options.__doc__ or "").splitlines()[0]).add_class_arguments(options)
 
     prepare = add(commands, "prepare", "Make an image folder from what is on the machine.").add_subcommands(
         metavar="CORPUS"
@@ -101,6 +101,16 @@ def _parser() -> ArgumentParser:
 
     report = add(commands, "report", "Write report.html of a run.")
     report.add_argument("--run", type=Path, required=True, help="The run's folder.")
+
+    export = add(commands, "export", "Write a run's backbone for another library, with a model card.")
+    export.add_argument("checkpoint", type=Path, help="A run's folder (its newest one) or a checkpoint file.")
+    export.add_argument(
+        "--format",
+        type=Literal["timm", "torchvision", "safetensors", "detectron2", "onnx"],
+        required=True,
+        help="safetensors is fastbyol's own, which --init reads; timm, torchvision and detectron2 load theirs directly.",
+    )
+    export.add_argument("--out", type=Path, help="File to write; it must not exist. Without it beside the run.")
 
     add(commands, "doctor", "Say what works on this machine and what mends the rest.")
     return parser
@@ -139,7 +149,7 @@ def _eval(args: Namespace) -> int:
     from fastbyol.report import refresh_report
 
     try:
-        options = EvalConfig(**args[args.subcommand].as_dict())
+        options = EVALUATIONS[args.subcommand](**args[args.subcommand].as_dict())
     except ValueError as error:
         raise InputError(str(error)) from None
     evaluate(args.subcommand, options, print)
@@ -189,6 +199,13 @@ def _report(args: Namespace) -> int:
     return 0
 
 
+def _export(args: Namespace) -> int:
+    from fastbyol.export import export
+
+    print(export(args.checkpoint, args.format, args.out, print))
+    return 0
+
+
 def _doctor(args: Namespace) -> int:
     from fastbyol.doctor import diagnose
 
@@ -202,5 +219,6 @@ _COMMANDS = {
     "pack": _pack,
     "preview": _preview,
     "report": _report,
+    "export": _export,
     "doctor": _doctor,
 }

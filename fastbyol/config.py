@@ -41,8 +41,8 @@ class DataConfig:
     """Images per optimiser step, over all ranks and micro-batches; auto takes the largest power of two that fits (--batch-size)."""
     image_size_px: int = 224
     """Side of both views in pixels."""
-    recipe: Literal["byol", "torchvision"] = "byol"
-    """Views: the paper's recipe, or one with torchvision's colour jitter and crop drawing."""
+    recipe: Literal["byol", "torchvision", "none"] = "byol"
+    """Views: the paper's recipe, one with torchvision's colour jitter and crop drawing, or twice the centre square as it is."""
     threads: int = 0
     """Threads that decode and augment; 0 takes one per CPU core."""
     prefetch_batches: int = 3
@@ -85,7 +85,7 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Backbone and heads of the online and the target network."""
+    """Backbone, heads and loss of the online and the target network; the defaults are BYOL, the rest docs/variants.md."""
 
     backbone: str = "resnet50"
     """Name of a timm model, e.g. resnet18, resnet50, resnet200."""
@@ -99,11 +99,47 @@ class ModelConfig:
     """Outputs of projector and predictor."""
     target_init: Literal["copy", "reseed"] = "copy"
     """The target starts as a copy of the online network, or from another seed as in the authors' code."""
+    norm: Literal["batch", "layer", "group"] = "batch"
+    """Norm layers of backbone and heads: BatchNorm (over all ranks, see distributed.sync_bn_ranks), or in their place another."""
+    norm_groups: int = 16
+    """Groups of channels of norm=group."""
+    weight_standardisation: bool = False
+    """Every filter of the backbone is used with mean 0 and variance 1."""
+    heads: Literal["mlp", "linear"] = "mlp"
+    """Projector and predictor: the paper's two layers, or one linear layer each."""
+    target: Literal["ema", "online"] = "ema"
+    """What is predicted: the moving average's projections, or the online network's own without gradient (SimSiam)."""
+    loss: Literal["byol", "euclidean", "mse", "hinge"] = "byol"
+    """Of predictions and targets: squared distance of normalised vectors, distance, mean squared error, distance beyond a margin."""
+    hinge_margin: float = 0.2
+    """Distance of normalised vectors below which loss=hinge is 0."""
+    contrastive_weight: float = 0.0
+    """beta: weight of the term that drives a prediction away from the rank's other images; 1 gives InfoNCE with negatives."""
+    contrastive_temperature: float = 0.1
+    """alpha: temperature of that term."""
+    feature_noise: float = 0.0
+    """Std of the noise that makes view 2 from the features of view 1, in place of image augmentation (data.recipe=none)."""
+    mask_ratio: float = 0.0
+    """Share of the patches of each view that the online network does not see."""
+    mask_patch_px: int = 16
+    """Side of those patches in pixels."""
 
     def __post_init__(self) -> None:
         _require(self.width > 0, "model.width", self.width, "must be above 0")
         _require(self.hidden_dim >= 1, "model.hidden_dim", self.hidden_dim, "must be at least 1")
         _require(self.projection_dim >= 2, "model.projection_dim", self.projection_dim, "must be at least 2")
+        _require(self.norm_groups >= 1, "model.norm_groups", self.norm_groups, "must be at least 1")
+        _require(0 <= self.hinge_margin < 2, "model.hinge_margin", self.hinge_margin, "must lie in [0, 2)")
+        weight = self.contrastive_weight
+        _require(weight >= 0, "model.contrastive_weight", weight, "must be 0 (off) or more")
+        _require(
+            weight == 0 or self.loss == "byol", "model.contrastive_weight", weight, "is defined for model.loss=byol"
+        )
+        temperature = self.contrastive_temperature
+        _require(temperature > 0, "model.contrastive_temperature", temperature, "must be above 0")
+        _require(self.feature_noise >= 0, "model.feature_noise", self.feature_noise, "must be 0 (off) or more")
+        _require(0 <= self.mask_ratio < 1, "model.mask_ratio", self.mask_ratio, "must lie in [0, 1)")
+        _require(self.mask_patch_px >= 1, "model.mask_patch_px", self.mask_patch_px, "must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -116,8 +152,10 @@ class OptimConfig:
     """Passes over the training split."""
     base_lr: float = 0.45
     """Learning rate per 256 images: the peak is base_lr * data.batch_size / 256."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Of the learning rate after the warm-up: a cosine to 0, or the peak to the end."""
     warmup_epochs: float = 10
-    """Epochs of linear warm-up from 0; a cosine to 0 follows."""
+    """Epochs of linear warm-up from 0."""
     weight_decay: float = 1e-6
     """Weight decay; biases and norm-layer parameters have none."""
     momentum: float = 0.9
@@ -233,6 +271,19 @@ class KnnConfig:
 
 
 @dataclass(kw_only=True)
+class ProbeConfig:
+    """A linear classifier that learns from the labels beside the run, on features that it does not change."""
+
+    enabled: bool = False
+    """Train it, and print a line per epoch: `Train Epoch: 1/100  Loss  Top5 Accuracy  Top1 Accuracy`."""
+    lr: float = 1e-3
+    """Learning rate of its Adam."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "probe.lr", self.lr, "must be above 0")
+
+
+@dataclass(kw_only=True)
 class Config:
     """A whole pre-training run."""
 
@@ -246,6 +297,8 @@ class Config:
     """auto takes the GPU where there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"
     """Autocast dtype of the forward pass: auto takes bf16 where the processor computes in it, else fp32; fp16 scales the loss."""
+    init: str = "none"
+    """Weights that the backbone starts from: none, timm:NAME (timm's pre-trained ones), or a file or run of `fastbyol export`."""
     resume: str = "none"
     """none, auto (continue from the newest good checkpoint, start afresh if there is none) or a checkpoint's path."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -264,10 +317,19 @@ class Config:
     """When the run is saved."""
     knn: KnnConfig = field(default_factory=KnnConfig)
     """The online kNN evaluation."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """The online linear classifier."""
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and "/" not in self.name, "name", self.name, "must be a non-empty name without '/'")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in 0..2^63-1")
+        noise = self.model.feature_noise
+        _require(
+            noise == 0 or self.data.recipe == "none",
+            "model.feature_noise",
+            noise,
+            "is in place of image augmentation: set data.recipe=none",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict, as stored in checkpoints."""
@@ -296,7 +358,7 @@ def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Evaluation of a checkpoint on the labelled splits of a data set."""
+    """What every evaluation of a checkpoint is told."""
 
     run: str
     """A run's folder (its newest good checkpoint is taken) or a checkpoint file."""
@@ -307,9 +369,107 @@ class EvalConfig:
     threads: int = 0
     """Threads that decode; 0 takes one per CPU core."""
     baselines: bool = True
-    """Also evaluate the untrained network and raw pixels."""
+    """Also evaluate the untrained network and, where the protocol allows it, raw pixels."""
     out: str | None = None
-    """JSON file for the result; by default eval_knn.json or eval_linear.json in the run's folder."""
+    """JSON file for the result; by default eval_PROTOCOL.json in the run's folder."""
+
+    def __post_init__(self) -> None:
+        _require(self.threads >= 0, "threads", self.threads, "must be 0 (all cores) or more")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The protocol's own settings: what the fields above do not say."""
+        common = {f.name for f in dataclasses.fields(EvalConfig)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in common}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+@dataclass(kw_only=True)
+class KnnEval(EvalConfig):
+    """Weighted kNN on frozen features."""
+
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.k >= 1, "k", self.k, "must be at least 1")
+        _require(self.temperature > 0, "temperature", self.temperature, "must be above 0")
+
+
+@dataclass(kw_only=True)
+class LinearEval(EvalConfig):
+    """Linear probe on frozen features."""
+
+    features: Literal["cached", "augmented"] = "cached"
+    """cached computes the features of one centre crop once; augmented is the paper's protocol: crop and flip anew every epoch."""
+    epochs: int = 80
+    """Passes over the training images."""
+    batch_size: int = 256
+    """Images per step."""
+    base_lrs: tuple[float, ...] = ()
+    """Learning rates per 256 images, trained side by side, the best on held-out training images is reported; none given: five."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_training(self.epochs, self.batch_size, self.base_lrs)
+
+
+@dataclass(kw_only=True)
+class FinetuneEval(EvalConfig):
+    """Semi-supervised: the whole network is fine-tuned on a part of the labels."""
+
+    fraction: float = 1.0
+    """Share of each class's training images whose labels are used, e.g. 0.01, 0.1 or 1."""
+    subset_seed: int = 0
+    """Which images `fraction` takes."""
+    epochs: int = 30
+    """Passes over the labelled images."""
+    batch_size: int = 256
+    """Images per step; at most the number of labelled images."""
+    base_lrs: tuple[float, ...] = (0.05,)
+    """Learning rates per 256 images; of several the best on held-out training images is reported, at the cost of a run each."""
+    save: str | None = None
+    """Write the fine-tuned backbone to this .safetensors file, which `fastbyol train --init` reads."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_training(self.epochs, self.batch_size, self.base_lrs)
+        _require(bool(self.base_lrs), "base_lrs", self.base_lrs, "name at least one")
+        _require(0 < self.fraction <= 1, "fraction", self.fraction, "must lie in (0, 1]")
+        _require(self.subset_seed >= 0, "subset_seed", self.subset_seed, "must be 0 or more")
+
+
+@dataclass(kw_only=True)
+class FewshotEval(EvalConfig):
+    """Few-shot episodes on frozen features, by nearest class mean."""
+
+    shots: tuple[int, ...] = (1, 5, 10)
+    """Labelled images per class, from the training split."""
+    ways: int = 5
+    """Classes per episode."""
+    queries: int = 15
+    """Images per class to be classified, from the validation split."""
+    episodes: int = 600
+    """Episodes per number of shots."""
+    seed: int = 0
+    """Which classes and images the episodes hold."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(bool(self.shots) and min(self.shots) >= 1, "shots", self.shots, "must all be at least 1")
+        _require(self.ways >= 2, "ways", self.ways, "must be at least 2")
+        _require(self.queries >= 1, "queries", self.queries, "must be at least 1")
+        _require(self.episodes >= 2, "episodes", self.episodes, "must be at least 2")
+        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+
+
+@dataclass(kw_only=True)
+class RobustnessEval(EvalConfig):
+    """kNN and linear probe, fitted on clean images, under corruptions of five strengths."""
+
     k: int = 20
     """kNN: neighbours that vote."""
     temperature: float = 0.07
@@ -318,13 +478,82 @@ class EvalConfig:
     """Linear: passes over the cached features."""
     batch_size: int = 256
     """Linear: features per step."""
-    base_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
-    """Linear: learning rates per 256 features; the best on held-out training images is reported."""
+    base_lrs: tuple[float, ...] = ()
+    """Linear: learning rates per 256 features; the best on held-out training images is used; none given: five."""
+    seed: int = 0
+    """Of the noise."""
 
     def __post_init__(self) -> None:
-        _require(self.threads >= 0, "threads", self.threads, "must be 0 (all cores) or more")
+        super().__post_init__()
+        _check_training(self.epochs, self.batch_size, self.base_lrs)
         _require(self.k >= 1, "k", self.k, "must be at least 1")
         _require(self.temperature > 0, "temperature", self.temperature, "must be above 0")
-        _require(self.epochs >= 1, "epochs", self.epochs, "must be at least 1")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
-        _require(bool(self.base_lrs) and min(self.base_lrs) > 0, "base_lrs", self.base_lrs, "must all be above 0")
+        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+
+
+@dataclass(kw_only=True)
+class SegmentationEval(EvalConfig):
+    """Semantic segmentation with an FCN head on a VOC-format folder; `root` must be given."""
+
+    finetune: bool = False
+    """Train the backbone too; otherwise its features are frozen and only the head learns."""
+    image_size_px: int = 0
+    """Side of the training crops and of the resized validation images; 0 is the run's data.image_size_px."""
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: int = 16
+    """Images per step."""
+    lr: float = 0.05
+    """Peak learning rate of SGD with momentum 0.9."""
+    seed: int = 0
+    """Of the head's weights and the sample order."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.root is not None, "root", self.root, "name the VOC-format folder")
+        _check_training(self.epochs, self.batch_size, (self.lr,), "lr")
+        size = self.image_size_px
+        _require(size == 0 or 32 <= size <= 4096, "image_size_px", size, "must be 0 or lie in 32..4096")
+        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+
+
+@dataclass(kw_only=True)
+class DetectionEval(EvalConfig):
+    """Object detection by torchvision's Faster R-CNN with FPN on COCO-format annotations; `root` must be given."""
+
+    image_size_px: int = 0
+    """Shorter side to which images are resized; 0 is the run's data.image_size_px."""
+    epochs: int = 12
+    """Passes over the training images."""
+    batch_size: int = 8
+    """Images per step."""
+    lr: float = 0.01
+    """Peak learning rate of SGD with momentum 0.9."""
+    trainable_stages: int = 0
+    """The last so many of the backbone's stages are trained too; 0 freezes it."""
+    seed: int = 0
+    """Of the head's weights and the sample order."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.root is not None, "root", self.root, "name the COCO-format folder")
+        _check_training(self.epochs, self.batch_size, (self.lr,), "lr")
+        size = self.image_size_px
+        _require(size == 0 or 32 <= size <= 4096, "image_size_px", size, "must be 0 or lie in 32..4096")
+        _require(0 <= self.trainable_stages <= 5, "trainable_stages", self.trainable_stages, "must lie in 0..5")
+        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+
+
+EVALUATIONS: dict[str, type[EvalConfig]] = {
+    "knn": KnnEval,
+    "linear": LinearEval,
+    "finetune": FinetuneEval,
+    "fewshot": FewshotEval,
+    "robustness": RobustnessEval,
+}
+
+
+def _check_training(epochs: int, batch_size: int, lrs: tuple[float, ...], key: str = "base_lrs") -> None:
+    _require(epochs >= 1, "epochs", epochs, "must be at least 1")
+    _require(batch_size >= 1, "batch_size", batch_size, "must be at least 1")
+    _require(all(lr > 0 for lr in lrs), key, lrs if len(lrs) != 1 else lrs[0], "must be above 0")

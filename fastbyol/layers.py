@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, GroupNormAct, StdConv2d
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
@@ -171,6 +171,47 @@ def convert(network: nn.Module) -> nn.Module:
             if type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1):
                 pool.__class__ = MaxPool
     return network
+
+
+def other_norms(network: nn.Module, groups: int) -> None:
+    """Replaces every BatchNorm by GroupNorm with as many groups, in place; one group is LayerNorm over channels and places.
+
+    Source: Wu & He 2018 (arXiv 1803.08494), where layer normalisation of a convolution's output is the case of one group.
+
+    Raises:
+        InputError: the groups do not divide a layer's channels, or the norm is of a kind that is not known.
+    """
+    for path, module in list(network.named_modules()):
+        for name, norm in module.named_children():
+            if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                continue
+            channels = norm.num_features
+            if channels % groups:
+                where = f"{path}.{name}".lstrip(".")
+                raise InputError(f"model.norm_groups={groups} does not divide the {channels} channels of {where}")
+            if type(norm) is BatchNormAct2d:
+                own = GroupNormAct(channels, groups, eps=norm.eps)
+                own.drop, own.act = norm.drop, norm.act
+            elif type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d):
+                own = nn.GroupNorm(groups, channels, eps=norm.eps)
+            else:
+                raise InputError(f"model.norm: the backbone's {type(norm).__name__} cannot be replaced")
+            if norm.affine:  # a block's last norm may start at 0
+                with torch.no_grad():
+                    own.weight.copy_(norm.weight)
+                    own.bias.copy_(norm.bias)
+            setattr(module, name, own)
+
+
+def standardise_weights(network: nn.Module) -> None:
+    """Makes every convolution use its filters with mean 0 and variance 1 (Qiao et al. 2019, arXiv 1903.10520), in place.
+
+    The factor 1 / sqrt(fan-in) that keeps the output's scale is the following norm's business.
+    """
+    for module in network.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = StdConv2d
+            module.eps = 1e-6
 
 
 def checkpoint_stages(backbone: nn.Module, stages: int) -> None:

@@ -86,7 +86,7 @@ def by_part(
     """
     online = _bytes([*model.online.parameters(), *model.online.buffers()])
     weights = online + _bytes([*model.predictor.parameters(), *model.predictor.buffers()])
-    target = _bytes([*model.target.parameters(), *model.target.buffers()])
+    target = 0 if model.target is None else _bytes([*model.target.parameters(), *model.target.buffers()])
     momentum = _bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
     gradients = _bytes(p for p in model.parameters() if p.requires_grad)
     activations = saved.total

@@ -1,4 +1,4 @@
-"""Backbone, heads, loss, and the online/target pair as one module: two views in, the loss out.
+"""Backbone, heads, and the online/target pair as one module: two views in, the loss out.
 
 Source: Grill et al. 2020, section 3, and `byol/byol_experiment.py` of google-deepmind/deepmind-research.
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError, first_line
-from fastbyol.layers import batch_norms, convert
+from fastbyol.layers import batch_norms, convert, other_norms, standardise_weights
+from fastbyol.loss import pair_loss
 from fastbyol.views import VIEWS
 
 
@@ -26,15 +27,15 @@ class BYOLOutput(NamedTuple):
 
     loss: Tensor  # () float32: mean over the batch of the two summed terms, in [0, 8]
     projection_std: Tensor  # () float32: see `projection_std`
+    features: Tensor | None = None  # (B, F) float32 of view 1, for a classifier beside the run
 
 
 class Branch(nn.Module):
     """Backbone and projector: the network that online and target share in shape."""
 
-    def __init__(self, backbone: nn.Module, features: int, hidden_dim: int, projection_dim: int) -> None:
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.projector = mlp(features, hidden_dim, projection_dim)
+        self.backbone, self.projector = backbone, projector
 
     def forward(self, view: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, D)."""
@@ -45,15 +46,27 @@ class BYOL(nn.Module):
     """The online network (branch and predictor) and its target.
 
     The target has no gradient, runs in train mode with its own batch statistics, and is moved by the optimiser step
-    through `target_pairs`.
+    through `target_pairs`. Without one (model.target=online) the online network predicts its own projections.
+
+    Args:
+        config: what of the forward pass differs from BYOL, if anything.
     """
 
-    def __init__(self, online: Branch, target: Branch, predictor: nn.Module) -> None:
+    def __init__(
+        self, online: Branch, target: Branch | None, predictor: nn.Module, config: ModelConfig | None = None
+    ) -> None:
         super().__init__()
         self.online, self.predictor = online, predictor
-        self.target = target.requires_grad_(False)
+        self.target = None if target is None else target.requires_grad_(False)
+        self.config = config or ModelConfig()
+        self.gives_features = False
+        """Whether the output holds view 1's features."""
         for norm in batch_norms(self):
             norm.views = VIEWS
+        if self.config.feature_noise:  # the backbones see one view
+            for branch in (self.online, self.target):
+                for norm in batch_norms(branch.backbone) if branch is not None else ():
+                    norm.views = 1
 
     def forward(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
         """Loss of two views (B, 3, S, S) of the same images.
@@ -61,34 +74,62 @@ class BYOL(nn.Module):
         Both go through the networks as one batch, in which BatchNorm keeps the statistics of each view apart (see layers.py). The
         target comes first: its activations are gone before the online network's are kept for the backward pass.
         """
-        images = torch.cat((view1, view2))
-        with torch.no_grad():
-            t1, t2 = self.target(images).chunk(2)
-        z = self.online(images)
+        alpha = self.config.feature_noise
+        images = view1 if alpha else torch.cat((view1, view2))
+        noise = None
+        t = None
+        if self.target is not None:
+            with torch.no_grad():
+                features = self.target.backbone(images)
+                noise = torch.randn_like(features) if alpha else None
+                t = self.target.projector(features if noise is None else noisy_views(features, noise, alpha))
+        features = self.online.backbone(self._masked(images))
+        if alpha and noise is None:
+            noise = torch.randn_like(features)
+        z = self.online.projector(features if noise is None else noisy_views(features, noise, alpha))
         q1, q2 = self.predictor(z).chunk(2)
-        return BYOLOutput(regression_loss(q1, t2) + regression_loss(q2, t1), projection_std(z.chunk(2)[0]))
+        t1, t2 = (z.detach() if t is None else t).chunk(2)
+        return BYOLOutput(
+            pair_loss(q1, q2, t1, t2, self.config),
+            projection_std(z.chunk(2)[0]),
+            features[: len(view1)].detach().float() if self.gives_features else None,
+        )
 
     def target_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(online, target) of every parameter that the target has; buffers are not averaged."""
+        if self.target is None:
+            return []
         return list(zip(self.online.parameters(), self.target.parameters(), strict=True))
+
+    def _masked(self, images: Tensor) -> Tensor:
+        """The images (2B, 3, S, S) with a share of their patches, drawn per image, set to the mean colour (0)."""
+        if not self.config.mask_ratio:
+            return images
+        size, patch = images.shape[-1], self.config.mask_patch_px
+        grid = -(-size // patch)
+        keep = torch.rand(len(images), 1, grid, grid, device=images.device) >= self.config.mask_ratio
+        keep = keep.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[..., :size, :size]
+        return images * keep.to(images.dtype)
+
+
+def noisy_views(features: Tensor, noise: Tensor, alpha: float) -> Tensor:
+    """Two views of features x (B, F), one below the other (2B, F): BN(x) and BN(x) + alpha * noise, BN without weights."""
+    x = F.batch_norm(features.float(), None, None, training=True)
+    return torch.cat((x, x + alpha * noise.float()))
+
+
+def head(inputs: int, outputs: int, config: ModelConfig) -> nn.Sequential:
+    """Projector or predictor: the paper's two layers, or one Linear without bias."""
+    if config.heads == "linear":
+        return nn.Sequential(nn.Linear(inputs, outputs, bias=False))
+    return mlp(inputs, config.hidden_dim, outputs)
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Projector and predictor: Linear with bias, BatchNorm, ReLU, Linear without bias."""
+    """The paper's projector and predictor: Linear with bias, BatchNorm, ReLU, Linear without bias."""
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False)
     )
-
-
-def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over the batch of |n(q) - n(z')|^2 = 2 - 2 cos(q, z'), n = l2 normalisation, in float32.
-
-    Args:
-        prediction, target: (B, D); the target carries no gradient.
-    """
-    q = F.normalize(prediction.float(), dim=1)
-    z = F.normalize(target.float(), dim=1)
-    return (q - z).square().sum(1).mean()
 
 
 def projection_std(projection: Tensor) -> Tensor:
@@ -126,6 +167,9 @@ def build_backbone(config: ModelConfig, image_size: int) -> tuple[nn.Module, int
         backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
         backbone.maxpool = nn.Identity()
+    _with_norms(backbone, config)
+    if config.weight_standardisation:
+        standardise_weights(backbone)
     try:
         with torch.no_grad():
             features = backbone.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
@@ -144,11 +188,21 @@ def build_model(config: ModelConfig, image_size: int, seed: int) -> BYOL:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone, features = build_backbone(config, image_size)
-        online = Branch(backbone, features, config.hidden_dim, config.projection_dim)
-        predictor = mlp(config.projection_dim, config.hidden_dim, config.projection_dim)
-        if config.target_init == "copy":
-            target = copy.deepcopy(online)
-        else:
-            target = Branch(build_backbone(config, image_size)[0], features, config.hidden_dim, config.projection_dim)
-    return BYOL(convert(online), convert(target), convert(predictor)).train()
+        online = _build_branch(config, image_size)
+        predictor = _with_norms(head(config.projection_dim, config.projection_dim, config), config)
+        target = None
+        if config.target == "ema":
+            target = copy.deepcopy(online) if config.target_init == "copy" else _build_branch(config, image_size)
+    return BYOL(convert(online), None if target is None else convert(target), convert(predictor), config).train()
+
+
+def _build_branch(config: ModelConfig, image_size: int) -> Branch:
+    backbone, features = build_backbone(config, image_size)
+    return Branch(backbone, _with_norms(head(features, config.projection_dim, config), config))
+
+
+def _with_norms(network: nn.Module, config: ModelConfig) -> nn.Module:
+    """The network, changed in place: with the configured norms instead of BatchNorm."""
+    if config.norm != "batch":
+        other_norms(network, 1 if config.norm == "layer" else config.norm_groups)
+    return network

@@ -1,6 +1,5 @@
 """A picture of what the recipe does: originals and both views of a few images, with the parameters drawn."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from fastbyol.data import ImageSet, find_images
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.plots import to_png
 
 IMAGES = 8
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
@@ -77,13 +77,6 @@ def to_pixels(view: torch.Tensor) -> NDArray[np.uint8]:
     """A normalised view (3, S, S) -> (S, S, 3) uint8."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((view.float() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-
-
-def to_png(figure: Figure) -> bytes:
-    """A matplotlib figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 def _describe(params: views.ViewParams, i: int, v: int) -> str:

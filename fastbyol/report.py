@@ -17,18 +17,20 @@ from fastbyol.config import Config
 from fastbyol.data import ImageSet, find_images
 from fastbyol.data.native import centre_crops
 from fastbyol.errors import InputError
-from fastbyol.evaluate import load_run
+from fastbyol.evaluate import PROTOCOLS, load_run
 from fastbyol.evaluate.features import CENTRE_FRACTION, check_splits, extract
 from fastbyol.evaluate.knn import nearest
 from fastbyol.model import BYOL
+from fastbyol.plots import to_png
 from fastbyol.precision import compute_dtype
-from fastbyol.preview import draw_views, to_pixels, to_png
+from fastbyol.preview import draw_views, to_pixels
 from fastbyol.runlog import read_metrics
 from fastbyol.step import choose_device
 from fastbyol.train import ENVIRONMENT, SUMMARY
 
 REPORT = "report.html"
 _QUERIES, _NEIGHBOURS = 8, 5
+_NO_METRICS = {"base_lr", "held_out_top1"}  # of a row: how it came about
 _INK, _ACCENT, _SECOND, _GOOD, _BAD = "#22262b", "#1f6feb", "#c4561e", "#2e9e52", "#d1383d"
 
 _CURVES = (  # kind, key, title, unit
@@ -132,21 +134,28 @@ def _summary(run: Path) -> str:
 
 def _results(run: Path) -> str:
     tables = []
-    for protocol, title in (("knn", "kNN"), ("linear", "Linear probe")):
-        result = _read_json(run / f"eval_{protocol}.json")
+    for protocol in PROTOCOLS.values():
+        path = run / f"eval_{protocol.name}.json"
+        result = _read_json(path)
         if not result:
             continue
-        settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+        settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))
+        metrics = [key for key, value in next(iter(result["rows"].values())).items() if isinstance(value, float)]
+        metrics = [key for key in metrics if key not in _NO_METRICS]
+        head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in metrics)
         rows = "".join(
             f"<tr{' class=best' if i == 0 else ''}><td>{html.escape(name)}</td>"
-            f"<td class=number>{row['top1']:.1%}</td><td class=number>{row['top5']:.1%}</td>"
-            f"<td><span class='bar{'' if i == 0 else ' baseline'}' style='width:{200 * row['top1']:.0f}px'></span></td></tr>"
+            + "".join(f"<td class=number>{row[key]:.1%}</td>" for key in metrics)
+            + f"<td><span class='bar{'' if i == 0 else ' baseline'}' style='width:{200 * row[metrics[0]]:.0f}px'>"
+            "</span></td></tr>"
             for i, (name, row) in enumerate(result["rows"].items())
         )
+        picture = path.with_suffix(".png")
         tables.append(
-            f"<div><h3>{title}</h3><table><tr><th>features</th><th>top-1</th><th>top-5</th><th></th></tr>{rows}</table>"
+            f"<div><h3>{html.escape(protocol.title)}</h3><table><tr><th>features</th>{head}<th></th></tr>{rows}</table>"
             f"<p class=note>{result['train_images']} training and {result['val_images']} validation images, "
-            f"{result['classes']} classes; {html.escape(settings)}</p></div>"
+            f"{result['classes']} classes; {html.escape(settings)}</p>"
+            f"{_image(picture.read_bytes()) if protocol.draw and picture.exists() else ''}</div>"
         )
     if not tables:
         return ""

@@ -22,7 +22,7 @@ class RunLog:
 
     Lines: {"kind": "train", step, epoch, loss, lr, tau, projection_std, images_per_s, wait_share},
     with float16 also loss_scale and skipped_steps, and
-    {"kind": "knn", step, epoch, top1, top5}; `step` counts the optimiser steps done.
+    {"kind": "knn", step, epoch, top1, top5} and {"kind": "probe", step, epoch, loss, top5, top1}; `step` counts the optimiser steps done.
 
     Args:
         folder: of the run.
@@ -115,6 +115,14 @@ class RunLog:
         """One line of an online kNN evaluation."""
         self._write("knn", step, **accuracy)
 
+    def probe(self, step: int, epoch: dict[str, float]) -> None:
+        """One line of the online classifier's epoch, also on the console: Train Epoch, Loss, Top5 Accuracy, Top1 Accuracy."""
+        self._write("probe", step, **epoch)
+        self.say(
+            f"Train {self._epoch_text(step).capitalize().replace(' ', ': ')}  Loss {epoch['loss']:.4f}  "
+            f"Top5 Accuracy {epoch['top5']:.2%}  Top1 Accuracy {epoch['top1']:.2%}"
+        )
+
     def say(self, text: str) -> None:
         """One line of text above the bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -153,7 +161,7 @@ class RunLog:
                 "img/s": f"{values['images_per_s']:.0f}",
                 "wait": f"{values['wait_share']:.0%}",
             }
-        else:
+        elif kind == "knn":
             self._shown["knn"] = f"{values['top1']:.1%}"
         if not self.console.is_terminal and kind == "knn":
             self.say(f"{self._epoch_text(step)}  step {step}/{self._total_steps}  {_join(self._shown)}")

@@ -12,10 +12,12 @@ def scaled_lr(base_lr: float, batch_size: int) -> float:
     return base_lr * batch_size / 256
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from 0 at step 0 to `peak` at `warmup_steps`, then a cosine to 0 at `total_steps`."""
+def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, constant: bool = False) -> float:
+    """Linear warm-up from 0 at step 0 to `peak` at `warmup_steps`, then a cosine to 0 at `total_steps`, or `peak` for ever."""
     if step < warmup_steps:
         return peak * step / warmup_steps
+    if constant:
+        return peak
     return peak * _cosine_decay(step - warmup_steps, total_steps - warmup_steps)
 
 

@@ -4,6 +4,7 @@ import ctypes
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,12 +50,16 @@ class TrainStep:
         self.total_steps = config.optim.epochs * steps_per_epoch
         self._warmup_steps = round(config.optim.warmup_epochs * steps_per_epoch)
         self._peak_lr = schedules.scaled_lr(config.optim.base_lr, config.data.batch_size)
+        self._constant_lr = config.optim.schedule == "constant"
         self._tau_base = config.optim.tau_base
         self.lr, self.tau = torch.zeros((), device=device), torch.ones((), device=device)
         self.loss_scale = LossScale(device) if self.dtype == torch.float16 else None
         self.pairs = model.target_pairs()
         self.optimizer = build_optimizer(config.optim, model, self.pairs, self.lr, self.tau, self.loss_scale)
         self._ema_update = dispatch.ema_update(device)
+        # Masks and noise are functions of (seed, step, rank): the same after a restart, different on every rank.
+        draws = config.model.feature_noise or config.model.mask_ratio
+        self._noise_seed = config.seed if draws else None
         self._parts, self._clip = _micro_batches(config, self.world), config.optim.clip_grad_norm
         # The first step whose loss was not finite, -1 while there is none: kept on the device, read when logged.
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -76,6 +81,8 @@ class TrainStep:
         self.lr.fill_(self.lr_at(step))
         self.tau.fill_(self.tau_at(step))
         self._number.fill_(step)
+        if self._noise_seed is not None:
+            torch.manual_seed(_mix(self._noise_seed, step, self.world.rank))
         return self._compute(*batch.views) if self.mode != "cuda_graph" else self._replay(*batch.views)
 
     def _compute(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
@@ -87,14 +94,15 @@ class TrainStep:
                     output = self._forward(*part)
                 loss = output.loss / self._parts
                 (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
-            outputs.append(BYOLOutput(output.loss.detach(), output.projection_std))
+            outputs.append(output._replace(loss=output.loss.detach()))
         self._clip_gradients()
         self._update()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, std = (torch.stack(values).mean() for values in zip(*outputs, strict=True))
+        loss, std = (torch.stack(values).mean() for values in list(zip(*outputs, strict=True))[:2])
+        features = None if output.features is None else torch.cat([part.features for part in outputs])
         bad = ~torch.isfinite(loss) & (self.first_bad_step < 0)
         self.first_bad_step.copy_(torch.where(bad, self._number, self.first_bad_step))
-        return BYOLOutput(loss, std)
+        return BYOLOutput(loss, std, features)
 
     def _update(self) -> None:
         """New weights, then the target, unless a scaled gradient was not finite: then neither, and a lower scale."""
@@ -104,7 +112,7 @@ class TrainStep:
             self.optimizer.found_inf = scale.found_inf  # torch's fused optimisers skip the step by themselves
             tau = torch.where(scale.found_inf > 0, 1.0, tau)
         self.optimizer.step()
-        if not moves_target:
+        if not moves_target and self.pairs:
             self._ema_update(self.pairs, tau)
         if scale is not None:
             scale.update()
@@ -146,7 +154,11 @@ class TrainStep:
     def lr_at(self, step: int) -> float:
         """Learning rate of optimiser step `step`."""
         return schedules.learning_rate(
-            step, peak=self._peak_lr, warmup_steps=self._warmup_steps, total_steps=self.total_steps
+            step,
+            peak=self._peak_lr,
+            warmup_steps=self._warmup_steps,
+            total_steps=self.total_steps,
+            constant=self._constant_lr,
         )
 
     def tau_at(self, step: int) -> float:
@@ -231,7 +243,10 @@ def _compile_parts(model: BYOL) -> None:
     any before the last is there; of these parts they travel while the ones before them compute.
     """
     parts = [
-        part for branch in (model.online, model.target) for part in (*branch.backbone.children(), branch.projector)
+        part
+        for branch in (model.online, model.target)
+        if branch is not None
+        for part in (*branch.backbone.children(), branch.projector)
     ]
     # All parts are the same function to the compiler, which would give up after eight different ones.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))
@@ -261,6 +276,11 @@ def _micro_batches(config: Config, world: World) -> int:
             f"{parts}: equal parts of at least 2 images are needed"
         )
     return parts
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _memory_format(p: Tensor) -> torch.memory_format:

@@ -23,9 +23,11 @@ from fastbyol.errors import HungLoader, InputError, RunError, first_line
 from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.kernels import dispatch
-from fastbyol.model import BYOLOutput, build_model
+from fastbyol.model import BYOL, BYOLOutput, build_model
+from fastbyol.probe import OnlineProbe
 from fastbyol.runlog import RunLog, read_metrics
 from fastbyol.step import TrainStep, choose_device
+from fastbyol.weights import load_backbone
 
 SUMMARY, ENVIRONMENT, CONFIG, CHECKPOINTS = "summary.json", "environment.json", "config.json", "checkpoints"
 STACKS = "stacks.txt"
@@ -61,6 +63,8 @@ def train(config: Config) -> RunResult:
             with closing(run.loader.batches(run.start, run.step.total_steps)) as batches:
                 for step, batch in zip(range(run.start, run.step.total_steps), batches, strict=True):
                     output = run.first_step(step, batch) if step == run.start else run.step(step, batch)
+                    if run.probe is not None:
+                        run.probe.step(output.features, batch.labels, output.loss)
                     done = step + 1
                     run.log.advance(done)
                     if done % config.log.log_every_steps == 0 or done == run.step.total_steps:
@@ -96,6 +100,8 @@ class _Run:
             if found is not None:
                 self._check_fits(*found)
             model = build_model(config.model, config.data.image_size_px, config.seed)
+            if config.init != "none" and found is None:
+                self._news.append(self._load_backbone(model, config))
             self.model = model.to(device=device, memory_format=torch.channels_last)
         steps_per_epoch = len(self.images) // config.data.batch_size
         with world.together():
@@ -108,6 +114,7 @@ class _Run:
                 dtype=self.step.view_dtype,
                 shard=world.shard(config.data.batch_size, config.step.micro_batches),
             )
+            self.probe = self._build_probe()
             self.start = 0 if found is None else self._load(*found)
             if world.first:
                 self._prepare_folder()
@@ -218,6 +225,8 @@ class _Run:
         epoch, epochs = done // len(self.loader), self.config.optim.epochs
         every = self.config.knn.every_epochs
         best = False
+        if self.probe is not None:
+            self.log.probe(done, self.probe.end_of_epoch())
         if every and (epoch % every == 0 or epoch == epochs):  # the same on all ranks, as everything that they exchange
             self._check_finite()
             best = self.world.gather(self._val is not None and self._evaluate_knn(done))[0]
@@ -245,6 +254,8 @@ class _Run:
             "rng": _rng_state(),
             "knn": self.knn,
         }
+        if self.probe is not None:
+            state["probe"] = self.probe.state_dict()
         with self.log.pause():
             checkpoint.save(self.folder / CHECKPOINTS, state, keep_last=self.config.checkpoint.keep_last, best=best)
 
@@ -325,6 +336,28 @@ class _Run:
             )
         return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
 
+    def _load_backbone(self, model: BYOL, config: Config) -> str:
+        """Takes over config.init's weights, in the target too where it starts as a copy; returns a line that says so."""
+        online, target = model.online.backbone, model.target
+        line = load_backbone(config.init, online, config.model.backbone, config=config.model)
+        if target is not None and config.model.target_init == "copy":
+            target.backbone.load_state_dict(online.state_dict())
+        return line
+
+    def _build_probe(self) -> OnlineProbe | None:
+        """The online classifier, where one is configured.
+
+        Raises:
+            InputError: the images have no classes.
+        """
+        if not self.config.probe.enabled:
+            return None
+        if len(self.images.classes) < 2:
+            raise InputError(f"probe.enabled=true: {self.images.root} has fewer than 2 classes; set it to false")
+        self.model.gives_features = True
+        features = self.model.online.projector[0].in_features
+        return OnlineProbe(features, len(self.images.classes), self.config.probe, self.step.device, self.world)
+
     def _load(self, path: Path, state: dict[str, Any]) -> int:
         """Takes over a checkpoint; returns the number of steps it had done.
 
@@ -334,6 +367,8 @@ class _Run:
         try:
             self.model.load_state_dict(state["model"])
             self.step.load_state_dict(state)
+            if self.probe is not None and "probe" in state:
+                self.probe.load_state_dict(state["probe"])
             self.knn = {key: float(state["knn"][key]) for key in ("last", "best")}
             _set_rng_state(state["rng"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -365,8 +400,10 @@ class _Run:
             "data.timeout_s",
             "step.",
             "distributed.",
+            "init",
             "log.",
             "knn.",
+            "probe.",
             "checkpoint.",
         )
         named = [f"{key} {theirs[key]} -> {ours[key]}" for key in changed if not key.startswith(free)]

@@ -14,7 +14,7 @@ Shapes: n images, V = 2 views, S = side of a view in pixels.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import permutations
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,9 +48,14 @@ class Recipe:
     solarise_p: tuple[float, float] = (0.0, 0.2)
 
 
+_NO_COLOUR: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": (0.0, 0.0), "solarise_p": (0.0, 0.0)}
+
 RECIPES = {
     "byol": Recipe(),
     "torchvision": Recipe(crop_tries=10, colour="torchvision"),
+    "crop_flip": Recipe(**_NO_COLOUR),  # training images of classifiers
+    # Both views are the whole centre square: a try fails where the image is not square, and a centre crop follows.
+    "none": Recipe(area=(1.0, 1.0), aspect=(1.0, 1.0), crop_tries=1, flip_p=0.0, **_NO_COLOUR),
 }
 
 

@@ -1,22 +1,37 @@
+import base64
 import json
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
+from conftest import jpeg
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from fastbyol.config import EvalConfig
+from fastbyol.config import EVALUATIONS, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
 from fastbyol.data import open_split
+from fastbyol.data.native import random_crops
 from fastbyol.errors import InputError
-from fastbyol.evaluate import BYOL_ROW, PIXELS_ROW, UNTRAINED_ROW, evaluate
-from fastbyol.evaluate.features import Features, calibrate_batchnorm, extract
+from fastbyol.evaluate import BYOL_ROW, PIXELS_ROW, PROTOCOLS, UNTRAINED_ROW, evaluate
+from fastbyol.evaluate.features import Features, Splits, calibrate_batchnorm, extract
+from fastbyol.evaluate.fewshot import episode_accuracies, nearest_mean_scores
+from fastbyol.evaluate.finetune import finetune
 from fastbyol.evaluate.knn import knn_accuracy, knn_scores
-from fastbyol.evaluate.linear import linear_accuracy, train_probes
+from fastbyol.evaluate.linear import Probes, augmented_accuracy, linear_accuracy, train_probes
+from fastbyol.evaluate.protocol import Frame
+from fastbyol.evaluate.robustness import CORRUPTIONS, STRENGTHS, corrupted
+from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.report import write_report
 from fastbyol.train import train
+from fastbyol.views import apply_reference, epoch_order, sample
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32, "threads": 2}
+
+
+def frame(size=32):
+    return Frame(size=size, say=lambda text: None, **CPU)
 
 
 def blobs(n, classes, features, spread, seed=0):
@@ -53,7 +68,7 @@ def test_linear_probe_equals_logistic_regression_within_half_a_point():
 def test_batched_probes_equal_torch_s_sgd_one_by_one():
     data = blobs(96, 3, 5, 1.0)
     rates = (0.05, 0.4)
-    weight, bias = train_probes(data.x, data.labels, 3, base_lrs=rates, epochs=3, batch_size=32, seed=4)
+    probes = train_probes(data.x, data.labels, 3, base_lrs=rates, epochs=3, batch_size=32, seed=4)
     for i, rate in enumerate(rates):
         layer = nn.Linear(5, 3)
         nn.init.zeros_(layer.weight)
@@ -67,8 +82,8 @@ def test_batched_probes_equal_torch_s_sgd_one_by_one():
                 nn.functional.cross_entropy(layer(data.x[rows]), data.labels[rows]).backward()
                 optimizer.step()
                 schedule.step()
-        assert (weight[i] - layer.weight).abs().max() < 1e-5
-        assert (bias[i] - layer.bias).abs().max() < 1e-5
+        assert (probes.weight[i] - layer.weight).abs().max() < 1e-5
+        assert (probes.bias[i] - layer.bias).abs().max() < 1e-5
 
 
 def test_the_learning_rate_is_picked_on_held_out_training_images():
@@ -120,7 +135,8 @@ def run(make_config):
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
 def test_every_protocol_reports_byol_untrained_and_pixels(run, protocol):
     lines = []
-    result = evaluate(protocol, EvalConfig(run=str(run), epochs=3), lines.append)
+    few = {"epochs": 3} if protocol == "linear" else {}
+    result = evaluate(protocol, EVALUATIONS[protocol](run=str(run), **few), lines.append)
     assert list(result["rows"]) == [BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW]
     assert json.loads((run / f"eval_{protocol}.json").read_text()) == result
     assert (result["train_images"], result["val_images"], result["classes"]) == (72, 18, 18)
@@ -128,14 +144,219 @@ def test_every_protocol_reports_byol_untrained_and_pixels(run, protocol):
     assert len(lines) == 3
 
 
+def test_every_protocol_has_options_and_the_other_way_round():
+    assert list(EVALUATIONS) == list(PROTOCOLS)
+
+
 def test_evaluation_without_labels_or_with_other_classes(run, folder_of, photos):
     one = folder_of({"train/a/1.jpg": b"", "val/a/1.jpg": b""})
     with pytest.raises(InputError, match=r"train has 1 class\(es\): a classifier needs at least 2"):
-        evaluate("knn", EvalConfig(run=str(run), root=str(one)), print)
+        evaluate("knn", KnnEval(run=str(run), root=str(one)), print)
     other = folder_of({"train/b/1.jpg": b"", "val/c/1.jpg": b""})
     with pytest.raises(InputError, match="different classes, for example 'b'"):
-        evaluate("knn", EvalConfig(run=str(run), root=str(other)), print)
+        evaluate("knn", KnnEval(run=str(run), root=str(other)), print)
     with pytest.raises(InputError, match="there is no folder .*nowhere/train"):
-        evaluate("knn", EvalConfig(run=str(run), root="/nowhere"), print)
+        evaluate("knn", KnnEval(run=str(run), root="/nowhere"), print)
     with pytest.raises(InputError, match=r"out=/nowhere/x.json: cannot be written"):
-        evaluate("knn", EvalConfig(run=str(run), out="/nowhere/x.json", baselines=False), print)
+        evaluate("knn", KnnEval(run=str(run), out="/nowhere/x.json", baselines=False), print)
+
+
+def test_an_empty_validation_split_is_one_line(run, photos, tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "train").symlink_to(photos / "train")
+    (tmp_path / "half" / "val" / "astronaut").mkdir(parents=True)
+    with pytest.raises(InputError, match="half/val"):
+        evaluate("knn", KnnEval(run=str(run), root=str(tmp_path / "half")), print)
+
+
+def test_random_crops_are_the_recipe_s_in_the_epoch_s_order(photos):
+    images = open_split(photos, "train")
+    batches = list(random_crops(images, size=24, seed=3, epoch=2, batch_size=20, threads=2, bad={}))
+    assert [len(x) for x, _ in batches] == [20, 20, 20]  # no partial batch
+    order = epoch_order(3, 2, 72)
+    assert np.array_equal(np.concatenate([indices for _, indices in batches]), order[:60])
+    decoded = [
+        torch.from_numpy(np.array(simplejpeg.decode_jpeg(images.read(int(i)), fastdct=False, fastupsample=False)))
+        for i in order[:20]
+    ]
+    params = sample("crop_flip", 3, 2, range(20), [image.shape[:2] for image in decoded])
+    assert (batches[0][0] - apply_reference(decoded, params, 24)[0]).abs().max() < 1e-3
+    assert params.flip.any()
+    assert not params.jitter.any()
+
+
+def test_random_crops_leave_unreadable_images_out(folder_of):
+    root = folder_of(
+        {"train/a/0.jpg": jpeg(0), "train/a/1.jpg": b"no", "train/b/2.jpg": jpeg(2), "train/b/3.jpg": jpeg(3)}
+    )
+    bad = {}
+    batches = list(random_crops(open_split(root, "train"), size=16, seed=0, epoch=0, batch_size=4, threads=2, bad=bad))
+    assert [len(x) for x, _ in batches] == [3]
+    assert list(bad) == [1]
+
+
+def test_probes_leave_out_the_images_without_a_share():
+    data = blobs(64, 3, 5, 1.0)
+    two = Probes((0.1, 0.1), 3, 5, torch.device("cpu"))
+    keep = torch.arange(64) % 4 != 0
+    share = torch.stack((torch.full((64,), 1 / 64), keep / keep.sum()))
+    one = Probes((0.1,), 3, 5, torch.device("cpu"))
+    for k in range(5):
+        two.step(data.x, data.labels, share, batch_size=64, progress=k / 5)
+        one.step(data.x[keep], data.labels[keep], torch.full((1, 48), 1 / 48), batch_size=64, progress=k / 5)
+    assert (two.weight[1] - one.weight[0]).abs().max() < 1e-6
+    assert (two.weight[0] - one.weight[0]).abs().max() > 1e-4
+
+
+def test_the_paper_s_linear_protocol_sees_new_crops_every_epoch_and_learns(photos):
+    splits = Splits(open_split(photos, "train"), open_split(photos, "val"))
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    )
+    seen = []
+    network.train().register_forward_hook(
+        lambda m, args, out: seen.append(args[0].clone()) if m.training is False else seen.append(None)
+    )
+    options = {"base_lrs": (1e-6, 2.0), "epochs": 12, "batch_size": 36}
+    result = augmented_accuracy(network, splits, frame(), **options)
+    training = seen[: 12 * 2]
+    assert all(x is not None and len(x) == 36 for x in training)  # evaluation mode, no partial batch
+    assert not any(torch.equal(training[0], x) for x in training[1:])
+    assert network.training
+    assert result["base_lr"] == 2.0
+    assert result["held_out_top1"] > 1 / 18
+    assert result["top1"] > 2 / 18
+
+
+def test_finetuning_trains_a_copy_and_beats_its_start(run, photos):
+    labels = open_split(photos, "train").labels
+    result = evaluate(
+        "finetune", FinetuneEval(run=str(run), epochs=25, batch_size=24, base_lrs=(1.0,), fraction=0.5), print
+    )
+    assert list(result["rows"]) == [BYOL_ROW, UNTRAINED_ROW]
+    assert result["train_images"] == len(labels) // 2
+    assert result["rows"][BYOL_ROW]["top1"] > 3 / 18
+    again = evaluate(
+        "finetune",
+        FinetuneEval(run=str(run), epochs=25, batch_size=24, base_lrs=(1.0,), fraction=0.5, baselines=False),
+        print,
+    )
+    assert again["rows"][BYOL_ROW] == result["rows"][BYOL_ROW]  # the first run left the checkpoint's network as it was
+
+
+def test_finetuning_changes_every_part_of_the_copy_and_nothing_of_the_backbone(photos):
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    )
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    network = finetune(backbone, open_split(photos, "train"), frame(), base_lr=1.0, epochs=2, batch_size=24)
+    assert all(torch.equal(value, backbone.state_dict()[name]) for name, value in before.items())
+    assert not any(torch.equal(value, network[0].state_dict()[name]) for name, value in before.items())
+    assert network[1].out_features == 18
+
+
+def test_the_rate_of_several_is_picked_on_held_out_labels(run):
+    options = FinetuneEval(run=str(run), epochs=10, batch_size=24, base_lrs=(1e-7, 1.0), baselines=False)
+    row = evaluate("finetune", options, print)["rows"][BYOL_ROW]
+    assert row["base_lr"] == 1.0
+    assert "held_out_top1" in row
+
+
+def test_a_fraction_that_leaves_a_class_empty_names_the_key(run):
+    with pytest.raises(
+        InputError, match=r"^fraction=0.01 leaves none of the 4 images of astronaut: raise it to at least 0.12"
+    ):
+        evaluate("finetune", FinetuneEval(run=str(run), fraction=0.01), print)
+
+
+def test_nearest_mean_by_hand():
+    support = torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[0.0, 4.0], [0.0, 6.0]]])
+    scores = nearest_mean_scores(support, torch.tensor([[1.0, 1.0], [1.0, 4.0]]))
+    assert torch.allclose(scores, -torch.tensor([[1.0, 17**0.5], [4.0, 2**0.5]]))
+
+
+def test_episodes_equal_scikit_learn_s_nearest_centroid_and_know_their_classes():
+    """Well apart classes are always right, shuffled labels are guessed at 1 / ways."""
+    train_set, val = blobs(400, 8, 16, 0.1), blobs(400, 8, 16, 0.1, seed=1)
+    options = {"shots": 3, "ways": 5, "queries": 10, "episodes": 60, "seed": 0}
+    assert episode_accuracies(train_set, val, **options).min() == 1.0
+    rng = np.random.default_rng(0)
+    shuffled = Features(val.x, val.labels[torch.from_numpy(rng.permutation(400))], 8, {})
+    assert episode_accuracies(train_set, shuffled, **options).mean() == pytest.approx(0.2, abs=0.02)
+    noisy = blobs(400, 8, 16, 3.0), blobs(400, 8, 16, 3.0, seed=1)
+    few, many = (episode_accuracies(*noisy, **(options | {"shots": k})).mean() for k in (1, 20))
+    assert few + 0.1 < many
+    assert np.array_equal(episode_accuracies(*noisy, **options), episode_accuracies(*noisy, **options))
+
+
+def test_fewshot_reports_mean_and_interval(run):
+    result = evaluate("fewshot", FewshotEval(run=str(run), shots=(1, 3), queries=1, episodes=40, ways=4), print)
+    row = result["rows"][BYOL_ROW]
+    assert list(row) == ["top1_1shot", "ci95_1shot", "top1_3shot", "ci95_3shot"]
+    assert 0 < row["ci95_1shot"] < 0.2
+    with pytest.raises(
+        InputError, match=r"ways=5: only 0 of 18 classes of .*photos have 1 training and 15 validation images"
+    ):
+        evaluate("fewshot", FewshotEval(run=str(run)), print)
+
+
+def test_corruptions_do_what_they_are_called(photos):
+    crops, indices = next(
+        iter(random_crops(open_split(photos, "train"), size=64, seed=0, epoch=0, batch_size=16, threads=2, bad={}))
+    )
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    images = crops * std + mean
+
+    def pixels(name, strength, seed=0, rows=slice(None)):
+        return corrupted(crops[rows], indices[rows], name, strength, seed) * std + mean
+
+    for name in CORRUPTIONS:
+        distance = [(pixels(name, k) - images).square().mean().item() for k in range(STRENGTHS)]
+        assert distance == sorted(distance), name
+        assert 1e-9 < distance[0] < distance[-1] < 0.2, name
+        assert pixels(name, 4).min() > -1e-5
+        assert pixels(name, 4).max() < 1 + 1e-5
+    gray = torch.full_like(crops, 0.0)  # the mean colour, far from 0 and 1
+    noise = corrupted(gray, indices, "gaussian_noise", 0, 0) * std
+    assert noise.std().item() == pytest.approx(0.08, rel=0.02)
+    # An image's noise does not depend on its batch, and does on the seed.
+    assert torch.equal(pixels("gaussian_noise", 2, rows=slice(3, 5)), pixels("gaussian_noise", 2)[3:5])
+    assert not torch.equal(pixels("gaussian_noise", 2, seed=1), pixels("gaussian_noise", 2))
+    spread = pixels("contrast", 0).std((2, 3)) / images.std((2, 3))
+    assert spread.mean().item() == pytest.approx(0.4, abs=0.01)
+    point = torch.zeros(1, 3, 65, 65)
+    point[..., 32, 32] = 1
+    blurred = corrupted((point - mean) / std, np.zeros(1), "gaussian_blur", 4, 0) * std + mean
+    variance = (blurred[0, 0].sum(0) * (torch.arange(65) - 32.0).square()).sum() / blurred[0, 0].sum()
+    assert variance.sqrt().item() == pytest.approx(6 * 65 / 224, rel=0.05)
+
+
+def test_robustness_has_a_curve_per_corruption_and_a_picture(run):
+    result = evaluate("robustness", RobustnessEval(run=str(run), epochs=3), print)
+    row = result["rows"][BYOL_ROW]
+    assert list(row["curves"]) == list(CORRUPTIONS)
+    assert all(len(values) == STRENGTHS for curve in row["curves"].values() for values in curve.values())
+    assert (
+        row["knn_top1_clean"]
+        == evaluate("knn", KnnEval(run=str(run), baselines=False), print)["rows"][BYOL_ROW]["top1"]
+    )
+    expected = np.mean([curve["linear_top5"] for curve in row["curves"].values()])
+    assert row["linear_top5_corrupted"] == pytest.approx(expected)
+    picture = (run / "eval_robustness.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    page = write_report(run, print).read_text()
+    assert base64.b64encode(picture).decode() in page
+    assert "Robustness to corruptions" in page
+
+
+def test_the_finetuned_backbone_is_saved_for_init_and_not_twice(run, make_config, tmp_path):
+    file = tmp_path / "tuned.safetensors"
+    options = FinetuneEval(run=str(run), epochs=1, batch_size=24, save=str(file))
+    evaluate("finetune", options, print)
+    with pytest.raises(InputError, match=r"^save .*tuned.safetensors exists; it is not overwritten"):
+        evaluate("finetune", options, print)
+    config = make_config(name="from", init=str(file), optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})
+    started = train(config).folder
+    assert (started / "checkpoints").is_dir()
+    with pytest.raises(InputError, match=r"^save x.pt: the name must end in .safetensors"):
+        evaluate("finetune", FinetuneEval(run=str(run), save="x.pt"), print)

@@ -8,7 +8,8 @@ from torch import nn
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError
 from fastbyol.layers import FusedBasicBlock, FusedBottleneck, batch_norms, convert
-from fastbyol.model import BYOL, Branch, build_model, mlp, projection_std, regression_loss
+from fastbyol.loss import regression_loss
+from fastbyol.model import BYOL, Branch, build_model, mlp, projection_std
 
 SMALL = {"backbone": "resnet18", "width": 0.125, "hidden_dim": 24, "projection_dim": 12}
 
@@ -36,7 +37,8 @@ def test_the_two_terms_are_summed_not_averaged():
 
     right, up, left = (torch.tensor([v, v]) for v in ([1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]))
     # View 1 predicts `right` for a target `up` (2 - 0), view 2 predicts `left` for a target `right` (2 + 2).
-    pair = BYOL(Fixed(right, left), Fixed(right, up), nn.Identity())
+    online, target = (Branch(Fixed(*views), nn.Identity()) for views in ((right, left), (right, up)))
+    pair = BYOL(online, target, nn.Identity())
     view = torch.zeros(1)
     assert pair(view, view).loss.item() == pytest.approx(2 + 4)
 
@@ -51,7 +53,9 @@ def test_both_views_in_one_batch_are_two_forward_passes(backbone):
     options = {"channels": (8, 16, 32, 64)} if backbone.startswith("resnet") else {}
     features = pair.online.projector[0].in_features
     plain = [
-        Branch(timm.create_model(backbone, num_classes=0, **options), features, 24, 12).double().requires_grad_(grad)
+        Branch(timm.create_model(backbone, num_classes=0, **options), mlp(features, 24, 12))
+        .double()
+        .requires_grad_(grad)
         for grad in (True, False)
     ]
     predictor = mlp(12, 24, 12).double()

@@ -28,7 +28,7 @@ from fastbyol.data.sequence import Sequenced
 from fastbyol.data.workers import cpu_threads
 from fastbyol.errors import HungLoader, first_line
 from fastbyol.kernels import augment, crop
-from fastbyol.views import VIEWS, Sampler, centre_box
+from fastbyol.views import RECIPES, VIEWS, Sampler, centre_box, epoch_order
 
 Boxes = Callable[[int, int], list[list[int]]]  # (height, width) -> V boxes of top, left, height, width
 Fetched = bytes | NDArray[np.uint8] | OSError  # an image as it is stored, or why it could not be read
@@ -364,6 +364,11 @@ def _stacks() -> str:
         return file.read()
 
 
+Place = Callable[
+    [int, int, int], tuple[Sequence[int], NDArray[np.float32]]
+]  # k-th image, height, width -> box, parameters
+
+
 def centre_crops(
     images: ImageSet, *, size: int, fraction: float, batch_size: int, threads: int, bad: dict[int, str]
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
@@ -378,23 +383,78 @@ def centre_crops(
         images (n, 3, S, S) float32, channels_last, normalised, and their indices (n,); n <= batch_size.
     """
     identity = np.zeros(augment.COLUMNS, dtype=np.float32)
+    yield from _rendered(
+        images,
+        np.arange(len(images)),
+        lambda k, height, width: (centre_box(height, width, fraction), identity),
+        size=size,
+        batch_size=batch_size,
+        threads=threads,
+        bad=bad,
+    )
+
+
+def random_crops(
+    images: ImageSet, *, size: int, seed: int, epoch: int, batch_size: int, threads: int, bad: dict[int, str]
+) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """One epoch of what classifiers are trained on: crop and flip (recipe "crop_flip"), in the epoch's order.
+
+    Order and crops are functions of (seed, epoch, position). The N % batch_size images left over are not delivered.
+
+    Args, Yields:
+        as `centre_crops`.
+    """
+    sampler = Sampler(RECIPES["crop_flip"], seed, epoch, np.arange(len(images)))
+    packed = sampler.params().pack()[:, 0]
+
+    def place(k: int, height: int, width: int) -> tuple[Sequence[int], NDArray[np.float32]]:
+        return sampler.boxes(slice(k, k + 1), [(height, width)])[0, 0].tolist(), packed[k]
+
+    order = epoch_order(seed, epoch, len(images))
+    order = order[: len(order) // batch_size * batch_size]
+    yield from _rendered(images, order, place, size=size, batch_size=batch_size, threads=threads, bad=bad)
+
+
+def _rendered(
+    images: ImageSet,
+    order: NDArray[np.int64],
+    place: Place,
+    *,
+    size: int,
+    batch_size: int,
+    threads: int,
+    bad: dict[int, str],
+) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Batches of one view of the images `order`; the next batch is made while the consumer has the last."""
     local = threading.local()
 
-    def make(index: int, out: NDArray[np.float32]) -> bool:
+    def make(k: int, out: NDArray[np.float32]) -> bool:
         if not hasattr(local, "scratch"):
             local.scratch = Scratch(size)
+        index = int(order[k])
         try:
             image = decode(images.read(index), local.scratch.buffer)
         except (OSError, BadImage) as error:
             bad[index] = first_line(error)
             return False
-        local.scratch.render(image, centre_box(*image.shape[:2], fraction), identity, out)
+        box, p = place(k, *image.shape[:2])
+        local.scratch.render(image, box, p, out)
         return True
 
     with ThreadPoolExecutor(cpu_threads(threads), thread_name_prefix="fastbyol-eval") as pool:
-        for start in range(0, len(images), batch_size):
-            indices = np.arange(start, min(start + batch_size, len(images)))
-            crops = np.empty((len(indices), size, size, 3), dtype=np.float32)
-            good = np.array(list(pool.map(make, indices.tolist(), crops)), dtype=bool)
-            if good.any():
+
+        def begin(start: int) -> tuple[NDArray[np.int64], NDArray[np.float32], Iterator[bool]]:
+            stop = min(start + batch_size, len(order))
+            crops = np.empty((stop - start, size, size, 3), dtype=np.float32)
+            return order[start:stop], crops, pool.map(make, range(start, stop), crops)
+
+        starts = range(0, len(order), batch_size)
+        ahead = begin(0) if len(order) else None
+        for start in starts:
+            indices, crops, made = ahead
+            good = np.array(list(made), dtype=bool)
+            ahead = begin(start + batch_size) if start + batch_size < len(order) else None
+            if good.all():
+                yield torch.from_numpy(crops).permute(0, 3, 1, 2), indices
+            elif good.any():
                 yield torch.from_numpy(crops[good]).permute(0, 3, 1, 2), indices[good]

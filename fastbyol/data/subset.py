@@ -29,11 +29,14 @@ def only_classes(images: ImageSet, names: list[str], *, key: str = "data.classes
     return kept.relabel(new[kept.labels], [images.classes[k] for k in wanted])
 
 
-def training_part(images: ImageSet, data: DataConfig) -> ImageSet:
+def training_part(images: ImageSet, data: DataConfig, *, prefix: str = "data.") -> ImageSet:
     """What data.fraction, data.images_per_class or data.file_list leave of the training split, in the set's order.
 
     The draw depends on data.subset_seed and the images' number alone, and a smaller part lies within a larger one: 1 %
     within 10 %, 5 per class within 10.
+
+    Args:
+        prefix: of the config keys named in error messages.
 
     Raises:
         InputError: a class would be empty or has too few images, or the list names what is not there.
@@ -52,7 +55,7 @@ def training_part(images: ImageSet, data: DataConfig) -> ImageSet:
             raise InputError(f"data.images_per_class={data.images_per_class}: {images.root} has no classes")
         if count == 0:
             raise InputError(
-                f"data.fraction={data.fraction:g} leaves none of the {len(members)} images of {name}: raise it to at least "
+                f"{prefix}fraction={data.fraction:g} leaves none of the {len(members)} images of {name}: raise it to at least "
                 f"{_least(len(members))}"
             )
         if count > len(members):

@@ -1,8 +1,7 @@
-"""What the features of a checkpoint are worth, each time beside the untrained network and raw pixels."""
+"""What the features of a checkpoint are worth, each time beside the untrained network and, where it can be, raw pixels."""
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,77 +10,70 @@ from torch import nn
 
 from fastbyol import checkpoint, environment
 from fastbyol.config import Config, EvalConfig
-from fastbyol.data import find_images
 from fastbyol.errors import InputError, first_line
-from fastbyol.evaluate.features import Features, calibrate_batchnorm, check_splits, extract
-from fastbyol.evaluate.knn import knn_accuracy
-from fastbyol.evaluate.linear import linear_accuracy
+from fastbyol.evaluate.features import calibrate_batchnorm
+from fastbyol.evaluate.fewshot import FEWSHOT
+from fastbyol.evaluate.finetune import FINETUNE
+from fastbyol.evaluate.knn import KNN
+from fastbyol.evaluate.linear import LINEAR
+from fastbyol.evaluate.protocol import Frame, Protocol, Row
+from fastbyol.evaluate.robustness import ROBUSTNESS
+from fastbyol.layers import batch_norms
 from fastbyol.model import BYOL, build_model
 from fastbyol.precision import compute_dtype
 from fastbyol.step import choose_device
 
 BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
+PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (KNN, LINEAR, FINETUNE, FEWSHOT, ROBUSTNESS)}
 
 
-def evaluate(protocol: str, options: EvalConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs `knn` or `linear` on a checkpoint and writes the result beside it.
+def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs a protocol on a checkpoint and writes the result beside it.
 
     Args:
-        protocol: "knn" or "linear".
-        options: the checkpoint and the data set, see EvalConfig.
+        name: of the protocol, a key of PROTOCOLS.
+        options: the protocol's own class of config.py.
         say: gets one line per row and per warning.
 
     Returns:
-        what is written as JSON: protocol, checkpoint, data set, counts, environment, and one row per kind of features.
+        what is written as JSON: protocol, checkpoint, facts of the data, settings, environment, and one row per kind of features.
 
     Raises:
         InputError: the checkpoint, its config or the data set cannot be used.
     """
+    protocol = PROTOCOLS[name]
     path, config, model = load_run(Path(options.run), say)
-    root = options.root or config.data.root
-    # The run's classes, but every image of them: what was left out of pre-training is not left out of its evaluation.
-    whole = replace(config.data, fraction=1.0, images_per_class=0, file_list=None)
-    train = find_images(whole, "train", root=root, key="root")
-    val = find_images(whole, "val", root=root, key="root")
-    check_splits(train, val)
+    out = Path(options.out) if options.out else _run_folder(path) / f"eval_{name}.json"
+    if not out.parent.is_dir():  # said before the work is done
+        raise InputError(f"out={out}: cannot be written: there is no folder {out.parent}")
     device = choose_device(options.device)
-    dtype = compute_dtype(config.precision, device)
-    size = config.data.image_size_px
-    networks: dict[str, nn.Module | None] = {BYOL_ROW: model.online.backbone}
-    if options.baselines:
-        networks[UNTRAINED_ROW] = build_model(config.model, size, config.seed).online.backbone
-        networks[PIXELS_ROW] = None
-    rows: dict[str, dict[str, float]] = {}
-    for name, backbone in networks.items():
-        if backbone is not None:
-            backbone = backbone.to(device=device, memory_format=torch.channels_last)
-        if name == UNTRAINED_ROW:
-            assert backbone is not None
-            bank = train.spread(config.knn.max_bank_images)
-            calibrate_batchnorm(backbone, bank, size=size, device=device, threads=options.threads)
-        features = [
-            extract(backbone, split, size=size, device=device, dtype=dtype, threads=options.threads)
-            for split in (train, val)
-        ]
-        for split, extracted in zip((train, val), features, strict=True):
-            for index, reason in extracted.bad.items() if name == BYOL_ROW else ():
-                say(f"warning: skipped {split.where(index)}: {reason}")
-        rows[name] = _classify(protocol, *features, options)
-        say(_row_text(name, rows[name]))
+    frame = Frame(
+        size=config.data.image_size_px,
+        device=device,
+        dtype=compute_dtype(config.precision, device),
+        threads=options.threads,
+        say=say,
+    )
+    data = protocol.open(options, config)
+    rows: dict[str, Row] = {}
+    for title, backbone in _networks(protocol, model, config, data, frame, baselines=options.baselines):
+        rows[title] = protocol.measure(backbone, data, options, frame)
+        say(f"{title:<18} {protocol.row_text(rows[title])}")
+    for where, reason in frame.bad.items():
+        say(f"warning: skipped {where}: {reason}")
     result = {
-        "protocol": protocol,
+        "protocol": name,
         "checkpoint": str(path),
-        "root": str(root),
-        "train_images": len(train),
-        "val_images": len(val),
-        "classes": len(train.classes),
-        "settings": _settings(protocol, options),
+        "root": str(options.root or config.data.root),
+        **protocol.facts(data),
+        "settings": options.settings,
         "rows": rows,
         "environment": environment.describe(),
     }
-    out = Path(options.out) if options.out else _run_folder(path) / f"eval_{protocol}.json"
     try:
         out.write_text(json.dumps(result, indent=2) + "\n")
+        if protocol.draw is not None:
+            out.with_suffix(".png").write_bytes(protocol.draw(rows))
     except OSError as error:
         raise InputError(f"out={out}: cannot be written: {error.strerror}") from None
     return result
@@ -103,21 +95,25 @@ def load_run(run_or_file: Path, say: Callable[[str], None]) -> tuple[Path, Confi
     return path, config, model
 
 
-def _classify(protocol: str, train: Features, val: Features, options: EvalConfig) -> dict[str, float]:
-    if protocol == "knn":
-        return knn_accuracy(train, val, k=options.k, temperature=options.temperature)
-    return linear_accuracy(train, val, base_lrs=options.base_lrs, epochs=options.epochs, batch_size=options.batch_size)
+def _networks(
+    protocol: Protocol, model: BYOL, config: Config, data: Any, frame: Frame, *, baselines: bool
+) -> Iterator[tuple[str, nn.Module | None]]:
+    """The rows' titles and backbones, on the device, for plain batches of one view; None is raw pixels."""
 
+    def ready(backbone: nn.Module) -> nn.Module:
+        for norm in batch_norms(backbone):
+            norm.views = 1
+        return backbone.to(device=frame.device, memory_format=torch.channels_last)
 
-def _settings(protocol: str, options: EvalConfig) -> dict[str, Any]:
-    keys = ("k", "temperature") if protocol == "knn" else ("base_lrs", "epochs", "batch_size")
-    values = {key: getattr(options, key) for key in keys}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def _row_text(name: str, row: dict[str, float]) -> str:
-    extra = f"  (base lr {row['base_lr']:g})" if "base_lr" in row else ""
-    return f"{name:<18} top-1 {row['top1']:6.1%}  top-5 {row['top5']:6.1%}{extra}"
+    yield BYOL_ROW, ready(model.online.backbone)
+    if not baselines:
+        return
+    untrained = ready(build_model(config.model, frame.size, config.seed).online.backbone)
+    images = protocol.calibration(data).spread(config.knn.max_bank_images)
+    calibrate_batchnorm(untrained, images, size=frame.size, device=frame.device, threads=frame.threads)
+    yield UNTRAINED_ROW, untrained
+    if protocol.takes_pixels:
+        yield PIXELS_ROW, None
 
 
 def _run_folder(path: Path) -> Path:

@@ -6,11 +6,12 @@ votes for its class with weight exp(s / temperature).
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from fastbyol.errors import InputError
-from fastbyol.evaluate.features import Features
+from fastbyol.config import KnnEval
+from fastbyol.evaluate.features import Features, Splits, check_finite, frozen, open_splits, split_facts
+from fastbyol.evaluate.protocol import Frame, Protocol, Row
 
 _QUERIES_AT_ONCE = 1024
 
@@ -49,8 +50,7 @@ def knn_accuracy(train: Features, val: Features, *, k: int, temperature: float) 
     Raises:
         InputError: a feature is not finite.
     """
-    if not (torch.isfinite(train.x).all() and torch.isfinite(val.x).all()):
-        raise InputError("the features hold NaN or infinity: the network has diverged")
+    check_finite(train, val)
     scores = knn_scores(train.x, train.labels, val.x, k=k, temperature=temperature, classes=train.classes)
     return top_accuracies(scores, val.labels)
 
@@ -64,3 +64,18 @@ def top_accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
         ).item()
         for top in (1, 5)
     }
+
+
+def _measure(backbone: nn.Module | None, splits: Splits, options: KnnEval, frame: Frame) -> Row:
+    train, val = (frozen(backbone, split, frame) for split in splits)
+    return knn_accuracy(train, val, k=options.k, temperature=options.temperature)
+
+
+KNN = Protocol(
+    name="knn",
+    title="Weighted kNN on frozen features",
+    open=open_splits,
+    facts=split_facts,
+    calibration=lambda splits: splits.train,
+    measure=_measure,
+)

@@ -1,97 +1,228 @@
-"""Linear probe on cached features: all learning rates of the sweep are trained together as one batched matrix.
+"""Linear probe: softmax regression on frozen features, all learning rates of a sweep trained side by side.
 
-Protocol: Grill et al. 2020, appendix C.1: softmax regression on frozen features, 80 epochs, SGD with Nesterov
-momentum 0.9, lr = base * batch / 256, cosine to 0, no warm-up, no weight decay; the learning rate is picked on a
-held-out part of the training images. Different here, for speed: the features are those of one centre crop, computed
-once and standardised per dimension with the training split's mean and deviation (the classifier stays linear).
+Protocol: Grill et al. 2020, appendix C.1: 80 epochs, SGD with Nesterov momentum 0.9, lr = base * batch / 256, cosine to 0,
+no warm-up, no weight decay, training images cropped and flipped anew every epoch; the learning rate is picked on a
+held-out part of the training images. `features=augmented` is that. `features=cached` is fast: the features are those of
+one centre crop, computed once and standardised per dimension with the training split's mean and deviation (the
+classifier stays linear).
 
-Shapes: L learning rates, N images, F features, C classes.
+Shapes: L classifiers, N images, B images of a step, F features, C classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastbyol.config import LinearEval
+from fastbyol.data.images import ImageSet
+from fastbyol.data.native import random_crops
 from fastbyol.errors import InputError
-from fastbyol.evaluate.features import Features
+from fastbyol.evaluate.features import (
+    Features,
+    Splits,
+    check_finite,
+    frozen,
+    open_splits,
+    raw_pixels,
+    split_facts,
+)
 from fastbyol.evaluate.knn import top_accuracies
+from fastbyol.evaluate.protocol import Frame, Protocol, Row
+from fastbyol.precision import autocast
 
+CACHED_BASE_LRS = (0.003, 0.01, 0.03, 0.1, 0.3)  # of standardised features
+PAPER_BASE_LRS = (0.05, 0.1, 0.2, 0.3, 0.4)  # of features as they are
 _MOMENTUM = 0.9
+_HOLDOUT = 0.1
+
+
+class Probes:
+    """L linear classifiers that see the same images and have nothing else in common.
+
+    Args:
+        base_lrs: L learning rates per 256 images.
+    """
+
+    def __init__(self, base_lrs: Sequence[float], classes: int, features: int, device: torch.device) -> None:
+        self.weight = torch.zeros(len(base_lrs), classes, features, device=device)
+        self.bias = torch.zeros(len(base_lrs), classes, device=device)
+        self._moments = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self._base = torch.tensor(base_lrs, device=device)[:, None]
+
+    def step(self, x: Tensor, labels: Tensor, share: Tensor, *, batch_size: int, progress: float) -> None:
+        """One step of SGD with Nesterov momentum on the mean cross-entropy.
+
+        Args:
+            x: (B, F); labels: (B,).
+            share: (L or 1, B) each image's weight in the mean, rows that sum to 1.
+            batch_size: of the learning rate's rule.
+            progress: share of the training that is done, in [0, 1).
+        """
+        lr = self._base * (batch_size / 256 * (1 + math.cos(math.pi * progress)) / 2)
+        # Gradient of the cross-entropy: softmax minus one-hot, for all L classifiers at once.
+        residual = self.scores(x).softmax(2) - F.one_hot(labels, self.weight.shape[1])
+        residual = residual * share[..., None]
+        gradients = torch.einsum("lbc,bf->lcf", residual, x), residual.sum(1)
+        for parameter, moment, gradient in zip((self.weight, self.bias), self._moments, gradients, strict=True):
+            moment.mul_(_MOMENTUM).add_(gradient)
+            parameter.sub_(lr.view(-1, *[1] * (parameter.ndim - 1)) * (gradient + _MOMENTUM * moment))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(B, F) -> (L, B, C)."""
+        return torch.einsum("bf,lcf->lbc", x, self.weight) + self.bias[:, None]
 
 
 def train_probes(
     x: Tensor, labels: Tensor, classes: int, *, base_lrs: Sequence[float], epochs: int, batch_size: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Trains one linear classifier per learning rate; they share the batches and nothing else.
-
-    Args:
-        x: (N, F) features; labels: (N,).
-
-    Returns:
-        weights (L, C, F) and biases (L, C).
-    """
+) -> Probes:
+    """Trains one classifier per learning rate on cached features x (N, F) with labels (N,)."""
     batch_size = min(batch_size, len(x))
-    weight = torch.zeros(len(base_lrs), classes, x.shape[1], device=x.device)
-    bias = torch.zeros(len(base_lrs), classes, device=x.device)
-    moments = torch.zeros_like(weight), torch.zeros_like(bias)
-    peak = torch.tensor(base_lrs, device=x.device)[:, None] * batch_size / 256  # (L, 1)
+    probes = Probes(base_lrs, classes, x.shape[1], x.device)
+    share = torch.full((1, batch_size), 1 / batch_size, device=x.device)
     generator = torch.Generator().manual_seed(seed)
     steps_per_epoch = len(x) // batch_size
     total, step = epochs * steps_per_epoch, 0
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=generator).to(x.device)
         for chunk in order.split(batch_size)[:steps_per_epoch]:
-            lr = peak * (1 + math.cos(math.pi * step / total)) / 2
-            batch = x[chunk]
-            # Gradient of the mean cross-entropy: softmax minus one-hot, for all L classifiers at once.
-            residual = (torch.einsum("bf,lcf->lbc", batch, weight) + bias[:, None]).softmax(2)
-            residual = (residual - F.one_hot(labels[chunk], classes)) / len(chunk)
-            gradients = torch.einsum("lbc,bf->lcf", residual, batch), residual.sum(1)
-            for parameter, moment, gradient in zip((weight, bias), moments, gradients, strict=True):
-                moment.mul_(_MOMENTUM).add_(gradient)
-                parameter.sub_(lr.view(-1, *[1] * (parameter.ndim - 1)) * (gradient + _MOMENTUM * moment))
+            probes.step(x[chunk], labels[chunk], share, batch_size=batch_size, progress=step / total)
             step += 1
-    return weight, bias
+    return probes
 
 
-def linear_accuracy(
-    train: Features,
-    val: Features,
-    *,
-    base_lrs: Sequence[float],
-    epochs: int = 80,
-    batch_size: int = 256,
-    holdout: float = 0.1,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Top-1 and top-5 in [0, 1] on `val` of the probe whose learning rate did best on held-out training images.
+class LinearClassifier(NamedTuple):
+    """A fitted probe."""
 
-    The chosen rate is trained again on all training images before `val` is touched.
+    mean: Tensor  # (F,) of the training features
+    std: Tensor  # (F,)
+    probes: Probes  # one
+    base_lr: float
+    held_out_top1: float
 
-    Returns:
-        top1, top5, the chosen base_lr and its held-out accuracy.
+    def scores(self, x: Tensor) -> Tensor:
+        """Features (M, F) -> (M, C)."""
+        return self.probes.scores((x - self.mean) / self.std)[0]
+
+
+def fit_linear(
+    train: Features, *, base_lrs: Sequence[float], epochs: int = 80, batch_size: int = 256, seed: int = 0
+) -> LinearClassifier:
+    """The probe on cached features whose learning rate did best on held-out images, trained again on all of them.
 
     Raises:
-        InputError: too few training images for a held-out part, or a feature is not finite.
+        InputError: too few images for a held-out part, or a feature is not finite.
     """
-    if not (torch.isfinite(train.x).all() and torch.isfinite(val.x).all()):
-        raise InputError("the features hold NaN or infinity: the network has diverged")
+    check_finite(train)
     mean, std = train.x.mean(0), train.x.std(0)
     std = torch.where(std > 1e-6, std, 1.0)
-    x, x_val = (train.x - mean) / std, (val.x - mean) / std
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    held = max(1, round(holdout * len(x)))
-    if held >= len(x):
-        raise InputError(f"{len(x)} training images are too few to hold some out")
+    x = (train.x - mean) / std
+    held = _held_out(len(x), seed).to(x.device)
     options = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-    fit, test = order[held:], order[:held]
-    weight, bias = train_probes(x[fit], train.labels[fit], train.classes, base_lrs=base_lrs, **options)
-    scores = torch.einsum("bf,lcf->lbc", x[test], weight) + bias[:, None]
-    accuracy = (scores.argmax(2) == train.labels[test]).float().mean(1)
+    probes = train_probes(x[~held], train.labels[~held], train.classes, base_lrs=base_lrs, **options)
+    accuracy = (probes.scores(x[held]).argmax(2) == train.labels[held]).float().mean(1)
     best = int(accuracy.argmax())
-    weight, bias = train_probes(x, train.labels, train.classes, base_lrs=base_lrs[best : best + 1], **options)
-    scores = x_val @ weight[0].T + bias[0]
-    return top_accuracies(scores, val.labels) | {"base_lr": base_lrs[best], "held_out_top1": accuracy[best].item()}
+    probes = train_probes(x, train.labels, train.classes, base_lrs=base_lrs[best : best + 1], **options)
+    return LinearClassifier(mean, std, probes, base_lrs[best], accuracy[best].item())
+
+
+def linear_accuracy(train: Features, val: Features, **options: int | Sequence[float]) -> dict[str, float]:
+    """Top-1 and top-5 in [0, 1] of `val`, the chosen base_lr and its held-out accuracy; options as for `fit_linear`."""
+    check_finite(val)
+    probe = fit_linear(train, **options)
+    accuracy = top_accuracies(probe.scores(val.x), val.labels)
+    return accuracy | {"base_lr": probe.base_lr, "held_out_top1": probe.held_out_top1}
+
+
+def augmented_accuracy(
+    backbone: nn.Module | None, splits: Splits, frame: Frame, *, base_lrs: Sequence[float], epochs: int, batch_size: int
+) -> dict[str, float]:
+    """The paper's protocol: every epoch crops and flips anew. As `linear_accuracy` otherwise.
+
+    One pass of the backbone serves two classifiers per learning rate: one learns from all images, its twin leaves the
+    held-out ones aside, and the twins' held-out accuracies pick the rate.
+
+    Args:
+        backbone: (n, 3, S, S) -> (n, F); None gives raw pixels. Its train/eval mode is restored.
+
+    Raises:
+        InputError: too few training images, or a feature is not finite.
+    """
+    train, classes = splits.train, len(splits.train.classes)
+    batch_size = min(batch_size, len(train))
+    held = _held_out(len(train), seed=0)
+    probes: Probes | None = None
+    total = epochs * (len(train) // batch_size)
+    training = backbone is not None and backbone.training
+    if backbone is not None:
+        backbone.eval()
+    for step, (images, labels, aside) in enumerate(
+        frame.track("linear probe", _epochs(train, held, frame, epochs=epochs, batch_size=batch_size), total)
+    ):
+        with torch.no_grad(), autocast(frame.device, frame.dtype):
+            x = (raw_pixels(images) if backbone is None else backbone(images)).float()
+        if probes is None:
+            probes = Probes([*base_lrs, *base_lrs], classes, x.shape[1], frame.device)
+        everyone, others = torch.ones_like(aside, dtype=x.dtype), (~aside).to(x.dtype)
+        share = torch.stack([row / row.sum().clamp(min=1) for row in (everyone, others)])
+        probes.step(x, labels, share.repeat_interleave(len(base_lrs), 0), batch_size=batch_size, progress=step / total)
+    if backbone is not None:
+        backbone.train(training)
+    assert probes is not None
+    test = frozen(backbone, train.take(held.nonzero()[:, 0].numpy()), frame)
+    accuracy = (probes.scores(test.x)[len(base_lrs) :].argmax(2) == test.labels).float().mean(1)
+    best = int(accuracy.argmax())
+    val = frozen(backbone, splits.val, frame)
+    result = top_accuracies(probes.scores(val.x)[best], val.labels)
+    return result | {"base_lr": base_lrs[best], "held_out_top1": accuracy[best].item()}
+
+
+def _epochs(
+    train: ImageSet, held: Tensor, frame: Frame, *, epochs: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """All training batches: images, labels and which of them are held out, on the device."""
+    bad: dict[int, str] = {}
+    labels = torch.from_numpy(train.labels)
+    for epoch in range(epochs):
+        for images, indices in random_crops(
+            train, size=frame.size, seed=0, epoch=epoch, batch_size=batch_size, threads=frame.threads, bad=bad
+        ):
+            rows = torch.from_numpy(indices)
+            yield images.to(frame.device), labels[rows].to(frame.device), held[rows].to(frame.device)
+    frame.bad.update((train.where(index), reason) for index, reason in bad.items())
+
+
+def _held_out(count: int, seed: int) -> Tensor:
+    """(N,) bool: which training images pick the learning rate."""
+    held = max(1, round(_HOLDOUT * count))
+    if held >= count:
+        raise InputError(f"{count} training images are too few to hold some out")
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:held]] = True
+    return mask
+
+
+def _measure(backbone: nn.Module | None, splits: Splits, options: LinearEval, frame: Frame) -> Row:
+    training = {"epochs": options.epochs, "batch_size": options.batch_size}
+    if options.features == "augmented":
+        return augmented_accuracy(backbone, splits, frame, base_lrs=options.base_lrs or PAPER_BASE_LRS, **training)
+    train, val = (frozen(backbone, split, frame) for split in splits)
+    return linear_accuracy(train, val, base_lrs=options.base_lrs or CACHED_BASE_LRS, **training)
+
+
+def _text(row: Row) -> str:
+    return f"top-1 {row['top1']:6.1%}  top-5 {row['top5']:6.1%}  (base lr {row['base_lr']:g})"
+
+
+LINEAR = Protocol(
+    name="linear",
+    title="Linear probe",
+    open=open_splits,
+    facts=split_facts,
+    calibration=lambda splits: splits.train,
+    measure=_measure,
+    row_text=_text,
+)

@@ -1,0 +1,213 @@
+"""What every variant of docs/variants.md learns: the demo corpus and Fashion-MNIST, three seeds, kNN and linear probe.
+
+    python benchmarks/variants.py [--corpora photos fashion-mnist] [--seeds 0 1 2] [--only SimSiam ...]
+
+Every row of benchmarks/results/variants.csv is the command that stands in it, then `fastbyol eval knn` and `eval linear`. Rows that are
+there are kept and not measured again, so a run that was cut goes on where it was; `--fresh` starts anew. Accuracy does not depend
+on what else the machine does; a row's seconds do, and are no measurement of speed.
+"""
+
+import argparse
+import csv
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import results_csv
+import torch
+
+from fastbyol import cli, environment
+from fastbyol.config import Config, KnnEval, LinearEval
+from fastbyol.evaluate import PROTOCOLS
+from fastbyol.evaluate.features import open_splits
+from fastbyol.evaluate.finetune import finetune
+from fastbyol.evaluate.protocol import Frame
+from fastbyol.layers import batch_norms
+from fastbyol.model import build_model
+from fastbyol.weights import load_backbone, save_backbone
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = results_csv.FOLDER / "variants.csv"
+
+CORPORA = {
+    "photos": (["configs/demo.yaml"], ["photos", "--images", "3600", "--size", "80", "--seed", "0"], 6),
+    "fashion-mnist": (
+        ["configs/fashion_mnist.yaml"],
+        ["fashion-mnist", "--images", "10000", "--val_images", "2000"],
+        4,
+    ),
+}  # config, arguments of `prepare`, epochs
+
+SUPERVISED = "supervised weights alone"
+START = "supervised start, linear heads, MSE, Adam 1e-4, batch 32"
+UNTRAINED = "untrained network"
+VARIANTS: dict[str, str] = {
+    "BYOL": "",
+    "BatchNorm of each rank, 2 ranks": "--distributed.sync_bn_ranks 1",
+    "LayerNorm": "--model.norm layer",
+    "GroupNorm": "--model.norm group",
+    "GroupNorm, weight standardisation": "--model.norm group --model.weight_standardisation true",
+    "Euclidean distance": "--model.loss euclidean",
+    "mean squared error": "--model.loss mse",
+    "hinge on the distance": "--model.loss hinge",
+    "feature noise": "--model.feature_noise 0.5 --data.recipe none",
+    "linear heads": "--model.heads linear",
+    "SimSiam: no moving target": "--model.target online",
+    "contrastive term, beta 0.5": "--model.contrastive_weight 0.5",
+    "InfoNCE, beta 1": "--model.contrastive_weight 1",
+    "masked patches, 30 %": "--model.mask_ratio 0.3 --model.mask_patch_px 7",
+    START: "--init {weights} --model.heads linear --model.loss mse --optim.name adam --optim.base_lr 8e-4 "
+    "--optim.schedule constant --optim.warmup_epochs 0 --optim.weight_decay 0 --data.batch_size 32 --probe.enabled true",
+}
+
+
+def prepare(corpus: str, data: Path) -> Path:
+    """The corpus, made once."""
+    root = data / corpus
+    if not root.exists():
+        kind, *rest = CORPORA[corpus][1]
+        _run(["prepare", kind, "--out", str(root), *rest])
+    return root
+
+
+def arguments(corpus: str, variant: str, seed: int, root: str, weights: str) -> list[str]:
+    """Of `fastbyol train`, as they stand in the result file."""
+    (config,), _, epochs = CORPORA[corpus]
+    common = f"--config {config} --data.root {root} --optim.epochs {epochs} --knn.every_epochs 0 --seed {seed}"
+    return shlex.split(f"{common} {VARIANTS[variant].format(weights=weights)}")
+
+
+def measure(corpus: str, variant: str, seed: int, root: Path, runs: Path, weights: Path) -> dict[str, str]:
+    """One row: trains and evaluates."""
+    run = runs / f"{corpus}-{list(VARIANTS).index(variant)}-{seed}"
+    given = [
+        "train",
+        *arguments(corpus, variant, seed, str(root), str(weights)),
+        "--runs",
+        str(runs),
+        "--name",
+        run.name,
+    ]
+    began = time.perf_counter()
+    shown = shlex.join(["fastbyol", "train", *arguments(corpus, variant, seed, f"data/{corpus}", "other.safetensors")])
+    if "2 ranks" in variant:
+        ranks = ["torchrun", "--nproc-per-node", "2", "-m"]
+        subprocess.run(
+            [str(Path(sys.executable).with_name("torchrun")), *ranks[1:], "fastbyol", *given], check=True, cwd=ROOT
+        )
+        shown = shlex.join(ranks) + " " + shown
+    else:
+        _run(given)
+    row = {"command": shown, "seconds": f"{time.perf_counter() - began:.0f}"}
+    for protocol in ("knn", "linear"):
+        _run(["eval", protocol, "--run", str(run), "--baselines", "false"])
+        result = json.loads((run / f"eval_{protocol}.json").read_text())
+        row[f"{protocol}_top1"] = f"{result['rows']['BYOL']['top1']:.4f}"
+    return row
+
+
+def untrained(corpus: str, seed: int, root: Path, runs: Path) -> dict[str, str]:
+    """The baseline that both protocols report for BYOL's run."""
+    run = runs / f"{corpus}-0-{seed}"
+    row = {"command": f"fastbyol eval knn --run RUN (the row {UNTRAINED!r})", "seconds": "0"}
+    for protocol in ("knn", "linear"):
+        _run(["eval", protocol, "--run", str(run)])
+        result = json.loads((run / f"eval_{protocol}.json").read_text())
+        row[f"{protocol}_top1"] = f"{result['rows'][UNTRAINED]['top1']:.4f}"
+    return row
+
+
+def config_of(corpus: str, root: Path, seed: int) -> Config:
+    args = cli._parser().parse_args(["train", *arguments(corpus, "BYOL", seed, str(root), "")])
+    return cli._config(args["train"])
+
+
+def supervised_weights(corpus: str, root: Path, out: Path, seed: int, epochs: int) -> None:
+    """A network of the corpus's config trained on its labels from random weights, as a file for --init."""
+    config = config_of(corpus, root, seed)
+    frame = _frame(config)
+    splits = open_splits(KnnEval(run=""), config)
+    backbone = _plain(build_model(config.model, frame.size, seed).online.backbone)
+    torch.manual_seed(seed)
+    network = finetune(backbone, splits.train, frame, base_lr=0.1, epochs=epochs, batch_size=64, seed=seed)
+    save_backbone(out, network[0], config.model, frame.size, key="weights")
+
+
+def evaluate_weights(corpus: str, root: Path, weights: Path, seed: int) -> dict[str, str]:
+    """What the supervised start is worth before BYOL."""
+    config = config_of(corpus, root, seed)
+    backbone = _plain(build_model(config.model, config.data.image_size_px, seed).online.backbone)
+    load_backbone(str(weights), backbone, config.model.backbone)
+    row = {"command": "the weights that the row below starts from, not trained further", "seconds": "0"}
+    for protocol, options in (("knn", KnnEval(run="")), ("linear", LinearEval(run=""))):
+        found = PROTOCOLS[protocol].measure(backbone, open_splits(options, config), options, _frame(config))
+        row[f"{protocol}_top1"] = f"{found['top1']:.4f}"
+    return row
+
+
+def _frame(config: Config) -> Frame:
+    from fastbyol.precision import compute_dtype
+
+    device = torch.device("cpu")
+    dtype = compute_dtype(config.precision, device)
+    return Frame(size=config.data.image_size_px, device=device, dtype=dtype, threads=0, say=print)
+
+
+def _plain(backbone: torch.nn.Module) -> torch.nn.Module:
+    for norm in batch_norms(backbone):
+        norm.views = 1
+    return backbone.to(memory_format=torch.channels_last)
+
+
+def _run(given: list[str]) -> None:
+    if code := cli.main(given):
+        sys.exit(f"fastbyol {shlex.join(given)}: exit code {code}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpora", nargs="+", choices=list(CORPORA), default=list(CORPORA))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=[*VARIANTS, UNTRAINED, SUPERVISED])
+    parser.add_argument("--work", type=Path, help="folder for corpora and runs; by default a temporary one")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--fresh", action="store_true", help="measure rows again that are there")
+    args = parser.parse_args()
+    work = args.work or Path(tempfile.mkdtemp(prefix="fastbyol-variants-"))
+    (work / "data").mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    if args.out.exists() and not args.fresh:
+        with open(args.out, newline="") as file:
+            rows = list(csv.DictReader(file))
+    done = {(row["corpus"], row["variant"], int(row["seed"])) for row in rows}
+    facts = {key: environment.describe()[key] for key in ("fastbyol", "cpu", "python", "torch", "timm")}
+    names = args.only or ["BYOL", UNTRAINED, *list(VARIANTS)[1:-1], SUPERVISED, START]
+    roots = {corpus: prepare(corpus, work / "data") for corpus in CORPORA}
+    for seed in args.seeds:
+        for corpus in args.corpora:
+            other = next(name for name in CORPORA if name != corpus)
+            for name in names:
+                if (corpus, name, seed) in done:
+                    continue
+                weights = work / f"{other}-as-{corpus}-{seed}.safetensors"
+                if name in (SUPERVISED, START) and not weights.exists():
+                    # The other corpus's pictures, in this corpus's network and size.
+                    supervised_weights(corpus, roots[other], weights, seed, epochs=CORPORA[other][2])
+                if name == UNTRAINED:
+                    row = untrained(corpus, seed, roots[corpus], work / "runs")
+                elif name == SUPERVISED:
+                    row = evaluate_weights(corpus, roots[corpus], weights, seed)
+                else:
+                    row = measure(corpus, name, seed, roots[corpus], work / "runs", weights)
+                rows.append({"corpus": corpus, "variant": name, "seed": seed, **row, **facts})
+                results_csv.write(args.out, rows)
+                print(f"{corpus}  {name}  seed {seed}: kNN {row['knn_top1']}, linear {row['linear_top1']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

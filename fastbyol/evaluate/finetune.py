@@ -1,0 +1,150 @@
+"""Semi-supervised: backbone and a linear classifier are trained on a part of the labels.
+
+Protocol: Grill et al. 2020, appendix C.2: the whole network from the pre-trained weights, random crop and flip, SGD with Nesterov
+momentum 0.9, cosine, no weight decay; of several learning rates the one that does best on held-out labelled images. The row of
+the untrained network is what the same labels give from random weights.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbyol.config import Config, FinetuneEval
+from fastbyol.data.images import ImageSet
+from fastbyol.data.native import random_crops
+from fastbyol.data.subset import training_part
+from fastbyol.errors import InputError, RunError
+from fastbyol.evaluate.features import frozen, open_splits, split_facts
+from fastbyol.evaluate.knn import top_accuracies
+from fastbyol.evaluate.protocol import Frame, Protocol, Row
+from fastbyol.precision import autocast
+from fastbyol.weights import check_new, save_backbone
+
+_MOMENTUM = 0.9
+_HOLDOUT = 0.2
+
+
+class Labelled(NamedTuple):
+    """The labelled part of the training split, the validation split, and what the network is."""
+
+    train: ImageSet
+    val: ImageSet
+    config: Config
+
+
+def open_labelled(options: FinetuneEval, config: Config) -> Labelled:
+    """Both splits; of the training split the labelled part.
+
+    Raises:
+        InputError: the fraction leaves a class without an image, or the file to save in exists.
+    """
+    if options.save is not None:
+        check_new(Path(options.save), "save")
+    splits = open_splits(options, config)
+    part = replace(
+        config.data, fraction=options.fraction, images_per_class=0, file_list=None, subset_seed=options.subset_seed
+    )
+    return Labelled(training_part(splits.train, part, prefix=""), splits.val, config)
+
+
+def finetune(
+    backbone: nn.Module, images: ImageSet, frame: Frame, *, base_lr: float, epochs: int, batch_size: int, seed: int = 0
+) -> nn.Sequential:
+    """A copy of the backbone (n, 3, S, S) -> (n, F) with a linear classifier, trained on all labels of `images`.
+
+    Raises:
+        RunError: the loss became NaN or infinite.
+    """
+    batch_size = min(batch_size, len(images))
+    if batch_size < 2:
+        raise InputError(f"{images.root}: one labelled image is too few to train on; raise fraction")
+    network = nn.Sequential(copy.deepcopy(backbone), nn.Identity()).train()
+    total = epochs * (len(images) // batch_size)
+    optimizer: torch.optim.Optimizer | None = None
+    batches = _epochs(images, frame, epochs=epochs, batch_size=batch_size, seed=seed)
+    for step, (x, labels) in enumerate(frame.track(f"fine-tuning, base lr {base_lr:g}", batches, total)):
+        if optimizer is None:
+            with torch.no_grad():
+                features = network[0].eval()(x[:2]).shape[1]
+            head = nn.Linear(features, len(images.classes), device=frame.device)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            network = network.train()
+            network[1] = head
+            optimizer = torch.optim.SGD(network.parameters(), 1.0, momentum=_MOMENTUM, nesterov=True)
+        optimizer.param_groups[0]["lr"] = base_lr * batch_size / 256 * (1 + math.cos(math.pi * step / total)) / 2
+        with autocast(frame.device, frame.dtype):
+            loss = F.cross_entropy(network(x).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if not math.isfinite(loss.item()):
+        raise RunError(f"base_lrs={base_lr:g}: the loss became NaN or infinite while fine-tuning; choose a lower one")
+    return network
+
+
+def _epochs(
+    images: ImageSet, frame: Frame, *, epochs: int, batch_size: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All training batches: images and labels, on the device."""
+    bad: dict[int, str] = {}
+    labels = torch.from_numpy(images.labels)
+    for epoch in range(epochs):
+        for x, indices in random_crops(
+            images, size=frame.size, seed=seed, epoch=epoch, batch_size=batch_size, threads=frame.threads, bad=bad
+        ):
+            if len(x) > 1:  # BatchNorm
+                yield x.to(frame.device), labels[torch.from_numpy(indices)].to(frame.device)
+    frame.bad.update((images.where(index), reason) for index, reason in bad.items())
+
+
+def _measure(backbone: nn.Module | None, splits: Labelled, options: FinetuneEval, frame: Frame) -> Row:
+    assert backbone is not None
+    # float16 would need a loss scale; fine-tuning is short, so float32 does.
+    frame = replace(frame, dtype=torch.float32) if frame.dtype == torch.float16 else frame
+    training = {"epochs": options.epochs, "batch_size": options.batch_size}
+    best, extra = options.base_lrs[0], {}
+    if len(options.base_lrs) > 1:
+        order = np.random.default_rng(0).permutation(len(splits.train))
+        held = max(1, round(_HOLDOUT * len(order)))
+        fit, test = splits.train.take(np.sort(order[held:])), splits.train.take(np.sort(order[:held]))
+        found = {}
+        for base_lr in options.base_lrs:
+            network = finetune(backbone, fit, frame, base_lr=base_lr, **training)
+            found[base_lr] = _accuracy(network, test, frame)["top1"]
+        best = max(found, key=found.__getitem__)
+        extra = {"held_out_top1": found[best]}
+    network = finetune(backbone, splits.train, frame, base_lr=best, **training)
+    if options.save is not None and not Path(options.save).exists():  # the first row is the checkpoint's
+        config = splits.config
+        save_backbone(Path(options.save), network[0], config.model, config.data.image_size_px, key="save")
+    return _accuracy(network, splits.val, frame) | {"base_lr": best} | extra
+
+
+def _accuracy(network: nn.Module, split: ImageSet, frame: Frame) -> dict[str, float]:
+    logits = frozen(network, split, frame, "validation")
+    return top_accuracies(logits.x, logits.labels)
+
+
+def _text(row: Row) -> str:
+    return f"top-1 {row['top1']:6.1%}  top-5 {row['top5']:6.1%}  (base lr {row['base_lr']:g})"
+
+
+FINETUNE = Protocol(
+    name="finetune",
+    title="Fine-tuning on a part of the labels",
+    open=open_labelled,
+    facts=split_facts,
+    calibration=lambda splits: splits.train,
+    measure=_measure,
+    takes_pixels=False,
+    row_text=_text,
+)
