@@ -11,7 +11,7 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 GPU_PYTHON ?= $(BIN)/python
 KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-json=/dev/null --benchmark-disable-gc
 
-.PHONY: help demo test pytest pytest-interpreter lint setup gpu ffcv-packages bench-setup bench-loader bench-kernels bench-step bench-train bench-exchange clean
+.PHONY: help demo test pytest pytest-interpreter lint setup gpu ffcv-packages bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-exchange clean
 
 help:
 	@echo "make demo   set up, prepare photographs, pre-train on them, evaluate, write runs/demo/report.html (5 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-kernels  optimiser, target and augmentation on the CPU against other people's, in that environment"
 	@echo "make bench-step     one training step against lightly's, byol-pytorch's and plain torch's, in that environment"
 	@echo "make bench-train    whole training, loader and step, against lightly's loop, in that environment"
+	@echo "make bench-accuracy whole runs on Fashion-MNIST, time and accuracy, against lightly's, in that environment"
 	@echo "make gpu    on a CUDA machine: tests marked gpu, then the benchmarks of kernels, step and whole runs"
 	@echo "make clean  remove the virtual environment, the demo's corpus and its run"
 
@@ -104,6 +105,9 @@ bench-step: $(BENCH_STAMP)
 
 bench-train: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/bench_train.py
+
+bench-accuracy: $(BENCH_STAMP)
+	$(BENCH_VENV)/bin/python benchmarks/time_to_accuracy.py
 
 # Bytes between GPUs, counted from the model: an estimate, which measures nothing.
 bench-exchange: $(STAMP)

@@ -1,9 +1,9 @@
-"""Writes the README's tables from the committed result files.
+"""Writes the tables of the README and of docs/ from the committed result files.
 
     python benchmarks/readme_tables.py [--check]
 
 A table stands between `<!-- NAME: ... -->` and `<!-- end -->`; NAME is a function of this file. `--check` only says
-whether the README is up to date (exit code 1 if not); the tests do the same.
+whether all pages are up to date (exit code 1 if not); the tests do the same.
 """
 
 import csv
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, median
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
 _MARK = re.compile(r"(<!-- (\w+):[^\n]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -259,7 +259,81 @@ def exchange() -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
+CORPORA = {"photos": "demo corpus", "fashion-mnist": "Fashion-MNIST"}
+
+
+def variants() -> str:
+    """Mean and spread over the seeds of every variant, on both corpora."""
+    rows = read("variants")
+    corpora = [corpus for corpus in CORPORA if any(row["corpus"] == corpus for row in rows)]
+    lines = ["| | " + " | ".join(f"{CORPORA[c]}: kNN | linear" for c in corpora) + " |"]
+    lines.append("|---" * (2 * len(corpora) + 1) + "|")
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        cells = [
+            _percent(
+                [float(row[f"{protocol}_top1"]) for row in rows if (row["corpus"], row["variant"]) == (corpus, name)]
+            )
+            for corpus in corpora
+            for protocol in ("knn", "linear")
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["fastbyol"].split()[-1] for row in rows))
+    seeds = len({row["seed"] for row in rows})
+    note = (
+        f"Top-1 in %, mean and (lowest-highest) of {seeds} seeds; {first['cpu']}; torch {first['torch']}; commit {commits}. "
+        "Source: benchmarks/results/variants.csv (`python benchmarks/variants.py`)."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def variant_commands() -> str:
+    """The command of each row of `variants`, for its first seed on each corpus."""
+    lines = []
+    rows = read("variants")
+    first = min(int(row["seed"]) for row in rows)
+    for corpus in dict.fromkeys(row["corpus"] for row in rows):
+        lines += [f"**{CORPORA[corpus]}**", "", "| | command |", "|---|---|"]
+        own = [row for row in rows if row["corpus"] == corpus and int(row["seed"]) == first]
+        lines += [f"| {row['variant']} | `{row['command']}` |" for row in own]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _percent(shares: list[float]) -> str:
+    """Mean and range in %."""
+    values = [100 * share for share in shares]
+    return f"{mean(values):.1f} ({min(values):.1f}-{max(values):.1f})" if values else ""
+
+
+def accuracy() -> str:
+    """Wall time and kNN of whole runs, seed by seed."""
+    rows = read("accuracy")
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    by = {(row["contender"], row["seed"]): row for row in rows}
+    lines = ["| | " + " | ".join(f"seed {seed}" for seed in seeds) + " | median |", "|---" * (len(seeds) + 2) + "|"]
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        knn, seconds = ([float(by[name, seed][key]) for seed in seeds] for key in ("knn_top1", "seconds"))
+        lines.append(f"| {name}: kNN | " + " | ".join(f"{100 * v:.1f} %" for v in [*knn, median(knn)]) + " |")
+        lines.append(f"| {name}: seconds | " + " | ".join(f"{v:.1f}" for v in [*seconds, median(seconds)]) + " |")
+    times = [float(by["lightly", s]["seconds"]) / float(by["fastbyol", s]["seconds"]) for s in seeds]
+    lines.append(
+        "| **lightly / fastbyol: seconds** | " + " | ".join(f"{v:.2f}" for v in [*times, median(times)]) + " |"
+    )
+    first = rows[0]
+    lrs = ", ".join(dict.fromkeys(f"{row['contender']} {row['base_lr']}" for row in rows))
+    note = (
+        f"{first['epochs']} epochs; learning rates per 256 images: {lrs}; {first['cpu']}, {first['cores']} cores; torch "
+        f"{first['torch']}, timm {first['timm']}, lightly {first['lightly']}; commit {first['fastbyol'].split()[-1]}. Source: "
+        "benchmarks/results/accuracy.csv (`make bench-accuracy`)."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
 TABLES = {
+    "variants": variants,
+    "variant_commands": variant_commands,
+    "accuracy": accuracy,
     "kernels": kernels,
     "dct_scaling": dct_scaling,
     "demo_seeds": demo_seeds,
@@ -274,17 +348,19 @@ TABLES = {
 
 
 def render(text: str) -> str:
-    """The README's text with every table made anew."""
+    """A page's text with every table made anew."""
     return _MARK.sub(lambda match: match[1] + TABLES[match[2]]() + match[4], text)
 
 
 def main() -> int:
-    text = README.read_text()
-    fresh = render(text)
-    if "--check" in sys.argv:
-        return int(fresh != text)
-    README.write_text(fresh)
-    return 0
+    stale = 0
+    for page in PAGES:
+        text = page.read_text()
+        fresh = render(text)
+        stale += fresh != text
+        if "--check" not in sys.argv:
+            page.write_text(fresh)
+    return int(stale > 0 and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from fastbyol.errors import FastbyolError, InputError, StoppedByAnother
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-_ALIAS, _MEANS = "--batch-size", "--data.batch_size"
+_ALIASES = {"--batch-size": "--data.batch_size"}
+_LISTS = ("--shots", "--base_lrs")  # take 1,5,10 as well as [1,5,10]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    arguments = [_MEANS + a.removeprefix(_ALIAS) if a.split("=")[0] == _ALIAS else a for a in given]
+    arguments = _plainly(given)
     try:
         args = _parser().parse_args(arguments)
         return _COMMANDS[args.subcommand](args[args.subcommand])
@@ -39,6 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def _plainly(arguments: Sequence[str]) -> list[str]:
+    """The arguments in the parser's own spelling."""
+    words: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not argument.startswith("--"):
+            key, value = "", argument
+        if (equals and key in _LISTS) or (words and words[-1] in _LISTS and not key):
+            value = value if value.startswith("[") else f"[{value}]"
+        words.append(_ALIASES.get(key, key) + equals + value if key else value)
+    return words
 
 
 def _fail(text: str, code: int) -> int:
@@ -81,6 +95,16 @@ def _parser() -> ArgumentParser:
     fashion.add_argument("--images", type=int, help="Only the first so many images of train/.")
     fashion.add_argument("--val_images", type=int, help="Only the first so many images of val/.")
 
+    shapes = add(
+        prepare, "shapes", "Textured shapes on photographs, as VOC masks and as COCO boxes, for dense transfer."
+    )
+    shapes.add_argument("--out", type=Path, required=True, help="Folder to make; it must not exist.")
+    shapes.add_argument(
+        "--images", type=int, default=400, help="Training images; a quarter as many are for validation."
+    )
+    shapes.add_argument("--seed", type=int, default=0, help="Same seed, same bytes.")
+    shapes.add_argument("--size", type=int, default=128, help="Side in pixels.")
+
     pack = add(commands, "pack", "Write the images of a folder as one .beton file, which ffcv reads too.")
     pack.add_argument("source", type=Path, help="One split: a folder of class folders or of images, or a .beton file.")
     pack.add_argument("out", type=Path, help="The .beton file to make; it must not exist.")
@@ -103,7 +127,7 @@ def _parser() -> ArgumentParser:
     report.add_argument("--run", type=Path, required=True, help="The run's folder.")
 
     export = add(commands, "export", "Write a run's backbone for another library, with a model card.")
-    export.add_argument("checkpoint", type=Path, help="A run's folder (its newest one) or a checkpoint file.")
+    export.add_argument("checkpoint", type=Path, help="Checkpoint file, or a run's folder: its newest one.")
     export.add_argument(
         "--format",
         type=Literal["timm", "torchvision", "safetensors", "detectron2", "onnx"],
@@ -159,9 +183,11 @@ def _eval(args: Namespace) -> int:
 
 def _prepare(args: Namespace) -> int:
     from fastbyol.data.prepare import prepare_fashion_mnist, prepare_photos
+    from fastbyol.data.shapes import prepare_shapes
 
     options = args[args.subcommand].as_dict()
-    writer = prepare_photos if args.subcommand == "photos" else prepare_fashion_mnist
+    writers = {"photos": prepare_photos, "fashion-mnist": prepare_fashion_mnist, "shapes": prepare_shapes}
+    writer = writers[args.subcommand]
     print(_with_progress(args.subcommand, partial(writer, **options)))
     return 0
 

@@ -104,7 +104,7 @@ class ModelConfig:
     norm_groups: int = 16
     """Groups of channels of norm=group."""
     weight_standardisation: bool = False
-    """Every filter of the backbone is used with mean 0 and variance 1."""
+    """Every filter of backbone and heads is used with mean 0 and variance 1."""
     heads: Literal["mlp", "linear"] = "mlp"
     """Projector and predictor: the paper's two layers, or one linear layer each."""
     target: Literal["ema", "online"] = "ema"
@@ -408,7 +408,7 @@ class LinearEval(EvalConfig):
     epochs: int = 80
     """Passes over the training images."""
     batch_size: int = 256
-    """Images per step."""
+    """Images per step; of cached features at most a sixteenth of them."""
     base_lrs: tuple[float, ...] = ()
     """Learning rates per 256 images, trained side by side, the best on held-out training images is reported; none given: five."""
 
@@ -477,7 +477,7 @@ class RobustnessEval(EvalConfig):
     epochs: int = 80
     """Linear: passes over the cached features."""
     batch_size: int = 256
-    """Linear: features per step."""
+    """Linear: features per step, at most a sixteenth of them."""
     base_lrs: tuple[float, ...] = ()
     """Linear: learning rates per 256 features; the best on held-out training images is used; none given: five."""
     seed: int = 0
@@ -498,7 +498,7 @@ class SegmentationEval(EvalConfig):
     finetune: bool = False
     """Train the backbone too; otherwise its features are frozen and only the head learns."""
     image_size_px: int = 0
-    """Side of the training crops and of the resized validation images; 0 is the run's data.image_size_px."""
+    """Side of the training crops and of the resized validation images; 0 is 9/4 of the run's, as 513 is of 224."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 16
@@ -522,7 +522,7 @@ class DetectionEval(EvalConfig):
     """Object detection by torchvision's Faster R-CNN with FPN on COCO-format annotations; `root` must be given."""
 
     image_size_px: int = 0
-    """Shorter side to which images are resized; 0 is the run's data.image_size_px."""
+    """Shorter side to which images are resized; 0 is 9/4 of the run's data.image_size_px."""
     epochs: int = 12
     """Passes over the training images."""
     batch_size: int = 8
@@ -550,6 +550,8 @@ EVALUATIONS: dict[str, type[EvalConfig]] = {
     "finetune": FinetuneEval,
     "fewshot": FewshotEval,
     "robustness": RobustnessEval,
+    "segmentation": SegmentationEval,
+    "detection": DetectionEval,
 }
 
 

@@ -380,10 +380,11 @@ import timm
 backbone = timm.create_model("{source.name}", num_classes=0{channels}, checkpoint_path={str(out)!r}).eval()"""
         return _fenced("python", code)
     read = "load_file(path)" if out.suffix == SUFFIX else "torch.load(path, weights_only=True)"
+    library = "\nfrom safetensors.torch import load_file" if out.suffix == SUFFIX else ""
     code = f"""\
 import timm
-import torch
-{"from safetensors.torch import load_file" if out.suffix == SUFFIX else ""}
+import torch{library}
+
 path = {str(out)!r}
 backbone = timm.create_model("{source.name}", num_classes=0{channels})
 backbone.conv1 = torch.nn.Conv2d(3, {source.backbone.conv1.out_channels}, 3, padding=1, bias=False)  # the stem for small images

@@ -24,6 +24,8 @@ from fastbyol.kernels.batch_norm import batch_norm
 from fastbyol.kernels.conv import conv2d
 from fastbyol.kernels.max_pool import max_pool
 
+_STANDARD_EPS = 1e-6  # added to the variance of a filter
+
 Reduce = Callable[[Tensor], Tensor]  # the mean of a tensor over ranks, differentiable
 
 
@@ -117,6 +119,15 @@ class Conv2d(nn.Conv2d):
         return conv2d(x, self.weight, self.stride[0], self.padding[0])
 
 
+class StdLinear(nn.Linear):
+    """Uses its rows with mean 0 and variance 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As nn.Linear.forward."""
+        var, mean = torch.var_mean(self.weight.float(), dim=1, correction=0, keepdim=True)
+        return F.linear(x, (self.weight - mean) * (var + _STANDARD_EPS).rsqrt(), self.bias)
+
+
 class FusedBasicBlock(BasicBlock):
     """timm's block with norm, addition and ReLU in one call."""
 
@@ -204,14 +215,17 @@ def other_norms(network: nn.Module, groups: int) -> None:
 
 
 def standardise_weights(network: nn.Module) -> None:
-    """Makes every convolution use its filters with mean 0 and variance 1 (Qiao et al. 2019, arXiv 1903.10520), in place.
+    """Makes every convolution and linear layer use its filters with mean 0 and variance 1, in place.
 
-    The factor 1 / sqrt(fan-in) that keeps the output's scale is the following norm's business.
+    Source: Qiao et al. 2019 (arXiv 1903.10520), and in heads Richemond et al. 2020 (arXiv 2010.10241). The factor 1 / sqrt(fan-in) that
+    keeps the output's scale is the business of the norm that follows; the loss normalises what no norm follows.
     """
     for module in network.modules():
         if type(module) is nn.Conv2d:
             module.__class__ = StdConv2d
-            module.eps = 1e-6
+            module.eps = _STANDARD_EPS
+        elif type(module) is nn.Linear:
+            module.__class__ = StdLinear
 
 
 def checkpoint_stages(backbone: nn.Module, stages: int) -> None:

@@ -1,6 +1,6 @@
 """The loss between the online network's predictions and the target network's projections.
 
-Source of the default and of the contrastive term: Grill et al. 2020, equation 2 and appendix F.5 (InfoNCE with weight beta and
+Source of the default and of the contrastive term: Grill et al. 2020, equation 2 and section 5, "Ablation to contrastive methods" (InfoNCE with weight beta and
 temperature alpha).
 
 Shapes: B images, D = projection_dim. Everything is computed in float32.

@@ -168,8 +168,6 @@ def build_backbone(config: ModelConfig, image_size: int) -> tuple[nn.Module, int
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
         backbone.maxpool = nn.Identity()
     _with_norms(backbone, config)
-    if config.weight_standardisation:
-        standardise_weights(backbone)
     try:
         with torch.no_grad():
             features = backbone.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
@@ -202,7 +200,9 @@ def _build_branch(config: ModelConfig, image_size: int) -> Branch:
 
 
 def _with_norms(network: nn.Module, config: ModelConfig) -> nn.Module:
-    """The network, changed in place: with the configured norms instead of BatchNorm."""
+    """The network, changed in place: with the configured norms instead of BatchNorm, and standardised weights."""
     if config.norm != "batch":
         other_norms(network, 1 if config.norm == "layer" else config.norm_groups)
+    if config.weight_standardisation:
+        standardise_weights(network)
     return network

@@ -37,7 +37,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
     assert "--data.image_size_px IMAGE_SIZE_PX Side of both views in pixels. (type: int, default: 224)" in text
     assert "--optim.base_lr BASE_LR Learning rate per 256 images" in text
     assert "--optim.name {lars,sgd,adamw,adam}" in text
-    undocumented = re.findall(r"(--(?:data|model|optim|log|checkpoint|knn)\.\w+) \S+ \(type", text)
+    undocumented = re.findall(r"(--(?:data|model|optim|log|checkpoint|knn|probe|step)\.\w+) \S+ \(type", text)
     assert undocumented == []
 
 
@@ -58,6 +58,15 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["eval", "knn", "--run", "/nowhere"], "checkpoint /nowhere cannot be read"),
         (["eval", "knn", "--run", "x", "--k", "0"], "k=0: must be at least 1"),
         (["eval", "knn"], "run"),
+        (["eval", "fewshot", "--run", "x", "--shots", "1,x"], "shots.*x"),
+        (["eval", "fewshot", "--run", "x", "--shots", "0"], r"shots=\(0,\): must all be at least 1"),
+        (["eval", "finetune", "--run", "x", "--fraction", "0"], r"fraction=0.0: must lie in \(0, 1\]"),
+        (["eval", "linear", "--run", "x", "--base_lrs=0.1,-1"], r"base_lrs=\(0.1, -1.0\): must be above 0"),
+        (["train", "--model.norm", "instance"], "model.norm.*instance"),
+        (
+            ["train", "--data.root", "x", "--model.feature_noise", "1"],
+            "model.feature_noise=1.0: .*set data.recipe=none",
+        ),
         (["prepare", "photos"], "out"),
         (["prepare", "photos", "--out", "/tmp"], "--out /tmp exists"),
         (["preview", "--data.root", "/nowhere"], "there is no folder /nowhere/train"),
@@ -216,3 +225,11 @@ def test_pack_writes_one_file_and_says_what_cannot_be(photos, tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "y.beton").exists()
+
+
+@pytest.mark.parametrize("words", [["--shots", "1,2"], ["--shots=1,2"], ["--shots", "[1, 2]"]])
+def test_lists_are_written_with_commas(capsys, words, monkeypatch):
+    found = {}
+    monkeypatch.setattr("fastbyol.evaluate.evaluate", lambda name, options, say: found.update({name: options}))
+    assert run(capsys, "eval", "fewshot", "--run", "x", *words)[0] == 0
+    assert found["fewshot"].shots == (1, 2)

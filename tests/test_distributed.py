@@ -14,7 +14,7 @@ from conftest import BATCH, losses
 from test_train import stop_after
 
 from fastbyol import checkpoint, distributed
-from fastbyol.config import DistributedConfig
+from fastbyol.config import DistributedConfig, ProbeConfig
 from fastbyol.data import build_loader, open_split
 from fastbyol.distributed import StopTogether, World, sync_batch_norm, world_from_environment
 from fastbyol.errors import InputError
@@ -71,12 +71,13 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
         make_config(**options("short", **short)),
         make_config(**options("compiled", step={"mode": "compile"}, **SMOOTH)),
         make_config(**options("parts", step={"micro_batches": 2})),
-        make_config(**options("watched", knn={"every_epochs": 2})),  # rank 0 alone evaluates, and saves when it is best
+        # Rank 0 alone evaluates, and saves when it is best; the online classifier learns from all ranks' images.
+        make_config(**options("watched", knn={"every_epochs": 2}, probe=ProbeConfig(enabled=True))),
     ]
     done, _ = torchrun(tmp_path, two)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 ranks on cpu") == 6  # one of the ranks speaks
-    one = train(make_config(**options("one")))
+    one = train(make_config(**options("one", probe=ProbeConfig(enabled=True))))
     runs = {config.name: losses(Path(config.runs) / config.name) for config in two}
     exact = losses(one.folder)
     assert len(exact) == 20
@@ -84,8 +85,16 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
     assert largest_gap(runs["compiled"], losses(train(make_config(**options("smooth", **SMOOTH))).folder)) < 1e-5
     assert largest_gap(runs["watched"], exact) < 1e-5
     watched = Path(two[0].runs) / "watched"
-    kinds = [json.loads(line)["kind"] for line in (watched / "metrics.jsonl").read_text().splitlines()]
-    assert kinds.count("knn") == 3  # after epochs 2, 4 and 5
+    lines, lines_of_one = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (watched, one.folder)
+    )
+    assert [line["kind"] for line in lines].count("knn") == 3  # after epochs 2, 4 and 5
+    epochs, epochs_of_one = ([line for line in part if line["kind"] == "probe"] for part in (lines, lines_of_one))
+    assert len(epochs) == 5
+    for mine, other in zip(epochs, epochs_of_one, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert (mine["top1"], mine["top5"]) == (other["top1"], other["top5"])
     assert (watched / "checkpoints" / "best.pt").exists()
     parts = train(make_config(**options("parts of one", step={"micro_batches": 2})))
     assert largest_gap(runs["parts"], losses(parts.folder)) < 1e-5

@@ -1,17 +1,22 @@
 import base64
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import simplejpeg
 import torch
 from conftest import jpeg
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from fastbyol.config import EVALUATIONS, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
 from fastbyol.data import open_split
+from fastbyol.data.beton import pack
 from fastbyol.data.native import random_crops
 from fastbyol.errors import InputError
 from fastbyol.evaluate import BYOL_ROW, PIXELS_ROW, PROTOCOLS, UNTRAINED_ROW, evaluate
@@ -19,7 +24,14 @@ from fastbyol.evaluate.features import Features, Splits, calibrate_batchnorm, ex
 from fastbyol.evaluate.fewshot import episode_accuracies, nearest_mean_scores
 from fastbyol.evaluate.finetune import finetune
 from fastbyol.evaluate.knn import knn_accuracy, knn_scores
-from fastbyol.evaluate.linear import Probes, augmented_accuracy, linear_accuracy, train_probes
+from fastbyol.evaluate.linear import (
+    CACHED_BASE_LRS,
+    Probes,
+    _held_out,
+    augmented_accuracy,
+    linear_accuracy,
+    train_probes,
+)
 from fastbyol.evaluate.protocol import Frame
 from fastbyol.evaluate.robustness import CORRUPTIONS, STRENGTHS, corrupted
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -63,6 +75,29 @@ def test_linear_probe_equals_logistic_regression_within_half_a_point():
     sklearn = LogisticRegression(C=1e4, max_iter=1000).fit(train_set.x.numpy(), train_set.labels.numpy())
     assert accuracy["top1"] == pytest.approx(sklearn.score(val.x.numpy(), val.labels.numpy()), abs=0.005)
     assert 0.5 < accuracy["top1"] < 0.95  # neither trivial nor hopeless
+
+
+def test_linear_probe_equals_logistic_regression_on_few_real_images():
+    """900 of scikit-learn's digits, both with a strength picked on the same held-out ones; four splits, since an image is 0.1 point."""
+    digits = load_digits()
+    gaps = []
+    for seed in range(4):
+        order = np.random.default_rng(seed).permutation(len(digits.target))
+        train_set, val = (
+            Features(torch.tensor(digits.data[rows], dtype=torch.float32), torch.tensor(digits.target[rows]), 10, {})
+            for rows in (order[:900], order[900:])
+        )
+        scaler = StandardScaler().fit(train_set.x)
+        x, x_val = (scaler.transform(features.x) for features in (train_set, val))
+        held, y = _held_out(900, 0).numpy(), train_set.labels.numpy()
+        strengths = {
+            c: log_loss(y[held], LogisticRegression(C=c, max_iter=2000).fit(x[~held], y[~held]).predict_proba(x[held]))
+            for c in (0.1, 0.3, 1, 3, 10)
+        }
+        best = LogisticRegression(C=min(strengths, key=strengths.get), max_iter=2000).fit(x, y)
+        gaps.append(linear_accuracy(train_set, val, base_lrs=CACHED_BASE_LRS)["top1"] - best.score(x_val, val.labels))
+    assert abs(np.mean(gaps)) < 0.005
+    assert np.abs(gaps).max() < 0.01
 
 
 def test_batched_probes_equal_torch_s_sgd_one_by_one():
@@ -360,3 +395,12 @@ def test_the_finetuned_backbone_is_saved_for_init_and_not_twice(run, make_config
     assert (started / "checkpoints").is_dir()
     with pytest.raises(InputError, match=r"^save x.pt: the name must end in .safetensors"):
         evaluate("finetune", FinetuneEval(run=str(run), save="x.pt"), print)
+
+
+def test_protocols_read_beton_files_as_they_read_folders(run, photos, tmp_path):
+    for split in ("train", "val"):
+        pack(open_split(photos, split), tmp_path / f"{split}.beton", mode="jpg")
+    for protocol, few in (("knn", {}), ("finetune", {"epochs": 2, "batch_size": 24})):
+        options = EVALUATIONS[protocol](run=str(run), baselines=False, **few)
+        rows = [evaluate(protocol, replace(options, root=root), print)["rows"] for root in (None, str(tmp_path))]
+        assert rows[0] == rows[1], protocol

@@ -4,8 +4,12 @@ import re
 import sys
 from pathlib import Path
 
+from fastbyol import train as train_main
+from fastbyol.config import Config
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+FILE_ENDINGS = (".py", ".csv", ".md", ".yaml", ".beton", ".backward", ".html", ".sample")
 
 sys.path.append(str(ROOT / "benchmarks"))
 import readme_tables  # noqa: E402
@@ -13,7 +17,20 @@ import readme_tables  # noqa: E402
 
 def test_tables_are_those_of_the_result_files():
     assert readme_tables._MARK.search(README)
-    assert readme_tables.render(README) == README
+    for page in readme_tables.PAGES:
+        assert readme_tables.render(page.read_text()) == page.read_text(), page.name
+
+
+def test_pages_link_to_what_exists_and_name_settings_that_exist():
+    known = set(train_main._flat(Config().to_dict()))
+    for page in readme_tables.PAGES:
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        sections = "|".join(sorted({key.split(".")[0] for key in known if "." in key}))
+        for key in re.findall(rf"(?<![\w/.])((?:{sections})\.[a-z][a-z0-9_]+)(?![\w(]|\.py)", text):
+            if not key.endswith(FILE_ENDINGS):
+                assert key in known, f"{page.name}: {key}"
 
 
 def test_every_file_of_the_tree_exists_and_none_is_left_out():

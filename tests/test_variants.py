@@ -132,6 +132,11 @@ def test_standardised_weights_are_blind_to_scale_and_shift():
     with torch.no_grad():
         conv.weight.mul_(3).add_(0.5)
     assert (conv(x) - before).abs().max() < 1e-3
+    linear = model.online.projector[0]
+    y = normal(4, 64)
+    rows = linear.weight.detach()
+    plain = (rows - rows.mean(1, keepdim=True)) / rows.std(1, correction=0, keepdim=True)
+    assert (linear(y) - F.linear(y, plain, linear.bias)).abs().max() < 1e-2
 
 
 def test_feature_noise_makes_the_second_view_of_normalised_features():
@@ -299,6 +304,19 @@ def test_the_online_classifier_changes_nothing_of_the_run_and_resumes_exactly(ma
         return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"probe"' in line]
 
     assert probe_lines(resumed) == probe_lines(with_probe)[2:]
+
+
+def test_features_of_micro_batches_stand_in_the_order_of_the_batch(make_config):
+    config = make_config(model={"norm": "layer"}, step={"micro_batches": 2}, precision="fp32")
+    model = build_model(config.model, 32, 0)
+    model.gives_features = True
+    step = TrainStep(model, config, 4, torch.device("cpu"))
+    views = normal(16, 3, 32, 32), normal(16, 3, 32, 32, seed=1)
+    with torch.no_grad():
+        expected = model.online.backbone(views[0])
+    output = step(0, type("B", (), {"views": views}))
+    assert (output.features - expected).abs().max() < 1e-5
+    assert not output.features.requires_grad
 
 
 def test_the_online_classifier_needs_labels(make_config, photos, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save_file
 from timm.models import VGG, _builder
 from torchvision.models import convnext, vgg
@@ -26,6 +27,15 @@ from fastbyol.model import build_backbone, build_model
 from fastbyol.weights import SAME_NAMES, TORCHVISION, load_backbone, open_backbone, save_backbone
 
 SMALL = ModelConfig(backbone="resnet18", width=0.125, hidden_dim=8, projection_dim=4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small gain nothing from more, and lose much where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def built(config=SMALL, seed=0, size=32):
@@ -283,7 +293,9 @@ def test_a_hub_that_fails_is_one_line(hub, failure):
         raise failure
 
     hub(answer)
+    before = hub_logging.get_verbosity()
     text = refused("timm:resnet18", "init=timm:resnet18: no weights: ")
+    assert hub_logging.get_verbosity() == before != hub_logging.ERROR
     assert text.endswith(str(failure).splitlines()[0])
 
 
@@ -392,6 +404,22 @@ def test_every_cut_of_a_state_dict_is_noticed(donor, tmp_path, legacy):
     for length in [*range(0, 2000, 97), len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(20))]:
         path.write_bytes(whole[:length])
         refused(path, "damaged", network)
+
+
+def test_a_changed_byte_of_a_state_dict_is_noticed_or_harmless(donor, tmp_path):
+    path, network = tmp_path / "x.pth", built(seed=5)
+    torch.save(donor.state_dict(), path)
+    whole = path.read_bytes()
+    rng = random.Random(2)
+    noticed = 0
+    for place in (rng.randrange(len(whole)) for _ in range(60)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            load_backbone(str(path), network, "resnet18")
+            assert_loaded(network, donor)
+        except InputError:
+            noticed += 1
+    assert noticed > 40  # most of the file is tensor data
 
 
 def test_damage_to_our_file_is_noticed_or_harmless(ours, donor):

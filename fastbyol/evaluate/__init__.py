@@ -11,6 +11,7 @@ from torch import nn
 from fastbyol import checkpoint, environment
 from fastbyol.config import Config, EvalConfig
 from fastbyol.errors import InputError, first_line
+from fastbyol.evaluate.detection import DETECTION
 from fastbyol.evaluate.features import calibrate_batchnorm
 from fastbyol.evaluate.fewshot import FEWSHOT
 from fastbyol.evaluate.finetune import FINETUNE
@@ -18,13 +19,16 @@ from fastbyol.evaluate.knn import KNN
 from fastbyol.evaluate.linear import LINEAR
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
 from fastbyol.evaluate.robustness import ROBUSTNESS
+from fastbyol.evaluate.segmentation import SEGMENTATION
 from fastbyol.layers import batch_norms
 from fastbyol.model import BYOL, build_model
 from fastbyol.precision import compute_dtype
 from fastbyol.step import choose_device
 
 BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
-PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (KNN, LINEAR, FINETUNE, FEWSHOT, ROBUSTNESS)}
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol for protocol in (KNN, LINEAR, FINETUNE, FEWSHOT, ROBUSTNESS, SEGMENTATION, DETECTION)
+}
 
 
 def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ Shapes: L classifiers, N images, B images of a step, F features, C classes.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,8 @@ CACHED_BASE_LRS = (0.003, 0.01, 0.03, 0.1, 0.3)  # of standardised features
 PAPER_BASE_LRS = (0.05, 0.1, 0.2, 0.3, 0.4)  # of features as they are
 _MOMENTUM = 0.9
 _HOLDOUT = 0.1
+_LEAST_STEPS_PER_EPOCH = 16  # of cached features
+Track = Callable[[Iterable[int], int], Iterable[int]]
 
 
 class Probes:
@@ -77,16 +79,24 @@ class Probes:
 
 
 def train_probes(
-    x: Tensor, labels: Tensor, classes: int, *, base_lrs: Sequence[float], epochs: int, batch_size: int, seed: int
+    x: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    base_lrs: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    track: Track = lambda epochs, total: epochs,
 ) -> Probes:
-    """Trains one classifier per learning rate on cached features x (N, F) with labels (N,)."""
+    """Trains one classifier per learning rate on cached features x (N, F) with labels (N,), `track` beside a progress bar."""
     batch_size = min(batch_size, len(x))
     probes = Probes(base_lrs, classes, x.shape[1], x.device)
     share = torch.full((1, batch_size), 1 / batch_size, device=x.device)
     generator = torch.Generator().manual_seed(seed)
     steps_per_epoch = len(x) // batch_size
     total, step = epochs * steps_per_epoch, 0
-    for _ in range(epochs):
+    for _ in track(range(epochs), epochs):
         order = torch.randperm(len(x), generator=generator).to(x.device)
         for chunk in order.split(batch_size)[:steps_per_epoch]:
             probes.step(x[chunk], labels[chunk], share, batch_size=batch_size, progress=step / total)
@@ -109,9 +119,18 @@ class LinearClassifier(NamedTuple):
 
 
 def fit_linear(
-    train: Features, *, base_lrs: Sequence[float], epochs: int = 80, batch_size: int = 256, seed: int = 0
+    train: Features,
+    *,
+    base_lrs: Sequence[float],
+    epochs: int = 80,
+    batch_size: int = 256,
+    seed: int = 0,
+    track: Track = lambda epochs, total: epochs,
 ) -> LinearClassifier:
     """The probe on cached features whose learning rate did best on held-out images, trained again on all of them.
+
+    Args:
+        batch_size: at most; see _LEAST_STEPS_PER_EPOCH.
 
     Raises:
         InputError: too few images for a held-out part, or a feature is not finite.
@@ -121,15 +140,16 @@ def fit_linear(
     std = torch.where(std > 1e-6, std, 1.0)
     x = (train.x - mean) / std
     held = _held_out(len(x), seed).to(x.device)
-    options = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
+    # 80 epochs of a few steps each do not get far: small sets take smaller batches, whose rate follows by the rule.
+    batch_size = max(1, min(batch_size, len(x) // _LEAST_STEPS_PER_EPOCH))
+    options = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "track": track}
     probes = train_probes(x[~held], train.labels[~held], train.classes, base_lrs=base_lrs, **options)
-    accuracy = (probes.scores(x[held]).argmax(2) == train.labels[held]).float().mean(1)
-    best = int(accuracy.argmax())
+    best, accuracy = _best(probes.scores(x[held]), train.labels[held])
     probes = train_probes(x, train.labels, train.classes, base_lrs=base_lrs[best : best + 1], **options)
-    return LinearClassifier(mean, std, probes, base_lrs[best], accuracy[best].item())
+    return LinearClassifier(mean, std, probes, base_lrs[best], accuracy)
 
 
-def linear_accuracy(train: Features, val: Features, **options: int | Sequence[float]) -> dict[str, float]:
+def linear_accuracy(train: Features, val: Features, **options: Any) -> dict[str, float]:
     """Top-1 and top-5 in [0, 1] of `val`, the chosen base_lr and its held-out accuracy; options as for `fit_linear`."""
     check_finite(val)
     probe = fit_linear(train, **options)
@@ -173,11 +193,10 @@ def augmented_accuracy(
         backbone.train(training)
     assert probes is not None
     test = frozen(backbone, train.take(held.nonzero()[:, 0].numpy()), frame)
-    accuracy = (probes.scores(test.x)[len(base_lrs) :].argmax(2) == test.labels).float().mean(1)
-    best = int(accuracy.argmax())
+    best, accuracy = _best(probes.scores(test.x)[len(base_lrs) :], test.labels)
     val = frozen(backbone, splits.val, frame)
     result = top_accuracies(probes.scores(val.x)[best], val.labels)
-    return result | {"base_lr": base_lrs[best], "held_out_top1": accuracy[best].item()}
+    return result | {"base_lr": base_lrs[best], "held_out_top1": accuracy}
 
 
 def _epochs(
@@ -195,6 +214,19 @@ def _epochs(
     frame.bad.update((train.where(index), reason) for index, reason in bad.items())
 
 
+def _best(scores: Tensor, labels: Tensor) -> tuple[int, float]:
+    """Which of L classifiers has the least cross-entropy on held-out images, and its top-1.
+
+    Of few images, the share that is right says less than how sure the classifier was.
+
+    Args:
+        scores: (L, M, C); labels: (M,).
+    """
+    losses = torch.stack([F.cross_entropy(of_one, labels) for of_one in scores])
+    best = int(losses.nan_to_num(nan=torch.inf).argmin())
+    return best, (scores[best].argmax(1) == labels).float().mean().item()
+
+
 def _held_out(count: int, seed: int) -> Tensor:
     """(N,) bool: which training images pick the learning rate."""
     held = max(1, round(_HOLDOUT * count))
@@ -210,7 +242,13 @@ def _measure(backbone: nn.Module | None, splits: Splits, options: LinearEval, fr
     if options.features == "augmented":
         return augmented_accuracy(backbone, splits, frame, base_lrs=options.base_lrs or PAPER_BASE_LRS, **training)
     train, val = (frozen(backbone, split, frame) for split in splits)
-    return linear_accuracy(train, val, base_lrs=options.base_lrs or CACHED_BASE_LRS, **training)
+    return linear_accuracy(
+        train,
+        val,
+        base_lrs=options.base_lrs or CACHED_BASE_LRS,
+        track=lambda epochs, total: frame.track("linear probe", epochs, total),
+        **training,
+    )
 
 
 def _text(row: Row) -> str:

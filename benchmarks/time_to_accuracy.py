@@ -1,0 +1,221 @@
+"""Wall time and accuracy of whole training runs: Fashion-MNIST, equal epochs, the same backbone, fastbyol against lightly's BYOL.
+
+    make bench-accuracy                                    # in the peers' environment
+    python benchmarks/time_to_accuracy.py --seeds 0 --epochs 2 --out /tmp/accuracy.csv
+
+Both train configs/fashion_mnist.yaml's network (the same timm module, heads of the same width) on the same 10,000 PNG files
+for as many epochs of as many images a batch, and start with weights drawn from the same seed. Every run is a process of its own;
+contenders take turns. The clock runs from the first request for a batch to the last step, loader start-up included; importing, building
+networks and compiling kernels for the first time on a machine is not counted. Afterwards one and the same weighted kNN classifies the
+2,000 first validation images by the features of each backbone in evaluation mode, float32.
+
+Contenders:
+    fastbyol    data/native.py and step.py as `fastbyol train` runs them: LARS, the schedules of the config, bfloat16 where the processor has it
+    lightly     its BYOLTransform for this size in a DataLoader with one worker process per core, its heads, loss and update_momentum;
+                SGD with momentum and a cosine, target decay from 0.99 to 1 by a cosine, float32, as in its documentation's example
+
+`--base_lrs` gives each contender the learning rate per 256 images; the defaults are the best of the sweep in LOG.md, the same
+number of rates for both. Writes benchmarks/results/accuracy.csv.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import results_csv
+import torch
+import yaml
+from torch import Tensor, nn
+
+from fastbyol import environment
+from fastbyol.config import Config, DataConfig, LogConfig, ModelConfig, OptimConfig
+from fastbyol.data import build_loader, open_split
+from fastbyol.data.prepare import prepare_fashion_mnist
+from fastbyol.evaluate.features import extract
+from fastbyol.evaluate.knn import knn_accuracy
+from fastbyol.kernels import dispatch
+from fastbyol.layers import batch_norms
+from fastbyol.model import build_backbone, build_model
+from fastbyol.schedules import target_decay
+from fastbyol.step import TrainStep
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = results_csv.FOLDER / "accuracy.csv"
+CPU = torch.device("cpu")
+IMAGES, VAL_IMAGES = 10_000, 2_000
+BASE_LRS = {"fastbyol": 4.0, "lightly": 0.6}
+Trained = tuple[nn.Module, float]  # backbone, seconds
+
+
+def config_of(root: Path, seed: int, epochs: int, base_lr: float) -> Config:
+    """configs/fashion_mnist.yaml with these values."""
+    values = yaml.safe_load((ROOT / "configs" / "fashion_mnist.yaml").read_text())
+    return Config(
+        seed=seed,
+        data=DataConfig(**values["data"] | {"root": str(root)}),
+        model=ModelConfig(**values["model"]),
+        optim=OptimConfig(**values["optim"] | {"epochs": epochs, "base_lr": base_lr}),
+        log=LogConfig(tensorboard=False),
+    )
+
+
+def fastbyol(config: Config) -> Trained:
+    dispatch.compile_cpu_kernels(lambda text: None)
+    images = open_split(config.data.root, "train")
+    model = build_model(config.model, config.data.image_size_px, config.seed).to(memory_format=torch.channels_last)
+    step = TrainStep(model, config, len(images) // config.data.batch_size, CPU)
+    loader = build_loader(config.data, images, seed=config.seed, device=CPU, dtype=step.view_dtype)
+    began = time.perf_counter()
+    for k, batch in enumerate(loader.batches(0, step.total_steps)):
+        step(k, batch)
+    seconds = time.perf_counter() - began
+    for norm in batch_norms(model.online.backbone):
+        norm.views = 1
+    return model.online.backbone, seconds
+
+
+class LightlyBYOL(nn.Module):
+    """The module of lightly's example around our backbone."""
+
+    def __init__(self, config: ModelConfig, size: int) -> None:
+        super().__init__()
+        import copy
+
+        from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+        from lightly.models.utils import deactivate_requires_grad
+
+        self.backbone, features = build_backbone(config, size)
+        self.projection_head = BYOLProjectionHead(features, config.hidden_dim, config.projection_dim)
+        self.prediction_head = BYOLPredictionHead(config.projection_dim, config.hidden_dim, config.projection_dim)
+        self.backbone_momentum = copy.deepcopy(self.backbone)
+        self.projection_head_momentum = copy.deepcopy(self.projection_head)
+        deactivate_requires_grad(self.backbone_momentum)
+        deactivate_requires_grad(self.projection_head_momentum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) -> predictions (B, D)."""
+        return self.prediction_head(self.projection_head(self.backbone(x)))
+
+    def forward_momentum(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) -> the target's projections (B, D)."""
+        return self.projection_head_momentum(self.backbone_momentum(x)).detach()
+
+
+def lightly(config: Config) -> Trained:
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models.utils import update_momentum
+    from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+    from torchvision.datasets import ImageFolder
+
+    torch.manual_seed(config.seed)
+    size, batch_size = config.data.image_size_px, config.data.batch_size
+    model = LightlyBYOL(config.model, size).train()
+    transform = BYOLTransform(BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size))
+    loader = torch.utils.data.DataLoader(
+        ImageFolder(Path(config.data.root) / "train", transform),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=os.cpu_count(),
+        persistent_workers=True,
+    )
+    criterion = NegativeCosineSimilarity()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, config.optim.base_lr * batch_size / 256, momentum=0.9)
+    steps = config.optim.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    k, began = 0, time.perf_counter()
+    for _ in range(config.optim.epochs):
+        for (view1, view2), _ in loader:
+            decay = target_decay(k, base=config.optim.tau_base, total_steps=steps)
+            update_momentum(model.backbone, model.backbone_momentum, m=decay)
+            update_momentum(model.projection_head, model.projection_head_momentum, m=decay)
+            p1, z1 = model(view1), model.forward_momentum(view1)
+            p2, z2 = model(view2), model.forward_momentum(view2)
+            loss = 0.5 * (criterion(p1, z2) + criterion(p2, z1))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            k += 1
+    return model.backbone, time.perf_counter() - began
+
+
+CONTENDERS: dict[str, Callable[[Config], Trained]] = {"fastbyol": fastbyol, "lightly": lightly}
+
+
+def measure(contender: str, config: Config) -> None:
+    """Trains and classifies in this process and prints a line of JSON."""
+    backbone, seconds = CONTENDERS[contender](config)
+    options = {"size": config.data.image_size_px, "device": CPU, "dtype": torch.float32, "threads": 0}
+    train, val = (extract(backbone, open_split(config.data.root, split), **options) for split in ("train", "val"))
+    accuracy = knn_accuracy(train, val, k=config.knn.k, temperature=config.knn.temperature)
+    print(json.dumps({"seconds": seconds, **accuracy}), flush=True)
+    os._exit(0)  # workers are not waited for
+
+
+def run(contender: str, root: Path, seed: int, epochs: int, base_lr: float) -> dict[str, float]:
+    """The JSON of a run in a process of its own."""
+    command = [sys.executable, __file__, "--measure", contender, "--root", str(root), "--seeds", str(seed)]
+    command += ["--epochs", str(epochs), "--base_lrs", str(base_lr), str(base_lr)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not done.stdout.strip():
+        sys.exit(f"{contender} failed with seed {seed}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def print_summary(rows: list[dict[str, Any]]) -> None:
+    """Seconds and kNN of each, and both as fastbyol against lightly with the same seed."""
+    by = {name: {r["seed"]: r for r in rows if r["contender"] == name} for name in CONTENDERS}
+    for name, own in by.items():
+        if not own:
+            continue
+        seconds, knn = ([float(r[key]) for r in own.values()] for key in ("seconds", "knn_top1"))
+        print(f"{name:<10} {median(seconds):7.1f} s  kNN {' '.join(f'{100 * v:.1f}' for v in knn)}")
+    both = [seed for seed in by["fastbyol"] if seed in by["lightly"]]
+    if both:
+        ratios = [float(by["lightly"][s]["seconds"]) / float(by["fastbyol"][s]["seconds"]) for s in both]
+        print(f"lightly / fastbyol: {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) of the time")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--base_lrs", type=float, nargs=2, default=list(BASE_LRS.values()), metavar=tuple(CONTENDERS))
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--root", type=Path, help="the corpus; by default it is made")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--measure", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    base_lrs = dict(zip(CONTENDERS, args.base_lrs, strict=True))
+    if args.measure:
+        measure(args.measure, config_of(args.root, args.seeds[0], args.epochs, base_lrs[args.measure]))
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.root or Path(temporary) / "fashion-mnist"
+        if args.root is None:
+            print(prepare_fashion_mnist(root, images=IMAGES, val_images=VAL_IMAGES))
+        facts = {key: environment.describe()[key] for key in ("fastbyol", "cpu", "python", "torch", "timm")}
+        facts["lightly"] = environment.installed("lightly") or ""
+        rows: list[dict[str, Any]] = []
+        for seed in args.seeds:
+            for name in args.only:
+                found = run(name, root, seed, args.epochs, base_lrs[name])
+                row = {"contender": name, "seed": seed, "epochs": args.epochs, "base_lr": base_lrs[name]}
+                row |= {"seconds": f"{found['seconds']:.2f}", "knn_top1": f"{found['top1']:.4f}"}
+                rows.append(row | {"cores": os.cpu_count(), **facts})
+                print(f"seed {seed}  {name:<10} {found['seconds']:7.1f} s  kNN top-1 {found['top1']:.1%}", flush=True)
+                results_csv.write(args.out, rows)
+    print_summary(rows)
+
+
+if __name__ == "__main__":
+    main()
