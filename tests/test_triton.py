@@ -8,7 +8,7 @@ import torch
 from test_augment import parameter_row, random_view
 
 from fastbyol.kernels import augment, crop, report
-from fastbyol.views import RECIPES, sample
+from fastbyol.views import sample
 
 LIMIT = 1 / 255
 
@@ -44,7 +44,7 @@ def test_augmentation_in_every_order_of_the_jitter(interpreted, torchvision):
     assert largest_error(actual, reference(crops, rows)) < 2e-5
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("recipe", ["byol", "torchvision"])
 @pytest.mark.parametrize(("size", "count"), [(1, 4), (19, 6), (64, 8), (97, 4), (224, 2)])
 def test_augmentation_of_drawn_views(interpreted, recipe, size, count):
     """Both views of a batch in one call, blur and solarise among them; sizes that no tile divides."""
