@@ -503,7 +503,7 @@ class SegmentationEval(EvalConfig):
     """Passes over the training images."""
     batch_size: int = 16
     """Images per step."""
-    lr: float = 0.05
+    lr: float = 0.1
     """Peak learning rate of SGD with momentum 0.9."""
     seed: int = 0
     """Of the head's weights and the sample order."""
@@ -527,7 +527,7 @@ class DetectionEval(EvalConfig):
     """Passes over the training images."""
     batch_size: int = 8
     """Images per step."""
-    lr: float = 0.01
+    lr: float = 0.02
     """Peak learning rate of SGD with momentum 0.9."""
     trainable_stages: int = 0
     """The last so many of the backbone's stages are trained too; 0 freezes it."""

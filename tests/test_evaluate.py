@@ -18,6 +18,7 @@ from fastbyol.config import EVALUATIONS, FewshotEval, FinetuneEval, KnnEval, Rob
 from fastbyol.data import open_split
 from fastbyol.data.beton import pack
 from fastbyol.data.native import random_crops
+from fastbyol.data.shapes import prepare_shapes
 from fastbyol.errors import InputError
 from fastbyol.evaluate import BYOL_ROW, PIXELS_ROW, PROTOCOLS, UNTRAINED_ROW, evaluate
 from fastbyol.evaluate.features import Features, Splits, calibrate_batchnorm, extract
@@ -404,3 +405,26 @@ def test_protocols_read_beton_files_as_they_read_folders(run, photos, tmp_path):
         options = EVALUATIONS[protocol](run=str(run), baselines=False, **few)
         rows = [evaluate(protocol, replace(options, root=root), print)["rows"] for root in (None, str(tmp_path))]
         assert rows[0] == rows[1], protocol
+
+
+@pytest.mark.parametrize(
+    ("protocol", "metrics"), [("segmentation", ["miou", "pixel_accuracy"]), ("detection", ["map", "map50", "map75"])]
+)
+def test_dense_protocols_go_through_the_same_door(run, tmp_path, protocol, metrics):
+    prepare_shapes(tmp_path / "shapes", images=12, seed=3, size=64)
+    options = EVALUATIONS[protocol](
+        run=str(run), root=str(tmp_path / "shapes"), image_size_px=64, epochs=1, batch_size=6
+    )
+    result = evaluate(protocol, options, print)
+    assert list(result["rows"]) == [BYOL_ROW, UNTRAINED_ROW]
+    assert all(list(row) == metrics for row in result["rows"].values())
+    assert (result["train_images"], result["val_images"], result["classes"]) == (12, 3, 8)
+    again = evaluate(protocol, replace(options, baselines=False), print)
+    assert again["rows"][BYOL_ROW] == result["rows"][BYOL_ROW]
+    assert PROTOCOLS[protocol].title in write_report(run, print).read_text()
+
+
+@pytest.mark.parametrize("protocol", ["segmentation", "detection"])
+def test_dense_protocols_want_a_root(protocol):
+    with pytest.raises(ValueError, match=r"root=None: name the (VOC|COCO)-format folder"):
+        EVALUATIONS[protocol](run="x")

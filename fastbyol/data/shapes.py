@@ -246,11 +246,12 @@ def _texture(photo: Image.Image, split: str, rng: np.random.Generator, side: int
     """A square of one of the split's bands (see `prepare.BANDS`), exposed anew: (side, side, 3) in 0..255."""
     width, height = photo.size
     band = 2 * rng.integers(prepare.BANDS // 2) + (split == "val")
-    start, stop = (max(photo.size) * edge / prepare.BANDS for edge in (band, band + 1))
-    left, top, right, bottom = (start, 0, stop, height) if width >= height else (0, start, width, stop)
-    window = rng.uniform(*WINDOW_SHARE) * min(right - left, bottom - top)
-    x, y = rng.uniform(left, right - window), rng.uniform(top, bottom - window)
-    picture = photo.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + window, y + window))
+    start, stop = (round(max(photo.size) * edge / prepare.BANDS) for edge in (band, band + 1))
+    # Cut first: the interpolation would look over the band's edges.
+    strip = photo.crop((start, 0, stop, height) if width >= height else (0, start, width, stop))
+    window = rng.uniform(*WINDOW_SHARE) * min(strip.size)
+    x, y = (rng.uniform(0, length - window) for length in strip.size)
+    picture = strip.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + window, y + window))
     gain = 2 ** rng.uniform(-prepare.EXPOSURE_STOPS, prepare.EXPOSURE_STOPS)
     balance = rng.uniform(1 - prepare.WHITE_BALANCE, 1 + prepare.WHITE_BALANCE, size=3)
     return np.clip(np.asarray(picture) * gain * balance, 0, 255)

@@ -72,11 +72,11 @@ def copy_for(backbone: nn.Module, size: int) -> nn.Module:
     return own
 
 
-def map_shapes(backbone: nn.Module, size: int, *, square: bool = True) -> list[MapShape]:
+def map_shapes(backbone: nn.Module, size: int, *, wider: int = 0) -> list[MapShape]:
     """A backbone's maps of S x S images, of each size the deepest, from the finest to the coarsest.
 
     Args:
-        square: only such images are wanted; otherwise wide ones are tried as well.
+        wider: by so many pixels are the images wider than high.
 
     Raises:
         InputError: the backbone gives no maps, or not at this size.
@@ -86,22 +86,21 @@ def map_shapes(backbone: nn.Module, size: int, *, square: bool = True) -> list[M
             f"model.backbone: timm's {type(backbone).__name__} does not give its maps (forward_intermediates), "
             "so it cannot be evaluated on dense tasks"
         )
-    device = next(backbone.parameters()).device
-    with _refused(backbone, size), torch.no_grad():
-        maps = backbone.forward_intermediates(torch.zeros(1, 3, size, size, device=device), intermediates_only=True)
-        if not square:
-            backbone.forward_intermediates(torch.zeros(1, 3, size, size + 32, device=device), intermediates_only=True)
-    deepest = {x.shape[-1]: MapShape(i, x.shape[1], x.shape[-1]) for i, x in enumerate(maps)}
+    images = torch.zeros(1, 3, size, size + wider, device=next(backbone.parameters()).device)
+    with _refused(backbone, size, wider), torch.no_grad():
+        maps = backbone.forward_intermediates(images, intermediates_only=True)
+    deepest = {x.shape[2]: MapShape(i, x.shape[1], x.shape[2]) for i, x in enumerate(maps)}
     return sorted(deepest.values(), key=lambda shape: -shape.side)
 
 
 @contextmanager
-def _refused(backbone: nn.Module, size: int) -> Iterator[None]:
+def _refused(backbone: nn.Module, size: int, wider: int = 0) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise InputError(
-            f"image_size_px={size}: {type(backbone).__name__} cannot take such images: {first_line(error)}"
+            f"image_size_px={size}: {type(backbone).__name__} cannot take images of {size + wider}x{size} pixels: "
+            f"{first_line(error)}"
         ) from None
 
 

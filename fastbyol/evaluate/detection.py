@@ -8,7 +8,7 @@ Fitted to the shorter side S of the images and to the backbone, so that S = 800 
 
 - Anchors have sides of 0.64, 0.32, ... of S, from the coarsest level with at least 5 x 5 places to the finest.
 - The pyramid is as wide as an eighth of the backbone's last map (64 to 256), the box head four times that.
-- Proposals and the boxes that the head is trained on: S / 800 of torchvision's, at least 64 boxes.
+- Proposals and the boxes that the head is trained on: as many per pixel as torchvision's, at least 256 and 32 per image.
 
 Images are resized to S, the longer side to at most 1333/800 of it; training images are flipped at random.
 
@@ -54,7 +54,8 @@ FEWEST_PLACES = 5  # per side of a level with anchors
 MAPS = (3, 4)  # fewest and most that the pyramid stands on
 _POOL = 7  # side of what a box is pooled to
 _USUAL_SIZE = 800
-_BOXES, _PROPOSALS, _FEWEST_BOXES = 512, 2000, 64
+_DIVISIBLE = 32  # torchvision pads images to multiples of it
+_BOXES, _PROPOSALS = (32, 512), (256, 2000)  # per image: fewest, and at the usual size
 
 
 @dataclass(frozen=True)
@@ -128,16 +129,18 @@ def build_detector(
         InputError: the backbone has too few maps or cannot take images that are not square.
     """
     own = dense.copy_for(backbone, size)
-    shapes = dense.map_shapes(own, size, square=False)[-MAPS[1] :]
+    shapes = dense.map_shapes(own, size)[-MAPS[1] :]
     if len(shapes) < MAPS[0]:
         raise InputError(
             f"model.backbone: {type(own).__name__} has maps of {len(shapes)} size(s), detection needs {MAPS[0]}; "
             "use a backbone whose stages halve the image"
         )
+    dense.map_shapes(own, size, wider=_DIVISIBLE)  # refuses what takes square images alone
     _unfreeze(own, size, trainable_stages)
     pyramid = Pyramid(dense.Maps(own, shapes), shapes, dtype)
-    levels, share = len(pyramid.levels), size / _USUAL_SIZE
+    levels, area = len(pyramid.levels), (size / _USUAL_SIZE) ** 2
     sides = [LARGEST_ANCHOR * size / 2**k for k in reversed(range(levels))]
+    proposals, boxes = (max(fewest, round(usual * area)) for fewest, usual in (_PROPOSALS, _BOXES))
     hidden = 4 * pyramid.out_channels
     detector = FasterRCNN(
         pyramid,
@@ -146,14 +149,14 @@ def build_detector(
         image_mean=list(IMAGENET_MEAN),
         image_std=list(IMAGENET_STD),
         rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in sides), ((0.5, 1.0, 2.0),) * levels),
-        rpn_pre_nms_top_n_train=math.ceil(_PROPOSALS * share),
-        rpn_post_nms_top_n_train=math.ceil(_PROPOSALS * share),
-        rpn_pre_nms_top_n_test=math.ceil(_PROPOSALS / 2 * share),
-        rpn_post_nms_top_n_test=math.ceil(_PROPOSALS / 2 * share),
+        rpn_pre_nms_top_n_train=proposals,
+        rpn_post_nms_top_n_train=proposals,
+        rpn_pre_nms_top_n_test=proposals // 2,
+        rpn_post_nms_top_n_test=proposals // 2,
         box_roi_pool=MultiScaleRoIAlign([n for n in pyramid.levels if n != "pool"], _POOL, sampling_ratio=2),
         box_head=TwoMLPHead(pyramid.out_channels * _POOL**2, hidden),
         box_predictor=FastRCNNPredictor(hidden, 1 + classes),
-        box_batch_size_per_image=max(_FEWEST_BOXES, math.ceil(_BOXES * share)),
+        box_batch_size_per_image=boxes,
     )
     return detector.to(next(own.parameters()).device).eval()
 

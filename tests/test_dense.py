@@ -1,0 +1,471 @@
+"""Dense transfer's parts: the copy of the backbone, its maps, images with their labels, the folders' formats, training."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+from fastbyol.config import DetectionEval, ModelConfig, SegmentationEval
+from fastbyol.data.decode import decode
+from fastbyol.data.shapes import VOID
+from fastbyol.errors import InputError, RunError
+from fastbyol.evaluate import dense
+from fastbyol.evaluate.detection import (
+    DETECTION,
+    CocoImage,
+    _sample,
+    build_detector,
+    evaluate_detector,
+    open_coco,
+)
+from fastbyol.evaluate.protocol import Frame
+from fastbyol.evaluate.segmentation import (
+    SEGMENTATION,
+    VOC_CLASSES,
+    _training_pair,
+    build_segmenter,
+    evaluate_segmenter,
+    open_voc,
+)
+from fastbyol.layers import batch_norms, convert
+from fastbyol.model import build_backbone
+
+FRAME = Frame(size=32, device=torch.device("cpu"), dtype=torch.float32, threads=2, say=lambda text: None)
+COLOURS = np.array([(40, 40, 40), (230, 40, 40), (40, 40, 230)], dtype=np.uint8)  # of background, class 1, class 2
+
+
+def small_backbone(name="resnet18", width=0.125, size=32):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return convert(build_backbone(ModelConfig(backbone=name, width=width), size)[0])
+
+
+def state_of(backbone):
+    tensors = {name: value.clone() for name, value in backbone.state_dict().items()}
+    return tensors, [module.training for module in backbone.modules()], [p.requires_grad for p in backbone.parameters()]
+
+
+def same(a, b):
+    return a[1:] == b[1:] and all(torch.equal(a[0][name], b[0][name]) for name in a[0]) and a[0].keys() == b[0].keys()
+
+
+def write_folder(root: Path, *, train=8, val=4, height=64, width=64):
+    """A folder of both formats: images of two rectangles, whose colours are their classes; also the boxes, by name."""
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation", "annotations"):
+        (root / name).mkdir(parents=True)
+    (root / "labels.txt").write_text("red\nblue\n")
+    for split, count in (("train", train), ("val", val)):
+        images, annotations = [], []
+        for i in range(count):
+            rng = np.random.default_rng([i, split == "val"])
+            mask = np.zeros((height, width), dtype=np.uint8)
+            for category, left in ((1, 0), (2, width // 2)):
+                w, h = (int(v) for v in rng.integers(width // 4, width // 2 - 4, size=2))
+                x, y = left + int(rng.integers(0, width // 2 - w)), int(rng.integers(0, height - h))
+                mask[y : y + h, x : x + w] = category
+                annotations.append({"image_id": i, "category_id": category, "bbox": [x, y, w, h], "iscrowd": 0})
+            name = f"{split}{i}"
+            Image.fromarray(COLOURS[mask]).save(root / f"JPEGImages/{name}.jpg", quality=95, subsampling=0)
+            Image.fromarray(mask).save(root / f"SegmentationClass/{name}.png")
+            images.append({"id": i, "file_name": f"{name}.jpg", "width": width, "height": height})
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(f"{split}{i}" for i in range(count)))
+        categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"annotations/instances_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "folder")
+
+
+def segmentation(root, **options):
+    return SegmentationEval(run="", root=str(root), **options)
+
+
+def detection(root, **options):
+    return DetectionEval(run="", root=str(root), **options)
+
+
+def edit(root, split, change):
+    """Changes the content of a split's COCO file."""
+    file = root / f"annotations/instances_{split}.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+# --- training ---
+
+
+def test_a_frozen_segmenter_learns_and_its_backbone_stays(folder):
+    backbone = small_backbone().train()
+    before, random = state_of(backbone), torch.get_rng_state()
+    data = SEGMENTATION.open(segmentation(folder), None)
+    rows = [
+        SEGMENTATION.measure(backbone, data, segmentation(folder, image_size_px=64, epochs=e, batch_size=4), FRAME)
+        for e in (1, 25, 25)
+    ]
+    assert rows[1]["miou"] > 0.6
+    assert rows[1]["miou"] > rows[0]["miou"] + 0.2
+    assert rows[1] == rows[2]
+    assert same(state_of(backbone), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_fine_tuning_changes_a_copy_and_frozen_features_nothing(folder, finetune):
+    backbone = small_backbone().eval()
+    before = state_of(backbone)
+    network = build_segmenter(backbone, 64, 2, finetune=finetune)
+    own, head = network.maps.backbone, network.head
+    assert network.training and head.training
+    assert own.training is finetune
+    first = state_of(own)[0], state_of(head)[0]
+    data, options = open_voc(segmentation(folder), None), segmentation(folder, epochs=1, batch_size=4)
+
+    def loss_of(batch):
+        return network(dense.normalise(torch.from_numpy(np.stack([image for image, _ in batch])))).square().mean()
+
+    dense.fit(network, loss_of, lambda i, rng: _training_pair(data, data.train[i], 64, rng), 8, options, FRAME)
+    unused = {"fc.weight", "fc.bias"}
+    changed = [name for name, value in own.state_dict().items() if not torch.equal(value, first[0][name])]
+    assert set(changed) == (first[0].keys() - unused if finetune else set())  # weights and running statistics
+    assert all(not torch.equal(p, first[1][name]) for name, p in head.named_parameters())
+    assert same(state_of(backbone), before)
+
+
+def test_a_detector_learns_and_its_backbone_stays(folder):
+    backbone = small_backbone().train()
+    before = state_of(backbone)
+    data = DETECTION.open(detection(folder), None)
+    rows = [
+        DETECTION.measure(backbone, data, detection(folder, image_size_px=64, epochs=e, batch_size=4, lr=0.05), FRAME)
+        for e in (1, 40)
+    ]
+    assert rows[1]["map50"] > 0.5
+    assert rows[0]["map50"] < 0.3
+    assert same(state_of(backbone), before)
+
+
+def test_a_diverged_training_is_said(folder):
+    data = open_voc(segmentation(folder), None)
+    options = segmentation(folder, image_size_px=32, epochs=2, batch_size=4, lr=1e30, finetune=True)
+    with pytest.raises(RunError, match=r"lr=1e\+30: the loss became NaN or infinite; choose a lower one"):
+        SEGMENTATION.measure(small_backbone(), data, options, FRAME)
+
+
+def test_a_calibrated_norm_is_fine_tuned_with_torch_s_momentum():
+    backbone = small_backbone()
+    for norm in batch_norms(backbone):
+        norm.momentum = None
+    assert {norm.momentum for norm in batch_norms(dense.copy_for(backbone, 64))} == {0.1}
+    assert {norm.momentum for norm in batch_norms(backbone)} == {None}
+
+
+def test_the_size_is_that_of_the_options_or_follows_the_run():
+    def size(option, run):
+        return dense.dense_size(option, Frame(**{**vars(FRAME), "size": run}))
+
+    assert (size(0, 224), size(0, 48), size(0, 32), size(100, 224)) == (512, 128, 96, 100)
+
+
+# --- backbones ---
+
+
+@pytest.mark.parametrize(
+    ("stages", "trained"),
+    [(0, []), (1, ["layer4"]), (2, ["layer3", "layer4"]), (4, ["layer1", "layer2", "layer3", "layer4"])],
+)
+def test_the_last_stages_of_a_resnet_are_trained(stages, trained):
+    detector = build_detector(small_backbone(), 64, 2, dtype=torch.float32, trainable_stages=stages)
+    own = detector.backbone.maps.backbone
+    assert sorted({n.split(".")[0] for n, p in own.named_parameters() if p.requires_grad}) == trained
+    assert all(p.requires_grad for p in detector.backbone.fpn.parameters())
+    whole = build_detector(small_backbone(), 64, 2, dtype=torch.float32, trainable_stages=5)
+    assert all(p.requires_grad for p in whole.backbone.maps.parameters())
+
+
+def test_800_px_and_a_resnet50_give_torchvision_s_detector():
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    ours = build_detector(timm.create_model("resnet50", num_classes=0), 800, 90, dtype=torch.float32)
+    sides = [round(s) for level in ours.rpn.anchor_generator.sizes for s in level]
+    assert sides == [s for level in theirs.rpn.anchor_generator.sizes for s in level]
+    assert ours.rpn.anchor_generator.aspect_ratios == theirs.rpn.anchor_generator.aspect_ratios
+    for part in ("_pre_nms_top_n", "_post_nms_top_n"):
+        assert getattr(ours.rpn, part) == getattr(theirs.rpn, part)
+    assert (
+        ours.roi_heads.fg_bg_sampler.batch_size_per_image == theirs.roi_heads.fg_bg_sampler.batch_size_per_image == 512
+    )
+    assert ours.roi_heads.box_roi_pool.featmap_names == theirs.roi_heads.box_roi_pool.featmap_names
+    assert ours.backbone.levels == ["0", "1", "2", "3", "pool"]
+    for name in ("rpn", "roi_heads"):
+        shapes = [[p.shape for p in getattr(net, name).parameters()] for net in (ours, theirs)]
+        assert shapes[0] == shapes[1]
+    assert ours.transform.min_size == theirs.transform.min_size
+    assert ours.transform.max_size == theirs.transform.max_size
+
+
+def test_small_images_have_anchors_on_fine_levels():
+    detector = build_detector(small_backbone(), 128, 2, dtype=torch.float32)
+    assert detector.backbone.levels == ["0", "1", "2"]  # 32, 16 and 8 places wide
+    assert detector.rpn.anchor_generator.sizes == ((20.48,), (40.96,), (81.92,))
+    levels = detector.backbone(torch.zeros(1, 3, 128, 128))
+    assert [tuple(x.shape) for x in levels.values()] == [(1, 64, side, side) for side in (32, 16, 8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "sides", "options"),
+    [
+        ("resnet18", [8, 4, 2], {}),
+        ("vgg11_bn", [8, 4, 2], {"mlp_ratio": 0.01}),
+        ("convnext_atto", [8, 4, 2], {}),
+        ("vit_tiny_patch16_224", [4], {}),
+    ],
+)
+def test_the_head_sees_maps_of_strides_8_to_32(name, sides, options):
+    backbone = timm.create_model(name, num_classes=0, **options).eval()
+    network = build_segmenter(backbone, 64, 3, finetune=False)
+    maps = network.maps(torch.zeros(2, 3, 64, 64))
+    assert [x.shape[-1] for x in maps] == sides
+    assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 4, 64, 64)
+    blocks = [k for k, _ in enumerate(backbone.forward_intermediates(torch.zeros(1, 3, 224, 224))[1])]
+    assert network.maps.indices[-1] == blocks[-1]  # the deepest
+
+
+def test_backbones_that_do_not_suit_are_refused_in_one_line():
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    with pytest.raises(InputError, match=r"VisionTransformer has maps of 1 size\(s\), detection needs 3"):
+        build_detector(vit, 64, 2, dtype=torch.float32)
+    swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0)
+    with pytest.raises(InputError, match="image_size_px=224: SwinTransformer cannot take images of 256x224 pixels: "):
+        build_detector(swin, 224, 2, dtype=torch.float32)
+    vgg = timm.create_model("vgg11_bn", num_classes=0, mlp_ratio=0.01)
+    with pytest.raises(InputError, match="image_size_px=16: VGG cannot take images of 16x16 pixels: .*too small"):
+        build_segmenter(vgg, 16, 2, finetune=False)
+    with pytest.raises(InputError, match="timm's Sequential does not give its maps"):
+        build_segmenter(nn.Sequential(nn.Conv2d(3, 3, 1)), 64, 2, finetune=False)
+
+
+# --- images and their labels ---
+
+
+def test_mask_and_image_are_scaled_flipped_and_cropped_together(tmp_path):
+    data = open_voc(segmentation(write_folder(tmp_path / "wide", height=48, width=80)), None)
+    padded = flipped = 0
+    for seed in range(20):
+        image, mask = _training_pair(data, "train0", 64, np.random.default_rng(seed))
+        assert image.shape == (64, 64, 3) and mask.shape == (64, 64)
+        shown = np.abs(image[..., None, :].astype(int) - COLOURS).sum(-1).argmin(-1)
+        known = mask != VOID
+        assert (shown == mask)[known].mean() > 0.93  # edges are mixed
+        assert (image[~known] == (124, 116, 104)).all()
+        padded += (~known).any()
+        columns = [np.nonzero(mask == k)[1] for k in (1, 2)]
+        flipped += all(map(len, columns)) and columns[0].mean() > columns[1].mean()
+    assert padded == 20  # the shorter side, 48/80 of at most 1.4 * 64 pixels, is always below 64
+    assert 0 < flipped < 20
+
+
+def test_boxes_follow_resizing_and_flipping(tmp_path):
+    pixels = np.zeros((50, 100, 3), dtype=np.uint8)
+    pixels[10:30, 60:90] = 255
+    file = tmp_path / "x.png"
+    Image.fromarray(pixels).save(file)
+    image = CocoImage(file, np.array([[60, 10, 90, 30]], np.float32), np.array([3]), np.array([False]))
+    for size, flip in ((60, False), (60, True), (120, False), (120, True)):
+        tensor, target = _sample(image, size, flip=flip)
+        assert tensor.shape == (3, size * 5 // 6, size * 5 // 3)  # the longer side ends at 1333/800
+        rows, columns = torch.nonzero(tensor[0] > 0.5, as_tuple=True)
+        extent = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert target["boxes"][0].tolist() == pytest.approx([float(v) for v in extent], abs=1)
+        assert tensor.min() >= 0 and tensor.max() <= 1
+
+
+def test_validation_scales_logits_back_to_masks_of_any_size(tmp_path):
+    """A network that reads the classes from the colours is right, whatever the masks' sizes."""
+
+    class Reader(nn.Module):
+        def forward(self, x):
+            colours = dense.normalise(torch.from_numpy(COLOURS)[None, None])[0, :, 0].T  # (3, 3)
+            return -(x[:, None] - colours[None, :, :, None, None]).square().sum(2)
+
+    for height, width in ((48, 80), (80, 48), (64, 64)):
+        data = open_voc(segmentation(write_folder(tmp_path / f"{height}", height=height, width=width)), None)
+        row = evaluate_segmenter(Reader(), data, 64, FRAME, batch_size=3)
+        assert row["miou"] > 0.9
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_sizes_read_from_headers_are_those_of_decoded_images(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "x.jpg"
+    Image.fromarray(np.zeros((20, 30, 3), dtype=np.uint8)).save(file, exif=exif)
+    assert dense.image_size(file) == decode(file.read_bytes()).shape[:2]
+
+
+# --- folders ---
+
+
+def test_a_voc_folder_without_names_has_voc_s(folder):
+    (folder / "labels.txt").unlink()
+    data = open_voc(segmentation(folder), None)
+    assert data.classes == VOC_CLASSES
+    assert (len(VOC_CLASSES), VOC_CLASSES[0], VOC_CLASSES[14], VOC_CLASSES[19]) == (
+        20,
+        "aeroplane",
+        "person",
+        "tvmonitor",
+    )
+    assert SEGMENTATION.facts(data) == {"train_images": 8, "val_images": 4, "classes": 20}
+    images = SEGMENTATION.calibration(data)
+    assert len(images) == 8
+    assert decode(images.read(0)).shape == (64, 64, 3)
+
+
+def test_what_a_voc_folder_may_not_hold(folder):
+    def refused(text):
+        with pytest.raises(InputError, match=text) as caught:
+            open_voc(segmentation(folder), None)
+        assert "\n" not in str(caught.value)
+
+    mask, image, labels = folder / "SegmentationClass/val1.png", folder / "JPEGImages/val1.jpg", folder / "labels.txt"
+    good = mask.read_bytes()
+    Image.new("RGB", (64, 64)).save(mask)
+    refused("val1.png: its pixels are RGB, not class ids in a palette or gray image")
+    mask.write_bytes(b"text")
+    refused("val1.png: not an image file")
+    mask.write_bytes(good[: len(good) // 2])
+    refused("val1.png: .*truncated")
+    mask.write_bytes(good)
+    for text in ("", "red\nred\n", "\n".join(str(i) for i in range(255))):
+        labels.write_text(text)
+        refused(r"labels.txt: must name the classes 1 to K \(fewer than 255\), each once, one per line")
+    labels.write_bytes(b"\xff\xfe\x00")
+    refused("labels.txt: not a text file")
+    labels.write_text("red\nblue\n")
+    whole = image.read_bytes()
+    image.write_bytes(b"text")
+    refused("val1.jpg: not an image file")
+    image.unlink()
+    refused("val1.jpg: No such file")
+    with pytest.raises(InputError, match="root=/nowhere: there is no such folder"):
+        open_voc(segmentation("/nowhere"), None)
+    # A file that breaks off is found where it is decoded.
+    image.write_bytes(whole[: len(whole) // 2])
+    data = open_voc(segmentation(folder), None)
+    with pytest.raises(RunError, match="val1.jpg: .*; mend it or take it out of the lists"):
+        evaluate_segmenter(nn.Identity(), data, 64, FRAME, batch_size=2)
+
+
+def test_category_ids_may_have_gaps_and_any_order(folder):
+    numbers = {1: 90, 2: 7}
+    for split in ("train", "val"):
+
+        def renumber(content):
+            for category in content["categories"]:
+                category["id"] = numbers[category["id"]]
+            for found in content["annotations"]:
+                found["category_id"] = numbers[found["category_id"]]
+
+        edit(folder, split, renumber)
+    data = open_coco(detection(folder), None)
+    assert data.classes == ["blue", "red"]
+    assert data.val[0].labels.tolist() == [2, 1]
+    assert DETECTION.facts(data) == {"train_images": 8, "val_images": 4, "classes": 2}
+    assert decode(DETECTION.calibration(data).read(0)).shape == (64, 64, 3)
+
+
+def test_boxes_are_clipped_and_empty_ones_and_images_without_objects_left_out(folder):
+    def change(content):
+        own = [a for a in content["annotations"] if a["image_id"] == 0]
+        own[0]["bbox"], own[1]["bbox"] = [-5, 10, 15, 100], [10, 10, 0, 5]
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 1]
+
+    edit(folder, "train", change)
+    edit(folder, "val", change)
+    data = open_coco(detection(folder), None)
+    assert data.train[0].boxes.tolist() == data.val[0].boxes.tolist() == [[0, 10, 10, 64]]
+    assert (len(data.train), len(data.val)) == (7, 4)  # a validation image without objects can still be wrong
+    assert data.val[1].boxes.shape == (0, 4)
+
+
+def test_a_crowd_is_neither_trained_on_nor_counted(folder):
+    def change(content):
+        content["annotations"][1]["iscrowd"] = 1
+
+    edit(folder, "train", change)
+    edit(folder, "val", change)
+    data = open_coco(detection(folder), None)
+    _, target = _sample(data.train[0], 64, flip=False, crowds=False)
+    assert target["labels"].tolist() == [1]
+    assert _sample(data.train[0], 64, flip=False)[1]["iscrowd"].tolist() == [0, 1]
+
+    class Answers(nn.Module):
+        def forward(self, images):
+            found = []
+            for image in data.val:
+                keep = ~image.crowd
+                boxes, labels = torch.from_numpy(image.boxes[keep]), torch.from_numpy(image.labels[keep])
+                if not keep.all():  # and some guesses within the crowd, surer than the rest
+                    crowd = torch.from_numpy(image.boxes[~keep])
+                    boxes, labels = torch.cat((boxes, crowd, crowd)), torch.cat((labels, torch.tensor([2, 2])))
+                scores = torch.linspace(0.5, 1, len(labels))
+                found.append({"boxes": boxes, "labels": labels, "scores": scores})
+            return found
+
+    assert evaluate_detector(Answers(), data, 64, FRAME, batch_size=4)["map"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("place", ["train2017", "train", "."])
+def test_names_and_places_of_coco_2017(folder, place):
+    for split in ("train", "val"):
+        file = folder / f"annotations/instances_{split}.json"
+        file.rename(file.with_name(f"instances_{split}2017.json"))
+        target = folder / place.replace("train", split)
+        target.mkdir(exist_ok=True)
+        for image in (folder / "JPEGImages").glob(f"{split}*.jpg"):
+            image.rename(target / image.name)
+    data = open_coco(detection(folder), None)
+    assert data.train[3].file.resolve() == (folder / place / "train3.jpg").resolve()
+    assert len(DETECTION.calibration(data)) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda c: c.pop("categories"), "not a COCO file: there is no list 'categories'"),
+        (lambda c: c.update(annotations={}), "not a COCO file: there is no list 'annotations'"),
+        (lambda c: c["images"].append(c["images"][0]), "two images have the same id"),
+        (lambda c: c["categories"].append({"id": 1, "name": "x"}), "two categories have the same id"),
+        (lambda c: c["annotations"][3].update(image_id=99), r"annotations\[3\]: image_id=99 is not among the images"),
+        (lambda c: c["annotations"][2].update(bbox=[1, 2, 3, -4]), r"annotations\[2\]: bbox=\[1, 2, 3, -4\] is not"),
+        (lambda c: c["annotations"][2].update(bbox=[1, 2, "3", 4]), r"annotations\[2\]: bbox=.* is not \[x, y, width"),
+        (lambda c: c["annotations"][2].update(bbox=[1, math.nan, 3, 4]), r"annotations\[2\]: bbox=.* is not"),
+        (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\]: 'bbox' is missing or not of type list"),
+        (lambda c: c["categories"].clear(), "holds no categories"),
+        (lambda c: c["images"][1].update(file_name="gone.jpg"), "gone.jpg: No such file"),
+    ],
+)
+def test_what_a_coco_file_may_not_hold(folder, change, text):
+    edit(folder, "val", change)
+    with pytest.raises(InputError, match=text) as caught:
+        open_coco(detection(folder), None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_coco_file_that_is_a_list_and_a_folder_that_is_not_there(folder):
+    (folder / "annotations/instances_train.json").write_text("[]")
+    with pytest.raises(InputError, match="instances_train.json: not a COCO file: it must hold images"):
+        open_coco(detection(folder), None)
+    with pytest.raises(InputError, match="root=/nowhere: there is no such folder"):
+        open_coco(detection("/nowhere"), None)
