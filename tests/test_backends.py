@@ -16,7 +16,7 @@ from test_beton import write_with_ffcv
 from test_loader import collect, same
 
 from fastbyol import views
-from fastbyol.config import DataConfig, EvalConfig
+from fastbyol.config import DataConfig, KnnEval
 from fastbyol.data import beton, build_loader, choose_backend, open_split
 from fastbyol.data.decode import decode
 from fastbyol.errors import HungLoader, InputError, RunError
@@ -267,7 +267,7 @@ def test_ffcv_leaves_torchs_threads_alone(stored):
     code = f"""
 import torch
 torch.set_num_threads(2)
-from fastbyol.config import DataConfig, EvalConfig
+from fastbyol.config import DataConfig, KnnEval
 from fastbyol.data import build_loader, find_images
 config = DataConfig(root={str(stored)!r}, train_split="raw.beton", backend="ffcv", threads=1, batch_size=8, image_size_px=32)
 loader = build_loader(config, find_images(config, "train"), seed=0, device=torch.device("cpu"), dtype=torch.float32)
@@ -307,7 +307,7 @@ def test_training_and_evaluation_are_the_same_from_every_door(photos, stored, ma
         assert len(ours) == 8
         assert max(abs(ours[k] - expected[k]) for k in expected) < 0.02  # the decoders' rounding; none here as yet
     results = [
-        evaluate("knn", EvalConfig(run=str(runs["folder"]), root=str(where), baselines=False), lambda text: None)
+        evaluate("knn", KnnEval(run=str(runs["folder"]), root=str(where), baselines=False), lambda text: None)
         for where in (photos, root)
     ]
     assert results[0]["rows"] == results[1]["rows"]

@@ -110,15 +110,16 @@ def test_a_frozen_segmenter_learns_and_its_backbone_stays(folder):
     backbone = small_backbone().train()
     before, random = state_of(backbone), torch.get_rng_state()
     data = SEGMENTATION.open(segmentation(folder), None)
-    rows = [
-        SEGMENTATION.measure(backbone, data, segmentation(folder, image_size_px=64, epochs=e, batch_size=4), FRAME)
-        for e in (1, 25, 25)
-    ]
+    rows = []
+    for epochs, seed in ((1, 0), (25, 0), (25, 0), (25, 1)):
+        options = segmentation(folder, image_size_px=64, epochs=epochs, batch_size=4, seed=seed)
+        rows.append(SEGMENTATION.measure(backbone, data, options, FRAME))
+        assert torch.equal(torch.get_rng_state(), random)
+        random = torch.manual_seed(len(rows)).get_state()  # what others draw does not matter
     assert rows[1]["miou"] > 0.6
     assert rows[1]["miou"] > rows[0]["miou"] + 0.2
-    assert rows[1] == rows[2]
+    assert rows[1] == rows[2] != rows[3]
     assert same(state_of(backbone), before)
-    assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize("finetune", [False, True])
@@ -143,17 +144,27 @@ def test_fine_tuning_changes_a_copy_and_frozen_features_nothing(folder, finetune
     assert same(state_of(backbone), before)
 
 
-def test_a_detector_learns_and_its_backbone_stays(folder):
+def test_a_detector_learns_and_its_backbone_stays(folder, monkeypatch):
     backbone = small_backbone().train()
     before = state_of(backbone)
     data = DETECTION.open(detection(folder), None)
-    rows = [
-        DETECTION.measure(backbone, data, detection(folder, image_size_px=64, epochs=e, batch_size=4, lr=0.05), FRAME)
-        for e in (1, 40)
-    ]
+    seen = []
+
+    def spy(detector, *args, **options):
+        seen.append({name: value.clone() for name, value in detector.backbone.maps.backbone.state_dict().items()})
+        return evaluate_detector(detector, *args, **options)
+
+    monkeypatch.setattr("fastbyol.evaluate.detection.evaluate_detector", spy)
+    rows = []
+    for changes in ({"epochs": 1}, {"epochs": 40}, {"epochs": 1, "trainable_stages": 1}):
+        options = detection(folder, image_size_px=64, batch_size=4, lr=0.05, **changes)
+        rows.append(DETECTION.measure(backbone, data, options, FRAME))
     assert rows[1]["map50"] > 0.5
     assert rows[0]["map50"] < 0.3
     assert same(state_of(backbone), before)
+    trained = [{name for name in own if not torch.equal(own[name], before[0][name])} for own in seen]
+    weights = {name for name, _ in backbone.named_parameters() if name.startswith("layer4.")}
+    assert trained == [set(), set(), weights]  # and no running statistics
 
 
 def test_a_diverged_training_is_said(folder):
@@ -273,6 +284,11 @@ def test_mask_and_image_are_scaled_flipped_and_cropped_together(tmp_path):
         flipped += all(map(len, columns)) and columns[0].mean() > columns[1].mean()
     assert padded == 20  # the shorter side, 48/80 of at most 1.4 * 64 pixels, is always below 64
     assert 0 < flipped < 20
+
+
+def test_a_resized_mask_has_no_new_classes():
+    mask = np.kron(np.array([[0, 7], [9, VOID]], dtype=np.uint8), np.ones((8, 8), dtype=np.uint8))
+    assert set(np.unique(dense.resize(mask, 23, 11, labels=True))) == {0, 7, 9, VOID}
 
 
 def test_boxes_follow_resizing_and_flipping(tmp_path):

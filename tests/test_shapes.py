@@ -95,6 +95,8 @@ def test_void_is_where_pixels_are_mixed(scenes):
         void = scene.classes == VOID
         assert 0 < void.mean() < 0.15
         void[[0, 1, -2, -1]] = void[:, [0, 1, -2, -1]] = False
+        if len(scene.objects) == 1:  # those at least half covered are the object's
+            assert 0.35 < scene.objects[0][1][void].mean() < 0.65
         owner = np.zeros((64, 64), dtype=int)
         for k, (_, visible) in enumerate(scene.objects, start=1):
             owner[visible] = k
