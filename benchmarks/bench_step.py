@@ -138,17 +138,17 @@ def fastbyol(work: Work, device: torch.device, precision: str = "auto", mode: st
 
 
 class LightlyBYOL(nn.Module):
-    """The module of lightly's example (docs.lightly.ai, examples/byol) with heads as wide as ours."""
+    """The module of lightly's example (docs.lightly.ai, examples/byol) around a backbone of F features, heads as wide as ours."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, backbone: nn.Module, features: int, hidden: int = HIDDEN, projection: int = PROJECTION) -> None:
         super().__init__()
+        from lightly.loss import NegativeCosineSimilarity
         from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
         from lightly.models.utils import deactivate_requires_grad
 
-        resnet = torchvision.models.get_model(work.backbone)
-        self.backbone = nn.Sequential(*list(resnet.children())[:-1])
-        self.projection_head = BYOLProjectionHead(resnet.fc.in_features, HIDDEN, PROJECTION)
-        self.prediction_head = BYOLPredictionHead(PROJECTION, HIDDEN, PROJECTION)
+        self.backbone, self.criterion = backbone, NegativeCosineSimilarity()
+        self.projection_head = BYOLProjectionHead(features, hidden, projection)
+        self.prediction_head = BYOLPredictionHead(projection, hidden, projection)
         self.backbone_momentum = copy.deepcopy(self.backbone)
         self.projection_head_momentum = copy.deepcopy(self.projection_head)
         deactivate_requires_grad(self.backbone_momentum)
@@ -162,21 +162,24 @@ class LightlyBYOL(nn.Module):
         """(B, 3, S, S) -> the target's projections (B, D)."""
         return self.projection_head_momentum(self.backbone_momentum(x).flatten(start_dim=1)).detach()
 
+    def loss(self, view1: Tensor, view2: Tensor, decay: float) -> Tensor:
+        """Moves the target, then the loss of its documentation: half of what the paper sums."""
+        from lightly.models.utils import update_momentum
+
+        update_momentum(self.backbone, self.backbone_momentum, m=decay)
+        update_momentum(self.projection_head, self.projection_head_momentum, m=decay)
+        p1, z1 = self(view1), self.forward_momentum(view1)
+        p2, z2 = self(view2), self.forward_momentum(view2)
+        return 0.5 * (self.criterion(p1, z2) + self.criterion(p2, z1))
+
 
 def lightly(work: Work, device: torch.device) -> Trainer:
-    from lightly.loss import NegativeCosineSimilarity
-    from lightly.models.utils import update_momentum
-
-    model = LightlyBYOL(work).to(device)
-    criterion = NegativeCosineSimilarity()
+    resnet = torchvision.models.get_model(work.backbone)
+    model = LightlyBYOL(nn.Sequential(*list(resnet.children())[:-1]), resnet.fc.in_features).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 
     def step(view1: Tensor, view2: Tensor) -> Tensor:
-        update_momentum(model.backbone, model.backbone_momentum, m=MOMENTUM)
-        update_momentum(model.projection_head, model.projection_head_momentum, m=MOMENTUM)
-        p1, z1 = model(view1), model.forward_momentum(view1)
-        p2, z2 = model(view2), model.forward_momentum(view2)
-        loss = 0.5 * (criterion(p1, z2) + criterion(p2, z1))
+        loss = model.loss(view1, view2, MOMENTUM)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -32,17 +32,18 @@ from typing import Any
 
 import results_csv
 import torch
-import yaml
-from torch import Tensor, nn
+from bench_step import LightlyBYOL
+from torch import nn
 
 from fastbyol import environment
-from fastbyol.config import Config, DataConfig, LogConfig, ModelConfig, OptimConfig
+from fastbyol.cli import train_config
+from fastbyol.config import Config
 from fastbyol.data import build_loader, open_split
 from fastbyol.data.prepare import prepare_fashion_mnist
 from fastbyol.evaluate.features import extract
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.kernels import dispatch
-from fastbyol.layers import batch_norms
+from fastbyol.layers import one_view
 from fastbyol.model import build_backbone, build_model
 from fastbyol.schedules import target_decay
 from fastbyol.step import TrainStep
@@ -57,14 +58,8 @@ Trained = tuple[nn.Module, float]  # backbone, seconds
 
 def config_of(root: Path, seed: int, epochs: int, base_lr: float) -> Config:
     """configs/fashion_mnist.yaml with these values."""
-    values = yaml.safe_load((ROOT / "configs" / "fashion_mnist.yaml").read_text())
-    return Config(
-        seed=seed,
-        data=DataConfig(**values["data"] | {"root": str(root)}),
-        model=ModelConfig(**values["model"]),
-        optim=OptimConfig(**values["optim"] | {"epochs": epochs, "base_lr": base_lr}),
-        log=LogConfig(tensorboard=False),
-    )
+    words = ["--config", str(ROOT / "configs" / "fashion_mnist.yaml"), "--data.root", str(root), "--seed", str(seed)]
+    return train_config([*words, "--optim.epochs", str(epochs), "--optim.base_lr", str(base_lr)])
 
 
 def fastbyol(config: Config) -> Trained:
@@ -77,47 +72,17 @@ def fastbyol(config: Config) -> Trained:
     for k, batch in enumerate(loader.batches(0, step.total_steps)):
         step(k, batch)
     seconds = time.perf_counter() - began
-    for norm in batch_norms(model.online.backbone):
-        norm.views = 1
-    return model.online.backbone, seconds
-
-
-class LightlyBYOL(nn.Module):
-    """The module of lightly's example around our backbone."""
-
-    def __init__(self, config: ModelConfig, size: int) -> None:
-        super().__init__()
-        import copy
-
-        from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
-        from lightly.models.utils import deactivate_requires_grad
-
-        self.backbone, features = build_backbone(config, size)
-        self.projection_head = BYOLProjectionHead(features, config.hidden_dim, config.projection_dim)
-        self.prediction_head = BYOLPredictionHead(config.projection_dim, config.hidden_dim, config.projection_dim)
-        self.backbone_momentum = copy.deepcopy(self.backbone)
-        self.projection_head_momentum = copy.deepcopy(self.projection_head)
-        deactivate_requires_grad(self.backbone_momentum)
-        deactivate_requires_grad(self.projection_head_momentum)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> predictions (B, D)."""
-        return self.prediction_head(self.projection_head(self.backbone(x)))
-
-    def forward_momentum(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> the target's projections (B, D)."""
-        return self.projection_head_momentum(self.backbone_momentum(x)).detach()
+    return one_view(model.online.backbone), seconds
 
 
 def lightly(config: Config) -> Trained:
-    from lightly.loss import NegativeCosineSimilarity
-    from lightly.models.utils import update_momentum
     from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
     from torchvision.datasets import ImageFolder
 
     torch.manual_seed(config.seed)
     size, batch_size = config.data.image_size_px, config.data.batch_size
-    model = LightlyBYOL(config.model, size).train()
+    backbone, features = build_backbone(config.model, size)
+    model = LightlyBYOL(backbone, features, config.model.hidden_dim, config.model.projection_dim).train()
     transform = BYOLTransform(BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size))
     loader = torch.utils.data.DataLoader(
         ImageFolder(Path(config.data.root) / "train", transform),
@@ -127,7 +92,6 @@ def lightly(config: Config) -> Trained:
         num_workers=os.cpu_count(),
         persistent_workers=True,
     )
-    criterion = NegativeCosineSimilarity()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, config.optim.base_lr * batch_size / 256, momentum=0.9)
     steps = config.optim.epochs * len(loader)
@@ -136,11 +100,7 @@ def lightly(config: Config) -> Trained:
     for _ in range(config.optim.epochs):
         for (view1, view2), _ in loader:
             decay = target_decay(k, base=config.optim.tau_base, total_steps=steps)
-            update_momentum(model.backbone, model.backbone_momentum, m=decay)
-            update_momentum(model.projection_head, model.projection_head_momentum, m=decay)
-            p1, z1 = model(view1), model.forward_momentum(view1)
-            p2, z2 = model(view2), model.forward_momentum(view2)
-            loss = 0.5 * (criterion(p1, z2) + criterion(p2, z1))
+            loss = model.loss(view1, view2, decay)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

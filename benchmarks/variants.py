@@ -23,11 +23,10 @@ import torch
 
 from fastbyol import cli, environment
 from fastbyol.config import Config, KnnEval, LinearEval
-from fastbyol.evaluate import PROTOCOLS
+from fastbyol.evaluate import PROTOCOLS, frame_of
 from fastbyol.evaluate.features import open_splits
 from fastbyol.evaluate.finetune import finetune
-from fastbyol.evaluate.protocol import Frame
-from fastbyol.layers import batch_norms
+from fastbyol.layers import one_view
 from fastbyol.model import build_model
 from fastbyol.weights import load_backbone, save_backbone
 
@@ -123,16 +122,15 @@ def untrained(corpus: str, seed: int, root: Path, runs: Path) -> dict[str, str]:
 
 
 def config_of(corpus: str, root: Path, seed: int) -> Config:
-    args = cli._parser().parse_args(["train", *arguments(corpus, "BYOL", seed, str(root), "")])
-    return cli._config(args["train"])
+    return cli.train_config(arguments(corpus, "BYOL", seed, str(root), ""))
 
 
 def supervised_weights(corpus: str, root: Path, out: Path, seed: int, epochs: int) -> None:
     """A network of the corpus's config trained on its labels from random weights, as a file for --init."""
     config = config_of(corpus, root, seed)
-    frame = _frame(config)
-    splits = open_splits(KnnEval(run=""), config)
-    backbone = _plain(build_model(config.model, frame.size, seed).online.backbone)
+    options = KnnEval(run="", device="cpu")
+    frame, splits = frame_of(config, options, print), open_splits(options, config)
+    backbone = _backbone(config)
     torch.manual_seed(seed)
     network = finetune(backbone, splits.train, frame, base_lr=0.1, epochs=epochs, batch_size=64, seed=seed)
     save_backbone(out, network[0], config.model, frame.size, key="weights")
@@ -141,27 +139,21 @@ def supervised_weights(corpus: str, root: Path, out: Path, seed: int, epochs: in
 def evaluate_weights(corpus: str, root: Path, weights: Path, seed: int) -> dict[str, str]:
     """What the supervised start is worth before BYOL."""
     config = config_of(corpus, root, seed)
-    backbone = _plain(build_model(config.model, config.data.image_size_px, seed).online.backbone)
+    backbone = _backbone(config)
     load_backbone(str(weights), backbone, config.model.backbone)
     row = {"command": "the weights that the row below starts from, not trained further", "seconds": "0"}
-    for protocol, options in (("knn", KnnEval(run="")), ("linear", LinearEval(run=""))):
-        found = PROTOCOLS[protocol].measure(backbone, open_splits(options, config), options, _frame(config))
+    for protocol, kind in (("knn", KnnEval), ("linear", LinearEval)):
+        options = kind(run="", device="cpu")
+        data, frame = open_splits(options, config), frame_of(config, options, print)
+        found = PROTOCOLS[protocol].measure(backbone, data, options, frame)
         row[f"{protocol}_top1"] = f"{found['top1']:.4f}"
     return row
 
 
-def _frame(config: Config) -> Frame:
-    from fastbyol.precision import compute_dtype
-
-    device = torch.device("cpu")
-    dtype = compute_dtype(config.precision, device)
-    return Frame(size=config.data.image_size_px, device=device, dtype=dtype, threads=0, say=print)
-
-
-def _plain(backbone: torch.nn.Module) -> torch.nn.Module:
-    for norm in batch_norms(backbone):
-        norm.views = 1
-    return backbone.to(memory_format=torch.channels_last)
+def _backbone(config: Config) -> torch.nn.Module:
+    """With random weights, for plain batches."""
+    backbone = build_model(config.model, config.data.image_size_px, config.seed).online.backbone
+    return one_view(backbone).to(memory_format=torch.channels_last)
 
 
 def _run(given: list[str]) -> None:

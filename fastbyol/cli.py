@@ -155,6 +155,15 @@ def _config(args: Namespace) -> Config:
         raise InputError(str(error)) from None
 
 
+def train_config(words: Sequence[str]) -> Config:
+    """The config that `fastbyol train WORDS` runs with.
+
+    Raises:
+        InputError, argparse.ArgumentError: it is not one.
+    """
+    return _config(_parser().parse_args(["train", *_plainly(words)]).train)
+
+
 def _train(args: Namespace) -> int:
     from fastbyol.report import write_report
     from fastbyol.train import train

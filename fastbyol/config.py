@@ -7,7 +7,7 @@ names the key; what depends on the data set (is a batch larger than it?) is chec
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 def _require(ok: bool, key: str, value: object, need: str) -> None:
@@ -400,21 +400,27 @@ class KnnEval(EvalConfig):
 
 
 @dataclass(kw_only=True)
-class LinearEval(EvalConfig):
-    """Linear probe on frozen features."""
+class ProbeTraining(EvalConfig):
+    """How linear probes are trained."""
 
-    features: Literal["cached", "augmented"] = "cached"
-    """cached computes the features of one centre crop once; augmented is the paper's protocol: crop and flip anew every epoch."""
     epochs: int = 80
-    """Passes over the training images."""
+    """Linear: passes over the training images."""
     batch_size: int = 256
-    """Images per step; of cached features at most a sixteenth of them."""
+    """Linear: images per step; of cached features at most a sixteenth of them."""
     base_lrs: tuple[float, ...] = ()
-    """Learning rates per 256 images, trained side by side, the best on held-out training images is reported; none given: five."""
+    """Linear: rates per 256 images, trained side by side, of which the best on held-out training images counts; none: five."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_training(self.epochs, self.batch_size, self.base_lrs)
+
+
+@dataclass(kw_only=True)
+class LinearEval(ProbeTraining):
+    """Linear probe on frozen features."""
+
+    features: Literal["cached", "augmented"] = "cached"
+    """cached computes the features of one centre crop once; augmented is the paper's protocol: crop and flip anew every epoch."""
 
 
 @dataclass(kw_only=True)
@@ -467,50 +473,36 @@ class FewshotEval(EvalConfig):
 
 
 @dataclass(kw_only=True)
-class RobustnessEval(EvalConfig):
+class RobustnessEval(KnnEval, ProbeTraining):
     """kNN and linear probe, fitted on clean images, under corruptions of five strengths."""
 
-    k: int = 20
-    """kNN: neighbours that vote."""
-    temperature: float = 0.07
-    """kNN: a neighbour of cosine similarity s votes with weight exp(s / temperature)."""
-    epochs: int = 80
-    """Linear: passes over the cached features."""
-    batch_size: int = 256
-    """Linear: features per step, at most a sixteenth of them."""
-    base_lrs: tuple[float, ...] = ()
-    """Linear: learning rates per 256 features; the best on held-out training images is used; none given: five."""
     seed: int = 0
     """Of the noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_training(self.epochs, self.batch_size, self.base_lrs)
-        _require(self.k >= 1, "k", self.k, "must be at least 1")
-        _require(self.temperature > 0, "temperature", self.temperature, "must be above 0")
         _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
 
 
 @dataclass(kw_only=True)
-class SegmentationEval(EvalConfig):
-    """Semantic segmentation with an FCN head on a VOC-format folder; `root` must be given."""
+class DenseEval(EvalConfig):
+    """What dense protocols are told; `root` must be given."""
 
-    finetune: bool = False
-    """Train the backbone too; otherwise its features are frozen and only the head learns."""
+    _format: ClassVar[str]
     image_size_px: int = 0
-    """Side of the training crops and of the resized validation images; 0 is 9/4 of the run's, as 513 is of 224."""
-    epochs: int = 30
+    """Side of the training crops, or the shorter side of detection's images; 0 is 9/4 of the run's, as 513 is of 224."""
+    epochs: int
     """Passes over the training images."""
-    batch_size: int = 16
+    batch_size: int
     """Images per step."""
-    lr: float = 0.1
+    lr: float
     """Peak learning rate of SGD with momentum 0.9."""
     seed: int = 0
     """Of the head's weights and the sample order."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.root is not None, "root", self.root, "name the VOC-format folder")
+        _require(self.root is not None, "root", self.root, f"name the {self._format}-format folder")
         _check_training(self.epochs, self.batch_size, (self.lr,), "lr")
         size = self.image_size_px
         _require(size == 0 or 32 <= size <= 4096, "image_size_px", size, "must be 0 or lie in 32..4096")
@@ -518,11 +510,25 @@ class SegmentationEval(EvalConfig):
 
 
 @dataclass(kw_only=True)
-class DetectionEval(EvalConfig):
+class SegmentationEval(DenseEval):
+    """Semantic segmentation with an FCN head on a VOC-format folder; `root` must be given."""
+
+    _format: ClassVar[str] = "VOC"
+    finetune: bool = False
+    """Train the backbone too; otherwise its features are frozen and only the head learns."""
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: int = 16
+    """Images per step."""
+    lr: float = 0.1
+    """Peak learning rate of SGD with momentum 0.9."""
+
+
+@dataclass(kw_only=True)
+class DetectionEval(DenseEval):
     """Object detection by torchvision's Faster R-CNN with FPN on COCO-format annotations; `root` must be given."""
 
-    image_size_px: int = 0
-    """Shorter side to which images are resized; 0 is 9/4 of the run's data.image_size_px."""
+    _format: ClassVar[str] = "COCO"
     epochs: int = 12
     """Passes over the training images."""
     batch_size: int = 8
@@ -531,17 +537,10 @@ class DetectionEval(EvalConfig):
     """Peak learning rate of SGD with momentum 0.9."""
     trainable_stages: int = 0
     """The last so many of the backbone's stages are trained too; 0 freezes it."""
-    seed: int = 0
-    """Of the head's weights and the sample order."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.root is not None, "root", self.root, "name the COCO-format folder")
-        _check_training(self.epochs, self.batch_size, (self.lr,), "lr")
-        size = self.image_size_px
-        _require(size == 0 or 32 <= size <= 4096, "image_size_px", size, "must be 0 or lie in 32..4096")
         _require(0 <= self.trainable_stages <= 5, "trainable_stages", self.trainable_stages, "must lie in 0..5")
-        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
 
 
 EVALUATIONS: dict[str, type[EvalConfig]] = {

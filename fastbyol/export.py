@@ -25,6 +25,7 @@ from fastbyol.evaluate import load_run
 from fastbyol.evaluate.features import CENTRE_FRACTION
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.model import build_backbone
+from fastbyol.runlog import read_json
 from fastbyol.train import ENVIRONMENT
 from fastbyol.weights import (
     BACKBONE_FIELDS,
@@ -260,7 +261,7 @@ def _compare_onnx(source: Source, file: Path) -> None:
 def model_card(source: Source, form: str, out: Path) -> str:
     """The text beside an exported file (markdown): loading, preprocessing, training, results, environment."""
     config, run = source.config, source.folder
-    trained = _read_json(run / ENVIRONMENT)
+    trained = read_json(run / ENVIRONMENT)
     parts = [
         f"# {config.name}: {source.name} for {form}",
         f"The online backbone of a BYOL pre-training (Grill et al. 2020) by fastbyol {__version__}, without heads and "
@@ -321,7 +322,7 @@ def _results(run: Path) -> str:
     """A table per eval_*.json of the run: metrics as they are written there, each with the checkpoint it is of."""
     tables = []
     for path in sorted(run.glob("eval_*.json")):
-        result = _read_json(path)
+        result = read_json(path)
         try:
             rows = {name: {k: v for k, v in row.items() if _is_number(v)} for name, row in result["rows"].items()}
             title = f"{result['protocol']}, of {result['checkpoint']} on {result['root']}:"
@@ -337,16 +338,6 @@ def _results(run: Path) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of the run's folder; empty if it is not there."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
 def _preprocessing(source: Source) -> str:

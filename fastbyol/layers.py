@@ -124,7 +124,7 @@ class StdLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear.forward."""
-        var, mean = torch.var_mean(self.weight.float(), dim=1, correction=0, keepdim=True)
+        var, mean = torch.var_mean(self.weight, dim=1, correction=0, keepdim=True)
         return F.linear(x, (self.weight - mean) * (var + _STANDARD_EPS).rsqrt(), self.bias)
 
 
@@ -184,21 +184,24 @@ def convert(network: nn.Module) -> nn.Module:
     return network
 
 
-def other_norms(network: nn.Module, groups: int) -> None:
+def other_norms(network: nn.Module, groups: int, name: str) -> None:
     """Replaces every BatchNorm by GroupNorm with as many groups, in place; one group is LayerNorm over channels and places.
 
     Source: Wu & He 2018 (arXiv 1803.08494), where layer normalisation of a convolution's output is the case of one group.
+
+    Args:
+        name: of the network, for errors.
 
     Raises:
         InputError: the groups do not divide a layer's channels, or the norm is of a kind that is not known.
     """
     for path, module in list(network.named_modules()):
-        for name, norm in module.named_children():
+        for child, norm in module.named_children():
             if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 continue
             channels = norm.num_features
             if channels % groups:
-                where = f"{path}.{name}".lstrip(".")
+                where = ".".join(part for part in (name, path, child) if part)
                 raise InputError(f"model.norm_groups={groups} does not divide the {channels} channels of {where}")
             if type(norm) is BatchNormAct2d:
                 own = GroupNormAct(channels, groups, eps=norm.eps)
@@ -211,7 +214,7 @@ def other_norms(network: nn.Module, groups: int) -> None:
                 with torch.no_grad():
                     own.weight.copy_(norm.weight)
                     own.bias.copy_(norm.bias)
-            setattr(module, name, own)
+            setattr(module, child, own)
 
 
 def standardise_weights(network: nn.Module) -> None:
@@ -250,6 +253,13 @@ def checkpoint_stages(backbone: nn.Module, stages: int) -> None:
     for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)[:stages]:
         for block in stage:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def one_view(network: nn.Module) -> nn.Module:
+    """The network, changed in place: BatchNorm takes a batch as one view's, as every use but pre-training has it."""
+    for norm in batch_norms(network):
+        norm.views = 1
+    return network
 
 
 def batch_norms(network: nn.Module) -> list[BatchNorm]:

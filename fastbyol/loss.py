@@ -1,10 +1,12 @@
 """The loss between the online network's predictions and the target network's projections.
 
-Source of the default and of the contrastive term: Grill et al. 2020, equation 2 and section 5, "Ablation to contrastive methods" (InfoNCE with weight beta and
-temperature alpha).
+Source of the default and of the contrastive term: Grill et al. 2020, equation 2 and section 5, "Ablation to contrastive methods"
+(InfoNCE with weight beta and temperature alpha).
 
 Shapes: B images, D = projection_dim. Everything is computed in float32.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,17 +70,15 @@ def pair_loss(q1: Tensor, q2: Tensor, t1: Tensor, t2: Tensor, config: ModelConfi
     Args:
         q1, q2: (B, D) predictions of views 1 and 2; t1, t2: (B, D) target projections, without gradient.
     """
-
-    def term(q: Tensor, z: Tensor) -> Tensor:
-        if config.loss == "hinge":
-            return hinge_loss(q, z, config.hinge_margin)
-        return {"byol": regression_loss, "euclidean": euclidean_loss, "mse": mse_loss}[config.loss](q, z)
-
+    term = partial(hinge_loss, margin=config.hinge_margin) if config.loss == "hinge" else _LOSSES[config.loss]
     loss = term(q1, t2) + term(q2, t1)
     if config.contrastive_weight:
         a = config.contrastive_temperature
         loss = loss + config.contrastive_weight * (contrastive_term(q1, t2, t1, a) + contrastive_term(q2, t1, t2, a))
     return loss
+
+
+_LOSSES = {"byol": regression_loss, "euclidean": euclidean_loss, "mse": mse_loss}
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError, first_line
-from fastbyol.layers import batch_norms, convert, other_norms, standardise_weights
+from fastbyol.layers import batch_norms, convert, one_view, other_norms, standardise_weights
 from fastbyol.loss import pair_loss
 from fastbyol.views import VIEWS
 
@@ -25,7 +25,7 @@ from fastbyol.views import VIEWS
 class BYOLOutput(NamedTuple):
     """What one forward pass of the pair gives; device tensors."""
 
-    loss: Tensor  # () float32: mean over the batch of the two summed terms, in [0, 8]
+    loss: Tensor  # () float32: mean over the batch of the two summed terms; BYOL's lies in [0, 8]
     projection_std: Tensor  # () float32: see `projection_std`
     features: Tensor | None = None  # (B, F) float32 of view 1, for a classifier beside the run
 
@@ -63,10 +63,10 @@ class BYOL(nn.Module):
         """Whether the output holds view 1's features."""
         for norm in batch_norms(self):
             norm.views = VIEWS
-        if self.config.feature_noise:  # the backbones see one view
-            for branch in (self.online, self.target):
-                for norm in batch_norms(branch.backbone) if branch is not None else ():
-                    norm.views = 1
+        if self.config.feature_noise:
+            for branch in (online, target):
+                if branch is not None:
+                    one_view(branch.backbone)
 
     def forward(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
         """Loss of two views (B, 3, S, S) of the same images.
@@ -76,17 +76,14 @@ class BYOL(nn.Module):
         """
         alpha = self.config.feature_noise
         images = view1 if alpha else torch.cat((view1, view2))
-        noise = None
+        # Both networks see the same noise: it is what view 2 is.
+        noise = torch.randn(len(view1), self.features, device=view1.device) if alpha else None
         t = None
         if self.target is not None:
             with torch.no_grad():
-                features = self.target.backbone(images)
-                noise = torch.randn_like(features) if alpha else None
-                t = self.target.projector(features if noise is None else noisy_views(features, noise, alpha))
+                t = self.target.projector(noisy_views(self.target.backbone(images), noise, alpha))
         features = self.online.backbone(self._masked(images))
-        if alpha and noise is None:
-            noise = torch.randn_like(features)
-        z = self.online.projector(features if noise is None else noisy_views(features, noise, alpha))
+        z = self.online.projector(noisy_views(features, noise, alpha))
         q1, q2 = self.predictor(z).chunk(2)
         t1, t2 = (z.detach() if t is None else t).chunk(2)
         return BYOLOutput(
@@ -94,6 +91,11 @@ class BYOL(nn.Module):
             projection_std(z.chunk(2)[0]),
             features[: len(view1)].detach().float() if self.gives_features else None,
         )
+
+    @property
+    def features(self) -> int:
+        """F, of the backbone."""
+        return self.online.projector[0].in_features
 
     def target_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(online, target) of every parameter that the target has; buffers are not averaged."""
@@ -112,17 +114,24 @@ class BYOL(nn.Module):
         return images * keep.to(images.dtype)
 
 
-def noisy_views(features: Tensor, noise: Tensor, alpha: float) -> Tensor:
-    """Two views of features x (B, F), one below the other (2B, F): BN(x) and BN(x) + alpha * noise, BN without weights."""
+def noisy_views(features: Tensor, noise: Tensor | None, alpha: float) -> Tensor:
+    """Two views of features x (B, F), one below the other (2B, F): BN(x) and BN(x) + alpha * noise, BN without weights.
+
+    Without noise the features are those of two views already, and stay as they are.
+    """
+    if noise is None:
+        return features
     x = F.batch_norm(features.float(), None, None, training=True)
-    return torch.cat((x, x + alpha * noise.float()))
+    return torch.cat((x, x + alpha * noise))
 
 
 def head(inputs: int, outputs: int, config: ModelConfig) -> nn.Sequential:
-    """Projector or predictor: the paper's two layers, or one Linear without bias."""
-    if config.heads == "linear":
-        return nn.Sequential(nn.Linear(inputs, outputs, bias=False))
-    return mlp(inputs, config.hidden_dim, outputs)
+    """Projector or predictor: the paper's two layers, or one Linear without bias, with the configured norms."""
+    linear = config.heads == "linear"
+    layers = (
+        nn.Sequential(nn.Linear(inputs, outputs, bias=False)) if linear else mlp(inputs, config.hidden_dim, outputs)
+    )
+    return _with_layers(layers, config, "a head")
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -167,7 +176,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> tuple[nn.Module, int
         backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
         backbone.maxpool = nn.Identity()
-    _with_norms(backbone, config)
+    _with_layers(backbone, config, "backbone")
     try:
         with torch.no_grad():
             features = backbone.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
@@ -187,7 +196,7 @@ def build_model(config: ModelConfig, image_size: int, seed: int) -> BYOL:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         online = _build_branch(config, image_size)
-        predictor = _with_norms(head(config.projection_dim, config.projection_dim, config), config)
+        predictor = head(config.projection_dim, config.projection_dim, config)
         target = None
         if config.target == "ema":
             target = copy.deepcopy(online) if config.target_init == "copy" else _build_branch(config, image_size)
@@ -196,13 +205,13 @@ def build_model(config: ModelConfig, image_size: int, seed: int) -> BYOL:
 
 def _build_branch(config: ModelConfig, image_size: int) -> Branch:
     backbone, features = build_backbone(config, image_size)
-    return Branch(backbone, _with_norms(head(features, config.projection_dim, config), config))
+    return Branch(backbone, head(features, config.projection_dim, config))
 
 
-def _with_norms(network: nn.Module, config: ModelConfig) -> nn.Module:
+def _with_layers(network: nn.Module, config: ModelConfig, name: str) -> nn.Module:
     """The network, changed in place: with the configured norms instead of BatchNorm, and standardised weights."""
     if config.norm != "batch":
-        other_norms(network, 1 if config.norm == "layer" else config.norm_groups)
+        other_norms(network, 1 if config.norm == "layer" else config.norm_groups, name)
     if config.weight_standardisation:
         standardise_weights(network)
     return network

@@ -24,7 +24,7 @@ from fastbyol.model import BYOL
 from fastbyol.plots import to_png
 from fastbyol.precision import compute_dtype
 from fastbyol.preview import draw_views, to_pixels
-from fastbyol.runlog import read_metrics
+from fastbyol.runlog import read_json, read_metrics
 from fastbyol.step import choose_device
 from fastbyol.train import ENVIRONMENT, SUMMARY
 
@@ -109,12 +109,8 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return f"<table>{cells}</table>"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def _summary(run: Path) -> str:
-    values = _read_json(run / SUMMARY)
+    values = read_json(run / SUMMARY)
     if not values:
         return ""
     rows = [("steps", f"{values['steps']} of {values['total_steps']}"), ("time", f"{values['seconds']:.0f} s")]
@@ -136,7 +132,7 @@ def _results(run: Path) -> str:
     tables = []
     for protocol in PROTOCOLS.values():
         path = run / f"eval_{protocol.name}.json"
-        result = _read_json(path)
+        result = read_json(path)
         if not result:
             continue
         settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))
@@ -253,5 +249,5 @@ def _thumbnail(folder: ImageSet, index: int, size: int) -> Any:
 
 
 def _environment(run: Path) -> str:
-    facts = _read_json(run / ENVIRONMENT)
+    facts = read_json(run / ENVIRONMENT)
     return _section("Environment", _table(list(facts.items()))) if facts else ""

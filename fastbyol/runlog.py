@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fastbyol.errors import InputError, first_line
+
 METRICS = "metrics.jsonl"
 
 
@@ -174,6 +176,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; empty if there is none."""
     path = folder / METRICS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run's folder; empty if it is not there.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
 class _Values(ProgressColumn):

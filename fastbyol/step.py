@@ -98,11 +98,12 @@ class TrainStep:
         self._clip_gradients()
         self._update()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, std = (torch.stack(values).mean() for values in list(zip(*outputs, strict=True))[:2])
-        features = None if output.features is None else torch.cat([part.features for part in outputs])
+        loss = torch.stack([part.loss for part in outputs]).mean()
+        std = torch.stack([part.projection_std for part in outputs]).mean()
+        features = [part.features for part in outputs if part.features is not None]
         bad = ~torch.isfinite(loss) & (self.first_bad_step < 0)
         self.first_bad_step.copy_(torch.where(bad, self._number, self.first_bad_step))
-        return BYOLOutput(loss, std, features)
+        return BYOLOutput(loss, std, torch.cat(features) if features else None)
 
     def _update(self) -> None:
         """New weights, then the target, unless a scaled gradient was not finite: then neither, and a lower scale."""

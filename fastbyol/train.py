@@ -226,6 +226,7 @@ class _Run:
         every = self.config.knn.every_epochs
         best = False
         if self.probe is not None:
+            self._check_finite()
             self.log.probe(done, self.probe.end_of_epoch())
         if every and (epoch % every == 0 or epoch == epochs):  # the same on all ranks, as everything that they exchange
             self._check_finite()
@@ -355,8 +356,9 @@ class _Run:
         if len(self.images.classes) < 2:
             raise InputError(f"probe.enabled=true: {self.images.root} has fewer than 2 classes; set it to false")
         self.model.gives_features = True
-        features = self.model.online.projector[0].in_features
-        return OnlineProbe(features, len(self.images.classes), self.config.probe, self.step.device, self.world)
+        return OnlineProbe(
+            self.model.features, len(self.images.classes), self.config.probe, self.step.device, self.world
+        )
 
     def _load(self, path: Path, state: dict[str, Any]) -> int:
         """Takes over a checkpoint; returns the number of steps it had done.
@@ -369,6 +371,8 @@ class _Run:
             self.step.load_state_dict(state)
             if self.probe is not None and "probe" in state:
                 self.probe.load_state_dict(state["probe"])
+            elif self.probe is not None:
+                self._news.append(f"checkpoint {path} has no online classifier: it starts anew")
             self.knn = {key: float(state["knn"][key]) for key in ("last", "best")}
             _set_rng_state(state["rng"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:

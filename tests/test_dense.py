@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from fastbyol.config import DetectionEval, ModelConfig, SegmentationEval
+from fastbyol.data import open_split
 from fastbyol.data.decode import decode
 from fastbyol.data.shapes import VOID
 from fastbyol.errors import InputError, RunError
@@ -25,6 +26,7 @@ from fastbyol.evaluate.detection import (
     evaluate_detector,
     open_coco,
 )
+from fastbyol.evaluate.features import calibrate_batchnorm
 from fastbyol.evaluate.protocol import Frame
 from fastbyol.evaluate.segmentation import (
     SEGMENTATION,
@@ -36,6 +38,8 @@ from fastbyol.evaluate.segmentation import (
 )
 from fastbyol.layers import batch_norms, convert
 from fastbyol.model import build_backbone
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FRAME = Frame(size=32, device=torch.device("cpu"), dtype=torch.float32, threads=2, say=lambda text: None)
 COLOURS = np.array([(40, 40, 40), (230, 40, 40), (40, 40, 230)], dtype=np.uint8)  # of background, class 1, class 2
@@ -174,12 +178,14 @@ def test_a_diverged_training_is_said(folder):
         SEGMENTATION.measure(small_backbone(), data, options, FRAME)
 
 
-def test_a_calibrated_norm_is_fine_tuned_with_torch_s_momentum():
+def test_a_calibrated_norm_is_fine_tuned_with_torch_s_momentum(photos):
     backbone = small_backbone()
     for norm in batch_norms(backbone):
-        norm.momentum = None
-    assert {norm.momentum for norm in batch_norms(dense.copy_for(backbone, 64))} == {0.1}
-    assert {norm.momentum for norm in batch_norms(backbone)} == {None}
+        norm.views = 2
+    images = open_split(photos, "train")
+    calibrate_batchnorm(backbone, images, size=32, device=torch.device("cpu"), threads=2)
+    for network in (backbone, dense.copy_for(backbone, 64)):
+        assert {(norm.momentum, norm.views) for norm in batch_norms(network)} == {(0.1, 1)}
 
 
 def test_the_size_is_that_of_the_options_or_follows_the_run():
@@ -342,7 +348,7 @@ def test_a_voc_folder_without_names_has_voc_s(folder):
         "person",
         "tvmonitor",
     )
-    assert SEGMENTATION.facts(data) == {"train_images": 8, "val_images": 4, "classes": 20}
+    assert (len(data.train), len(data.val), len(data.classes)) == (8, 4, 20)
     images = SEGMENTATION.calibration(data)
     assert len(images) == 8
     assert decode(images.read(0)).shape == (64, 64, 3)
@@ -397,7 +403,7 @@ def test_category_ids_may_have_gaps_and_any_order(folder):
     data = open_coco(detection(folder), None)
     assert data.classes == ["blue", "red"]
     assert data.val[0].labels.tolist() == [2, 1]
-    assert DETECTION.facts(data) == {"train_images": 8, "val_images": 4, "classes": 2}
+    assert (len(data.train), len(data.val), len(data.classes)) == (8, 4, 2)
     assert decode(DETECTION.calibration(data).read(0)).shape == (64, 64, 3)
 
 

@@ -1,5 +1,6 @@
 import base64
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 from fastbyol.config import EVALUATIONS, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
 from fastbyol.data import open_split
 from fastbyol.data.beton import pack
+from fastbyol.data.folder import ImageFolder
 from fastbyol.data.native import random_crops
 from fastbyol.data.shapes import prepare_shapes
 from fastbyol.errors import InputError
@@ -39,6 +41,8 @@ from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.report import write_report
 from fastbyol.train import train
 from fastbyol.views import apply_reference, epoch_order, sample
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32, "threads": 2}
 
@@ -157,6 +161,7 @@ def test_calibrated_batchnorm_has_the_data_s_statistics(photos):
     calibrate_batchnorm(network, folder, size=32, device=torch.device("cpu"), threads=2)
     pixels = extract(None, folder, size=32, **CPU).x.view(72, 3, 32, 32)
     assert (network[0].running_mean - pixels.mean((0, 2, 3))).abs().max() < 1e-3
+    assert network[0].momentum == 0.1  # who trains it further goes on with torch's moving average
 
 
 def test_raw_pixels_of_large_images_are_averaged_down(photos):
@@ -255,7 +260,8 @@ def test_the_paper_s_linear_protocol_sees_new_crops_every_epoch_and_learns(photo
     )
     options = {"base_lrs": (1e-6, 2.0), "epochs": 12, "batch_size": 36}
     result = augmented_accuracy(network, splits, frame(), **options)
-    training = seen[: 12 * 2]
+    assert len(seen[0]) == 1  # how many features there are
+    training = seen[1 : 1 + 12 * 2]
     assert all(x is not None and len(x) == 36 for x in training)  # evaluation mode, no partial batch
     assert not any(torch.equal(training[0], x) for x in training[1:])
     assert network.training
@@ -264,7 +270,7 @@ def test_the_paper_s_linear_protocol_sees_new_crops_every_epoch_and_learns(photo
     assert result["top1"] > 2 / 18
 
 
-def test_finetuning_trains_a_copy_and_beats_its_start(run, photos):
+def test_finetuning_trains_a_copy_and_learns(run, photos):
     labels = open_split(photos, "train").labels
     result = evaluate(
         "finetune", FinetuneEval(run=str(run), epochs=25, batch_size=24, base_lrs=(1.0,), fraction=0.5), print
@@ -311,7 +317,7 @@ def test_nearest_mean_by_hand():
     assert torch.allclose(scores, -torch.tensor([[1.0, 17**0.5], [4.0, 2**0.5]]))
 
 
-def test_episodes_equal_scikit_learn_s_nearest_centroid_and_know_their_classes():
+def test_episodes_know_their_classes():
     """Well apart classes are always right, shuffled labels are guessed at 1 / ways."""
     train_set, val = blobs(400, 8, 16, 0.1), blobs(400, 8, 16, 0.1, seed=1)
     options = {"shots": 3, "ways": 5, "queries": 10, "episodes": 60, "seed": 0}
@@ -428,3 +434,14 @@ def test_dense_protocols_go_through_the_same_door(run, tmp_path, protocol, metri
 def test_dense_protocols_want_a_root(protocol):
     with pytest.raises(ValueError, match=r"root=None: name the (VOC|COCO)-format folder"):
         EVALUATIONS[protocol](run="x")
+
+
+def test_robustness_decodes_an_image_once_for_all_strengths(run, photos, monkeypatch):
+    original, read = ImageFolder.read, []
+    monkeypatch.setattr(
+        ImageFolder, "read", lambda self, index: read.append(self.where(index)) or original(self, index)
+    )
+    evaluate("robustness", RobustnessEval(run=str(run), epochs=1, baselines=False), print)
+    counts = Counter(read)
+    assert {counts[name] for name in counts if "/val/" in name} == {1 + len(CORRUPTIONS)}
+    assert {counts[name] for name in counts if "/train/" in name} == {1}

@@ -30,13 +30,7 @@ from fastbyol.weights import DETECTRON2, SAME_NAMES, TORCHVISION, load_backbone,
 HEADS = {"hidden_dim": 8, "projection_dim": 4}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small gain nothing from more, and lose much where other processes want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def randomise(network):

@@ -13,8 +13,7 @@ from torch import nn
 
 from fastbyol import checkpoint
 from fastbyol.config import Config, DataConfig, ModelConfig, ProbeConfig
-from fastbyol.data import open_split
-from fastbyol.errors import InputError
+from fastbyol.errors import InputError, RunError
 from fastbyol.layers import batch_norms
 from fastbyol.loss import contrastive_term, euclidean_loss, hinge_loss, mse_loss, pair_loss, regression_loss
 from fastbyol.model import build_model, noisy_views
@@ -22,6 +21,8 @@ from fastbyol.step import TrainStep
 from fastbyol.train import train
 from fastbyol.views import centre_box, sample
 from fastbyol.weights import save_backbone
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = {"backbone": "resnet18", "width": 0.125, "hidden_dim": 32, "projection_dim": 16}
 VARIANTS = {
@@ -108,7 +109,7 @@ def test_layer_norm_of_a_head_is_torch_s():
 
 
 def test_groups_that_do_not_divide_the_channels_are_refused():
-    with pytest.raises(InputError, match=r"model.norm_groups=3 does not divide the 64 channels of bn1"):
+    with pytest.raises(InputError, match=r"model.norm_groups=3 does not divide the 64 channels of backbone.bn1"):
         build_model(ModelConfig(**SMALL, norm="group", norm_groups=3), 32, seed=0)
 
 
@@ -161,8 +162,7 @@ def test_under_feature_noise_the_backbones_see_each_image_once():
     assert {norm.views for norm in batch_norms(model.online.projector)} == {2}
 
 
-def test_the_views_without_augmentation_are_the_centre_square(photos):
-    images = open_split(photos, "train")
+def test_the_views_without_augmentation_are_the_centre_square():
     sizes = [(60, 80), (80, 60), (50, 50)]
     boxes = sample("none", 0, 0, range(3), sizes).box
     for (height, width), box in zip(sizes, boxes, strict=True):
@@ -170,7 +170,6 @@ def test_the_views_without_augmentation_are_the_centre_square(photos):
     params = sample("none", 0, 0, range(200), [(64, 48)] * 200)
     for name in ("flip", "jitter", "gray", "blur", "solarise"):
         assert not getattr(params, name).any(), name
-    assert len(images)
 
 
 def test_masks_hide_patches_from_the_online_network_alone():
@@ -390,3 +389,23 @@ def test_a_vgg_learns_in_that_mode(make_config):
     batch = type("B", (), {"views": (normal(4, 3, 32, 32), normal(4, 3, 32, 32, seed=1))})
     found = [step(k, batch).loss.item() for k in range(4)]
     assert found[-1] < found[0]
+
+
+def test_a_checkpoint_without_the_online_classifier_says_that_it_starts_anew(make_config, capfd):
+    config = make_config(knn={"every_epochs": 0}, checkpoint={"keep_last": 99})
+    found = train(config).folder / "checkpoints" / "step_00000008.pt"
+    train(replace(config, name="again", resume=str(found), probe=ProbeConfig(enabled=True)))
+    assert f"checkpoint {found} has no online classifier: it starts anew" in capfd.readouterr().out
+
+
+def test_a_run_that_diverges_says_so_before_the_online_classifier_sums_it_up(make_config, capfd):
+    config = make_config(
+        probe=ProbeConfig(enabled=True),
+        model={"loss": "mse"},
+        optim={"name": "sgd", "base_lr": 1e12, "warmup_epochs": 0, "epochs": 2},
+        knn={"every_epochs": 0},
+        log={"log_every_steps": 1000},
+    )
+    with pytest.raises(RunError, match="the loss became NaN or infinite"):
+        train(config)
+    assert "Train Epoch" not in capfd.readouterr().out

@@ -364,9 +364,7 @@ def _stacks() -> str:
         return file.read()
 
 
-Place = Callable[
-    [int, int, int], tuple[Sequence[int], NDArray[np.float32]]
-]  # k-th image, height, width -> box, parameters
+Place = Callable[[int, int, int], tuple[Sequence[int], NDArray[np.float32]]]  # (k-th, height, width) -> box, parameters
 
 
 def centre_crops(
@@ -445,16 +443,15 @@ def _rendered(
 
         def begin(start: int) -> tuple[NDArray[np.int64], NDArray[np.float32], Iterator[bool]]:
             stop = min(start + batch_size, len(order))
-            crops = np.empty((stop - start, size, size, 3), dtype=np.float32)
+            crops = np.empty((max(stop - start, 0), size, size, 3), dtype=np.float32)
             return order[start:stop], crops, pool.map(make, range(start, stop), crops)
 
-        starts = range(0, len(order), batch_size)
-        ahead = begin(0) if len(order) else None
-        for start in starts:
+        ahead = begin(0)
+        for start in range(0, len(order), batch_size):
             indices, crops, made = ahead
             good = np.array(list(made), dtype=bool)
-            ahead = begin(start + batch_size) if start + batch_size < len(order) else None
-            if good.all():
+            ahead = begin(start + batch_size)  # of nothing at the end
+            if not good.all():
+                indices, crops = indices[good], crops[good]
+            if len(indices):
                 yield torch.from_numpy(crops).permute(0, 3, 1, 2), indices
-            elif good.any():
-                yield torch.from_numpy(crops[good]).permute(0, 3, 1, 2), indices[good]

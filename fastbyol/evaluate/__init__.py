@@ -20,7 +20,7 @@ from fastbyol.evaluate.linear import LINEAR
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
 from fastbyol.evaluate.robustness import ROBUSTNESS
 from fastbyol.evaluate.segmentation import SEGMENTATION
-from fastbyol.layers import batch_norms
+from fastbyol.layers import one_view
 from fastbyol.model import BYOL, build_model
 from fastbyol.precision import compute_dtype
 from fastbyol.step import choose_device
@@ -50,14 +50,7 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
     out = Path(options.out) if options.out else _run_folder(path) / f"eval_{name}.json"
     if not out.parent.is_dir():  # said before the work is done
         raise InputError(f"out={out}: cannot be written: there is no folder {out.parent}")
-    device = choose_device(options.device)
-    frame = Frame(
-        size=config.data.image_size_px,
-        device=device,
-        dtype=compute_dtype(config.precision, device),
-        threads=options.threads,
-        say=say,
-    )
+    frame = frame_of(config, options, say)
     data = protocol.open(options, config)
     rows: dict[str, Row] = {}
     for title, backbone in _networks(protocol, model, config, data, frame, baselines=options.baselines):
@@ -69,7 +62,9 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
         "protocol": name,
         "checkpoint": str(path),
         "root": str(options.root or config.data.root),
-        **protocol.facts(data),
+        "train_images": len(data.train),
+        "val_images": len(data.val),
+        "classes": len(data.classes),
         "settings": options.settings,
         "rows": rows,
         "environment": environment.describe(),
@@ -81,6 +76,18 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
     except OSError as error:
         raise InputError(f"out={out}: cannot be written: {error.strerror}") from None
     return result
+
+
+def frame_of(config: Config, options: EvalConfig, say: Callable[[str], None]) -> Frame:
+    """Where and how a run's network is evaluated."""
+    device = choose_device(options.device)
+    return Frame(
+        size=config.data.image_size_px,
+        device=device,
+        dtype=compute_dtype(config.precision, device),
+        threads=options.threads,
+        say=say,
+    )
 
 
 def load_run(run_or_file: Path, say: Callable[[str], None]) -> tuple[Path, Config, BYOL]:
@@ -105,9 +112,7 @@ def _networks(
     """The rows' titles and backbones, on the device, for plain batches of one view; None is raw pixels."""
 
     def ready(backbone: nn.Module) -> nn.Module:
-        for norm in batch_norms(backbone):
-            norm.views = 1
-        return backbone.to(device=frame.device, memory_format=torch.channels_last)
+        return one_view(backbone).to(device=frame.device, memory_format=torch.channels_last)
 
     yield BYOL_ROW, ready(model.online.backbone)
     if not baselines:

@@ -25,13 +25,11 @@ from fastbyol.data.workers import in_order
 from fastbyol.errors import InputError, RunError, first_line
 from fastbyol.evaluate.protocol import Frame
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
-from fastbyol.layers import batch_norms
 
 T = TypeVar("T")
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 1e-4
 _WARMUP_STEPS = 50
 _MAX_GRADIENT_NORM = 10.0  # far above a usual step's: it only stops the rare one that would end the run
-_BATCH_NORM_MOMENTUM = 0.1  # torch's
 
 
 class MapShape(NamedTuple):
@@ -67,8 +65,6 @@ def copy_for(backbone: nn.Module, size: int) -> nn.Module:
     if hasattr(own, "set_input_size"):
         with _refused(own, size):
             own.set_input_size(img_size=(size, size))
-    for norm in batch_norms(own):
-        norm.momentum = norm.momentum or _BATCH_NORM_MOMENTUM  # calibration leaves a cumulative average
     return own
 
 
@@ -115,11 +111,6 @@ def dense_size(option: int, frame: Frame) -> int:
 def head_width(shape: MapShape) -> int:
     """An eighth of the channels of the backbone's last map, within 64 .. 256: the usual 256 behind a ResNet-50."""
     return min(max(shape.channels // 8, 64), 256)
-
-
-def trained_dtype(frame: Frame) -> torch.dtype:
-    """The run's autocast dtype; float32 for float16, which would need a loss scale."""
-    return torch.float32 if frame.dtype == torch.float16 else frame.dtype
 
 
 @contextmanager

@@ -193,7 +193,7 @@ def _measure(backbone: nn.Module | None, folder: CocoFolder, options: DetectionE
             backbone,
             size,
             len(folder.classes),
-            dtype=dense.trained_dtype(frame),
+            dtype=frame.training_dtype,
             trainable_stages=options.trainable_stages,
         ).train()
         detector.backbone.maps.eval()
@@ -336,11 +336,6 @@ DETECTION = Protocol(
     name="detection",
     title="Object detection",
     open=open_coco,
-    facts=lambda folder: {
-        "train_images": len(folder.train),
-        "val_images": len(folder.val),
-        "classes": len(folder.classes),
-    },
     calibration=lambda folder: dense.unlabelled(
         folder.root, [str(image.file.relative_to(folder.root)) for image in folder.train]
     ),

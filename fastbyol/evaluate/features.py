@@ -1,6 +1,6 @@
 """Labelled splits of a data set, and their frozen features: of a backbone, or its raw pixels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fastbyol.config import Config, EvalConfig
 from fastbyol.data import find_images
 from fastbyol.data.images import ImageSet
-from fastbyol.data.native import centre_crops
+from fastbyol.data.native import centre_crops, random_crops
 from fastbyol.errors import InputError
 from fastbyol.evaluate.protocol import Frame
-from fastbyol.layers import batch_norms
+from fastbyol.layers import one_view
 from fastbyol.precision import autocast
 
 CENTRE_FRACTION = 0.875  # 224/256 of the short side, BYOL's evaluation crop
@@ -28,6 +28,11 @@ class Splits(NamedTuple):
 
     train: ImageSet
     val: ImageSet
+
+    @property
+    def classes(self) -> list[str]:
+        """Of both."""
+        return self.train.classes
 
 
 def open_splits(options: EvalConfig, config: Config) -> Splits:
@@ -43,13 +48,7 @@ def open_splits(options: EvalConfig, config: Config) -> Splits:
     return splits
 
 
-def split_facts(splits: Splits) -> dict[str, Any]:
-    """What a result file says of the data."""
-    return {
-        "train_images": len(splits.train),
-        "val_images": len(splits.val),
-        "classes": len(splits.train.classes),
-    }
+Alter = Callable[[Tensor, NDArray[np.int64]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,30 +61,35 @@ class Features:
     bad: dict[int, str]  # images left out: index -> why
 
 
-def frozen(
-    backbone: nn.Module | None,
-    split: ImageSet,
-    frame: Frame,
-    what: str = "features",
-    alter: Callable[[Tensor, NDArray[np.int64]], Tensor] | None = None,
-) -> Features:
+def frozen(backbone: nn.Module | None, split: ImageSet, frame: Frame, what: str = "features") -> Features:
     """Features of a split as a protocol wants them: with a progress bar, unreadable images noted in frame.bad.
 
     Raises:
         InputError: no image can be read, or a feature is not finite.
     """
-    found = extract(
+    return frozen_each(backbone, split, frame, [_unaltered], what)[0]
+
+
+def frozen_each(
+    backbone: nn.Module | None, split: ImageSet, frame: Frame, alters: Sequence[Alter], what: str
+) -> list[Features]:
+    """As `frozen`, once per alteration; every image is decoded once.
+
+    Raises:
+        InputError: no image can be read, or a feature is not finite.
+    """
+    found = extract_each(
         backbone,
         split,
+        alters,
         size=frame.size,
         device=frame.device,
         dtype=frame.dtype,
         threads=frame.threads,
-        alter=alter,
         track=lambda items, total: frame.track(what, items, total),
     )
-    frame.bad.update((split.where(index), reason) for index, reason in found.bad.items())
-    check_finite(found)
+    frame.bad.update((split.where(index), reason) for index, reason in found[0].bad.items())
+    check_finite(*found)
     return found
 
 
@@ -95,31 +99,40 @@ def check_finite(*features: Features) -> None:
         raise InputError("the features hold NaN or infinity: the network has diverged")
 
 
-def extract(
+def _unaltered(crops: Tensor, indices: NDArray[np.int64]) -> Tensor:
+    return crops
+
+
+def extract(backbone: nn.Module | None, split: ImageSet, **options: Any) -> Features:
+    """Features of all images of a split in index order; options and errors as for `extract_each`."""
+    return extract_each(backbone, split, [_unaltered], **options)[0]
+
+
+def extract_each(
     backbone: nn.Module | None,
     split: ImageSet,
+    alters: Sequence[Alter],
     *,
     size: int,
     device: torch.device,
     dtype: torch.dtype,
     threads: int,
     batch_size: int = 256,
-    alter: Callable[[Tensor, NDArray[np.int64]], Tensor] | None = None,
     track: Callable[[Any, int], Any] = lambda items, total: items,
-) -> Features:
-    """Features of all images of a split in index order: centre crop, eval mode, autocast to `dtype`.
+) -> list[Features]:
+    """Features of all images of a split in index order: centre crop, eval mode, autocast to `dtype`; one for each alteration.
 
     Args:
         backbone: (n, 3, S, S) -> (n, F); None gives raw pixels. Its train/eval mode is restored.
+        alters: each (normalised crops (n, 3, S, S), their indices (n,)) -> other crops, before the backbone sees them.
         size: S.
-        alter: (normalised crops (n, 3, S, S), their indices (n,)) -> other crops, before the backbone sees them.
         track: (batches, their number) -> the batches, beside a progress bar.
 
     Raises:
         InputError: no image of the split can be read.
     """
     training = backbone is not None and backbone.training
-    rows: list[Tensor] = []
+    rows: list[list[Tensor]] = [[] for _ in alters]
     kept: list[NDArray[np.int64]] = []
     bad: dict[int, str] = {}
     try:
@@ -130,17 +143,52 @@ def extract(
                 split, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad=bad
             )
             for images, indices in track(crops, -(-len(split) // batch_size)):
-                images = images if alter is None else alter(images, indices)
-                images = images.to(device)
-                rows.append((raw_pixels(images) if backbone is None else backbone(images)).float())
+                for mine, alter in zip(rows, alters, strict=True):
+                    crops_of_one = alter(images, indices).to(device)
+                    mine.append((raw_pixels(crops_of_one) if backbone is None else backbone(crops_of_one)).float())
                 kept.append(indices)
     finally:
         if backbone is not None:
             backbone.train(training)
-    if not rows:
+    if not kept:
         raise InputError(f"{split.root}: none of the {len(split)} images can be read")
     labels = torch.from_numpy(split.labels[np.concatenate(kept)]).to(device)
-    return Features(torch.cat(rows), labels, len(split.classes), bad)
+    return [Features(torch.cat(mine), labels, len(split.classes), bad) for mine in rows]
+
+
+def feature_count(backbone: nn.Module | None, frame: Frame) -> int:
+    """F: how many features an image of the frame's size has; None are raw pixels."""
+    image = torch.zeros(1, 3, frame.size, frame.size, device=frame.device)
+    if backbone is None:
+        return raw_pixels(image).shape[1]
+    training = backbone.training
+    with torch.no_grad():
+        features = backbone.eval()(image).shape[1]
+    backbone.train(training)
+    return features
+
+
+def training_batches(
+    images: ImageSet, frame: Frame, *, epochs: int, batch_size: int, seed: int, what: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What a classifier is trained on: crops and flips anew every epoch, with a progress bar; unreadable images are noted.
+
+    Yields:
+        crops (n, 3, S, S) and labels (n,) on the device, and the images' indices (n,) on the CPU; n is `batch_size` less unreadable ones.
+    """
+    bad: dict[int, str] = {}
+    labels = torch.from_numpy(images.labels)
+    batches = (
+        batch
+        for epoch in range(epochs)
+        for batch in random_crops(
+            images, size=frame.size, seed=seed, epoch=epoch, batch_size=batch_size, threads=frame.threads, bad=bad
+        )
+    )
+    for crops, indices in frame.track(what, batches, epochs * (len(images) // batch_size)):
+        rows = torch.from_numpy(indices)
+        yield crops.to(frame.device), labels[rows].to(frame.device), rows
+    frame.bad.update((images.where(index), reason) for index, reason in bad.items())
 
 
 def calibrate_batchnorm(
@@ -154,18 +202,19 @@ def calibrate_batchnorm(
     norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
-    for norm in batch_norms(backbone):
-        norm.views = 1  # plain batches
-    backbone.train()
+    one_view(backbone).train()
     with torch.no_grad():
         for images, _ in centre_crops(
             split, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad={}
         ):
             if len(images) > 1:
                 backbone(images.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum  # of who trains it further
 
 
 def check_splits(train: ImageSet, val: ImageSet) -> None:

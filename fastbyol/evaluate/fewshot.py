@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastbyol.config import Config, FewshotEval
 from fastbyol.errors import InputError
-from fastbyol.evaluate.features import Features, Splits, frozen, open_splits, split_facts
+from fastbyol.evaluate.features import Features, Splits, frozen, open_splits
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
 
 
@@ -103,8 +103,6 @@ FEWSHOT = Protocol(
     name="fewshot",
     title="Few-shot episodes",
     open=open_episodes,
-    facts=split_facts,
-    calibration=lambda splits: splits.train,
     measure=_measure,
     row_text=_text,
 )

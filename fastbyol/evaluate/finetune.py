@@ -7,7 +7,6 @@ the untrained network is what the same labels give from random weights.
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fastbyol.config import Config, FinetuneEval
 from fastbyol.data.images import ImageSet
-from fastbyol.data.native import random_crops
 from fastbyol.data.subset import training_part
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate.features import frozen, open_splits, split_facts
+from fastbyol.evaluate.features import feature_count, frozen, open_splits, training_batches
 from fastbyol.evaluate.knn import top_accuracies
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
 from fastbyol.precision import autocast
@@ -38,6 +36,11 @@ class Labelled(NamedTuple):
     train: ImageSet
     val: ImageSet
     config: Config
+
+    @property
+    def classes(self) -> list[str]:
+        """Of both splits."""
+        return self.train.classes
 
 
 def open_labelled(options: FinetuneEval, config: Config) -> Labelled:
@@ -66,22 +69,20 @@ def finetune(
     batch_size = min(batch_size, len(images))
     if batch_size < 2:
         raise InputError(f"{images.root}: one labelled image is too few to train on; raise fraction")
-    network = nn.Sequential(copy.deepcopy(backbone), nn.Identity()).train()
+    head = nn.Linear(feature_count(backbone, frame), len(images.classes), device=frame.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    network = nn.Sequential(copy.deepcopy(backbone), head).train()
+    optimizer = torch.optim.SGD(network.parameters(), 1.0, momentum=_MOMENTUM, nesterov=True)
     total = epochs * (len(images) // batch_size)
-    optimizer: torch.optim.Optimizer | None = None
-    batches = _epochs(images, frame, epochs=epochs, batch_size=batch_size, seed=seed)
-    for step, (x, labels) in enumerate(frame.track(f"fine-tuning, base lr {base_lr:g}", batches, total)):
-        if optimizer is None:
-            with torch.no_grad():
-                features = network[0].eval()(x[:2]).shape[1]
-            head = nn.Linear(features, len(images.classes), device=frame.device)
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-            network = network.train()
-            network[1] = head
-            optimizer = torch.optim.SGD(network.parameters(), 1.0, momentum=_MOMENTUM, nesterov=True)
+    loss = torch.zeros(())
+    what = f"fine-tuning, base lr {base_lr:g}"
+    batches = training_batches(images, frame, epochs=epochs, batch_size=batch_size, seed=seed, what=what)
+    for step, (x, labels, _) in enumerate(batches):
+        if len(x) < 2:  # BatchNorm needs two
+            continue
         optimizer.param_groups[0]["lr"] = base_lr * batch_size / 256 * (1 + math.cos(math.pi * step / total)) / 2
-        with autocast(frame.device, frame.dtype):
+        with autocast(frame.device, frame.training_dtype):
             loss = F.cross_entropy(network(x).float(), labels)
         loss.backward()
         optimizer.step()
@@ -91,25 +92,8 @@ def finetune(
     return network
 
 
-def _epochs(
-    images: ImageSet, frame: Frame, *, epochs: int, batch_size: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """All training batches: images and labels, on the device."""
-    bad: dict[int, str] = {}
-    labels = torch.from_numpy(images.labels)
-    for epoch in range(epochs):
-        for x, indices in random_crops(
-            images, size=frame.size, seed=seed, epoch=epoch, batch_size=batch_size, threads=frame.threads, bad=bad
-        ):
-            if len(x) > 1:  # BatchNorm
-                yield x.to(frame.device), labels[torch.from_numpy(indices)].to(frame.device)
-    frame.bad.update((images.where(index), reason) for index, reason in bad.items())
-
-
 def _measure(backbone: nn.Module | None, splits: Labelled, options: FinetuneEval, frame: Frame) -> Row:
     assert backbone is not None
-    # float16 would need a loss scale; fine-tuning is short, so float32 does.
-    frame = replace(frame, dtype=torch.float32) if frame.dtype == torch.float16 else frame
     training = {"epochs": options.epochs, "batch_size": options.batch_size}
     best, extra = options.base_lrs[0], {}
     if len(options.base_lrs) > 1:
@@ -142,8 +126,6 @@ FINETUNE = Protocol(
     name="finetune",
     title="Fine-tuning on a part of the labels",
     open=open_labelled,
-    facts=split_facts,
-    calibration=lambda splits: splits.train,
     measure=_measure,
     takes_pixels=False,
     row_text=_text,

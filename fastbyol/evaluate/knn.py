@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from fastbyol.config import KnnEval
-from fastbyol.evaluate.features import Features, Splits, check_finite, frozen, open_splits, split_facts
+from fastbyol.evaluate.features import Features, Splits, check_finite, frozen, open_splits
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
 
 _QUERIES_AT_ONCE = 1024
@@ -75,7 +75,5 @@ KNN = Protocol(
     name="knn",
     title="Weighted kNN on frozen features",
     open=open_splits,
-    facts=split_facts,
-    calibration=lambda splits: splits.train,
     measure=_measure,
 )

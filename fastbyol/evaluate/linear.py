@@ -10,7 +10,7 @@ Shapes: L classifiers, N images, B images of a step, F features, C classes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,17 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbyol.config import LinearEval
-from fastbyol.data.images import ImageSet
-from fastbyol.data.native import random_crops
 from fastbyol.errors import InputError
 from fastbyol.evaluate.features import (
     Features,
     Splits,
     check_finite,
+    feature_count,
     frozen,
     open_splits,
     raw_pixels,
-    split_facts,
+    training_batches,
 )
 from fastbyol.evaluate.knn import top_accuracies
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
@@ -171,47 +170,31 @@ def augmented_accuracy(
     Raises:
         InputError: too few training images, or a feature is not finite.
     """
-    train, classes = splits.train, len(splits.train.classes)
+    train = splits.train
     batch_size = min(batch_size, len(train))
     held = _held_out(len(train), seed=0)
-    probes: Probes | None = None
+    features = feature_count(backbone, frame)
+    probes = Probes([*base_lrs, *base_lrs], len(splits.classes), features, frame.device)
     total = epochs * (len(train) // batch_size)
+    batches = training_batches(
+        train, frame, epochs=epochs, batch_size=batch_size, seed=0, what="linear probe, augmented"
+    )
     training = backbone is not None and backbone.training
     if backbone is not None:
         backbone.eval()
-    for step, (images, labels, aside) in enumerate(
-        frame.track("linear probe", _epochs(train, held, frame, epochs=epochs, batch_size=batch_size), total)
-    ):
+    for step, (images, labels, rows) in enumerate(batches):
         with torch.no_grad(), autocast(frame.device, frame.dtype):
             x = (raw_pixels(images) if backbone is None else backbone(images)).float()
-        if probes is None:
-            probes = Probes([*base_lrs, *base_lrs], classes, x.shape[1], frame.device)
-        everyone, others = torch.ones_like(aside, dtype=x.dtype), (~aside).to(x.dtype)
-        share = torch.stack([row / row.sum().clamp(min=1) for row in (everyone, others)])
+        others = (~held[rows]).to(x)
+        share = torch.stack([row / row.sum().clamp(min=1) for row in (torch.ones_like(others), others)])
         probes.step(x, labels, share.repeat_interleave(len(base_lrs), 0), batch_size=batch_size, progress=step / total)
     if backbone is not None:
         backbone.train(training)
-    assert probes is not None
     test = frozen(backbone, train.take(held.nonzero()[:, 0].numpy()), frame)
     best, accuracy = _best(probes.scores(test.x)[len(base_lrs) :], test.labels)
     val = frozen(backbone, splits.val, frame)
     result = top_accuracies(probes.scores(val.x)[best], val.labels)
     return result | {"base_lr": base_lrs[best], "held_out_top1": accuracy}
-
-
-def _epochs(
-    train: ImageSet, held: Tensor, frame: Frame, *, epochs: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """All training batches: images, labels and which of them are held out, on the device."""
-    bad: dict[int, str] = {}
-    labels = torch.from_numpy(train.labels)
-    for epoch in range(epochs):
-        for images, indices in random_crops(
-            train, size=frame.size, seed=0, epoch=epoch, batch_size=batch_size, threads=frame.threads, bad=bad
-        ):
-            rows = torch.from_numpy(indices)
-            yield images.to(frame.device), labels[rows].to(frame.device), held[rows].to(frame.device)
-    frame.bad.update((train.where(index), reason) for index, reason in bad.items())
 
 
 def _best(scores: Tensor, labels: Tensor) -> tuple[int, float]:
@@ -259,8 +242,6 @@ LINEAR = Protocol(
     name="linear",
     title="Linear probe",
     open=open_splits,
-    facts=split_facts,
-    calibration=lambda splits: splits.train,
     measure=_measure,
     row_text=_text,
 )

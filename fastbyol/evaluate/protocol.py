@@ -27,6 +27,11 @@ class Frame:
     say: Callable[[str], None]  # one line of text
     bad: dict[str, str] = field(default_factory=dict)  # images that were left out: where they lie -> why
 
+    @property
+    def training_dtype(self) -> torch.dtype:
+        """Autocast dtype of protocols that train the network: float32 for float16, which would need a loss scale."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
+
     def track(self, what: str, items: Iterable[T], total: int) -> Iterator[T]:
         """The items, beside a progress bar where there is a terminal."""
         console = Console()
@@ -49,13 +54,14 @@ class Protocol:
     name: str  # of `fastbyol eval NAME` and eval_NAME.json
     title: str  # in the report
     open: Callable[[Any, Config], Any]
-    """(options, config of the run) -> the labelled data; raises InputError where it does not suit."""
-    facts: Callable[[Any], dict[str, Any]]
-    """The data -> what the result file says of it: train_images, val_images, classes."""
-    calibration: Callable[[Any], ImageSet]
-    """The data -> the images on which an untrained network's BatchNorm is measured."""
+    """(options, config of the run) -> the labelled data; raises InputError where it does not suit.
+
+    Of the data `len(data.train)`, `len(data.val)` and `len(data.classes)` are known to all protocols.
+    """
     measure: Callable[[nn.Module | None, Any, Any, Frame], Row]
     """(backbone, data, options, frame) -> a row, the metric that counts first; the backbone's weights and mode stay."""
+    calibration: Callable[[Any], ImageSet] = lambda data: data.train
+    """The data -> the images on which an untrained network's BatchNorm is measured."""
     takes_pixels: bool = True
     """Whether `measure` takes None for raw pixels."""
     row_text: Callable[[Row], str] = percentages

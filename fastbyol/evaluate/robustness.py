@@ -8,6 +8,7 @@ Shapes: n images, S = side in pixels; images are (n, 3, S, S) in [0, 1].
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import simplejpeg
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from fastbyol.config import RobustnessEval
-from fastbyol.evaluate.features import Features, Splits, frozen, open_splits, split_facts
+from fastbyol.evaluate.features import Features, Splits, frozen, frozen_each, open_splits
 from fastbyol.evaluate.knn import knn_scores, top_accuracies
 from fastbyol.evaluate.linear import CACHED_BASE_LRS, LinearClassifier, fit_linear
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
@@ -91,18 +92,12 @@ def _measure(backbone: nn.Module | None, splits: Splits, options: RobustnessEval
     )
     clean = _accuracies(train, probe, frozen(backbone, splits.val, frame), options)
     curves: dict[str, dict[str, list[float]]] = {}
-    for name in CORRUPTIONS:
-        curves[name] = {metric: [] for metric in clean}
-        for strength in range(STRENGTHS):
-            val = frozen(
-                backbone,
-                splits.val,
-                frame,
-                f"{name} {strength + 1}/{STRENGTHS}",
-                alter=lambda crops, indices, n=name, s=strength: corrupted(crops, indices, n, s, options.seed),
-            )
-            for metric, value in _accuracies(train, probe, val, options).items():
-                curves[name][metric].append(value)
+    for name in CORRUPTIONS:  # one decode for all strengths; for all corruptions the features would fill a GPU
+        alters = [partial(corrupted, name=name, strength=k, seed=options.seed) for k in range(STRENGTHS)]
+        found = [
+            _accuracies(train, probe, val, options) for val in frozen_each(backbone, splits.val, frame, alters, name)
+        ]
+        curves[name] = {metric: [accuracies[metric] for accuracies in found] for metric in clean}
     means = {f"{m}_corrupted": float(np.mean([curve[m] for curve in curves.values()])) for m in clean}
     return {f"{m}_clean": value for m, value in clean.items()} | means | {"curves": curves}
 
@@ -163,8 +158,6 @@ ROBUSTNESS = Protocol(
     name="robustness",
     title="Robustness to corruptions",
     open=open_splits,
-    facts=split_facts,
-    calibration=lambda splits: splits.train,
     measure=_measure,
     row_text=_text,
     draw=draw_curves,

@@ -200,7 +200,7 @@ def evaluate_segmenter(network: nn.Module, folder: VocFolder, size: int, frame: 
 def _measure(backbone: nn.Module | None, folder: VocFolder, options: SegmentationEval, frame: Frame) -> Row:
     assert backbone is not None
     size = dense.dense_size(options.image_size_px, frame)
-    dtype = dense.trained_dtype(frame)
+    dtype = frame.training_dtype
     with dense.seeded(options.seed, frame.device):
         network = build_segmenter(backbone, size, len(folder.classes), finetune=options.finetune)
 
@@ -284,11 +284,6 @@ SEGMENTATION = Protocol(
     name="segmentation",
     title="Semantic segmentation",
     open=open_voc,
-    facts=lambda folder: {
-        "train_images": len(folder.train),
-        "val_images": len(folder.val),
-        "classes": len(folder.classes),
-    },
     calibration=lambda folder: dense.unlabelled(folder.root, [f"JPEGImages/{name}.jpg" for name in folder.train]),
     measure=_measure,
     takes_pixels=False,
