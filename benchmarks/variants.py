@@ -23,7 +23,7 @@ import torch
 
 from fastbyol import cli, environment
 from fastbyol.config import Config, KnnEval, LinearEval
-from fastbyol.evaluate import PROTOCOLS, frame_of
+from fastbyol.evaluate import PROTOCOLS, UNTRAINED_ROW, frame_of
 from fastbyol.evaluate.features import open_splits
 from fastbyol.evaluate.finetune import finetune
 from fastbyol.layers import one_view
@@ -44,7 +44,6 @@ CORPORA = {
 
 SUPERVISED = "supervised weights alone"
 START = "supervised start, linear heads, MSE, Adam 1e-4, batch 32"
-UNTRAINED = "untrained network"
 VARIANTS: dict[str, str] = {
     "BYOL": "",
     "BatchNorm of each rank, 2 ranks": "--distributed.sync_bn_ranks 1",
@@ -63,6 +62,10 @@ VARIANTS: dict[str, str] = {
     START: "--init {weights} --model.heads linear --model.loss mse --optim.name adam --optim.base_lr 8e-4 "
     "--optim.schedule constant --optim.warmup_epochs 0 --optim.weight_decay 0 --data.batch_size 32 --probe.enabled true",
 }
+
+UNTRAINED = {"untrained network": "BYOL"} | {
+    f"untrained network, {name}": name for name in ("LayerNorm", "GroupNorm", "GroupNorm, weight standardisation")
+}  # title -> the variant whose run starts from it
 
 
 def prepare(corpus: str, data: Path) -> Path:
@@ -83,7 +86,7 @@ def arguments(corpus: str, variant: str, seed: int, root: str, weights: str) -> 
 
 def measure(corpus: str, variant: str, seed: int, root: Path, runs: Path, weights: Path) -> dict[str, str]:
     """One row: trains and evaluates."""
-    run = runs / f"{corpus}-{list(VARIANTS).index(variant)}-{seed}"
+    run = _run_of(corpus, variant, seed, runs)
     given = [
         "train",
         *arguments(corpus, variant, seed, str(root), str(weights)),
@@ -110,14 +113,14 @@ def measure(corpus: str, variant: str, seed: int, root: Path, runs: Path, weight
     return row
 
 
-def untrained(corpus: str, seed: int, root: Path, runs: Path) -> dict[str, str]:
-    """The baseline that both protocols report for BYOL's run."""
-    run = runs / f"{corpus}-0-{seed}"
-    row = {"command": f"fastbyol eval knn --run RUN (the row {UNTRAINED!r})", "seconds": "0"}
+def untrained(corpus: str, title: str, seed: int, runs: Path) -> dict[str, str]:
+    """The baseline that both protocols report for a variant's run."""
+    run = _run_of(corpus, UNTRAINED[title], seed, runs)
+    row = {"command": f"fastbyol eval knn --run RUN, of the row {UNTRAINED[title]!r}", "seconds": "0"}
     for protocol in ("knn", "linear"):
         _run(["eval", protocol, "--run", str(run)])
         result = json.loads((run / f"eval_{protocol}.json").read_text())
-        row[f"{protocol}_top1"] = f"{result['rows'][UNTRAINED]['top1']:.4f}"
+        row[f"{protocol}_top1"] = f"{result['rows'][UNTRAINED_ROW]['top1']:.4f}"
     return row
 
 
@@ -156,6 +159,10 @@ def _backbone(config: Config) -> torch.nn.Module:
     return one_view(backbone).to(memory_format=torch.channels_last)
 
 
+def _run_of(corpus: str, variant: str, seed: int, runs: Path) -> Path:
+    return runs / f"{corpus}-{list(VARIANTS).index(variant)}-{seed}"
+
+
 def _run(given: list[str]) -> None:
     if code := cli.main(given):
         sys.exit(f"fastbyol {shlex.join(given)}: exit code {code}")
@@ -165,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpora", nargs="+", choices=list(CORPORA), default=list(CORPORA))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=[*VARIANTS, UNTRAINED, SUPERVISED])
+    parser.add_argument("--only", nargs="+", choices=[*VARIANTS, *UNTRAINED, SUPERVISED])
     parser.add_argument("--work", type=Path, help="folder for corpora and runs; by default a temporary one")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--fresh", action="store_true", help="measure rows again that are there")
@@ -178,7 +185,9 @@ def main() -> None:
             rows = list(csv.DictReader(file))
     done = {(row["corpus"], row["variant"], int(row["seed"])) for row in rows}
     facts = {key: environment.describe()[key] for key in ("fastbyol", "cpu", "python", "torch", "timm")}
-    names = args.only or ["BYOL", UNTRAINED, *list(VARIANTS)[1:-1], SUPERVISED, START]
+    starts = {variant: [title] for title, variant in UNTRAINED.items()}
+    names = args.only or [n for variant in list(VARIANTS)[:-1] for n in (variant, *starts.get(variant, []))]
+    names += [] if args.only else [SUPERVISED, START]
     roots = {corpus: prepare(corpus, work / "data") for corpus in CORPORA}
     for seed in args.seeds:
         for corpus in args.corpora:
@@ -190,8 +199,8 @@ def main() -> None:
                 if name in (SUPERVISED, START) and not weights.exists():
                     # The other corpus's pictures, in this corpus's network and size.
                     supervised_weights(corpus, roots[other], weights, seed, epochs=CORPORA[other][2])
-                if name == UNTRAINED:
-                    row = untrained(corpus, seed, roots[corpus], work / "runs")
+                if name in UNTRAINED:
+                    row = untrained(corpus, name, seed, work / "runs")
                 elif name == SUPERVISED:
                     row = evaluate_weights(corpus, roots[corpus], weights, seed)
                 else:
