@@ -38,7 +38,7 @@ CORPORA = {
     "fashion-mnist": (
         ["configs/fashion_mnist.yaml"],
         ["fashion-mnist", "--images", "10000", "--val_images", "2000"],
-        4,
+        2,
     ),
 }  # config, arguments of `prepare`, epochs
 
