@@ -74,22 +74,32 @@ class BYOL(nn.Module):
         Both go through the networks as one batch, in which BatchNorm keeps the statistics of each view apart (see layers.py). The
         target comes first: its activations are gone before the online network's are kept for the backward pass.
         """
-        alpha = self.config.feature_noise
-        images = view1 if alpha else torch.cat((view1, view2))
-        # Both networks see the same noise: it is what view 2 is.
-        noise = torch.randn(len(view1), self.features, device=view1.device) if alpha else None
-        t = None
-        if self.target is not None:
-            with torch.no_grad():
-                t = self.target.projector(noisy_views(self.target.backbone(images), noise, alpha))
+        images, noise = self.inputs(view1, view2)
+        return self.predict(images, noise, self.targets(images, noise))
+
+    def inputs(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What both networks see: the images of both views (2B, 3, S, S); or of one (B, 3, S, S), and the noise (B, F) that makes view 2."""
+        if not self.config.feature_noise:
+            return torch.cat((view1, view2)), None
+        return view1, torch.randn(len(view1), self.features, device=view1.device)
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, noise: Tensor | None) -> Tensor | None:
+        """The target network's projections (2B, D); None without one."""
+        if self.target is None:
+            return None
+        return self.target.projector(noisy_views(self.target.backbone(images), noise, self.config.feature_noise))
+
+    def predict(self, images: Tensor, noise: Tensor | None, t: Tensor | None) -> BYOLOutput:
+        """The online network's part: predictions, and their loss against the targets `t`, or against its own projections."""
         features = self.online.backbone(self._masked(images))
-        z = self.online.projector(noisy_views(features, noise, alpha))
+        z = self.online.projector(noisy_views(features, noise, self.config.feature_noise))
         q1, q2 = self.predictor(z).chunk(2)
         t1, t2 = (z.detach() if t is None else t).chunk(2)
         return BYOLOutput(
             pair_loss(q1, q2, t1, t2, self.config),
             projection_std(z.chunk(2)[0]),
-            features[: len(view1)].detach().float() if self.gives_features else None,
+            features[: len(q1)].detach().float() if self.gives_features else None,
         )
 
     @property

@@ -1,6 +1,5 @@
 """report.html of a run: one self-contained file with settings, curves, pictures and results."""
 
-import base64
 import html
 import json
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from fastbyol.evaluate import PROTOCOLS, load_run
 from fastbyol.evaluate.features import CENTRE_FRACTION, check_splits, extract
 from fastbyol.evaluate.knn import nearest
 from fastbyol.model import BYOL
+from fastbyol.pages import ACCENT, BAD, GOOD, image, section, table, write_page
 from fastbyol.plots import to_png
 from fastbyol.precision import compute_dtype
 from fastbyol.preview import draw_views, to_pixels
@@ -31,7 +31,6 @@ from fastbyol.train import ENVIRONMENT, SUMMARY
 REPORT = "report.html"
 _QUERIES, _NEIGHBOURS = 8, 5
 _NO_METRICS = {"base_lr", "held_out_top1"}  # of a row: how it came about
-_INK, _ACCENT, _SECOND, _GOOD, _BAD = "#22262b", "#1f6feb", "#c4561e", "#2e9e52", "#d1383d"
 
 _CURVES = (  # kind, key, title, unit
     ("train", "loss", "Loss", ""),
@@ -42,16 +41,6 @@ _CURVES = (  # kind, key, title, unit
     ("train", "images_per_s", "Images per second", ""),
     ("train", "wait_share", "Time waiting for data", "%"),
 )
-
-_STYLE = f"""
-body {{ font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: {_INK}; max-width: 1080px; margin: 2em auto; padding: 0 1em }}
-h1 {{ margin-bottom: 0 }} h2 {{ margin-top: 2em; border-bottom: 1px solid #d8dde3; padding-bottom: .2em }}
-table {{ border-collapse: collapse; margin: .6em 0 }} td, th {{ padding: .25em 1em .25em 0; text-align: left; vertical-align: top }}
-th {{ font-weight: 600 }} td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
-tr.best td {{ font-weight: 600 }} .note {{ color: #59636e; font-size: 13px }} img {{ max-width: 100%; height: auto }}
-.columns {{ display: flex; flex-wrap: wrap; gap: 0 3em }} pre {{ background: #f4f6f8; padding: .8em; overflow-x: auto; font-size: 12px }}
-.bar {{ display: inline-block; height: .7em; background: {_ACCENT}; border-radius: 2px }} .bar.baseline {{ background: #b8c2cc }}
-"""
 
 
 def write_report(run: Path, say: Callable[[str], None]) -> Path:
@@ -72,41 +61,18 @@ def write_report(run: Path, say: Callable[[str], None]) -> Path:
         f"checkpoint {html.escape(path.name)}</p>",
         _summary(run),
         _results(run),
-        _section("Curves", _image(_draw_curves(lines, config))) if lines else "",
+        section("Curves", image(_draw_curves(lines, config))) if lines else "",
         _pictures(config, model, say),
-        _section("Settings", f"<pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre>"),
+        section("Settings", f"<pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre>"),
         _environment(run),
     ]
-    out = run / REPORT
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(config.name)}</title>"
-    page += f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
-    temporary = out.with_suffix(".partial")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{out} cannot be written: {error.strerror}") from None
-    return out
+    return write_page(run / REPORT, config.name, parts)
 
 
 def refresh_report(run_or_file: Path, say: Callable[[str], None]) -> None:
     """Writes the report again after an evaluation, where a whole run was evaluated that has one."""
     if (run_or_file / REPORT).exists():
         say(f"report: {write_report(run_or_file, say)}")
-
-
-def _section(title: str, body: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>{body}"
-
-
-def _image(png: bytes) -> str:
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
-    return f"<table>{cells}</table>"
 
 
 def _summary(run: Path) -> str:
@@ -125,7 +91,7 @@ def _summary(run: Path) -> str:
         f"<li>{html.escape(name)}: {html.escape(reason)}</li>"
         for name, reason in list(values["bad_images"].items())[:50]
     )
-    return _section("Run", _table(rows) + (f"<ul>{bad}</ul>" if bad else ""))
+    return section("Run", table(rows) + (f"<ul>{bad}</ul>" if bad else ""))
 
 
 def _results(run: Path) -> str:
@@ -151,11 +117,11 @@ def _results(run: Path) -> str:
             f"<div><h3>{html.escape(protocol.title)}</h3><table><tr><th>features</th>{head}<th></th></tr>{rows}</table>"
             f"<p class=note>{result['train_images']} training and {result['val_images']} validation images, "
             f"{result['classes']} classes; {html.escape(settings)}</p>"
-            f"{_image(picture.read_bytes()) if protocol.draw and picture.exists() else ''}</div>"
+            f"{image(picture.read_bytes()) if protocol.draw and picture.exists() else ''}</div>"
         )
     if not tables:
         return ""
-    return _section("What the features are worth", f"<div class=columns>{''.join(tables)}</div>")
+    return section("What the features are worth", f"<div class=columns>{''.join(tables)}</div>")
 
 
 def _draw_curves(lines: list[dict[str, Any]], config: Config) -> bytes:
@@ -169,11 +135,11 @@ def _draw_curves(lines: list[dict[str, Any]], config: Config) -> bytes:
         points = [(line["epoch"], line[key]) for line in lines if line["kind"] == kind]
         scale = 100 if unit == "%" else 1
         marker = "o" if len(points) < 40 else None
-        axis.plot([x for x, _ in points], [scale * y for _, y in points], color=_ACCENT, marker=marker, markersize=3)
+        axis.plot([x for x, _ in points], [scale * y for _, y in points], color=ACCENT, marker=marker, markersize=3)
         if key == "projection_std":
             spread = config.model.projection_dim**-0.5
-            axis.axhline(spread, color=_GOOD, linestyle=":", label="evenly spread")
-            axis.axhline(config.log.collapse_threshold * spread, color=_BAD, linestyle=":", label="collapse warning")
+            axis.axhline(spread, color=GOOD, linestyle=":", label="evenly spread")
+            axis.axhline(config.log.collapse_threshold * spread, color=BAD, linestyle=":", label="collapse warning")
             axis.legend(fontsize=8, frameon=False)
         if key in ("images_per_s", "wait_share", "projection_std"):
             axis.set_ylim(bottom=0)
@@ -191,10 +157,10 @@ def _pictures(config: Config, model: BYOL, say: Callable[[str], None]) -> str:
     parts: list[str] = []
     try:
         train = find_images(config.data, "train")
-        parts.append(_section("The two views", _image(draw_views(config, train))))
+        parts.append(section("The two views", image(draw_views(config, train))))
         val = find_images(config.data, "val")
         check_splits(train, val)
-        parts.append(_section("Nearest neighbours", _neighbours(config, model, train, val)))
+        parts.append(section("Nearest neighbours", _neighbours(config, model, train, val)))
     except InputError as error:
         say(f"warning: the report lacks pictures: {error}")
     return "".join(parts)
@@ -228,12 +194,12 @@ def _neighbours(config: Config, model: BYOL, train: ImageSet, val: ImageSet) -> 
             axis.imshow(_thumbnail(bank, neighbour, size))
             axis.add_patch(
                 Rectangle(
-                    (0, 0), 1, 1, transform=axis.transAxes, fill=False, linewidth=4, edgecolor=_GOOD if right else _BAD
+                    (0, 0), 1, 1, transform=axis.transAxes, fill=False, linewidth=4, edgecolor=GOOD if right else BAD
                 )
             )
             axis.set_title(f"{bank.classes[bank.labels[neighbour]]} {similarity[row, k]:.2f}", fontsize=7)
     note = "Left: a validation image. Right: its nearest training images by cosine similarity; a green frame is the same class."
-    return f"{_image(to_png(figure))}<p class=note>{note}</p>"
+    return f"{image(to_png(figure))}<p class=note>{note}</p>"
 
 
 def _kept(folder: ImageSet, bad: dict[int, str]) -> list[int]:
@@ -250,4 +216,4 @@ def _thumbnail(folder: ImageSet, index: int, size: int) -> Any:
 
 def _environment(run: Path) -> str:
     facts = read_json(run / ENVIRONMENT)
-    return _section("Environment", _table(list(facts.items()))) if facts else ""
+    return section("Environment", table(list(facts.items()))) if facts else ""

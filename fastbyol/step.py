@@ -92,8 +92,7 @@ class TrainStep:
             with self._gradients_stay_here(k < self._parts - 1):
                 with autocast(self.device, self.dtype):
                     output = self._forward(*part)
-                loss = output.loss / self._parts
-                (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
+                self._backward(output.loss / self._parts)
             outputs.append(output._replace(loss=output.loss.detach()))
         self._clip_gradients()
         self._update()
@@ -104,6 +103,9 @@ class TrainStep:
         bad = ~torch.isfinite(loss) & (self.first_bad_step < 0)
         self.first_bad_step.copy_(torch.where(bad, self._number, self.first_bad_step))
         return BYOLOutput(loss, std, torch.cat(features) if features else None)
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
 
     def _update(self) -> None:
         """New weights, then the target, unless a scaled gradient was not finite: then neither, and a lower scale."""
