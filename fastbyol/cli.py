@@ -22,6 +22,7 @@ from fastbyol.errors import FastbyolError, InputError, StoppedByAnother
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _ALIASES = {"--batch-size": "--data.batch_size"}
+_NO_CONFIG = ("out", "steps", "rounds", "gpus", "gpu", "rates", "cores", "images")  # options beside a config's
 _LISTS = ("--shots", "--base_lrs")  # take 1,5,10 as well as [1,5,10]
 
 
@@ -123,6 +124,29 @@ def _parser() -> ArgumentParser:
     _add_config(preview)
     preview.add_argument("--out", type=Path, default=Path("preview.png"), help="PNG file to write.")
 
+    profile = add(commands, "profile", "Say where the milliseconds of a training step go.")
+    _add_config(profile)
+    profile.add_argument("--steps", type=int, default=20, help="Steps that are measured part by part.")
+    profile.add_argument(
+        "--out", type=Path, default=Path("profile"), help="Folder for the page, the figures and the trace."
+    )
+
+    bench = add(commands, "bench", "Time loader, step and both together, beside the step's bound.")
+    _add_config(bench)
+    bench.add_argument("--rounds", type=int, default=3, help="Turns of each measurement.")
+    bench.add_argument("--steps", type=int, default=10, help="Steps of a turn.")
+    bench.add_argument("--out", type=Path, help="JSON file to write.")
+
+    plan = add(commands, "plan", "Estimate rate, time, memory and network of a config on GPUs that are not here.")
+    _add_config(plan)
+    plan.add_argument("--gpus", type=int, default=1, help="How many.")
+    plan.add_argument("--gpu", type=str, help="a100-40, a100-80 or h100: their published rates.")
+    plan.add_argument("--rates", type=Path, help="Instead: file of `fastbyol bench --out`, the rates of a machine.")
+    plan.add_argument(
+        "--cores", type=int, default=0, help="CPU cores beside each GPU that load images; 0: as many as it takes."
+    )
+    plan.add_argument("--images", type=int, default=0, help="Training images; 0: those in data.root, else ImageNet's.")
+
     report = add(commands, "report", "Write report.html of a run.")
     report.add_argument("--run", type=Path, required=True, help="The run's folder.")
 
@@ -147,7 +171,7 @@ def _add_config(parser: ArgumentParser) -> None:
 
 def _config(args: Namespace) -> Config:
     values = args.as_dict()
-    for key in ("config", "out"):
+    for key in ("config", *_NO_CONFIG):
         values.pop(key, None)
     try:
         return Config.from_dict(values)
@@ -227,6 +251,28 @@ def _preview(args: Namespace) -> int:
     return 0
 
 
+def _profile(args: Namespace) -> int:
+    from fastbyol.profiling import profile
+
+    profile(_config(args), steps=args.steps, out=args.out, say=print)
+    return 0
+
+
+def _bench(args: Namespace) -> int:
+    from fastbyol.bench import bench
+
+    bench(_config(args), rounds=args.rounds, steps=args.steps, out=args.out, say=print)
+    return 0
+
+
+def _plan(args: Namespace) -> int:
+    from fastbyol.plan import plan
+
+    options = {key: args[key] for key in ("gpus", "gpu", "rates", "cores", "images")}
+    plan(_config(args), **options, say=print)
+    return 0
+
+
 def _report(args: Namespace) -> int:
     from fastbyol.report import write_report
 
@@ -253,6 +299,9 @@ _COMMANDS = {
     "prepare": _prepare,
     "pack": _pack,
     "preview": _preview,
+    "profile": _profile,
+    "bench": _bench,
+    "plan": _plan,
     "report": _report,
     "export": _export,
     "doctor": _doctor,

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: every contender trains, and the estimate of the exchange counts every tensor."""
 
 import csv
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench_step
 import exchange
 import readme_tables
+
+from fastbyol import plan
 
 TINY = bench_step.Work.parse("R18 32 px, batch 4")
 CPU = torch.device("cpu")
@@ -67,7 +70,7 @@ def test_bound_is_three_eighths_of_the_supervised_rate_of_the_same_round():
 
 @pytest.fixture(scope="module")
 def r50() -> exchange.Counts:
-    return exchange.count(exchange.meta_model("resnet50", 224))
+    return exchange.counts_of("resnet50", 224)
 
 
 def test_exchange_counts_of_r50(r50: exchange.Counts):
@@ -86,8 +89,8 @@ def test_exchange_counts_of_r50(r50: exchange.Counts):
 
 def test_exchange_times_of_two_gpus():
     counts = exchange.Counts(gradient_values=10**6, online_channels=500, target_channels=250, collectives=10)
-    link = exchange.Link("wire", 2.0, "")
-    gpu = exchange.Gpu(link, link, 0, "")
+    link = plan.Link("wire", 2.0, "")
+    gpu = dataclasses.replace(plan.GPUS["h100"], node=link, cluster=link)
     row = exchange.estimate(
         counts, gpu, gpus=2, batch=8, images_per_s=2000, gradient_dtype="float32", latency_us=(100, 0)
     )
@@ -101,7 +104,7 @@ def test_exchange_times_of_two_gpus():
 
 
 def test_one_gpu_sends_nothing(r50: exchange.Counts):
-    row = exchange.estimate(r50, exchange.GPUS["A100"], gpus=1, batch=64, images_per_s=926, gradient_dtype="float32")
+    row = exchange.estimate(r50, plan.GPUS["a100-80"], gpus=1, batch=64, images_per_s=926, gradient_dtype="float32")
     assert row["gradient_bytes_sent"] == row["syncbn_bytes_sent"] == row["syncbn_collectives"] == 0
     assert float(row["exposed_ms"]) == 0
 
