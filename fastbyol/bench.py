@@ -57,9 +57,10 @@ def bench(config: Config, *, rounds: int, steps: int, out: Path | None, say: Cal
             raise InputError(f"--{name} {value}: must be at least 1")
     world = world_from_environment()
     device = choose_device(config.device, world.local_rank)
-    if out is not None and world.first and not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
     with ProcessGroup(world, config.distributed, device):
+        with world.together():
+            if out is not None and world.first and not out.absolute().parent.is_dir():
+                raise InputError(f"--out {out}: there is no folder {out.parent}")
         training = build(config, world, device, say if world.first else lambda text: None)
         if world.first:
             say(f"measuring {training.describe()}: {rounds} rounds of {steps} steps")

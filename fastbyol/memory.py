@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.config import Config
+from fastbyol.data import ImageSet
 from fastbyol.distributed import World
 from fastbyol.errors import InputError
 from fastbyol.layers import checkpoint_stages
@@ -130,6 +131,20 @@ def largest_batch(config: Config, device: torch.device, world: World) -> int:
         )
     while device.type == "cuda" and size > 2 * parts and not _fits(model, config, size // parts, device):
         size //= 2
+    return size
+
+
+def batch_of_all_ranks(fits: int, images: ImageSet, config: Config, world: World) -> int:
+    """The batch that data.batch_size=auto means where this rank can hold `fits` images; every rank must call it.
+
+    Raises:
+        InputError: the split is smaller than two images per rank and micro-batch.
+    """
+    size = min(world.gather(fits)) * world.size
+    while size > len(images):
+        size //= 2
+    if size < 2 * config.step.micro_batches * world.size:
+        raise InputError(f"data.batch_size=auto: {images.root} has only {len(images)} images")
     return size
 
 

@@ -17,6 +17,7 @@ Parts, in the order of a step:
 """
 
 import bisect
+import dataclasses
 import gc
 import json
 import os
@@ -86,16 +87,25 @@ def build(config: Config, world: World, device: torch.device, say: Callable[[str
     Raises:
         InputError: the config does not fit the data or the machine.
     """
-    images = find_images(config.data, "train")
-    dispatch.compile_cpu_kernels(say)
-    if config.data.batch_size == "auto":
-        fits = min(world.gather(memory.largest_batch(config, device, world))) * world.size
-        config = Config.from_dict(config.to_dict() | {"data": config.to_dict()["data"] | {"batch_size": fits}})
-    model = build_model(config.model, config.data.image_size_px, config.seed)
-    model = model.to(device=device, memory_format=torch.channels_last)
-    step = TrainStep(model, config, max(len(images) // config.data.batch_size, 1), device, world)
-    shard = world.shard(config.data.batch_size, config.step.micro_batches)
-    loader = build_loader(config.data, images, seed=config.seed, device=device, dtype=step.view_dtype, shard=shard)
+    with world.together():
+        images = find_images(config.data, "train")
+        dispatch.compile_cpu_kernels(say)
+        fits = memory.largest_batch(config, device, world) if config.data.batch_size == "auto" else 0
+    if fits:
+        size = memory.batch_of_all_ranks(fits, images, config, world)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
+    with world.together():
+        model = build_model(config.model, config.data.image_size_px, config.seed)
+        model = model.to(device=device, memory_format=torch.channels_last)
+        step = TrainStep(model, config, max(len(images) // config.data.batch_size, 1), device, world)
+        loader = build_loader(
+            config.data,
+            images,
+            seed=config.seed,
+            device=device,
+            dtype=step.view_dtype,
+            shard=world.shard(config.data.batch_size, config.step.micro_batches),
+        )
     return Training(config, world, device, images, model, step, loader)
 
 
@@ -307,8 +317,9 @@ def profile(config: Config, *, steps: int, out: Path, say: Callable[[str], None]
     world = world_from_environment()
     device = choose_device(config.device, world.local_rank)
     with ProcessGroup(world, config.distributed, device):
-        if world.first:
-            _make_folder(out)
+        with world.together():
+            if world.first:
+                _make_folder(out)
         training = build(config, world, device, say if world.first else lambda text: None)
         if world.first:
             say(f"profiling {training.describe()}")

@@ -326,11 +326,7 @@ class _Run:
         if found is not None:
             size = found[1]["config"]["data"]["batch_size"]
         else:
-            size = min(self.world.gather(fits)) * self.world.size
-            while size > len(self.images):
-                size //= 2
-            if size < 2 * config.step.micro_batches * self.world.size:
-                raise InputError(f"data.batch_size=auto: {self.images.root} has only {len(self.images)} images")
+            size = memory.batch_of_all_ranks(fits, self.images, config, self.world)
             peak = config.optim.base_lr * size / 256
             self._news.append(
                 f"data.batch_size=auto: {size}; the learning rate rises to {peak:.4g} (optim.base_lr * {size} / 256)"

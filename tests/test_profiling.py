@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -187,6 +190,43 @@ def test_a_compiled_step_is_profiled_as_two_graphs(make_config, tmp_path, small_
     assert compiled == ["forward", "targets", "predict"]
     assert min(by[TARGET], by[ONLINE], by[BACKWARD]) > 0
     assert (result["graph_breaks"], result["recompilations"]) == (0, 0)
+
+
+@pytest.mark.runs
+def test_two_ranks_are_profiled_and_measured_together(photos, tmp_path):
+    """What of the gradients' exchange the backward pass does not hide is a part of its own; one rank writes and speaks."""
+    words = [
+        "--data.root",
+        str(photos),
+        "--data.batch_size",
+        "16",
+        "--data.image_size_px",
+        "32",
+        "--model.width",
+        "0.125",
+    ]
+    words += ["--model.backbone", "resnet18", "--model.hidden_dim", "32", "--data.threads", "1"]
+
+    def torchrun(*command):
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastbyol"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*start, *command], capture_output=True, text=True, timeout=240, env=environment, check=False
+        )
+
+    done = torchrun("profile", *words, "--steps", "2", "--out", str(tmp_path / "p"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    result = json.loads((tmp_path / "p" / "profile.json").read_text())
+    by = {row["part"]: row["mean_ms"] for row in result["parts"]}
+    assert min(by[EXCHANGE], by[BACKWARD]) > 0
+    done = torchrun("bench", *words, "--steps", "2", "--rounds", "1", "--out", str(tmp_path / "b.json"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("limit: ") == 1
+    assert "2 x cpu" in json.loads((tmp_path / "b.json").read_text())["what"]
+    done = torchrun("bench", *words, "--out", "/nowhere/b.json")
+    assert done.returncode != 0
+    assert done.stderr.count("there is no folder /nowhere") == 1
 
 
 # --- bench ---
