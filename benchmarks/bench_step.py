@@ -19,6 +19,7 @@ Contenders:
     byol-pytorch                    the loop of its README: Adam, update_moving_average; both views as one batch (joint BatchNorm
                                     statistics), simplicial embeddings as by default. It augments inside the step: here it gets
                                     the identity for that, so that only the step is measured
+    stable-pretraining              its BYOL module around a timm backbone: views one by one, its teacher update, SGD; float32, NCHW
     plain torch                     a loop of the usual kind: float32, NCHW, views one by one, torch's SGD, foreach EMA
     plain torch channels-last       the same with channels-last weights and views
     plain torch channels-last bf16  the same under bfloat16 autocast
@@ -66,7 +67,11 @@ REPEATS = {"cpu": 3, "cuda": 5}  # measurements of a turn; its row has their med
 CALLS = {"cpu": 1, "cuda": 10}  # steps in a measurement
 HIDDEN, PROJECTION, MOMENTUM = 4096, 256, 0.99
 BOUND = 3 / 8  # of the supervised rate: 3 units of work against 8
-PACKAGES = {"lightly": "lightly", "byol-pytorch": "byol_pytorch"}  # distributions of peers and their modules
+PACKAGES = {  # distributions of peers and their modules
+    "lightly": "lightly",
+    "byol-pytorch": "byol_pytorch",
+    "stable-pretraining": "stable_pretraining",
+}
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,24 @@ def byol_pytorch(work: Work, device: torch.device) -> Trainer:
     return Trainer(learner, step)
 
 
+def stable_pretraining(work: Work, device: torch.device) -> Trainer:
+    from stable_pretraining.methods.byol import BYOL
+
+    model = BYOL(work.backbone, (HIDDEN, PROJECTION), (HIDDEN, PROJECTION), ema_decay_start=MOMENTUM).to(device).train()
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.03, momentum=0.9)
+
+    def step(view1: Tensor, view2: Tensor) -> Tensor:
+        loss = model(view1, view2).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.backbone.update_teacher()
+        model.projector.update_teacher()
+        return loss.detach()
+
+    return Trainer(model, step)
+
+
 class PlainBYOL(nn.Module):
     """Online network, predictor and target as one writes them down from the paper."""
 
@@ -288,6 +311,7 @@ CONTENDERS: dict[str, Callable[[Work, torch.device], Trainer]] = {
     "fastbyol cuda_graph": lambda work, device: fastbyol(work, device, mode="cuda_graph"),
     "lightly": lightly,
     "byol-pytorch": byol_pytorch,
+    "stable-pretraining": stable_pretraining,
     "plain torch": plain_torch,
     "plain torch channels-last": lambda work, device: plain_torch(work, device, torch.channels_last),
     "plain torch channels-last bf16": lambda work, device: plain_torch(

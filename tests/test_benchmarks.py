@@ -19,7 +19,14 @@ from fastbyol import plan
 
 TINY = bench_step.Work.parse("R18 32 px, batch 4")
 CPU = torch.device("cpu")
-CONTENDERS = ["fastbyol", "lightly", "byol-pytorch", "plain torch channels-last bf16", "supervised"]
+CONTENDERS = [
+    "fastbyol",
+    "lightly",
+    "byol-pytorch",
+    "stable-pretraining",
+    "plain torch channels-last bf16",
+    "supervised",
+]
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
