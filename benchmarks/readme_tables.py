@@ -72,6 +72,28 @@ def demo_seeds() -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
+def dense() -> str:
+    """mIoU and mAP of the demo corpus's features on `prepare shapes`, seed by seed."""
+    rows = read("dense")
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    lines = ["| | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |", "|---" * (len(seeds) + 2) + "|"]
+    took = []
+    for protocol, title in (("segmentation", "segmentation, mIoU"), ("detection", "detection, mAP")):
+        own = [row for row in rows if row["protocol"] == protocol]
+        for column, name in (("BYOL", "BYOL"), ("untrained_network", "untrained network")):
+            values = [100 * float(row[column]) for row in own]
+            cells = " | ".join(f"**{v:.1f}**" if column == "BYOL" else f"{v:.1f}" for v in [*values, mean(values)])
+            lines.append(f"| {title}: {name} | {cells} |")
+        took.append(f"{protocol} {', '.join(row['seconds'] for row in own)} s")
+    first = rows[0]
+    note = (
+        f"{first['cpu']}, {first['threads']} of torch's threads; torch {first['torch']}, torchvision {first['torchvision']}; commit "
+        f"{first['fastbyol'].split()[-1]}; both networks together took: {'; '.join(took)}. Source: benchmarks/results/dense.csv "
+        "(`python benchmarks/dense_transfer.py`)."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
 def loader() -> str:
     pairs = [("fastbyol", other) for other in ("decode only", "lightly", "torchvision v2", "DALI CPU")]
     return _loaders("loader", [*pairs, ("fastbyol", "fastbyol 1 thread"), ("decode only", "decode only 1 thread")])
@@ -334,6 +356,7 @@ TABLES = {
     "variants": variants,
     "variant_commands": variant_commands,
     "accuracy": accuracy,
+    "dense": dense,
     "kernels": kernels,
     "dct_scaling": dct_scaling,
     "demo_seeds": demo_seeds,

@@ -86,7 +86,7 @@ def arguments(corpus: str, variant: str, seed: int, root: str, weights: str) -> 
 
 def measure(corpus: str, variant: str, seed: int, root: Path, runs: Path, weights: Path) -> dict[str, str]:
     """One row: trains and evaluates."""
-    run = _run_of(corpus, variant, seed, runs)
+    run = run_of(corpus, variant, seed, runs)
     given = [
         "train",
         *arguments(corpus, variant, seed, str(root), str(weights)),
@@ -115,7 +115,7 @@ def measure(corpus: str, variant: str, seed: int, root: Path, runs: Path, weight
 
 def untrained(corpus: str, title: str, seed: int, runs: Path) -> dict[str, str]:
     """The baseline that both protocols report for a variant's run."""
-    run = _run_of(corpus, UNTRAINED[title], seed, runs)
+    run = run_of(corpus, UNTRAINED[title], seed, runs)
     row = {"command": f"fastbyol eval knn --run RUN, of the row {UNTRAINED[title]!r}", "seconds": "0"}
     for protocol in ("knn", "linear"):
         _run(["eval", protocol, "--run", str(run)])
@@ -159,7 +159,8 @@ def _backbone(config: Config) -> torch.nn.Module:
     return one_view(backbone).to(memory_format=torch.channels_last)
 
 
-def _run_of(corpus: str, variant: str, seed: int, runs: Path) -> Path:
+def run_of(corpus: str, variant: str, seed: int, runs: Path) -> Path:
+    """A row's run."""
     return runs / f"{corpus}-{list(VARIANTS).index(variant)}-{seed}"
 
 

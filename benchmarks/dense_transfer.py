@@ -1,0 +1,81 @@
+"""Do the demo corpus's features carry over to segmentation and detection? Against the untrained network, on `fastbyol prepare shapes`.
+
+    python benchmarks/dense_transfer.py [--seeds 0 1 2] [--work DIR]
+
+Takes the BYOL runs of variants.py on the demo corpus (configs/demo.yaml with 6 epochs) where DIR holds them, and trains them where it does not. `fastbyol eval
+segmentation` and `eval detection` then run with their defaults, each in a process of its own whose seconds are counted, start and both networks included.
+Writes benchmarks/results/dense.csv, one row per seed and protocol.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import results_csv
+import variants
+
+from fastbyol import environment
+
+RESULT = results_csv.FOLDER / "dense.csv"
+METRICS = {"segmentation": "miou", "detection": "map"}
+CORPUS = "photos"
+
+
+def fastbyol(*arguments: str) -> float:
+    """Runs it in a process of its own; seconds."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "fastbyol", *arguments], check=True, cwd=variants.ROOT)
+    return time.perf_counter() - began
+
+
+def run_of(seed: int, work: Path) -> Path:
+    """The run's folder."""
+    run = variants.run_of(CORPUS, "BYOL", seed, work / "runs")
+    if not (run / "summary.json").exists():
+        root = variants.prepare(CORPUS, work / "data")
+        fastbyol(
+            *("train", *variants.arguments(CORPUS, "BYOL", seed, str(root), "")),
+            *("--runs", str(run.parent), "--name", run.name),
+        )
+    return run
+
+
+def measure(protocol: str, seed: int, run: Path, shapes: Path) -> dict[str, str]:
+    """A row."""
+    seconds = fastbyol("eval", protocol, "--run", str(run), "--root", str(shapes), "--seed", str(seed))
+    result = json.loads((run / f"eval_{protocol}.json").read_text())
+    row = {"protocol": protocol, "seed": str(seed), "metric": METRICS[protocol]}
+    for name, values in result["rows"].items():
+        row[name.replace(" ", "_")] = f"{values[METRICS[protocol]]:.4f}"
+    row |= {"seconds": f"{seconds:.0f}", "images": f"{result['train_images']}+{result['val_images']}"}
+    row["threads"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    facts = environment.describe()
+    return row | {key: facts[key] for key in ("fastbyol", "cpu", "torch", "torchvision")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, help="folder for corpora and runs; by default a temporary one")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    work = args.work or Path(tempfile.mkdtemp(prefix="fastbyol-dense-"))
+    (work / "data").mkdir(parents=True, exist_ok=True)
+    shapes = work / "data" / "shapes"
+    if not shapes.exists():
+        fastbyol("prepare", "shapes", "--out", str(shapes))
+    rows = []
+    for seed in args.seeds:
+        run = run_of(seed, work)
+        for protocol in METRICS:
+            rows.append(measure(protocol, seed, run, shapes))
+            results_csv.write(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()
