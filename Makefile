@@ -11,7 +11,7 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 GPU_PYTHON ?= $(BIN)/python
 KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-json=/dev/null --benchmark-disable-gc
 
-.PHONY: help demo test pytest pytest-apart lint setup gpu ffcv-packages bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-exchange clean
+.PHONY: help demo test pytest pytest-interpreter lint setup gpu ffcv-packages bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-exchange clean
 
 help:
 	@echo "make demo   set up, prepare photographs, pre-train on them, evaluate, write runs/demo/report.html (5 minutes)"
@@ -53,17 +53,16 @@ ffcv-packages:
 	else echo "make: run that command as root first" >&2; exit 1; fi; \
 	$$root apt-get -qq update && $$root apt-get -qq install -y --no-install-recommends $(FFCV_PACKAGES) >/dev/null
 
-# Triton compiles or interprets its kernels for the whole of a process, so those that need the interpreter have their own. It is one thread of
-# Python, so both run at once; whole runs, which are processes of their own and often wait for each other, follow it.
+# Triton compiles or interprets its kernels for the whole of a process, so those that need the interpreter have their own.
+# Both processes at once: the interpreter is one thread of Python. (Two that compute on both cores slow each other down more than they gain.)
 test: lint $(TEST_STAMP)
-	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest pytest-apart
+	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest pytest-interpreter
 
 pytest:
-	$(BIN)/pytest -m "not runs"
+	$(BIN)/pytest
 
-pytest-apart:
+pytest-interpreter:
 	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter
-	$(BIN)/pytest -m runs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

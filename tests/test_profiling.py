@@ -192,7 +192,6 @@ def test_a_compiled_step_is_profiled_as_two_graphs(make_config, tmp_path, small_
     assert (result["graph_breaks"], result["recompilations"]) == (0, 0)
 
 
-@pytest.mark.runs
 def test_two_ranks_are_profiled_and_measured_together(photos, tmp_path):
     """What of the gradients' exchange the backward pass does not hide is a part of its own; one rank writes and speaks."""
     words = [
