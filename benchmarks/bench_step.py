@@ -53,6 +53,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastbyol import environment
+from fastbyol.bench import BOUND, CLASSES, supervised_step
 from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepConfig
 from fastbyol.data import Batch
 from fastbyol.model import build_model
@@ -66,7 +67,6 @@ WARM_UP = {"cpu": 2, "cuda": 15}  # steps
 REPEATS = {"cpu": 3, "cuda": 5}  # measurements of a turn; its row has their median
 CALLS = {"cpu": 1, "cuda": 10}  # steps in a measurement
 HIDDEN, PROJECTION, MOMENTUM = 4096, 256, 0.99
-BOUND = 3 / 8  # of the supervised rate: 3 units of work against 8
 PACKAGES = {  # distributions of peers and their modules
     "lightly": "lightly",
     "byol-pytorch": "byol_pytorch",
@@ -280,28 +280,12 @@ def plain_torch(
 
 
 def supervised(work: Work, device: torch.device) -> Trainer:
-    """Uses one view a step."""
+    """`fastbyol bench`'s step of timm's network as it is; uses one view."""
     torch.backends.cudnn.benchmark = True
-    model = timm.create_model(work.backbone, num_classes=1000).to(device=device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
-    labels = (torch.arange(work.batch) % 1000).to(device)
-
-    def forward(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return F.cross_entropy(model(images), labels)
-
-    if device.type == "cuda":
-        forward = torch.compile(forward, mode="reduce-overhead")  # the mode with CUDA graphs
-
-    def step(view1: Tensor, view2: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        loss = forward(view1)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return Trainer(model, step, torch.bfloat16, torch.channels_last)
+    model = timm.create_model(work.backbone, num_classes=CLASSES).to(device=device, memory_format=torch.channels_last)
+    mode = "compile" if device.type == "cuda" else "eager"
+    step = supervised_step(model, work.batch, device, torch.bfloat16, mode)
+    return Trainer(model, lambda view1, view2: step(view1), torch.bfloat16, torch.channels_last)
 
 
 CONTENDERS: dict[str, Callable[[Work, torch.device], Trainer]] = {

@@ -10,27 +10,19 @@ Writes benchmarks/results/dense.csv, one row per seed and protocol.
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import results_csv
 import variants
+from demo_seeds import fastbyol
 
 from fastbyol import environment
 
 RESULT = results_csv.FOLDER / "dense.csv"
 METRICS = {"segmentation": "miou", "detection": "map"}
 CORPUS = "photos"
-
-
-def fastbyol(*arguments: str) -> float:
-    """Runs it in a process of its own; seconds."""
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "fastbyol", *arguments], check=True, cwd=variants.ROOT)
-    return time.perf_counter() - began
 
 
 def run_of(seed: int, work: Path) -> Path:
@@ -47,7 +39,9 @@ def run_of(seed: int, work: Path) -> Path:
 
 def measure(protocol: str, seed: int, run: Path, shapes: Path) -> dict[str, str]:
     """A row."""
-    seconds = fastbyol("eval", protocol, "--run", str(run), "--root", str(shapes), "--seed", str(seed))
+    began = time.perf_counter()
+    fastbyol("eval", protocol, "--run", str(run), "--root", str(shapes), "--seed", str(seed))
+    seconds = time.perf_counter() - began
     result = json.loads((run / f"eval_{protocol}.json").read_text())
     row = {"protocol": protocol, "seed": str(seed), "metric": METRICS[protocol]}
     for name, values in result["rows"].items():

@@ -38,15 +38,15 @@ from torch import nn
 from fastbyol import environment
 from fastbyol.cli import train_config
 from fastbyol.config import Config
-from fastbyol.data import build_loader, open_split
+from fastbyol.data import open_split
 from fastbyol.data.prepare import prepare_fashion_mnist
+from fastbyol.distributed import World
 from fastbyol.evaluate.features import extract
 from fastbyol.evaluate.knn import knn_accuracy
-from fastbyol.kernels import dispatch
 from fastbyol.layers import one_view
-from fastbyol.model import build_backbone, build_model
+from fastbyol.model import build_backbone
+from fastbyol.profiling import build
 from fastbyol.schedules import target_decay
-from fastbyol.step import TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = results_csv.FOLDER / "accuracy.csv"
@@ -63,16 +63,13 @@ def config_of(root: Path, seed: int, epochs: int, base_lr: float) -> Config:
 
 
 def fastbyol(config: Config) -> Trained:
-    dispatch.compile_cpu_kernels(lambda text: None)
-    images = open_split(config.data.root, "train")
-    model = build_model(config.model, config.data.image_size_px, config.seed).to(memory_format=torch.channels_last)
-    step = TrainStep(model, config, len(images) // config.data.batch_size, CPU)
-    loader = build_loader(config.data, images, seed=config.seed, device=CPU, dtype=step.view_dtype)
+    training = build(config, World(), CPU, lambda text: None)
+    step = training.step
     began = time.perf_counter()
-    for k, batch in enumerate(loader.batches(0, step.total_steps)):
+    for k, batch in enumerate(training.loader.batches(0, step.total_steps)):
         step(k, batch)
     seconds = time.perf_counter() - began
-    return one_view(model.online.backbone), seconds
+    return one_view(training.model.online.backbone), seconds
 
 
 def lightly(config: Config) -> Trained:

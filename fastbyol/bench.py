@@ -6,7 +6,6 @@ views through the online network, forward and backward, and through the target).
 convolutions are as large.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,18 +20,17 @@ from torch import Tensor, nn
 from fastbyol import environment
 from fastbyol.config import Config
 from fastbyol.data import choose_backend, native
-from fastbyol.distributed import ProcessGroup, world_from_environment
 from fastbyol.errors import InputError
 from fastbyol.layers import one_view
 from fastbyol.model import build_model
 from fastbyol.precision import autocast
-from fastbyol.profiling import Loop, Training, build, loader_threads
+from fastbyol.profiling import Loop, Training, loader_threads, opened
 from fastbyol.roofline import count_step, measure_peaks
-from fastbyol.step import choose_device
+from fastbyol.runlog import write_json
 from fastbyol.views import VIEWS
 
 BOUND = 3 / 8
-_CLASSES = 1000
+CLASSES = 1000
 _NEAR = 0.9  # of a bound: nothing to gain that is worth a setting
 
 
@@ -55,29 +53,22 @@ def bench(config: Config, *, rounds: int, steps: int, out: Path | None, say: Cal
     for name, value in (("rounds", rounds), ("steps", steps)):
         if value < 1:
             raise InputError(f"--{name} {value}: must be at least 1")
-    world = world_from_environment()
-    device = choose_device(config.device, world.local_rank)
-    with ProcessGroup(world, config.distributed, device):
-        with world.together():
-            if out is not None and world.first and not out.absolute().parent.is_dir():
-                raise InputError(f"--out {out}: there is no folder {out.parent}")
-        training = build(config, world, device, say if world.first else lambda text: None)
-        if world.first:
-            say(f"measuring {training.describe()}: {rounds} rounds of {steps} steps")
+
+    def check() -> None:
+        if out is not None and not out.absolute().parent.is_dir():
+            raise InputError(f"--out {out}: there is no folder {out.parent}")
+
+    with opened(config, check, say) as training:
         measured = _measure(training, rounds, steps)
-        rates = _rates(training, median(measured["step"])) if world.first else None
     result: dict[str, Any] = {"what": training.describe(), "rounds": rounds, "steps": steps}
     result |= {"images_per_s": measured} | _ratios(measured)
-    result["limit"] = limit(result, device)
+    result["limit"] = limit(result, training.device)
     result["advice"] = advice(result, training)
-    result["rates"] = rates
     result |= {"config": training.config.to_dict(), "environment": environment.describe()}
-    if world.first:
+    if training.world.first:
         if out is not None:
-            try:
-                out.write_text(json.dumps(result, indent=2) + "\n")
-            except OSError as error:
-                raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
+            result["rates"] = _rates(training, median(measured["step"]))
+            write_json(out, result, f"--out {out}")
         for line in lines(result):
             say(line)
     return result
@@ -90,13 +81,13 @@ def _measure(training: Training, rounds: int, steps: int) -> dict[str, list[floa
     try:
         loop.warm_up()
         resident = loop.resident_batch()
-        supervised = supervised_step(
-            training.config, torch.cat(resident.views), training.step.dtype, training.step.mode
-        )
+        images = torch.cat(resident.views)
+        model = _supervised(training).to(device=images.device, memory_format=torch.channels_last)
+        step = supervised_step(model, len(images), images.device, training.step.dtype, training.step.mode)
         turns = {
             "loader": (loop.skip, training.config.data.prefetch_batches + 1),
             "step": (lambda: loop.step(resident), 2),
-            "supervised": (supervised, 2),
+            "supervised": (lambda: step(images), 2),
             "whole": (loop, training.config.data.prefetch_batches + 1),
         }
         for call, _ in turns.values():  # compile everything before the first round
@@ -105,35 +96,42 @@ def _measure(training: Training, rounds: int, steps: int) -> dict[str, list[floa
         for _ in range(rounds):
             for name, (call, before) in turns.items():
                 loop.timed(before, call)  # whatever lay ready from the turn before is used up
-                images = batch * (VIEWS if name == "supervised" else 1)
-                found[name].append(steps * images / loop.timed(steps, call))
+                images_a_call = batch * (VIEWS if name == "supervised" else 1)
+                found[name].append(steps * images_a_call / loop.timed(steps, call))
         return found
     finally:
         loop.close()
 
 
-def supervised_step(config: Config, images: Tensor, dtype: torch.dtype, mode: str) -> Callable[[], Tensor]:
-    """One step of cross-entropy and SGD on the config's backbone, with the images (B, 3, S, S) that are there; gives its loss.
+def _supervised(training: Training) -> nn.Module:
+    """The config's backbone with a classifier."""
+    config = training.config
+    pair = build_model(config.model, config.data.image_size_px, config.seed)
+    return nn.Sequential(one_view(pair.online.backbone), nn.Linear(pair.features, CLASSES))
+
+
+def supervised_step(
+    model: nn.Module, batch: int, device: torch.device, dtype: torch.dtype, mode: str
+) -> Callable[[Tensor], Tensor]:
+    """A step of cross-entropy and SGD with momentum: images (B, 3, S, S) in, loss out.
 
     Args:
+        model: (B, 3, S, S) -> (B, CLASSES), on `device`.
+        batch: B.
         dtype: of the computation.
-        mode: of the step: compiled where BYOL's is; torch captures its graphs by itself on a GPU.
+        mode: of the step: eager, or compiled, with CUDA graphs of torch's own making on a GPU.
     """
-    device = images.device
-    pair = build_model(config.model, config.data.image_size_px, config.seed)
-    model = nn.Sequential(one_view(pair.online.backbone), nn.Linear(pair.features, _CLASSES))
-    model = model.to(device=device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
-    labels = (torch.arange(len(images)) % _CLASSES).to(device)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9, fused=True)
+    labels = (torch.arange(batch) % CLASSES).to(device)
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(images: Tensor) -> Tensor:
         with autocast(device, dtype):
-            return F.cross_entropy(model(x), labels)
+            return F.cross_entropy(model(images), labels)
 
     if mode != "eager":
         forward = torch.compile(forward, mode="reduce-overhead" if device.type == "cuda" else None)
 
-    def step() -> Tensor:
+    def step(images: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         loss = forward(images)
         loss.backward()

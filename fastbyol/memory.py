@@ -119,7 +119,7 @@ def largest_batch(config: Config, device: torch.device, world: World) -> int:
     checkpoint_stages(model.online.backbone, config.step.checkpoint_stages)
     low, high = (_trial(model, config, n, device) for n in _PROBES)
     per_image = (high - low) / (_PROBES[1] - _PROBES[0])
-    fixed = max(low - _PROBES[0] * per_image, 0) + _fixed_bytes(model, config)
+    fixed = max(low - _PROBES[0] * per_image, 0) + fixed_bytes(model, config)
     views = batch_bytes(config, 1, device, compute_dtype(config.precision, device))
     size = 2 * parts
     while fixed + 2 * size * (per_image / parts + views) <= free:
@@ -174,7 +174,7 @@ def _fits(model: BYOL, config: Config, images: int, device: torch.device) -> boo
     return True
 
 
-def _fixed_bytes(model: BYOL, config: Config) -> int:
+def fixed_bytes(model: BYOL, config: Config) -> int:
     """Weights and target, and for each trained parameter its gradient and the optimiser's state (two for Adam)."""
     states = 2 if config.optim.name in ("adam", "adamw") else 1
     trained = _bytes(p for p in model.parameters() if p.requires_grad)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastbyol.errors import InputError
 
-INK, ACCENT, SECOND, GOOD, BAD = "#22262b", "#1f6feb", "#c4561e", "#2e9e52", "#d1383d"
+INK, ACCENT, GOOD, BAD = "#22262b", "#1f6feb", "#2e9e52", "#d1383d"
 
 _STYLE = f"""
 body {{ font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: {INK}; max-width: 1080px; margin: 2em auto; padding: 0 1em }}

@@ -1,4 +1,4 @@
-"""What a config would do on machines that are not here: `fastbyol plan`. An estimate on paper; nothing is measured.
+"""What a config would do on machines that are not here: `fastbyol plan`. An estimate on paper: it measures nothing.
 
 Work and bytes are counted on the config's own model (roofline.py). The time of a step is the roofline of its operators at a device's peak rates,
 divided by the efficiency that others have reached there: that of a published supervised training of a ResNet-50 at 224 px, whose forward and
@@ -15,27 +15,28 @@ Time on the link is bytes over the full one-way rate of the slowest link of the 
 port beyond it. The latency of a collective is an assumption.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastbyol.config import Config, ModelConfig
+from fastbyol import memory
+from fastbyol.config import Config, DataConfig
 from fastbyol.data import find_images
 from fastbyol.errors import InputError, first_line
+from fastbyol.layers import batch_norms
 from fastbyol.model import BYOL
-from fastbyol.roofline import BACKWARD, ONLINE, Peaks, Work, count_step, kept_bytes, meta_model, norm_channels
+from fastbyol.roofline import BACKWARD, ONLINE, Peaks, Work, count_step, kept_bytes, meta_model
+from fastbyol.runlog import read_json
 from fastbyol.views import VIEWS
 
 IMAGENET_IMAGES = 1_281_167
 _MOMENTS = 2
-_FORWARD_BYTES, _BACKWARD_BYTES = (
-    8,
-    4,
-)  # statistics travel in float64 (kernels/batch_norm.py), their gradients in float32
+_FORWARD_BYTES = 8  # statistics travel in float64 (kernels/batch_norm.py)
+_BACKWARD_BYTES = 4  # their gradients in float32
 GRADIENT_BYTES = {"float32": 4, "bfloat16": 2}
 BACKWARD_SHARE = 4 / 8  # of a step, where only its whole time is known: 4 of 8 forward passes of a view
 LATENCY_US = (20.0, 50.0)  # assumed, of one collective: within a node, between nodes
@@ -140,9 +141,9 @@ class Rates:
             InputError: it cannot be read, or holds no rates.
         """
         try:
-            values = json.loads(path.read_text())["rates"]
+            values = read_json(path)["rates"]
             return cls(**values | {"peaks": Peaks(**values["peaks"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise InputError(f"--rates {path}: holds no rates of `fastbyol bench --out`: {first_line(error)}") from None
 
 
@@ -154,8 +155,8 @@ ASSUMED_LOADER_SIZE = 224
 
 def count(model: BYOL) -> Counts:
     """Values and channels of a pair."""
-    norms = [norm_channels(part) for part in (model.online, model.predictor, model.target) if part is not None]
-    online, target = norms[0] + norms[1], norms[2] if len(norms) > 2 else []
+    online = [norm.num_features for part in (model.online, model.predictor) for norm in batch_norms(part)]
+    target = [] if model.target is None else [norm.num_features for norm in batch_norms(model.target)]
     return Counts(
         gradient_values=sum(p.numel() for p in model.parameters() if p.requires_grad),
         online_channels=sum(online),
@@ -171,6 +172,8 @@ def exchange(
     gpus: int,
     backward_ms: float,
     gradient_dtype: str,
+    sync_bn_ranks: int = 0,
+    micro_batches: int = 1,
     latency_us: tuple[float, float] = LATENCY_US,
 ) -> Exchange:
     """Bytes and times of one optimiser step, per GPU.
@@ -178,17 +181,25 @@ def exchange(
     Args:
         gpus: n, in one ring.
         backward_ms: of the backward pass, which hides gradients.
+        sync_bn_ranks: neighbours that share BatchNorm statistics; 0 is all of them.
+        micro_batches: of a step: each has statistics of its own.
         latency_us: of a collective within a node and beyond it.
     """
     if gpus == 1:
         return Exchange(0, 0.0, 0, 0.0, 0.0, 0.0, None)
-    ring = 2 * (gpus - 1) / gpus
-    link, latency = (gpu.node, latency_us[0]) if gpus <= NODE else (gpu.cluster, latency_us[1])
-    sent = [round(ring * n) for n in (GRADIENT_BYTES[gradient_dtype] * counts.gradient_values, counts.syncbn_bytes)]
-    gradient_ms, syncbn_ms = (1e3 * n / (link.gb_per_s * 1e9) for n in sent)
-    latency_ms = 1e-3 * latency * counts.collectives
+
+    def ring(size: int, ranks: int) -> tuple[int, float, float]:
+        """Bytes that a GPU sends, milliseconds on the link, milliseconds of latency of one collective."""
+        link, latency = (gpu.node, latency_us[0]) if ranks <= NODE else (gpu.cluster, latency_us[1])
+        sent = round(2 * (ranks - 1) / ranks * size)
+        return sent, 1e3 * sent / (link.gb_per_s * 1e9), 1e-3 * latency if ranks > 1 else 0.0
+
+    gradient_bytes, gradient_ms, _ = ring(GRADIENT_BYTES[gradient_dtype] * counts.gradient_values, gpus)
+    syncbn_bytes, syncbn_ms, latency_ms = ring(micro_batches * counts.syncbn_bytes, sync_bn_ranks or gpus)
+    latency_ms *= micro_batches * counts.collectives
     exposed_ms = max(0.0, gradient_ms - backward_ms) + syncbn_ms + latency_ms
-    return Exchange(sent[0], gradient_ms, sent[1], syncbn_ms, latency_ms, exposed_ms, link)
+    link = gpu.node if gpus <= NODE else gpu.cluster
+    return Exchange(gradient_bytes, gradient_ms, syncbn_bytes, syncbn_ms, latency_ms, exposed_ms, link)
 
 
 def plan(
@@ -273,13 +284,16 @@ def _published(config: Config, gpu: Gpu) -> _Machine:
 
 def published_efficiency(gpu: Gpu) -> float:
     """Roofline of a supervised step of a ResNet-50 over its published time: the online network's share of BYOL's step, an image a view."""
-    config = Config.from_dict(
-        {"data": {"batch_size": _REFERENCE_BATCH, "image_size_px": 224}, "model": asdict(ModelConfig())}
-    )
-    work = count_step(config, _REFERENCE_BATCH, torch.bfloat16)
+    work = _reference_work()
     images = VIEWS * _REFERENCE_BATCH
     roofline_s = work[ONLINE].roofline_s(gpu.peaks) + work[BACKWARD].roofline_s(gpu.peaks)
     return roofline_s / images * gpu.supervised_images_per_s
+
+
+@cache
+def _reference_work() -> dict[str, Work]:
+    config = Config(data=DataConfig(batch_size=_REFERENCE_BATCH, image_size_px=224))
+    return count_step(config, _REFERENCE_BATCH, torch.bfloat16)
 
 
 def _measured(rates: Rates) -> _Machine:
@@ -310,7 +324,15 @@ def _estimate(config: Config, machine: _Machine, gpus: int, cores: int) -> dict[
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.distributed.gradient_dtype]
     sent = Exchange(0, 0.0, 0, 0.0, 0.0, 0.0, None)
     if machine.gpu is not None:
-        sent = exchange(count(model), machine.gpu, gpus=gpus, backward_ms=times[BACKWARD], gradient_dtype=dtype)
+        sent = exchange(
+            count(model),
+            machine.gpu,
+            gpus=gpus,
+            backward_ms=times[BACKWARD],
+            gradient_dtype=dtype,
+            sync_bn_ranks=config.distributed.sync_bn_ranks,
+            micro_batches=config.step.micro_batches,
+        )
     step_ms = compute_ms + sent.exposed_ms
     area = (config.data.image_size_px / machine.loader_size) ** 2
     loader_ms = sum(ms * (area if name in ("crop", "augment") else 1) for name, ms in machine.loader_ms.items())
@@ -321,8 +343,13 @@ def _estimate(config: Config, machine: _Machine, gpus: int, cores: int) -> dict[
         image_ms, limit = step_ms / batch, "step"
         if cores and loader_ms / cores > image_ms:
             image_ms, limit = loader_ms / cores, "loader"
-    memory = _memory(config, model, batch, machine.dtype)
-    fits = machine.gpu is None or sum(memory.values()) <= _MEMORY_SHARE * machine.gpu.memory_gib * 2**30
+    device = torch.device("cpu" if machine.cores else "cuda")
+    needed = {
+        "weights, target, gradients and optimiser": memory.fixed_bytes(model, config),
+        "activations": kept_bytes(config, batch, machine.dtype),
+        "views": memory.batch_bytes(config, batch, device, machine.dtype),
+    }
+    fits = machine.gpu is None or sum(needed.values()) <= _MEMORY_SHARE * machine.gpu.memory_gib * 2**30
     if not fits:
         limit = "memory"
     elif limit == "step":
@@ -337,8 +364,8 @@ def _estimate(config: Config, machine: _Machine, gpus: int, cores: int) -> dict[
         "bytes": sum(work.bytes for work in counted.values()),
         "exchange": asdict(sent),
         "loader_ms_per_image": loader_ms,
-        "cores_per_gpu": 1e-3 * loader_ms * 1e3 / image_ms,
-        "memory_bytes": memory,
+        "cores_per_gpu": loader_ms / image_ms,
+        "memory_bytes": needed,
         "memory_limit_bytes": 0 if machine.gpu is None else machine.gpu.memory_gib * 2**30,
         "limit": limit,
         "sources": [*machine.sources, f"loader {loader_ms:.2f} ms of a thread an image: {machine.loader_source}"],
@@ -353,37 +380,23 @@ def _bound(counted: dict[str, Work], peaks: Peaks) -> str:
     return "arithmetic" if arithmetic > traffic else "memory bandwidth"
 
 
-def _memory(config: Config, model: BYOL, images: int, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of a GPU by part; activations as operators called one by one keep them, before any compiler."""
-    states = 2 if config.optim.name in ("adam", "adamw") else 1
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    views = VIEWS * VIEWS * images * config.data.image_size_px**2 * 3 * dtype.itemsize  # two batches are on the GPU
-    return {
-        "weights and target": 4 * sum(p.numel() for p in model.parameters()),
-        "gradients and optimiser": 4 * (1 + states) * trained,
-        "activations": kept_bytes(config, images, dtype),
-        "batch": views,
-    }
-
-
 def _duration(config: Config, images: int, images_per_s: float) -> dict[str, Any]:
-    source = "--images"
-    if not images:
-        try:
-            images, source = len(find_images(config.data, "train")), f"counted in {config.data.root}"
-        except InputError:
-            images, source = IMAGENET_IMAGES, "ImageNet-1k, since data.root is not here"
+    root, source = config.data.root, "--images"
+    if not images and root is not None and Path(root).exists():
+        images, source = len(find_images(config.data, "train")), f"counted in {root}"
+    elif not images:
+        images, source = IMAGENET_IMAGES, "ImageNet-1k, since data.root is not here"
     steps = images // config.data.batch_size * config.optim.epochs
     return {"images": images, "images_source": source, "hours": steps * config.data.batch_size / images_per_s / 3600}
 
 
 def lines(config: Config, result: dict[str, Any]) -> list[str]:
     """The estimate as text."""
-    sent, memory = result["exchange"], result["memory_bytes"]
-    total, limit = sum(memory.values()), result["memory_limit_bytes"]
+    sent, needed = result["exchange"], result["memory_bytes"]
+    total, limit = sum(needed.values()), result["memory_limit_bytes"]
     hours = result["hours"]
     text = [
-        f"estimate, nothing was measured: {config.model.backbone} (width {config.model.width:g}) at {config.data.image_size_px} px, batch "
+        f"estimate: {config.model.backbone} (width {config.model.width:g}) at {config.data.image_size_px} px, batch "
         f"{config.data.batch_size} on {result['gpus']} x {result['device']}",
         f"  {result['images_per_s']:,.0f} images/s; {hours:,.1f} hours ({hours / 24:.1f} days) for {config.optim.epochs} epochs of "
         f"{result['images']:,} images ({result['images_source']})",
@@ -393,7 +406,7 @@ def lines(config: Config, result: dict[str, Any]) -> list[str]:
         f"  loader: {result['images_per_s'] / result['gpus']:,.0f} images decoded a second for each device, {result['cores_per_gpu']:.1f} CPU "
         "cores with native (with DALI a GPU does that work)",
         f"  memory: {total / 2**30:.2f} GiB a device = "
-        + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+        + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in needed.items())
         + (f"; it has {limit / 2**30:.0f}" if limit else ""),
     ]
     if sent["link"] is not None:

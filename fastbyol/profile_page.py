@@ -131,10 +131,7 @@ def _kernels(result: dict[str, Any]) -> str:
         [row["name"], f"{row['ms']:.2f}", f"{100 * row['share']:.1f}", f"{row['calls']:.1f}"]
         for row in result["kernels"]
     ]
-    note = (
-        f"Host syncs a step: {result['host_syncs_per_step']:g}. Graph breaks: {result['graph_breaks']}. Recompilations after "
-        f"warm-up: {result['recompilations']}."
-    )
+    note = html.escape(result["counts"])
     return _grid(["by its own time", "ms a step", "%", "calls a step"], rows) + f"<p class=note>{note}</p>"
 
 

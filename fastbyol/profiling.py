@@ -19,7 +19,6 @@ Parts, in the order of a step:
 import bisect
 import dataclasses
 import gc
-import json
 import os
 import threading
 import time
@@ -46,6 +45,7 @@ from fastbyol.kernels import dispatch
 from fastbyol.model import BYOL, build_model
 from fastbyol.roofline import BACKWARD, ONLINE, TARGET, Peaks, Work, count_step, measure_peaks, units
 from fastbyol.roofline import UPDATE as _UPDATE_WORK
+from fastbyol.runlog import write_json
 from fastbyol.step import TrainStep, choose_device
 
 K = TypeVar("K")
@@ -107,6 +107,28 @@ def build(config: Config, world: World, device: torch.device, say: Callable[[str
             shard=world.shard(config.data.batch_size, config.step.micro_batches),
         )
     return Training(config, world, device, images, model, step, loader)
+
+
+@contextmanager
+def opened(config: Config, check: Callable[[], None], say: Callable[[str], None]) -> Iterator[Training]:
+    """Context: a run's parts, on every rank where torchrun has started several; the first says what is measured.
+
+    Args:
+        check: called by the first rank before anything is built; raises InputError where nothing should be.
+
+    Raises:
+        InputError: `check` does, or the config does not fit the data or the machine.
+    """
+    world = world_from_environment()
+    device = choose_device(config.device, world.local_rank)
+    with ProcessGroup(world, config.distributed, device):
+        with world.together():
+            if world.first:
+                check()
+        training = build(config, world, device, say if world.first else lambda text: None)
+        if world.first:
+            say(f"measuring {training.describe()}")
+        yield training
 
 
 class Loop:
@@ -314,15 +336,8 @@ def profile(config: Config, *, steps: int, out: Path, say: Callable[[str], None]
     """
     if steps < 1:
         raise InputError(f"--steps {steps}: must be at least 1")
-    world = world_from_environment()
-    device = choose_device(config.device, world.local_rank)
-    with ProcessGroup(world, config.distributed, device):
-        with world.together():
-            if world.first:
-                _make_folder(out)
-        training = build(config, world, device, say if world.first else lambda text: None)
-        if world.first:
-            say(f"profiling {training.describe()}")
+    with opened(config, lambda: _make_folder(out), say) as training:
+        world = training.world
         loop, marks = Loop(training), Marks(training)
         try:
             timed = _time(loop, marks, steps)
@@ -332,11 +347,13 @@ def profile(config: Config, *, steps: int, out: Path, say: Callable[[str], None]
         result = {"what": training.describe(), "steps": steps} | timed
         result["loader_threads"] = loader_threads(training)
         result["roofline"] = _roofline(training, timed, marks)
-        result |= traced | {"config": training.config.to_dict(), "environment": environment.describe()}
+        result |= traced
+        result["counts"] = counts(result)
+        result |= {"config": training.config.to_dict(), "environment": environment.describe()}
     if world.first:
-        from fastbyol.profile_page import write_profile_page
+        from fastbyol.profile_page import write_profile_page  # and with it matplotlib, for which bench need not wait
 
-        (out / f"{PROFILE}.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(out / f"{PROFILE}.json", result, f"--out {out}")
         for line in lines(result):
             say(line)
         say(f"wrote {write_profile_page(out, result)} and {out / TRACE} (chrome://tracing, ui.perfetto.dev)")
@@ -366,7 +383,8 @@ def _time(loop: Loop, marks: Marks, steps: int) -> dict[str, Any]:
         plain.append(1e3 * loop.timed(n) / n)
         clock = Clock(device)
         with marks.on(clock):
-            loop.timed(n, lambda clock=clock: loop(clock))
+            for _ in range(n):
+                loop(clock)
         clock.close()
         loop.synchronise()
         found += clock.steps()
@@ -383,13 +401,19 @@ def _time(loop: Loop, marks: Marks, steps: int) -> dict[str, Any]:
         "marked_step_ms": _spread(totals),
         "parts": rows,
         "parts_over_step": {"p50": median(ratios), "least": min(ratios), "most": max(ratios)},
-        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
-        "recompilations": _compilations() - compiled,
-    }
+    } | _compiler(loop.training.step.mode, compiled)
+
+
+def _compiler(mode: str, before: int) -> dict[str, int | None]:
+    """Graph breaks of this process, and graphs compiled since there were `before`; None of an eager step, which has no graphs."""
+    if mode == "eager":
+        return {"graph_breaks": None, "recompilations": None}
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    return {"graph_breaks": breaks, "recompilations": _compilations() - before}
 
 
 def _compilations() -> int:
-    return len(torch._dynamo.utils.get_compilation_metrics())
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -419,7 +443,7 @@ def _trace(loop: Loop, marks: Marks, out: Path | None) -> dict[str, Any]:
     on_host = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
     operators = list(_operators(on_host, set(marks.parts), cuda=cuda))
     if cuda:
-        on_device = (e for e in events if e.device_type == torch.autograd.DeviceType.CUDA)
+        on_device = (e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and e.name not in marks.parts)
         kernels = _add_up((e.name, e.time_range.elapsed_us()) for e in on_device)
     else:
         kernels = _add_up((name, own) for _, name, own in operators)
@@ -447,7 +471,7 @@ def _operators(events: list[Any], parts: set[str], *, cuda: bool) -> Iterator[tu
     for event in events:
         k = bisect.bisect_right(begins, event.time_range.start) - 1
         own = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if k >= 0 and own > 0:
+        if k >= 0 and own > 0 and not (cuda and event.name in parts):
             yield spans[k][1], "numba kernels, Python" if event.name in parts else event.name, own
 
 
@@ -554,6 +578,14 @@ def _against(work: Work, measured_ms: float, peaks: Peaks) -> dict[str, float]:
     }
 
 
+def counts(result: dict[str, Any]) -> str:
+    """What must not happen in a step, as text."""
+    graphs = "not compiled"
+    if result["graph_breaks"] is not None:
+        graphs = f"graph breaks: {result['graph_breaks']}; recompilations after warm-up: {result['recompilations']}"
+    return f"host syncs a step: {result['host_syncs_per_step']:g}; {graphs}"
+
+
 def lines(result: dict[str, Any]) -> list[str]:
     """The profile as text."""
     step, ratio, roof = result["step_ms"], result["parts_over_step"], result["roofline"]
@@ -580,10 +612,7 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"  {name:<16} {part['gflop']:9.1f} GFLOP {part['gbyte']:8.3f} GB  roofline {part['roofline_ms']:8.2f} ms = "
             f"{100 * part['share_of_roofline']:.0f} % of what it takes"
         )
-    text.append(
-        f"host syncs a step: {result['host_syncs_per_step']:g}; graph breaks: {result['graph_breaks']}; "
-        f"recompilations after warm-up: {result['recompilations']}"
-    )
+    text.append(result["counts"])
     text.append(f"operators by their own time, of {result['kernels_ms']:.1f} ms a step:")
     for row in result["kernels"][:12]:
         text.append(f"  {row['ms']:9.2f} ms {100 * row['share']:5.1f} %  {row['calls']:7.1f} calls  {row['name']}")

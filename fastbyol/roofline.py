@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -271,8 +271,3 @@ def _bytes(*tensors: Tensor) -> int:
 def units(works: dict[str, Work]) -> float:
     """The step in forward passes of one view through the online network; BYOL's is 8 (2 online, 2 target, 4 backward), less the stem's input gradient."""
     return VIEWS * sum(work.flops for work in works.values()) / works[ONLINE].flops
-
-
-def norm_channels(module: nn.Module) -> list[int]:
-    """Channels of every BatchNorm layer."""
-    return [m.num_features for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -192,6 +192,21 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
+def write_json(path: Path, values: dict[str, Any], key: str) -> None:
+    """A JSON file that people read too.
+
+    Args:
+        key: the option that names the file, for errors.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{key}: cannot be written: {error.strerror}") from None
+
+
 class _Values(ProgressColumn):
     def __init__(self, values: dict[str, str]) -> None:
         self._values = values

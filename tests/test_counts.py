@@ -80,8 +80,8 @@ def test_bytes_of_a_step():
     assert sum(w.bytes for w in work.values()) / 64 <= 978e6
 
 
-def test_the_update_of_a_step_is_two_passes(loop, monkeypatch):
-    """Norms, then everything else, over all tensors of both networks at once: one call of the kernel each, whatever the number of tensors."""
+def test_the_update_of_a_step_is_one_call(loop, monkeypatch):
+    """Over all tensors of both networks at once, which the kernels then pass over twice, whatever their number."""
     calls = []
     update = LarsEma.__call__
     monkeypatch.setattr(

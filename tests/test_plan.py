@@ -8,6 +8,7 @@ import torch
 
 from fastbyol import cli
 from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepConfig
+from fastbyol.errors import InputError
 from fastbyol.memory import SavedBytes
 from fastbyol.model import build_model
 from fastbyol.plan import GPUS, Rates, plan, published_efficiency
@@ -84,10 +85,31 @@ def test_gradients_are_hidden_as_far_as_the_backward_pass_lasts():
     )
 
 
+def test_statistics_travel_among_those_who_share_them_once_a_micro_batch():
+    def sent(ranks=0, parts=1, gpus=64):
+        config = config_of(64 * 64, 64, {}, step=StepConfig(micro_batches=parts))
+        config.distributed.sync_bn_ranks = ranks
+        return planned(config, gpus=gpus)[0]["exchange"]
+
+    whole, alone, node, twice = sent(), sent(1), sent(8), sent(parts=2)
+    assert (alone["syncbn_bytes_sent"], alone["syncbn_ms"], alone["latency_ms"]) == (0, 0, 0)
+    assert alone["gradient_bytes_sent"] == whole["gradient_bytes_sent"] == twice["gradient_bytes_sent"]
+    assert node["syncbn_bytes_sent"] * (63 / 64) == pytest.approx(whole["syncbn_bytes_sent"] * (7 / 8))
+    assert node["latency_ms"] == pytest.approx(whole["latency_ms"] * 20 / 50)  # within a node
+    for key in ("syncbn_bytes_sent", "syncbn_ms", "latency_ms"):
+        assert twice[key] == pytest.approx(2 * whole[key])
+
+
+def test_an_image_folder_that_cannot_be_used_is_no_imagenet(tmp_path):
+    """Nothing stands in for what the user has named: only a root that is not here does."""
+    with pytest.raises(InputError, match="no folder"):
+        planned(config_of(data=DataConfig(root=str(tmp_path), batch_size=64, image_size_px=32)))
+
+
 def test_time_is_images_over_the_rate():
     found, said = planned(config_of(64, optim=OptimConfig(epochs=10)), images=1000)
     assert found["hours"] == pytest.approx(10 * (1000 // 64) * 64 / found["images_per_s"] / 3600)
-    assert said[0].startswith("estimate, nothing was measured: resnet18")
+    assert said[0].startswith("estimate: resnet18")
     assert any("1,000 images (--images)" in line for line in said)
 
 
@@ -157,7 +179,7 @@ def test_activations_are_those_that_a_step_keeps(stages):
         (["--gpu", "h100", "--gpus", "3"], "data.batch_size=256 cannot be split into 3 x"),
         (["--gpu", "h100", "--batch-size", "auto"], "data.batch_size=auto is found on the machine"),
         (["--rates", "/nowhere.json"], "--rates /nowhere.json: holds no rates of"),
-        (["--rates", "/etc/hostname"], "--rates /etc/hostname: holds no rates of"),
+        (["--rates", "/etc/hostname"], "/etc/hostname: cannot be read"),
         (["--gpu", "h100", "--cores", "-1"], "--cores -1: must be at least 0"),
     ],
 )

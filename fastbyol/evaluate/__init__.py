@@ -1,6 +1,5 @@
 """What the features of a checkpoint are worth, each time beside the untrained network and, where it can be, raw pixels."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fastbyol.evaluate.segmentation import SEGMENTATION
 from fastbyol.layers import one_view
 from fastbyol.model import BYOL, build_model
 from fastbyol.precision import compute_dtype
+from fastbyol.runlog import write_json
 from fastbyol.step import choose_device
 
 BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
@@ -69,12 +69,12 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
         "rows": rows,
         "environment": environment.describe(),
     }
-    try:
-        out.write_text(json.dumps(result, indent=2) + "\n")
-        if protocol.draw is not None:
+    write_json(out, result, f"out={out}")
+    if protocol.draw is not None:
+        try:
             out.with_suffix(".png").write_bytes(protocol.draw(rows))
-    except OSError as error:
-        raise InputError(f"out={out}: cannot be written: {error.strerror}") from None
+        except OSError as error:
+            raise InputError(f"out={out}: cannot be written: {error.strerror}") from None
     return result
 
 
