@@ -7,21 +7,25 @@ TEST_STAMP := $(VENV)/.installed-for-tests
 FFCV_PACKAGES := libopencv-dev libturbojpeg0-dev pkg-config g++
 BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
+RESULTS ?= runs/bench
 
 GPU_PYTHON ?= $(BIN)/python
 KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-json=/dev/null --benchmark-disable-gc
 
-.PHONY: help demo test pytest pytest-interpreter lint setup gpu ffcv-packages bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-exchange clean
+.PHONY: help demo test pytest pytest-beside lint setup gpu ffcv-packages bench bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-agreement \
+	bench-exchange clean
 
 help:
 	@echo "make demo   set up, prepare photographs, pre-train on them, evaluate, write runs/demo/report.html (5 minutes)"
 	@echo "make test   set up, ruff, all tests (under 15 minutes)"
 	@echo "make lint   ruff alone"
+	@echo "make bench  everything against everyone on this CPU: kernels, loader, step, training, accuracy; runs/bench/against_cpu.md (20 minutes)"
 	@echo "make bench-loader   the loader against lightly, torchvision, DALI and FFCV, in an environment of its own"
 	@echo "make bench-kernels  optimiser, target and augmentation on the CPU against other people's, in that environment"
 	@echo "make bench-step     one training step against lightly's, byol-pytorch's and plain torch's, in that environment"
 	@echo "make bench-train    whole training, loader and step, against lightly's loop, in that environment"
 	@echo "make bench-accuracy whole runs on Fashion-MNIST, time and accuracy, against lightly's, in that environment"
+	@echo "make bench-agreement whether profile, bench and plan say the same of this machine"
 	@echo "make gpu    on a CUDA machine: tests marked gpu, then the benchmarks of kernels, step and whole runs"
 	@echo "make clean  remove the virtual environment, the demo's corpus and its run"
 
@@ -53,16 +57,18 @@ ffcv-packages:
 	else echo "make: run that command as root first" >&2; exit 1; fi; \
 	$$root apt-get -qq update && $$root apt-get -qq install -y --no-install-recommends $(FFCV_PACKAGES) >/dev/null
 
-# Triton compiles or interprets its kernels for the whole of a process, so those that need the interpreter have their own.
-# Both processes at once: the interpreter is one thread of Python. (Two that compute on both cores slow each other down more than they gain.)
+# Triton compiles or interprets its kernels for the whole of a process, so those that need the interpreter have their own. It is one thread of
+# Python, and whole runs of small networks need no more: they follow it, on the core that the tests of kernels and layers leave idle most of the time.
+# (Two processes of two threads each slow each other down more than they gain.)
 test: lint $(TEST_STAMP)
-	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest pytest-interpreter
+	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest pytest-beside
 
 pytest:
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not runs"
 
-pytest-interpreter:
+pytest-beside:
 	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m runs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -93,7 +99,17 @@ $(BENCH_STAMP): benchmarks/requirements.txt pyproject.toml
 bench-loader: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py
 	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py --set doors
-	$(BENCH_VENV)/bin/python benchmarks/plot_loader.py
+
+# Everything against everyone, in fewer and shorter turns than the targets below take; only on a machine with nothing else to do do ratios mean anything.
+bench: $(BENCH_STAMP)
+	@mkdir -p $(RESULTS)
+	$(BENCH_VENV)/bin/pytest $(KERNEL_BENCHMARKS) --devices cpu --rounds 3 --results $(RESULTS)
+	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py --sizes 224 --rounds 2 --seconds 4 --out $(RESULTS)/loader.csv
+	$(BENCH_VENV)/bin/python benchmarks/bench_step.py --rounds 2 --out $(RESULTS)/step_cpu.csv
+	$(BENCH_VENV)/bin/python benchmarks/bench_train.py --rounds 2 --seconds 10 --out $(RESULTS)/train_cpu.csv
+	$(BENCH_VENV)/bin/python benchmarks/time_to_accuracy.py --seeds 0 --out $(RESULTS)/accuracy.csv
+	$(BENCH_VENV)/bin/python benchmarks/agreement.py --rounds 1 --out $(RESULTS)/agreement.csv
+	$(BENCH_VENV)/bin/python benchmarks/against.py --results $(RESULTS)
 
 # The CPU's half of the kernel benchmarks with all peers.
 bench-kernels: $(BENCH_STAMP)
@@ -108,6 +124,9 @@ bench-train: $(BENCH_STAMP)
 
 bench-accuracy: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/time_to_accuracy.py
+
+bench-agreement: $(STAMP)
+	$(BIN)/python benchmarks/agreement.py
 
 # Bytes between GPUs, counted from the model: an estimate, which measures nothing.
 bench-exchange: $(STAMP)
@@ -126,6 +145,7 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	$(GPU_PYTHON) benchmarks/bench_loader.py --set loader_cuda
 	$(GPU_PYTHON) benchmarks/bench_step.py --device cuda --modes
 	$(GPU_PYTHON) benchmarks/bench_train.py --device cuda
+	$(GPU_PYTHON) benchmarks/against.py --device cuda
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) data/photos runs/demo

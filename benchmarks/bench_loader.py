@@ -23,7 +23,7 @@ Contenders (--set loader and doors):
 With --set loader_cuda batches are made on a GPU: native.py's copied by a side stream, DALI's decoded there, with the share of the
 JPEGs that the hardware decoder takes swept from none to all.
 
-Writes benchmarks/results/SET.csv, one row per measurement; plot_loader.py draws loader.csv.
+Writes benchmarks/results/SET.csv, one row per measurement.
 """
 
 import argparse

@@ -17,6 +17,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, default=ROUNDS, help="how often every contender has its turn")
     parser.addoption("--devices", nargs="+", default=DEVICES, choices=["cpu", "cuda"])
+    parser.addoption("--results", type=Path, default=results_csv.FOLDER, help="folder of the result files")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -32,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Writes benchmarks/results/NAME_DEVICE.csv; `share_of_copy` is the bandwidth over that of the copy in the same round."""
+    """Writes NAME_DEVICE.csv; `share_of_copy` is the bandwidth over that of the copy in the same round."""
     facts = environment.describe()
     machine = {key: facts[key] for key in ("fastbyol", "cpu", "gpu", "python", "torch")}
     machine |= {name: environment.installed(name) or "" for name in ("triton", "numba", "lightly", "kornia")}
@@ -54,6 +55,5 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
             rate = row["bytes"] / float(row["ms"])
             row["gb_per_s"] = f"{rate / 1e6:.1f}"
             row["share_of_copy"] = f"{rate / copies[row['round'], row['set']]:.3f}"
-        results_csv.write(
-            results_csv.FOLDER / f"{stem.removeprefix('bench_')}_{device}.csv", [row | machine for row in rows]
-        )
+        path = config.getoption("--results") / f"{stem.removeprefix('bench_')}_{device}.csv"
+        results_csv.write(path, [row | machine for row in rows])

@@ -1,43 +1,22 @@
-"""Writes the tables of the README and of docs/ from the committed result files.
+"""Writes the tables and the picture of the README and of docs/ from the committed result files.
 
     python benchmarks/readme_tables.py [--check]
 
 A table stands between `<!-- NAME: ... -->` and `<!-- end -->`; NAME is a function of this file. `--check` only says
-whether all pages are up to date (exit code 1 if not); the tests do the same.
+whether all pages and the picture are up to date (exit code 1 if not); the tests do the same.
 """
 
-import csv
 import re
 import sys
 from pathlib import Path
 from statistics import mean, median
 
-HERE = Path(__file__).resolve().parent
-PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
+import against
+from results_csv import by_round, ratios, read, spread
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _MARK = re.compile(r"(<!-- (\w+):[^\n]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
-
-
-def read(name: str) -> list[dict[str, str]]:
-    with open(HERE / "results" / f"{name}.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Median and range."""
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def by_round(rows: list[dict[str, str]], column: str) -> dict[str, dict[str, float]]:
-    """Contender -> round -> value."""
-    values: dict[str, dict[str, float]] = {}
-    for row in rows:
-        values.setdefault(row["contender"], {})[row["round"]] = float(row[column])
-    return values
-
-
-def ratios(values: dict[str, float], others: dict[str, float]) -> list[float]:
-    """value / other's value, within every round that both have."""
-    return [value / others[k] for k, value in values.items() if k in others]
 
 
 def source_note(rows: list[dict[str, str]], packages: tuple[str, ...], source: str) -> str:
@@ -232,6 +211,27 @@ def train_run(device: str = "cpu") -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
+def agreement() -> str:
+    """What profile, bench and plan say of one machine, each over another; median and range over the rounds."""
+    rows = read("agreement")
+    lines = [
+        "| | step, profile | parts / step | bench / profile | plan / bench, with the rates of |",
+        "|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["set"] for row in rows):
+        own = [row for row in rows if row["set"] == name]
+        names = ("profile_step_ms", "parts_over_step", "bench_over_profile", "plan_over_bench")
+        columns = {key: [float(row[key]) for row in own] for key in names}
+        cells = [f"{spread(columns['profile_step_ms'], 1)} ms", spread(columns["parts_over_step"], 3)]
+        cells += [
+            spread(columns["bench_over_profile"], 3),
+            f"{spread(columns['plan_over_bench'], 2)}, {own[0]['rates_from']}",
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    note = source_note(rows, ("torch", "timm", "numba"), "benchmarks/results/agreement.csv (`make bench-agreement`)")
+    return "\n".join([*lines, "", note]) + "\n"
+
+
 def exchange() -> str:
     """The estimate of what GPUs exchange; times beside the computing time of a step."""
     rows = read("exchange")
@@ -353,6 +353,7 @@ def accuracy() -> str:
 
 
 TABLES = {
+    "against": lambda: against.table(against.comparisons()),
     "variants": variants,
     "variant_commands": variant_commands,
     "accuracy": accuracy,
@@ -367,6 +368,7 @@ TABLES = {
     "train_run": train_run,
     "train_run_cuda": lambda: train_run("cuda"),
     "exchange": exchange,
+    "agreement": agreement,
 }
 
 
@@ -376,14 +378,13 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    stale = 0
-    for page in PAGES:
-        text = page.read_text()
-        fresh = render(text)
-        stale += fresh != text
-        if "--check" not in sys.argv:
-            page.write_text(fresh)
-    return int(stale > 0 and "--check" in sys.argv)
+    fresh = {page: render(page.read_text()) for page in PAGES}
+    fresh[against.PICTURE] = against.picture(against.comparisons())
+    if "--check" in sys.argv:
+        return int(any(page.read_text() != text for page, text in fresh.items()))
+    for page, text in fresh.items():
+        page.write_text(text)
+    return 0
 
 
 if __name__ == "__main__":

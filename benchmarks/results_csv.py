@@ -1,10 +1,13 @@
-"""Result files: one CSV per benchmark under benchmarks/results/, one row per measurement."""
+"""Result files: one CSV per benchmark under benchmarks/results/, one row per measurement; and what tables make of their rows."""
 
 import csv
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "results"
+Rounds = dict[str, dict[str, float]]
+"""Contender -> round -> value."""
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -14,3 +17,27 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {path}")
+
+
+def read(name: str, folder: Path | None = None) -> list[dict[str, str]]:
+    """The rows of NAME.csv."""
+    with open((folder or FOLDER) / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def by_round(rows: list[dict[str, str]], column: str, round_: str = "round") -> Rounds:
+    """Values of a column; `round_` names the column that says which rows were measured beside each other."""
+    values: Rounds = {}
+    for row in rows:
+        values.setdefault(row["contender"], {})[row[round_]] = float(row[column])
+    return values
+
+
+def ratios(values: dict[str, float], others: dict[str, float]) -> list[float]:
+    """value / other's value, within every round that both have."""
+    return [value / others[k] for k, value in values.items() if k in others]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median and range."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"

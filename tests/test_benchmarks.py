@@ -1,19 +1,21 @@
 """The benchmarks measure what they say: every contender trains, and the estimate of the exchange counts every tensor."""
 
-import csv
 import dataclasses
 import math
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 import torchvision
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import against
 import bench_step
 import exchange
 import readme_tables
+import results_csv
 
 from fastbyol import plan
 
@@ -116,20 +118,28 @@ def test_one_gpu_sends_nothing(r50: exchange.Counts):
     assert float(row["exposed_ms"]) == 0
 
 
-def test_step_table_compares_within_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def write_step(folder: Path, times: dict[tuple[str, int], float]) -> None:
     machine = {"cpu": "a CPU", "gpu": "none", "torch": "2", "fastbyol": "0.1 abc", "share_of_bound": ""}
-    times = {("fastbyol", 0): 10, ("other", 0): 20, ("fastbyol", 1): 20, ("other", 1): 60}
-    (tmp_path / "results").mkdir()
-    with open(tmp_path / "results" / "step_cpu.csv", "w", newline="") as file:
-        rows = [
-            {"set": "s", "round": k, "contender": name, "ms": ms, "images_per_s": 1e4 / ms} | machine
-            for (name, k), ms in times.items()
-        ]
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    monkeypatch.setattr(readme_tables, "HERE", tmp_path)
+    rows = [
+        {"set": "s", "round": k, "contender": name, "ms": ms, "images_per_s": 1e4 / ms} | machine
+        for (name, k), ms in times.items()
+    ]
+    results_csv.write(folder / "step_cpu.csv", rows)
+
+
+def test_step_table_compares_within_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_step(tmp_path, {("fastbyol", 0): 10, ("other", 0): 20, ("fastbyol", 1): 20, ("other", 1): 60})
+    monkeypatch.setattr(results_csv, "FOLDER", tmp_path)
     lines = readme_tables.step().splitlines()
     assert "| fastbyol | 15.0 (10.0-20.0) | 750 |  |" in lines
     assert "| other | 40.0 (20.0-60.0) | 333 | 2.50 (2.00-3.00) |" in lines
     assert lines[-1].startswith("a CPU; torch 2; commit abc; 2 rounds in turn")
+
+
+def test_others_are_shown_beside_the_same_round_of_ours(tmp_path: Path):
+    write_step(tmp_path, {("fastbyol", 0): 10, ("lightly", 0): 20, ("fastbyol", 1): 20, ("lightly", 1): 60})
+    found = against.comparisons(tmp_path)
+    assert against.table(found).splitlines()[2] == "| step, s | 750 images/s | 2.50 (2.00-3.00) |"
+    bars = [e for e in ElementTree.fromstring(against.picture(found)).iter() if e.tag.endswith("rect")][1:]
+    assert float(bars[0].get("width")) == 2.5 * float(bars[1].get("width"))
+    assert against.comparisons(tmp_path, "cuda") == []

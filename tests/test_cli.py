@@ -13,6 +13,8 @@ from fastbyol import environment
 from fastbyol.cli import main
 from fastbyol.train import train
 
+pytestmark = pytest.mark.runs
+
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 

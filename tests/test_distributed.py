@@ -21,6 +21,8 @@ from fastbyol.errors import InputError
 from fastbyol.model import build_model
 from fastbyol.train import train
 
+pytestmark = pytest.mark.runs
+
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 

@@ -12,13 +12,16 @@ README = (ROOT / "README.md").read_text()
 FILE_ENDINGS = (".py", ".csv", ".md", ".yaml", ".beton", ".backward", ".html", ".sample")
 
 sys.path.append(str(ROOT / "benchmarks"))
+import against  # noqa: E402
 import readme_tables  # noqa: E402
 
 
-def test_tables_are_those_of_the_result_files():
+def test_tables_and_picture_are_those_of_the_result_files():
     assert readme_tables._MARK.search(README)
     for page in readme_tables.PAGES:
         assert readme_tables.render(page.read_text()) == page.read_text(), page.name
+    assert against.picture(against.comparisons()) == against.PICTURE.read_text()
+    assert f"]({against.PICTURE.relative_to(ROOT)})" in README
 
 
 def test_pages_link_to_what_exists_and_name_settings_that_exist():

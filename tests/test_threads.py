@@ -83,7 +83,10 @@ def test_openmp_makes_no_threads_beside_torch_s(start, set_threads):
     threads._pool.cache_clear()
     before = set(os.listdir("/proc/self/task"))
     run(10)
-    assert len(set(os.listdir("/proc/self/task")) - before) == (0 if start == "openmp" else 2)
+    new = len(set(os.listdir("/proc/self/task")) - before)
+    assert new in (
+        [0] if start == "openmp" else [1, 2]
+    )  # a pool's first thread may be free again before it needs a second
 
 
 def test_where_the_symbol_or_the_library_is_missing_there_is_no_openmp(monkeypatch):
