@@ -8,6 +8,7 @@ FFCV_PACKAGES := libopencv-dev libturbojpeg0-dev pkg-config g++
 BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 RESULTS ?= runs/bench
+LOADERS := "decode only" fastbyol lightly "torchvision v2" "DALI CPU" "FFCV (1 view, crop + flip)"
 
 GPU_PYTHON ?= $(BIN)/python
 KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-json=/dev/null --benchmark-disable-gc
@@ -104,9 +105,9 @@ bench-loader: $(BENCH_STAMP)
 bench: $(BENCH_STAMP)
 	@mkdir -p $(RESULTS)
 	$(BENCH_VENV)/bin/pytest $(KERNEL_BENCHMARKS) --devices cpu --rounds 3 --results $(RESULTS)
-	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py --sizes 224 --rounds 2 --seconds 4 --out $(RESULTS)/loader.csv
+	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py --sizes 224 --rounds 2 --seconds 4 --only $(LOADERS) --out $(RESULTS)/loader.csv
 	$(BENCH_VENV)/bin/python benchmarks/bench_step.py --rounds 2 --out $(RESULTS)/step_cpu.csv
-	$(BENCH_VENV)/bin/python benchmarks/bench_train.py --rounds 2 --seconds 10 --out $(RESULTS)/train_cpu.csv
+	$(BENCH_VENV)/bin/python benchmarks/bench_train.py --rounds 2 --seconds 8 --out $(RESULTS)/train_cpu.csv
 	$(BENCH_VENV)/bin/python benchmarks/time_to_accuracy.py --seeds 0 --out $(RESULTS)/accuracy.csv
 	$(BENCH_VENV)/bin/python benchmarks/agreement.py --rounds 1 --out $(RESULTS)/agreement.csv
 	$(BENCH_VENV)/bin/python benchmarks/against.py --results $(RESULTS)

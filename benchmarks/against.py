@@ -116,7 +116,7 @@ _FILES: dict[str, dict[str, Callable[[str, list[dict[str, str]]], list[Compariso
 }
 
 
-def table(found: list[Comparison]) -> str:
+def table(found: list[Comparison], folder: str = "benchmarks/results") -> str:
     """fastbyol's own figure, and how many times as long as fastbyol each peer takes."""
     peers = [peer for peer in PEERS if any(peer in each.times for each in found)]
     lines = ["| | fastbyol | " + " | ".join(peers) + " |", "|---" * (len(peers) + 2) + "|"]
@@ -126,10 +126,7 @@ def table(found: list[Comparison]) -> str:
         lines.append(f"| {each.title} | {_figure(own)} {each.unit} | " + " | ".join(cells) + " |")
     sources = "; ".join(dict.fromkeys(each.source for each in found))
     return (
-        "\n".join(
-            [*lines, "", f"Median (range) of the ratios within a round. Sources, in benchmarks/results/: {sources}."]
-        )
-        + "\n"
+        "\n".join([*lines, "", f"Median (range) of the ratios within a round. Sources, in {folder}: {sources}."]) + "\n"
     )
 
 
@@ -169,9 +166,10 @@ def main() -> None:
     if not found:
         parser.exit(2, f"error: --results {args.results}: none of {', '.join(_FILES[args.device])} is there\n")
     page, image = (args.results / f"against_{args.device}.{ending}" for ending in ("md", "svg"))
-    page.write_text(f"![speed beside others]({image.name})\n\n{table(found)}")
+    text = table(found, str(args.results))
+    page.write_text(f"![speed beside others]({image.name})\n\n{text}")
     image.write_text(picture(found))
-    print(f"{table(found)}\nwrote {page} and {image}")
+    print(f"{text}\nwrote {page} and {image}")
 
 
 if __name__ == "__main__":

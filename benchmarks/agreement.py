@@ -6,8 +6,9 @@ All in one process, in turn: for every set a profile and a bench, round by round
 
     parts_over_step      the profile's parts together over its own steps without marks: median of its windows
     bench_over_profile   milliseconds of whole training by bench over a step without marks by profile
-    plan_over_bench      images/s that plan estimates over those that bench found. The estimate takes the rates that bench measured in that round on
-                         the set named in `rates_from`, another one, so that efficiency and loader are carried from one network and size to another
+    plan_over_bench      images/s that plan estimates over those that bench found. The estimate takes the rates that bench measured in that round
+    plan_from_other      the same with the rates that bench measured on another set, named in `rates_from`: efficiency and loader are carried from one
+                         network and size to another
 """
 
 import argparse
@@ -52,15 +53,18 @@ def measure(configs: dict[str, Config], steps: int, folder: Path, say: Callable[
     return found
 
 
+def _planned(config: Config, rates: Path) -> float:
+    """Images/s."""
+    return plan(config, gpus=1, gpu=None, rates=rates, images=IMAGES, say=lambda text: None)["images_per_s"]
+
+
 def rows_of(found: dict[str, Any], configs: dict[str, Config], folder: Path) -> list[dict[str, Any]]:
     """A row of each set."""
     rows, names = [], list(configs)
     for k, (name, (profiled, benched)) in enumerate(found.items()):
         other = (k + 1) % len(names)
         rate = benched["images_per_s"]["whole"][0]
-        planned = plan(
-            configs[name], gpus=1, gpu=None, rates=folder / f"{other}.json", images=IMAGES, say=lambda text: None
-        )
+        own, carried = (_planned(configs[name], folder / f"{source}.json") for source in (k, other))
         step_ms = profiled["step_ms"]["p50"]
         whole_ms = 1e3 * configs[name].data.batch_size / rate
         rows.append(
@@ -72,9 +76,10 @@ def rows_of(found: dict[str, Any], configs: dict[str, Config], folder: Path) -> 
                 "bench_over_profile": f"{whole_ms / step_ms:.4f}",
                 "step_over_bound": f"{benched['step_over_bound'][0]:.3f}",
                 "bench_images_per_s": f"{rate:.1f}",
-                "rates_from": names[other] if len(names) > 1 else name,
-                "plan_images_per_s": f"{planned['images_per_s']:.1f}",
-                "plan_over_bench": f"{planned['images_per_s'] / rate:.4f}",
+                "plan_images_per_s": f"{own:.1f}",
+                "plan_over_bench": f"{own / rate:.4f}",
+                "rates_from": names[other],
+                "plan_from_other": f"{carried / rate:.4f}",
                 "mfu": f"{profiled['roofline']['mfu']:.4f}",
             }
         )
@@ -100,7 +105,7 @@ def main() -> None:
             for row in rows[-len(configs) :]:
                 print(json.dumps(row), flush=True)
             results_csv.write(args.out, rows)
-    for column in ("parts_over_step", "bench_over_profile", "plan_over_bench"):
+    for column in ("parts_over_step", "bench_over_profile", "plan_over_bench", "plan_from_other"):
         for name in configs:
             values = [float(row[column]) for row in rows if row["set"] == name]
             print(f"{column:<20}{name:<24}{median(values):.3f} ({min(values):.3f}-{max(values):.3f})")

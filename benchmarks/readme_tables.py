@@ -215,19 +215,15 @@ def agreement() -> str:
     """What profile, bench and plan say of one machine, each over another; median and range over the rounds."""
     rows = read("agreement")
     lines = [
-        "| | step, profile | parts / step | bench / profile | plan / bench, with the rates of |",
-        "|---|---|---|---|---|",
+        "| | step, profile | parts / step | bench / profile | plan / bench | with the rates of another |",
+        "|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["set"] for row in rows):
         own = [row for row in rows if row["set"] == name]
-        names = ("profile_step_ms", "parts_over_step", "bench_over_profile", "plan_over_bench")
-        columns = {key: [float(row[key]) for row in own] for key in names}
-        cells = [f"{spread(columns['profile_step_ms'], 1)} ms", spread(columns["parts_over_step"], 3)]
-        cells += [
-            spread(columns["bench_over_profile"], 3),
-            f"{spread(columns['plan_over_bench'], 2)}, {own[0]['rates_from']}",
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        digits = {"parts_over_step": 3, "bench_over_profile": 3, "plan_over_bench": 2, "plan_from_other": 2}
+        ms = spread([float(row["profile_step_ms"]) for row in own], 1)
+        cells = [f"{ms} ms", *(spread([float(row[key]) for row in own], n) for key, n in digits.items())]
+        lines.append(f"| {name} | " + " | ".join(cells) + f", {own[0]['rates_from']} |")
     note = source_note(rows, ("torch", "timm", "numba"), "benchmarks/results/agreement.csv (`make bench-agreement`)")
     return "\n".join([*lines, "", note]) + "\n"
 
