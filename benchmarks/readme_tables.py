@@ -180,7 +180,7 @@ def step(device: str = "cpu") -> str:
             bound = median(float(row["bound_images_per_s"]) for row in bounds.values())
             share = spread([float(row["share_of_bound"]) for row in bounds.values()], 2)
             lines.append(f"| *bound: 3/8 of supervised* | | {bound:.0f} | *fastbyol reaches {share} of it* |")
-    packages = ("torch", "torchvision", "timm", "lightly", "byol-pytorch")
+    packages = ("torch", "torchvision", "timm", "lightly", "byol-pytorch", "stable-pretraining")
     note = source_note(rows, packages, f"benchmarks/results/step_{device}.csv (`make bench-step`)")
     return "\n".join([*lines, "", note]) + "\n"
 
@@ -341,7 +341,7 @@ def accuracy() -> str:
     first = rows[0]
     lrs = ", ".join(dict.fromkeys(f"{row['contender']} {row['base_lr']}" for row in rows))
     note = (
-        f"{first['epochs']} epochs; learning rates per 256 images: {lrs}; {first['cpu']}, {first['cores']} cores; torch "
+        f"{first['epochs']} epochs; learning rates per 256 images: {lrs}; {first['cpu']}; torch "
         f"{first['torch']}, timm {first['timm']}, lightly {first['lightly']}; commit {first['fastbyol'].split()[-1]}. Source: "
         "benchmarks/results/accuracy.csv (`make bench-accuracy`)."
     )

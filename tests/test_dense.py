@@ -222,7 +222,8 @@ def test_800_px_and_a_resnet50_give_torchvision_s_detector():
     assert (
         ours.roi_heads.fg_bg_sampler.batch_size_per_image == theirs.roi_heads.fg_bg_sampler.batch_size_per_image == 512
     )
-    assert ours.roi_heads.box_roi_pool.featmap_names == theirs.roi_heads.box_roi_pool.featmap_names
+    for name in ("featmap_names", "output_size", "sampling_ratio"):
+        assert getattr(ours.roi_heads.box_roi_pool, name) == getattr(theirs.roi_heads.box_roi_pool, name)
     assert ours.backbone.levels == ["0", "1", "2", "3", "pool"]
     for name in ("rpn", "roi_heads"):
         shapes = [[p.shape for p in getattr(net, name).parameters()] for net in (ours, theirs)]
@@ -231,8 +232,9 @@ def test_800_px_and_a_resnet50_give_torchvision_s_detector():
     assert ours.transform.max_size == theirs.transform.max_size
 
 
-def test_small_images_have_anchors_on_fine_levels():
+def test_small_images_have_anchors_on_fine_levels_and_few_samples_of_a_box():
     detector = build_detector(small_backbone(), 128, 2, dtype=torch.float32)
+    assert detector.roi_heads.box_roi_pool.sampling_ratio == 1
     assert detector.backbone.levels == ["0", "1", "2"]  # 32, 16 and 8 places wide
     assert detector.rpn.anchor_generator.sizes == ((20.48,), (40.96,), (81.92,))
     levels = detector.backbone(torch.zeros(1, 3, 128, 128))

@@ -8,6 +8,7 @@ Fitted to the shorter side S of the images and to the backbone, so that S = 800 
 
 - Anchors have sides of 0.64, 0.32, ... of S, from the coarsest level with at least 5 x 5 places to the finest.
 - The pyramid is as wide as an eighth of the backbone's last map (64 to 256), the box head four times that.
+- A place of a pooled box is sampled twice per direction, in images under 600 px, whose boxes have few places on the maps, once.
 - Proposals and the boxes that the head is trained on: as many per pixel as torchvision's, at least 256 and 32 per image.
 
 Images are resized to S, the longer side to at most 1333/800 of it; training images are flipped at random.
@@ -54,6 +55,7 @@ FEWEST_PLACES = 5  # per side of a level with anchors
 MAPS = (3, 4)  # fewest and most that the pyramid stands on
 _POOL = 7  # side of what a box is pooled to
 _USUAL_SIZE = 800
+_SAMPLES = 2  # per direction and place of a pooled box, at the usual size
 _DIVISIBLE = 32  # torchvision pads images to multiples of it
 _BOXES, _PROPOSALS = (32, 512), (256, 2000)  # per image: fewest, and at the usual size
 
@@ -141,6 +143,7 @@ def build_detector(
     levels, area = len(pyramid.levels), (size / _USUAL_SIZE) ** 2
     sides = [LARGEST_ANCHOR * size / 2**k for k in reversed(range(levels))]
     proposals, boxes = (max(fewest, round(usual * area)) for fewest, usual in (_PROPOSALS, _BOXES))
+    samples = max(1, round(_SAMPLES * size / _USUAL_SIZE))
     hidden = 4 * pyramid.out_channels
     detector = FasterRCNN(
         pyramid,
@@ -153,7 +156,7 @@ def build_detector(
         rpn_post_nms_top_n_train=proposals,
         rpn_pre_nms_top_n_test=proposals // 2,
         rpn_post_nms_top_n_test=proposals // 2,
-        box_roi_pool=MultiScaleRoIAlign([n for n in pyramid.levels if n != "pool"], _POOL, sampling_ratio=2),
+        box_roi_pool=MultiScaleRoIAlign([n for n in pyramid.levels if n != "pool"], _POOL, sampling_ratio=samples),
         box_head=TwoMLPHead(pyramid.out_channels * _POOL**2, hidden),
         box_predictor=FastRCNNPredictor(hidden, 1 + classes),
         box_batch_size_per_image=boxes,
