@@ -26,7 +26,7 @@ pytestmark = pytest.mark.runs
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-def torchrun(tmp_path, configs, *sabotage, ranks=2, restarts=0):
+def torchrun(tmp_path, configs, *sabotage, ranks=2, restarts=0, hang_s=240):
     """Trains the configs, one after the other, on so many ranks; returns the finished process and its seconds."""
     path = tmp_path / "configs.json"
     path.write_text(json.dumps([config.to_dict() for config in configs]))
@@ -34,7 +34,7 @@ def torchrun(tmp_path, configs, *sabotage, ranks=2, restarts=0):
     command += [f"--max-restarts={restarts}", str(SCRIPT), str(path), *map(str, sabotage)]
     began = time.monotonic()
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+        command, capture_output=True, text=True, timeout=hang_s, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )
     return done, time.monotonic() - began
 
@@ -63,6 +63,7 @@ def largest_gap(a, b):
     return max(abs(a[step] - b[step]) for step in a)
 
 
+@pytest.mark.timeout(600)  # six runs, one of them compiled by both ranks at once
 def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
     """20 steps: losses to 1e-5; gradients in bf16, and statistics of each rank's own, are something else, nearby."""
     own = {"distributed": DistributedConfig(sync_bn_ranks=1)}
@@ -76,7 +77,7 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
         # Rank 0 alone evaluates, and saves when it is best; the online classifier learns from all ranks' images.
         make_config(**options("watched", knn={"every_epochs": 2}, probe=ProbeConfig(enabled=True))),
     ]
-    done, _ = torchrun(tmp_path, two)
+    done, _ = torchrun(tmp_path, two, hang_s=540)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 ranks on cpu") == 6  # one of the ranks speaks
     one = train(make_config(**options("one", probe=ProbeConfig(enabled=True))))
