@@ -109,7 +109,7 @@ bench: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/bench_step.py --rounds 2 --out $(RESULTS)/step_cpu.csv
 	$(BENCH_VENV)/bin/python benchmarks/bench_train.py --rounds 2 --seconds 8 --out $(RESULTS)/train_cpu.csv
 	$(BENCH_VENV)/bin/python benchmarks/time_to_accuracy.py --seeds 0 --out $(RESULTS)/accuracy.csv
-	$(BENCH_VENV)/bin/python benchmarks/agreement.py --rounds 1 --out $(RESULTS)/agreement.csv
+	$(BENCH_VENV)/bin/python benchmarks/agreement.py --rounds 1 --sets "R18 96 px, batch 32" "R18 128 px, batch 32" --out $(RESULTS)/agreement.csv
 	$(BENCH_VENV)/bin/python benchmarks/against.py --results $(RESULTS)
 
 # The CPU's half of the kernel benchmarks with all peers.
