@@ -16,7 +16,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import results_csv
@@ -108,7 +107,7 @@ def main() -> None:
     for column in ("parts_over_step", "bench_over_profile", "plan_over_bench", "plan_from_other"):
         for name in configs:
             values = [float(row[column]) for row in rows if row["set"] == name]
-            print(f"{column:<20}{name:<24}{median(values):.3f} ({min(values):.3f}-{max(values):.3f})")
+            print(f"{column:<20}{name:<24}{results_csv.spread(values, 3)}")
 
 
 if __name__ == "__main__":

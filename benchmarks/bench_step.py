@@ -425,14 +425,11 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
     """Medians and ranges, and how many times as long as fastbyol's step, within the same round."""
     for name in dict.fromkeys(row["set"] for row in rows):
         print(name)
-        times: dict[str, dict[int, float]] = {}
-        for row in (r for r in rows if r["set"] == name):
-            times.setdefault(row["contender"], {})[row["round"]] = float(row["ms"])
-        for contender, by_round in times.items():
-            ms, ours = list(by_round.values()), times.get("fastbyol", {})
-            ratios = [value / ours[k] for k, value in by_round.items() if k in ours]
-            ratio = f"{median(ratios):5.2f} times fastbyol's ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
-            print(f"  {contender:<32} {median(ms):9.1f} ms ({min(ms):.1f}-{max(ms):.1f})  {ratio}")
+        times = results_csv.by_round([row for row in rows if row["set"] == name], "ms")
+        for contender, ms in times.items():
+            ratios = results_csv.ratios(ms, times.get("fastbyol", {}))
+            ratio = f"{results_csv.spread(ratios, 2)} times fastbyol's" if ratios else ""
+            print(f"  {contender:<32} {results_csv.spread(list(ms.values()), 1):>26} ms  {ratio}")
         shares = [
             float(r["share_of_bound"])
             for r in rows
@@ -440,9 +437,7 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
             if r["share_of_bound"]
         ]
         if shares:
-            print(
-                f"  fastbyol's share of 3/8 of the supervised rate: {median(shares):.2f} ({min(shares):.2f}-{max(shares):.2f})"
-            )
+            print(f"  fastbyol's share of 3/8 of the supervised rate: {results_csv.spread(shares, 2)}")
 
 
 def main() -> None:

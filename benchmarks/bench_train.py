@@ -26,7 +26,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import bench_loader
@@ -134,14 +133,11 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
     """Medians and ranges, and fastbyol's rate over the others' within a round."""
     for name in dict.fromkeys(row["set"] for row in rows):
         print(name)
-        rates: dict[str, dict[int, float]] = {}
-        for row in (r for r in rows if r["set"] == name):
-            rates.setdefault(row["contender"], {})[row["round"]] = float(row["images_per_s"])
-        for contender, by_round in rates.items():
-            own, ours = list(by_round.values()), rates.get("fastbyol", {})
-            ratios = [ours[k] / value for k, value in by_round.items() if k in ours]
-            ratio = f"fastbyol / it {median(ratios):5.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
-            print(f"  {contender:<22} {median(own):8.1f} images/s ({min(own):.1f}-{max(own):.1f})  {ratio}")
+        rates = results_csv.by_round([row for row in rows if row["set"] == name], "images_per_s")
+        for contender, own in rates.items():
+            ratios = results_csv.ratios(rates.get("fastbyol", {}), own)
+            ratio = f"fastbyol / it {results_csv.spread(ratios, 2)}" if ratios else ""
+            print(f"  {contender:<22} {results_csv.spread(list(own.values()), 1):>22} images/s  {ratio}")
 
 
 def main() -> None:
