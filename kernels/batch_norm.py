@@ -103,7 +103,8 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = relu(BatchNorm(x) + residual) with the statistics of every view's own images.
 
-    numba on the CPU for bfloat16 and float32, torch's operations elsewhere, the reference under torch.compile.
+    numba on the CPU for bfloat16 and float32, torch's own BatchNorm kernels on a GPU, torch's operations elsewhere, and under
+    torch.compile formulas that the compiler fuses, with the backward pass written out.
 
     Args:
         x: (V N, C) or (V N, C, H, W); used in channels-last memory, copied where it lies otherwise.
@@ -118,9 +119,11 @@ def batch_norm(
     Raises:
         ValueError: shapes that do not fit, an empty x, a dtype that is not meant.
     """
-    if torch.compiler.is_compiling():
-        return batch_norm_reference(x, residual, weight, bias, views=views, eps=eps, relu=relu, reduce=reduce)
     _check(x, residual, weight, bias, views)
+    if torch.compiler.is_compiling():
+        return _Traced.apply(x, residual, weight, bias, views, eps, relu, reduce)
+    if x.is_cuda and reduce is None:
+        return native(x, residual, weight, bias, views=views, eps=eps, relu=relu)
     has_memory = type(x) is Tensor and x.is_cpu  # unlike FakeTensor, for example
     passes: Passes = ON_CPU if has_memory and x.dtype in (torch.bfloat16, torch.float32) else IN_TORCH
     return normalise(passes, x, residual, weight, bias, views=views, eps=eps, relu=relu, reduce=reduce)
@@ -269,6 +272,123 @@ class _BatchNorm(torch.autograd.Function):
         dx = passes.gradient(g, x, table, back, relu and y is None) if ctx.needs_input_grad[1] else None
         dw, db = parameters.unbind()
         return None, dx, g if ctx.has_residual else None, dw, db, None, None, None, None
+
+
+# --- what torch.compile sees ---
+
+
+class _Traced(torch.autograd.Function):
+    """The formulas for a compiler, which fuses forward and backward with what stands around them.
+
+    The backward pass is written out, since autograd's own through the reference reads x and dy several times more: the compiled
+    step of a ResNet-50 moves a quarter more bytes with it (benchmarks/cuda_bytes.py). y is kept where there is a ReLU: the
+    convolution behind it keeps it anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        views: int,
+        eps: float,
+        relu: bool,
+        reduce: Reduce | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = _by_view(x, views)
+        var, mean = torch.var_mean(rows, 1, correction=0)
+        if reduce is not None:
+            mean, var = _synchronised(mean, var, reduce)
+        invstd = torch.rsqrt(var + eps)
+        y = (rows - mean[:, None]) * (weight * invstd)[:, None] + bias
+        if residual is not None:
+            y = y + _by_view(residual, views)
+        y = _as(y, x)
+        y = (
+            torch.relu(y) if relu else y.clone()
+        )  # no view, which an activation behind it could not change in place; both cost nothing
+        ctx.save_for_backward(x, y if relu else None, mean, invstd, weight)
+        ctx.views, ctx.reduce, ctx.has_residual = views, reduce, residual is not None
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, mean, invstd, weight = ctx.saved_tensors
+        g = dy if y is None else torch.where(y <= 0, 0.0, dy)  # NaN in y lets dy through, as torch's ReLU does
+        rows, wide = _by_view(x, ctx.views), _by_view(g, ctx.views)
+        xhat = (rows - mean[:, None]) * invstd[:, None]
+        mean_g, mean_gx = wide.mean(1), (wide * xhat).mean(1)
+        dw, db = mean_gx.sum(0) * rows.shape[1], mean_g.sum(0) * rows.shape[1]
+        if ctx.reduce is not None:
+            mean_g, mean_gx = ctx.reduce(torch.stack([mean_g, mean_gx], 1)).unbind(1)
+        dx = (weight * invstd)[:, None] * (wide - mean_g[:, None] - xhat * mean_gx[:, None])
+        return _as(dx, x), g if ctx.has_residual else None, dw, db, None, None, None, None
+
+
+# --- eager on a GPU: torch's kernels, view by view ---
+
+
+def native(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, views: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`batch_norm` by torch's own BatchNorm kernels, one call a view; for a GPU without a compiler, on any device by test.
+
+    They move about as many bytes as torch's BatchNorm2d, where the operations of `InTorch` move six times as many.
+    """
+    residual = None if residual is None else _dense(residual)
+    return _Native.apply(_dense(x), residual, weight.contiguous(), bias.contiguous(), views, eps, relu)
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        views: int,
+        eps: float,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y = torch.empty_like(x)
+        mean, invstd = torch.empty(2, views, x.shape[1], dtype=weight.dtype, device=x.device)
+        for v, (x_v, y_v) in enumerate(zip(x.chunk(views), y.chunk(views), strict=True)):
+            torch.ops.aten.native_batch_norm.out(
+                x_v, weight, bias, None, None, True, 0.0, eps, out=y_v, save_mean=mean[v], save_invstd=invstd[v]
+            )
+        if residual is not None:
+            y += residual
+        if relu:
+            y.relu_()
+        ctx.save_for_backward(x, y if relu else None, mean, invstd, weight)
+        ctx.views, ctx.eps, ctx.has_residual = views, eps, residual is not None
+        var = (invstd**-2 - eps).clamp_min(0)
+        mean = mean.clone()  # an output of its own: what is kept for backward must not be one that can be written to
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 7
+        x, y, mean, invstd, weight = ctx.saved_tensors
+        g = _dense(dy)
+        if y is not None:
+            g = torch.ops.aten.threshold_backward(g, y, 0)
+        parts = [
+            torch.ops.aten.native_batch_norm_backward(
+                g_v, x_v, weight, None, None, mean[v], invstd[v], True, ctx.eps, [True, True, True]
+            )
+            for v, (g_v, x_v) in enumerate(zip(g.chunk(ctx.views), x.chunk(ctx.views), strict=True))
+        ]
+        dx, dw, db = zip(*parts, strict=True)
+        return torch.cat(dx), g if ctx.has_residual else None, sum(dw), sum(db), None, None, None
 
 
 # --- torch ---

@@ -27,7 +27,13 @@ def in_torch(*tensors, **options):
     return bn.normalise(bn.IN_TORCH, *tensors, **options)
 
 
-IMPLEMENTATIONS = [numba, in_torch, batch_norm_reference]
+def traced(*tensors, views, eps, relu, reduce=None):
+    """What a compiler is given, here without one."""
+    return bn._Traced.apply(*tensors, views, eps, relu, reduce)
+
+
+ALONE = [numba, in_torch, batch_norm_reference, traced, bn.native]
+IMPLEMENTATIONS = [numba, in_torch, batch_norm_reference, traced]  # with statistics over ranks
 SHAPES = [(6, 5, 3, 7), (12, 37), (6, LANES, 5, 5), (12, 2 * LANES + 3, 24, 25), (18, 1, 1, 1), (6, 1100, 2, 3)]
 
 
@@ -72,7 +78,7 @@ def error(actual, expected):
     return ((actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)).item()
 
 
-@pytest.mark.parametrize("f", IMPLEMENTATIONS)
+@pytest.mark.parametrize("f", ALONE)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, False), (True, True)])
 def test_float32_against_float64(f, shape, residual, relu):
@@ -89,7 +95,7 @@ def test_float32_against_float64(f, shape, residual, relu):
         assert max(error(*pair) for pair in zip(gradients, exact_gradients, strict=True)) < 1e-5
 
 
-@pytest.mark.parametrize("f", IMPLEMENTATIONS)
+@pytest.mark.parametrize("f", ALONE)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, False), (True, True)])
 def test_bfloat16_loses_no_more_than_torch(f, shape, residual, relu):
@@ -104,17 +110,19 @@ def test_bfloat16_loses_no_more_than_torch(f, shape, residual, relu):
         assert error(actual, expected) <= max(2 * error(torch_s, expected), 1e-5)
 
 
-@pytest.mark.parametrize("f", IMPLEMENTATIONS)
-def test_a_mean_far_above_the_deviation_costs_nothing(f):
+@pytest.mark.parametrize("f", ALONE)
+def test_a_mean_far_above_the_deviation_costs_no_more_than_torch_s(f):
+    """Ours for eager mode lose nothing, whatever the mean; what a compiler or torch computes may lose what torch's BatchNorm does."""
     problem = Problem((8, 21, 9, 9), mean=1000, residual=False)
     (y, _, var), gradients = problem.run(f, views=2, eps=EPS, relu=False)
     (exact_y,), exact = problem.exact(2, False)
-    (plain_y,), _ = problem.run(torch_s_own, views=2, relu=False)
-    bound = 2 * error(plain_y, exact_y) if f is batch_norm_reference else 2e-6  # torch's own: 1e-5 to 1e-4
-    assert error(y, exact_y) <= bound
+    (plain_y,), plain = problem.run(torch_s_own, views=2, relu=False)
+    worst, torch_s = (max(error(*pair) for pair in zip(found, exact, strict=True)) for found in (gradients, plain))
+    ours = f in (numba, in_torch)
+    assert error(y, exact_y) <= (2e-6 if ours else 2 * error(plain_y, exact_y))  # torch's own: 1e-5 to 1e-4
     assert ((var - problem.x.double().movedim(1, -1).reshape(2, -1, 21).var(1, correction=0)) / var).abs().max() < 1e-5
     if f is not batch_norm_reference:
-        assert max(error(*pair) for pair in zip(gradients, exact, strict=True)) < 1e-5
+        assert worst < (1e-5 if ours else 2 * torch_s)  # torch's own: 2e-4
 
 
 def test_other_memory_orders_give_the_same():
@@ -212,7 +220,7 @@ def test_same_bits_for_any_number_of_threads():
         assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(a, b, c, strict=True))
 
 
-@pytest.mark.parametrize("f", IMPLEMENTATIONS)
+@pytest.mark.parametrize("f", ALONE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_no_nan_is_lost(f, dtype, poison):
@@ -349,6 +357,21 @@ def test_statistics_of_two_ranks_are_those_of_one_batch(f, dtype):
     for k in (2, 3):  # a rank's gradients of weight and bias are its own sums
         assert error(sum(r[1][k] for r in results), gradients[k].double()) < 2e-5
     assert not torch.allclose(results[0][1][2], results[1][1][2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_compiler_is_given_may_be_changed_in_place_behind_it(dtype):
+    problem = Problem((4, 3, 2, 2), dtype=dtype, residual=False)
+
+    def chain(*tensors, **options):
+        return F.silu(batch_norm(*tensors, **options)[0], inplace=True)
+
+    compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
+    options = {"views": 2, "eps": EPS, "relu": False}
+    (y,), gradients = problem.run(compiled, **options)
+    (expected,), exact = problem.run(chain, **options)
+    assert error(y, expected.double()) < 1e-2
+    assert all(error(*pair) < 2e-2 for pair in zip(gradients, exact, strict=True))
 
 
 def test_torch_compile_traces_it_whole():
