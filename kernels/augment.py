@@ -169,10 +169,20 @@ def new_planes(size: int) -> NDArray[np.float32]:
     return aligned_zeros((3, size, size), beyond=size + LANES)
 
 
+# The float of a batch -> what `augment_into` writes: numba computes with neither 16-bit float, so integers stand for their bits.
+WRITTEN = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
+
+
+def as_written(batch: Tensor) -> NDArray[np.float32 | np.uint16 | np.int16]:
+    """The memory of a batch on the CPU, float32, bfloat16 or float16, as `augment_into` writes it."""
+    bits = batch if batch.dtype == torch.float32 else batch.view(torch.int16)
+    return bits.numpy().view(WRITTEN[batch.dtype])
+
+
 def augment_into(
     planes: NDArray[np.float32],
     p: NDArray[np.float32],
-    out: NDArray[np.float32] | NDArray[np.uint16],
+    out: NDArray[np.float32] | NDArray[np.uint16] | NDArray[np.int16],
     scratch: AugmentScratch,
 ) -> None:
     """`augment_reference` and `normalise_reference` on the CPU, without the GIL.
@@ -181,7 +191,7 @@ def augment_into(
         planes: (3, S, S) float32 in [0, 1], from `new_planes`; overwritten.
         p: (COLUMNS,) parameter row.
         out: (S, S, 3), C-contiguous, i.e. one image of a channels-last batch: float32, or uint16 for the bits of
-            bfloat16 (rounded to nearest, ties to even).
+            bfloat16 and int16 for those of float16 (rounded to nearest, ties to even); see `as_written`.
     """
     s = scratch
     _augment(planes, p, s.mean, s.taps, s.padded, s.line, s.edge, s.scale, s.offset, s.offsets, out)
@@ -317,7 +327,8 @@ def _from_contrast(planes, i, p, split, mean):
 
 _RADII = (0, 2, 4, 6, 8)  # that the vector code knows; BYOL's largest sigma, 2, needs 8
 _COLUMNS_2, _COLUMNS_4, _COLUMNS_6, _COLUMNS_8 = (blur_columns(radius) for radius in _RADII[1:])
-_FINISH = {bfloat16: [finish_row(radius, bfloat16=bfloat16) for radius in _RADII] for bfloat16 in (False, True)}
+_KINDS = {types.float32: "float32", types.uint16: "bfloat16", types.int16: "float16"}  # see WRITTEN
+_FINISH = {dtype: [finish_row(radius, kind) for radius in _RADII] for dtype, kind in _KINDS.items()}
 _PAD = LANES  # zeros on both sides of a row that is to be blurred
 
 
@@ -328,7 +339,7 @@ def _finish_row(source, red, green, blue, radius, taps, solarise, gain, shift, o
 
 @overload(_finish_row, jit_options=_JIT)
 def _finish_row_overload(source, red, green, blue, radius, taps, solarise, gain, shift, out, place, blocks):
-    finish_0, finish_2, finish_4, finish_6, finish_8 = _FINISH[out.dtype == types.uint16]
+    finish_0, finish_2, finish_4, finish_6, finish_8 = _FINISH[out.dtype]
 
     def finish(source, red, green, blue, radius, taps, solarise, gain, shift, out, place, blocks):
         if radius == 0:

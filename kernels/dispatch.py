@@ -70,7 +70,7 @@ def compile_cpu_kernels(say: Callable[[str], None]) -> float:
             say("compiling the CPU kernels; the result is cached for the next start")
         crop.place_boxes(share, share, np.zeros((1, 2, 2)), np.full((1, 2), size), True, 0.75, 4 / 3, boxes)
         crop.crop_into(image, (0, 0, size, size), False, planes, crop.CropScratch(size))
-        for dtype in (np.float32, np.uint16):
+        for dtype in augment.WRITTEN.values():
             augment.augment_into(planes, p, np.empty((size, size, 3), dtype=dtype), augment.AugmentScratch(size))
         for kernel in _IN_THREADS:
             kernel.compile()

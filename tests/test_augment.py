@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
+from problems import parameter_row, random_view
 from scipy import ndimage
 from torchvision.transforms.v2 import functional as tv
 
@@ -17,24 +18,6 @@ from fastbyol.kernels.unchecked import LANES
 
 STD = np.array(augment.IMAGENET_STD, dtype=np.float32)
 MEAN = np.array(augment.IMAGENET_MEAN, dtype=np.float32)
-
-
-def parameter_row(**columns: float) -> np.ndarray:
-    """Parameters of one view, by column name; ORDER takes a sequence."""
-    row = np.zeros(augment.COLUMNS, dtype=np.float32)
-    row[augment.ORDER : augment.ORDER + 4] = columns.pop("ORDER", range(4))
-    for name, value in columns.items():
-        row[getattr(augment, name)] = value
-    return row
-
-
-def random_view(seed: int, size: int) -> torch.Tensor:
-    """Colours, exact grays, black, white and saturated pixels."""
-    view = torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed))
-    view[:, 0] = view[0, 0]
-    view[:, 1, : size // 2], view[:, 1, size // 2 :] = 0, 1
-    view[1:, 2] = 0
-    return view
 
 
 def apply_kernel(view: torch.Tensor, row: np.ndarray, dtype: type = np.float32) -> np.ndarray:
@@ -177,11 +160,12 @@ def test_kernel_equals_the_reference_in_the_whole_chain(
     assert largest_error(view, row) < 3e-4
 
 
-def test_bfloat16_output_is_the_rounded_float32_output():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_output_is_the_rounded_float32_output(dtype):
     view = random_view(6, 31)
     row = parameter_row(JITTER=1, CONTRAST=1.2, SATURATION=0.9, HUE=0.05, SIGMA=1.1)
-    bits = apply_kernel(view, row, np.uint16)
-    rounded = torch.from_numpy(apply_kernel(view, row)).bfloat16()
+    bits = apply_kernel(view, row, augment.WRITTEN[dtype])
+    rounded = torch.from_numpy(apply_kernel(view, row)).to(dtype)
     assert torch.equal(torch.from_numpy(bits.view(np.int16)), rounded.view(torch.int16))
 
 

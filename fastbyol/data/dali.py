@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
     index: int  # in the set
     size: tuple[int, int]  # height, width
     encoded: NDArray[np.uint8] | None
-    pixels: NDArray[np.uint8] | None
+    pixels: Any  # an array, or a pinned tensor where it is to travel to a GPU
 
 
 class DaliLoader(NativeLoader):
@@ -105,14 +105,18 @@ class DaliLoader(NativeLoader):
     def ready(self, index: int) -> Prepared:
         """The image, or the one that takes its place, ready for DALI."""
         found, (size, encoded, pixels) = self.first_good(index, self.fetch(index), _prepare)
-        return Prepared(found, size, encoded, pixels)
+        return Prepared(found, size, encoded, pixels if pixels is None else self._ready_to_travel(pixels))
 
     def _on_host(self, prepared: Prepared) -> Prepared:
         """The image decoded by the host, or the one that takes its place."""
         if prepared.encoded is None:
             return prepared
         found, pixels = self.first_good(prepared.index, prepared.encoded.tobytes(), decode)
-        return Prepared(found, (pixels.shape[0], pixels.shape[1]), None, pixels)
+        return Prepared(found, (pixels.shape[0], pixels.shape[1]), None, self._ready_to_travel(pixels))
+
+    def _ready_to_travel(self, pixels: NDArray[np.uint8]) -> Any:
+        """Pixels that the host has decoded; for a GPU in pinned memory, which the reader's thread copies, not the one that launches the step."""
+        return pixels if self.device.type == "cpu" else torch.from_numpy(pixels).pin_memory()
 
     def load(
         self, index: int, data: Any, boxes: Boxes, buffer: DecodeBuffer
@@ -248,10 +252,8 @@ class Decoder:
         for k in range(len(decoded)):
             yield torch.from_dlpack(decoded[k]) if self._device.type == "cuda" else np.asarray(decoded[k])
 
-    def _place(self, pixels: NDArray[np.uint8]) -> Any:
-        if self._device.type == "cpu":
-            return pixels
-        return torch.from_numpy(pixels).pin_memory().to(self._device, non_blocking=True)
+    def _place(self, pixels: Any) -> Any:
+        return pixels if self._device.type == "cpu" else pixels.to(self._device, non_blocking=True)
 
 
 def _prepare(

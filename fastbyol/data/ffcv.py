@@ -107,19 +107,20 @@ class FfcvLoader(Sequenced):
                     before = time.perf_counter()
                     views, labels, indices = epoch.next_batch()
                     self.wait_s += time.perf_counter() - before
-                    both = [views[:, v].permute(0, 3, 1, 2) for v in range(VIEWS)]
-                    yield from hand_over(step, [*both, labels, indices], on_device)
+                    yield from hand_over(step, views, labels, indices, on_device, dim=1)
             finally:
                 epoch.stop()
             first = end
 
 
 class _TwoViews(SimpleRGBImageDecoder):
-    """FFCV's image field -> both views of each image, float32 or the bits of bfloat16, and whether it could be decoded."""
+    """FFCV's image field -> both views of each image, float32 or the bits of a 16-bit float, and whether it could be decoded."""
 
     def __init__(self, loader: FfcvLoader) -> None:
         super().__init__()
-        self._size, self._dtype = loader.size, np.dtype(np.int16 if loader.dtype == torch.bfloat16 else np.float32)
+        self._size = loader.size
+        self._dtype = np.dtype(np.float32 if loader.dtype == torch.float32 else np.int16)  # FFCV's torch has no uint16
+        self._written = np.dtype(augment.WRITTEN[loader.dtype])
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
         shape = (VIEWS, self._size, self._size, 3)
@@ -131,7 +132,7 @@ class _TwoViews(SimpleRGBImageDecoder):
         return replace(previous_state, jit_mode=True, shape=shape, dtype=self._dtype), memory
 
     def generate_code(self) -> Callable:
-        size, wide = self._size, self._dtype == np.float32
+        size, written = self._size, self._written
         jpeg, threads = IMAGE_MODES["jpg"], Compiler.num_threads
         most_pixels = int((self.metadata["width"].astype(np.int64) * self.metadata["height"]).max())
         c, a = crop.CropScratch(size), augment.AugmentScratch(size)
@@ -184,12 +185,8 @@ class _TwoViews(SimpleRGBImageDecoder):
                             image, top, left, box_h, box_w, flip, first, weight, start, fixed, row, resized, row_offsets,
                             factors, edge, planes,
                         )  # fmt: skip
-                        view = out[i, v]
-                        if wide:
-                            augment_view(planes, p, mean, blur, padded, line, last, gain, shift, offsets, view)
-                        else:
-                            bits = view.view(np.uint16)
-                            augment_view(planes, p, mean, blur, padded, line, last, gain, shift, offsets, bits)
+                        view = out[i, v].view(written)
+                        augment_view(planes, p, mean, blur, padded, line, last, gain, shift, offsets, view)
                 _end_decoder(decoder)
             return out[: len(batch_indices)]
 
@@ -231,9 +228,9 @@ class _Epoch(EpochIterator):
         super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
         for i in np.flatnonzero(faults[batch_slot][:, 0]):
             indices[i] = self._again(int(indices[i]), int(i), sampler, parameters[batch_slot][i], out[batch_slot][i])
-        views = torch.from_numpy(out[batch_slot])
-        views = views.view(torch.bfloat16) if ours.dtype == torch.bfloat16 else views
-        return views, torch.from_numpy(ours.images.labels[indices]), torch.from_numpy(indices)
+        views = torch.from_numpy(out[batch_slot]).view(ours.dtype)  # pinned by FFCV where there is a GPU
+        labels = torch.from_numpy(ours.images.labels[indices]), torch.from_numpy(indices)
+        return views, *(t if ours.device.type == "cpu" else t.pin_memory() for t in labels)
 
     def _again(self, index: int, i: int, sampler: Any, rows: NDArray[np.float32], out: NDArray) -> int:
         """An image of which libjpeg-turbo complained, decoded as the native backend does it, or the one that takes its place."""
@@ -241,8 +238,7 @@ class _Epoch(EpochIterator):
         found, image = ours.first_good(index, ours.fetch(index), lambda data: decode(data, self._buffer))
         boxes = sampler.boxes(slice(i, i + 1), [image.shape[:2]])[0].tolist()
         for v, box in enumerate(boxes):
-            view = out[v].view(np.uint16) if ours.dtype == torch.bfloat16 else out[v]
-            self._scratch.render(image, box, rows[v], view)
+            self._scratch.render(image, box, rows[v], out[v].view(augment.WRITTEN[ours.dtype]))
         return found
 
     def next_batch(self) -> Any:

@@ -73,7 +73,7 @@ class NativeLoader(Sequenced):
                 before = time.perf_counter()
                 slot = pipeline.wait_for(step)
                 self.wait_s += time.perf_counter() - before
-                yield from hand_over(step, [*slot.views, slot.labels, slot.indices], on_device)
+                yield from hand_over(step, slot.memory, slot.labels, slot.indices, on_device)
                 pipeline.release(step)
         finally:
             pipeline.close()
@@ -135,7 +135,11 @@ class Scratch:
         self._crop, self._augment = crop.CropScratch(size), augment.AugmentScratch(size)
 
     def render(
-        self, image: NDArray[np.uint8], box: Sequence[int], p: NDArray[np.float32], out: NDArray[np.float32 | np.uint16]
+        self,
+        image: NDArray[np.uint8],
+        box: Sequence[int],
+        p: NDArray[np.float32],
+        out: NDArray[np.float32 | np.uint16 | np.int16],
     ) -> None:
         """One view of one image: crop, resize, flip, augment, normalise."""
         crop.crop_into(image, box, bool(p[augment.FLIP]), self._planes, self._crop)
@@ -149,13 +153,12 @@ class _Slot:
         b, s = loader.batch_size, loader.size
         pin = loader.device.type != "cpu"
         memory = torch.empty(VIEWS, b, s, s, 3, dtype=loader.dtype, pin_memory=pin)
-        self.views = memory.permute(0, 1, 4, 2, 3)  # each view is (B, 3, S, S) in channels_last layout
+        self.memory = memory
         self.labels = torch.empty(b, dtype=torch.int64, pin_memory=pin)
         self.indices = torch.empty(b, dtype=torch.int64, pin_memory=pin)
         # The same memory: writing one value through torch takes 8 microseconds of the interpreter lock.
         self.label_values, self.index_values = self.labels.numpy(), self.indices.numpy()
-        bits = memory.view(torch.int16) if loader.dtype == torch.bfloat16 else memory
-        self.out = bits.numpy().view(np.uint16) if loader.dtype == torch.bfloat16 else bits.numpy()
+        self.out = augment.as_written(memory)
 
 
 class DeviceSlots:
@@ -184,11 +187,18 @@ class DeviceSlots:
         self._copied[step % 2].synchronize()
 
 
-def hand_over(step: int, tensors: list[Tensor], on_device: DeviceSlots | None) -> Iterator[Batch]:
-    """Yields the batch of `tensors` (both views, labels, indices), copied to the GPU where there is one; their memory is free after it."""
+def hand_over(
+    step: int, views: Tensor, labels: Tensor, indices: Tensor, on_device: DeviceSlots | None, *, dim: int = 0
+) -> Iterator[Batch]:
+    """Yields a batch, copied to the GPU where there is one; its memory is free afterwards.
+
+    Args:
+        views: (V, B, S, S, 3), or with the views in another dimension `dim`; dense, so that it travels as one block.
+        labels, indices: (B,).
+    """
     if on_device is not None:
-        tensors = on_device.fill(step, tensors)
-    view1, view2, labels, indices = tensors
+        views, labels, indices = on_device.fill(step, [views, labels, indices])
+    view1, view2 = (view.permute(0, 3, 1, 2) for view in views.unbind(dim))
     yield Batch((view1, view2), labels, indices)
     if on_device is not None:
         on_device.release(step)

@@ -26,7 +26,7 @@ class Sequenced:
         size: S, side of a view in pixels.
         recipe: how views are drawn.
         seed: of the sample order and the views.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16 or float16.
         device: where batches are delivered.
         max_bad_fraction: share of the images that may be unreadable.
         timeout_s: how long to wait for a batch.
