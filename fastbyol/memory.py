@@ -69,6 +69,7 @@ class SavedBytes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._hooks.__exit__(kind, error, tb)
 
+    @torch.compiler.disable  # a compiled graph's hooks run as plain code: addresses cannot be traced
     def _pack(self, x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in self._known:

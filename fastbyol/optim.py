@@ -171,4 +171,5 @@ def build_optimizer(
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr, momentum=config.momentum, fused=True)
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return adam(groups, lr, betas=(config.momentum, config.beta2), fused=True)
+    # torch refuses to capture the step of one that is not `capturable`, though the fused kernel reads its counter on the device.
+    return adam(groups, lr, betas=(config.momentum, config.beta2), fused=True, capturable=lr.is_cuda)

@@ -24,7 +24,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -103,7 +103,7 @@ def build(config: Config, world: World, device: torch.device, say: Callable[[str
             images,
             seed=config.seed,
             device=device,
-            dtype=step.view_dtype,
+            dtype=step.dtype,
             shard=world.shard(config.data.batch_size, config.step.micro_batches),
         )
     return Training(config, world, device, images, model, step, loader)
@@ -128,7 +128,8 @@ def opened(config: Config, check: Callable[[], None], say: Callable[[str], None]
         training = build(config, world, device, say if world.first else lambda text: None)
         if world.first:
             say(f"measuring {training.describe()}")
-        yield training
+        with closing(training.step):
+            yield training
 
 
 class Loop:
@@ -261,6 +262,7 @@ class Marks:
     def on(self, clock: Clock) -> Iterator[None]:
         """While this is entered, steps are marked."""
         model, step, loader = self._training.model, self._training.step, self._training.loader
+        step.drop_graph()  # its memory is as large as that of the steps that follow
 
         def around(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
             def marked(*args: Any, **kwargs: Any) -> Any:
@@ -380,6 +382,8 @@ def _time(loop: Loop, marks: Marks, steps: int) -> dict[str, Any]:
     compiled = _compilations()
     while len(found) < steps:
         n = min(WINDOW[device.type], steps - len(found))
+        if loop.training.step.mode == "cuda_graph":
+            loop()  # captures the graph anew
         plain.append(1e3 * loop.timed(n) / n)
         clock = Clock(device)
         with marks.on(clock):

@@ -1,6 +1,7 @@
 """ONE training step: two views in; loss, gradients, new weights and a moved target out."""
 
 import ctypes
+import gc
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,7 +43,6 @@ class TrainStep:
         self.model, self.device, self.world = model, device, world or World()
         self.mode = choose_mode(config.step.mode, device, self.world)
         self.dtype = compute_dtype(config.precision, device)
-        self.view_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype  # loaders make these two
         set_float32_precision(config.precision)
         torch.backends.cudnn.benchmark = True  # all batches have one shape: let cuDNN try its algorithms once
         if device.type == "cpu":
@@ -66,8 +66,10 @@ class TrainStep:
         self._number = torch.zeros((), dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._before_capture = _STEPS_BEFORE_CAPTURE
+        # One stream for all steps before capture: the allocator keeps a pool of memory for each.
+        self._side = torch.cuda.Stream(device) if self.mode == "cuda_graph" else None
         checkpoint_stages(model.online.backbone, config.step.checkpoint_stages)
-        self._forward = model.forward
+        self._forward: Any = model.forward
         if self.world.size > 1:
             distributed.sync_batch_norm(model, config.distributed, self.world)
             if self.mode == "compile":
@@ -138,21 +140,37 @@ class TrainStep:
         """The step as one captured graph; the first few are carried out call by call, on the stream that capture wants."""
         if self._before_capture > 0:
             self._before_capture -= 1
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
+            current = torch.cuda.current_stream()
+            self._side.wait_stream(current)
+            with torch.cuda.stream(self._side):
                 output = self._compute(*views)
-            current.wait_stream(side)
+            current.wait_stream(self._side)
             return output
         if self._graph is None:
             self._inputs = [torch.empty_like(view) for view in views]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # thread_local: a CUDA call of another thread, such as DALI's or a loader's, does not end the capture.
+            with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
                 self._output = self._compute(*self._inputs)
             self._graph = graph
         torch._foreach_copy_(self._inputs, list(views))
         self._graph.replay()
         return self._output
+
+    def drop_graph(self) -> None:
+        """Gives back the memory of the captured graph; the next step captures it anew."""
+        if self._graph is not None:
+            self._graph = self._inputs = self._output = None
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Lets go of the graph and of DistributedDataParallel; no step can follow. Call it while the process group stands.
+
+        DDP's reducer joins gloo's thread when it is destroyed. Python would do so later with the interpreter lock held, which that thread
+        may be waiting for.
+        """
+        self._graph = self._forward = None
+        gc.collect()
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimiser step `step`."""
@@ -194,7 +212,7 @@ class TrainStep:
                 if value.ndim and value.shape != p.shape:
                     raise ValueError(f"optimiser state {key} of {name} has shape {tuple(value.shape)}")
             self.optimizer.state[p] = {
-                key: value.to(self.device).to(memory_format=_memory_format(p)) if value.ndim else value
+                key: value.to(self.device).to(memory_format=_memory_format(p) if value.ndim else torch.preserve_format)
                 for key, value in values.items()
             }
         if self.loss_scale is not None and state.get("loss_scale"):

@@ -57,7 +57,13 @@ def train(config: Config) -> RunResult:
     device = choose_device(config.device, world.local_rank)
     with ProcessGroup(world, config.distributed, device):
         run = _Run(config, world, device)
-        with run.one_line_for_faults(), run.log, _StopSignals() as stop, StopTogether(world) as together:
+        with (
+            closing(run.step),
+            run.one_line_for_faults(),
+            run.log,
+            _StopSignals() as stop,
+            StopTogether(world) as together,
+        ):
             run.announce()
             done = run.start
             with closing(run.loader.batches(run.start, run.step.total_steps)) as batches:
@@ -111,7 +117,7 @@ class _Run:
                 self.images,
                 seed=config.seed,
                 device=device,
-                dtype=self.step.view_dtype,
+                dtype=self.step.dtype,
                 shard=world.shard(config.data.batch_size, config.step.micro_batches),
             )
             self.probe = self._build_probe()

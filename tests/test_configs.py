@@ -101,7 +101,7 @@ def test_two_steps_of_a_shrunk_copy(path, photos):
     images = find_images(config.data, "train")
     model = build_model(config.model, 32, config.seed).to(memory_format=torch.channels_last)
     step = TrainStep(model, config, len(images) // config.data.batch_size, CPU)
-    loader = build_loader(config.data, images, seed=config.seed, device=CPU, dtype=step.view_dtype)
+    loader = build_loader(config.data, images, seed=config.seed, device=CPU, dtype=step.dtype)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim > 1}
     for k, batch in enumerate(loader.batches(0, 2)):
         output = step(k, batch)

@@ -58,7 +58,7 @@ def new_batch(k, batch=BATCH, dtype=torch.float32):
 
 
 def run(step, steps, start=0):
-    return [step(k, new_batch(k, dtype=step.view_dtype)).loss.item() for k in range(start, start + steps)]
+    return [step(k, new_batch(k, dtype=step.dtype)).loss.item() for k in range(start, start + steps)]
 
 
 def set_scale(step, value):
@@ -151,7 +151,7 @@ def test_a_step_reads_no_value(monkeypatch, precision):
         options = {"micro_batches": 2, "optim": {"clip_grad_norm": 1.0}}
         # Copying the weights, for a target or into another memory order, would have to read them.
         step = new_step(precision=precision, target_init="reseed", layout=None, **options)
-        view = torch.empty(BATCH, 3, SIZE, SIZE, dtype=step.view_dtype)
+        view = torch.empty(BATCH, 3, SIZE, SIZE, dtype=step.dtype)
         output = step(0, Batch((view, view), view, view))
         with pytest.raises(DataDependentOutputException):
             output.loss.item()
@@ -170,7 +170,7 @@ def test_bfloat16_learns_what_float32_learns():
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_weights_momentum_and_loss_stay_float32(precision):
     step = new_step(precision=precision)
-    output = step(0, new_batch(0, dtype=step.view_dtype))
+    output = step(0, new_batch(0, dtype=step.dtype))
     assert output.loss.dtype == output.projection_std.dtype == torch.float32
     assert {v.dtype for s in step.state_dict()["optimizer"].values() for v in s.values()} == {torch.float32}
     assert {p.dtype for p in step.model.parameters()} == {torch.float32}

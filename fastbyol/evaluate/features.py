@@ -138,7 +138,8 @@ def extract_each(
     try:
         if backbone is not None:
             backbone.eval()
-        with torch.no_grad(), autocast(device, dtype):
+        # A network whose parts are compiled for training would be compiled again for eval mode, and for the last, smaller batch.
+        with torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
             crops = centre_crops(
                 split, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad=bad
             )
