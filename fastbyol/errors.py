@@ -2,9 +2,15 @@
 
 
 class FastbyolError(Exception):
-    """Base of all errors whose text is meant for the user; the CLI prints it and exits with `exit_code`."""
+    """Base of all errors whose text is meant for the user; the CLI prints it and exits with `exit_code`.
+
+    Its text is one line: line breaks and other control characters, which names of files, classes and fields may hold, are escaped.
+    """
 
     exit_code = 1
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 class InputError(FastbyolError):

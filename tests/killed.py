@@ -1,7 +1,8 @@
 """What test_faults.py runs: `killed.py CONFIG.json TIMES`, a training that is killed so often, and then let go on to its end.
 
 Every attempt is a fork of a process that has imported everything and computed nothing, so it starts within a second. SIGKILL comes
-after a random time, in the middle of whatever happens then. Prints the steps at which attempts began.
+a random number of steps after an attempt's first, and a few random milliseconds later, in the middle of whatever happens then: the
+machine may be as slow as it likes. Prints the steps at which attempts began.
 """
 
 import json
@@ -14,23 +15,34 @@ from pathlib import Path
 
 from fastbyol import checkpoint
 from fastbyol.config import Config
+from fastbyol.step import TrainStep
 from fastbyol.train import CHECKPOINTS, train
 
 
-def attempt(config: Config, seconds: float | None) -> int:
+def attempt(config: Config, steps: int | None, delay_s: float = 0.0) -> int:
+    """The exit status of a training that is killed `delay_s` after it has begun its `steps`-th step; None lets it end."""
+    read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(1)
         os.open(os.devnull, os.O_WRONLY)
+        original = TrainStep.__call__
+        TrainStep.__call__ = lambda *arguments: os.write(write_end, b".") and original(*arguments)
         code = 1
         try:
             train(config)
             code = 0
         finally:
             os._exit(code)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb", buffering=0) as begun:
+        if steps is not None:
+            while steps and begun.read(1):
+                steps -= 1
+            time.sleep(delay_s)
+            os.kill(child, signal.SIGKILL)
+        while begun.read(4096):  # a full pipe would stop the training
+            pass
     return os.waitpid(child, 0)[1]
 
 
@@ -42,7 +54,7 @@ def main() -> int:
     while killed < int(sys.argv[2]):
         saved = checkpoint.newest_good(folder, print)
         begins.append(saved[1]["step"] if saved else 0)
-        killed += attempt(config, draw.uniform(0.3, 1.5)) == signal.SIGKILL
+        killed += attempt(config, draw.randint(1, 20), draw.uniform(0, 0.03)) == signal.SIGKILL
         if len(begins) > 3 * int(sys.argv[2]):
             break  # it ends before it can be killed: the test says so
     last = attempt(config, None)

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg, losses
+from conftest import HANG_S, jpeg, losses
 from test_beton import write_with_ffcv
 from test_loader import collect, same
 
@@ -109,14 +109,15 @@ def test_three_epochs_an_early_break_and_a_second_start(loaders, stored, backend
 
 
 @pytest.mark.parametrize("backend", ["dali", "ffcv"])
-def test_bfloat16_and_a_ranks_shard(loaders, stored, backend):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_and_a_ranks_shard(loaders, stored, backend, dtype):
     shard = np.array([1, 3, 6])
     whole = collect(loaders(backend, "jpg"), 3, 12)
-    part = collect(make(stored, "jpg.beton", backend, dtype=torch.bfloat16, shard=shard), 3, 12)
+    part = collect(make(stored, "jpg.beton", backend, dtype=dtype, shard=shard), 3, 12)
     for a, b in zip(whole, part, strict=True):
         assert torch.equal(a[3][shard], b[3])
         assert torch.equal(a[2][shard], b[2])
-        assert all(torch.equal(x[shard].bfloat16(), y) for x, y in zip(a[:2], b[:2], strict=True))
+        assert all(torch.equal(x[shard].to(dtype), y) for x, y in zip(a[:2], b[:2], strict=True))
 
 
 def test_dali_gives_the_same_batches_for_any_threads_and_readahead(stored, loaders):
@@ -222,10 +223,8 @@ def test_a_hung_disk_is_noticed(stored, monkeypatch):
         loader = make(stored, storage, backend, timeout_s=0.5)
         with monkeypatch.context() as patch:
             patch.setattr(type(loader.images), "read", hang)
-            began = time.monotonic()
             with pytest.raises(HungLoader, match=r"no batch for 0.5 s \(data.timeout_s\)") as caught:
                 next(loader.batches(0, 3))
-            assert time.monotonic() - began < 20
             assert "in hang" in caught.value.stacks
         never.set()
         time.sleep(0.3)
@@ -239,7 +238,7 @@ def test_a_hung_ffcv_is_noticed(loaders, monkeypatch):
     with pytest.raises(HungLoader, match=r"no batch for 0.5 s"):
         collect(loader, 0, 3)
     never.set()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_S
     while any(type(t).__name__ == "_Epoch" for t in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.01)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import jpeg
+from conftest import HANG_S, jpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -311,7 +311,7 @@ def put(array, field, value, index=0):
             lambda descriptors, **_: put(descriptors, "type", 255),
             "field 'image' has type 255, whose layout is not known",
         ),
-        (lambda descriptors, **_: put(descriptors, "type", 0), "no image field among image, label"),
+        (lambda descriptors, **_: put(descriptors, "type", 0), "no image field among 'image', 'label'"),
         (lambda rows, **_: put(rows["f0"], "mode", 2, 3), "sample 3 is neither JPEG"),
         (lambda rows, **_: put(rows["f0"], "width", 0, 2), "sample 2 has no pixels"),
         (lambda rows, **_: put(rows["f0"], "width", 21, 1), "sample 1: raw, but width, height and bytes disagree"),
@@ -392,7 +392,9 @@ class Samples:
 def write_with_ffcv(path, mode):
     """In a process of its own: ffcv's writer forks, which a process with threads may not survive."""
     code = "import sys; sys.path.append(sys.argv[1]); from test_beton import ffcv_writes; ffcv_writes(*sys.argv[2:])"
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(path), mode], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(path), mode], check=True, timeout=HANG_S
+    )
 
 
 def ffcv_writes(path, mode):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from conftest import jpeg
+from conftest import HANG_S, jpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loader import collect, make_loader, same
@@ -109,16 +110,12 @@ def test_what_cannot_be_reduced_is_decoded_whole():
 
 
 def test_readers_hide_a_slow_disk(photos, monkeypatch):
-    """Files that take 20 ms each: 8 readers keep one decoder busy where one after the other would take 8 times as long."""
-    read = ImageFolder.read
-    monkeypatch.setattr(ImageFolder, "read", lambda self, index: time.sleep(0.02) or read(self, index))
-    seconds = {}
-    for readers in (1, 8):
-        began = time.perf_counter()
-        collect(make_loader(photos, readers=readers, threads=1), 0, 10)
-        seconds[readers] = time.perf_counter() - began
-    assert seconds[1] > 10 * 6 * 0.02
-    assert seconds[8] < seconds[1] / 3
+    """Eight readers wait for eight files at a time: no read returns before all eight have begun one."""
+    read, all_eight = ImageFolder.read, threading.Barrier(8)
+    monkeypatch.setattr(ImageFolder, "read", lambda self, index: (all_eight.wait(HANG_S), read(self, index))[1])
+    assert (
+        len(collect(make_loader(photos, readers=8, threads=1, readahead_images=8 * 6), 0, 8)) == 8
+    )  # of 6 images each
 
 
 def test_files_read_ahead_are_bounded(photos, monkeypatch):
@@ -162,7 +159,7 @@ def test_a_second_start_takes_the_kernels_from_the_cache():
         "kernels = (crop._crop, augment._augment);"
         "print(sum(sum(k.stats.cache_misses.values()) for k in kernels), sum('compiling' in t for t in said), s)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_S)
     misses, said, seconds = result.stdout.split()
     assert (misses, said) == ("0", "0")
     assert float(seconds) < 5  # measured: 0.4 s; the count of misses above is the real check

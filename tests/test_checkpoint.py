@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+from conftest import HANG_S
 
 from fastbyol import checkpoint
 from fastbyol.errors import InputError, RunError
@@ -144,7 +145,9 @@ def test_a_file_that_cannot_grow_is_one_line_and_no_file(tmp_path):
         except checkpoint.RunError as error:
             print(error)
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=HANG_S
+    )
     assert result.stdout.count("\n") == 1
     assert "could not be written" in result.stdout
     assert "there is no older checkpoint" in result.stdout
@@ -175,7 +178,7 @@ def test_kill_9_during_a_write_leaves_a_loadable_checkpoint(tmp_path):
         values = dict(step=2, config={{}}, images=1, model={{"w": torch.zeros(10**6)}}, optimizer={{}}, rng={{}}, knn={{}})
         checkpoint.save(pathlib.Path({str(tmp_path)!r}), values, keep_last=3, best=False)
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, timeout=HANG_S)
     assert result.returncode == -9
     leftovers = [p for p in tmp_path.iterdir() if p.suffix == ".partial"]
     assert len(leftovers) == 1

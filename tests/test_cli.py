@@ -11,6 +11,7 @@ from PIL import Image
 import fastbyol
 from fastbyol import environment
 from fastbyol.cli import main
+from fastbyol.errors import HungLoader, InputError, RunError
 from fastbyol.train import train
 
 pytestmark = pytest.mark.runs
@@ -235,3 +236,8 @@ def test_lists_are_written_with_commas(capsys, words, monkeypatch):
     monkeypatch.setattr("fastbyol.evaluate.evaluate", lambda name, options, say: found.update({name: options}))
     assert run(capsys, "eval", "fewshot", "--run", "x", *words)[0] == 0
     assert found["fewshot"].shots == (1, 2)
+
+
+@pytest.mark.parametrize("kind", [InputError, RunError, lambda text: HungLoader(text, "stacks")])
+def test_an_error_is_one_line_whatever_the_names_in_it(kind):
+    assert str(kind("data/a\nb\r\x1b[2J\udcff/\u00fc: unreadable")) == "data/a\\nb\\r\\x1b[2J\\udcff/\u00fc: unreadable"

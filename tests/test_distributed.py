@@ -5,12 +5,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BATCH, losses
+from conftest import BATCH, HANG_S, losses
 from test_train import stop_after
 
 from fastbyol import checkpoint, distributed
@@ -26,17 +25,14 @@ pytestmark = pytest.mark.runs
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-def torchrun(tmp_path, configs, *sabotage, ranks=2, restarts=0, hang_s=240):
-    """Trains the configs, one after the other, on so many ranks; returns the finished process and its seconds."""
+def torchrun(tmp_path, configs, *sabotage, ranks=2, restarts=0):
+    """Trains the configs, one after the other, on so many ranks; returns the finished process."""
     path = tmp_path / "configs.json"
     path.write_text(json.dumps([config.to_dict() for config in configs]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [f"--max-restarts={restarts}", str(SCRIPT), str(path), *map(str, sabotage)]
-    began = time.monotonic()
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=hang_s, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
-    return done, time.monotonic() - began
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment, check=False)
 
 
 def options(name, **changes):
@@ -63,7 +59,6 @@ def largest_gap(a, b):
     return max(abs(a[step] - b[step]) for step in a)
 
 
-@pytest.mark.timeout(600)  # six runs, one of them compiled by both ranks at once
 def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
     """20 steps: losses to 1e-5; gradients in bf16, and statistics of each rank's own, are something else, nearby."""
     own = {"distributed": DistributedConfig(sync_bn_ranks=1)}
@@ -77,7 +72,7 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
         # Rank 0 alone evaluates, and saves when it is best; the online classifier learns from all ranks' images.
         make_config(**options("watched", knn={"every_epochs": 2}, probe=ProbeConfig(enabled=True))),
     ]
-    done, _ = torchrun(tmp_path, two, hang_s=540)
+    done = torchrun(tmp_path, two)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 ranks on cpu") == 6  # one of the ranks speaks
     one = train(make_config(**options("one", probe=ProbeConfig(enabled=True))))
@@ -115,7 +110,7 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
 def test_statistics_over_groups_of_two_of_four_ranks(make_config, tmp_path):
     """Ranks 0 and 1 share BatchNorm statistics, and so do 2 and 3: the losses of one rank with two micro-batches."""
     groups = make_config(**options("groups", distributed=DistributedConfig(sync_bn_ranks=2)))
-    done, _ = torchrun(tmp_path, [groups], ranks=4)
+    done = torchrun(tmp_path, [groups], ranks=4)
     assert done.returncode == 0, done.stderr
     halves = train(make_config(**options("halves", step={"micro_batches": 2})))
     whole = train(make_config(**options("whole")))
@@ -129,7 +124,7 @@ def test_the_batch_size_that_fits_on_two_ranks(make_config, tmp_path):
     """Both ranks find one size, the one that a single rank finds here: the largest power of two in 72 images."""
     short = {"data": {"batch_size": "auto"}, "optim": {"epochs": 4, "warmup_epochs": 0, "base_lr": 0.02}}
     config = make_config(**options("auto", **short))
-    done, _ = torchrun(tmp_path, [config])
+    done = torchrun(tmp_path, [config])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("data.batch_size=auto: 64") == 1
     one = train(make_config(**options("one", **short)))
@@ -140,7 +135,7 @@ def test_from_two_ranks_to_one_and_back(make_config, tmp_path, monkeypatch):
     """SIGTERM to one of two ranks saves at one step; a single rank goes on, then two: the losses of the run that was not cut."""
     whole = train(make_config(**options("whole")))
     config = make_config(**options("moved"))
-    first, _ = torchrun(tmp_path, [config], "sigterm", 1, 5)
+    first = torchrun(tmp_path, [config], "sigterm", 1, 5)
     assert first.returncode == 0, first.stderr
     folder = Path(config.runs) / "moved"
     saved = checkpoint.load(checkpoint.listed(folder / "checkpoints")[-1])["step"]
@@ -150,7 +145,7 @@ def test_from_two_ranks_to_one_and_back(make_config, tmp_path, monkeypatch):
         stop_after(patch, 4)
         second = train(dataclasses.replace(config, resume="auto"))
     assert second.step == saved + 4
-    third, _ = torchrun(tmp_path, [dataclasses.replace(config, resume="auto")])
+    third = torchrun(tmp_path, [dataclasses.replace(config, resume="auto")])
     assert third.returncode == 0, third.stderr
     assert f"steps {saved + 4} to 20" in third.stdout
     assert largest_gap(losses(folder), losses(whole.folder)) < 1e-5
@@ -165,9 +160,8 @@ def test_from_two_ranks_to_one_and_back(make_config, tmp_path, monkeypatch):
     ],
 )
 def test_one_rank_s_failure_ends_all_with_one_message(make_config, tmp_path, what, rank, message):
-    done, seconds = torchrun(tmp_path, [make_config(**options("failed"))], what, rank, 6)
+    done = torchrun(tmp_path, [make_config(**options("failed"))], what, rank, 6)  # distributed.timeout_s is 1,800
     assert done.returncode != 0
-    assert seconds < 60
     assert done.stderr.count("fastbyol: error") == 1, done.stderr
     assert message in done.stderr
     # The only traceback is torchrun's own report.
@@ -176,7 +170,7 @@ def test_one_rank_s_failure_ends_all_with_one_message(make_config, tmp_path, wha
 
 def test_torchrun_restarts_from_the_newest_checkpoint(make_config, tmp_path):
     config = make_config(**options("again", checkpoint={"every_epochs": 1}))
-    done, _ = torchrun(tmp_path, [config], "once", 1, 10, restarts=1)
+    done = torchrun(tmp_path, [config], "once", 1, 10, restarts=1)
     assert done.returncode == 0, done.stderr
     assert "steps 8 to 20" in done.stdout
     whole = train(make_config(**options("whole")))
@@ -185,7 +179,7 @@ def test_torchrun_restarts_from_the_newest_checkpoint(make_config, tmp_path):
 
 def test_a_config_that_fits_no_rank_is_said_once(make_config, tmp_path):
     config = make_config(**options("odd", data={"batch_size": 9}))
-    done, _ = torchrun(tmp_path, [config])
+    done = torchrun(tmp_path, [config])
     assert done.returncode != 0
     assert done.stderr.count("fastbyol: error") == 1
     assert "data.batch_size=9 cannot be split into 2 ranks x step.micro_batches=1" in done.stderr

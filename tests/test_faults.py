@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses
+from conftest import HANG_S, losses
 
 from fastbyol import checkpoint, step
 from fastbyol.data.folder import ImageFolder
@@ -34,7 +34,7 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(make_config, tmp_path
     path.write_text(json.dumps(config.to_dict()))
     script = Path(__file__).with_name("killed.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(path), "20"], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, str(script), str(path), "20"], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -76,7 +76,7 @@ def test_a_disk_that_takes_no_more(make_config, limit, message):
     )
     process = context.Process(target=_train_with_files_up_to, args=(config, limit, results))
     process.start()
-    text = results.get(timeout=120)
+    text = results.get(timeout=HANG_S)
     process.join()
     assert "\n" not in text
     assert re.search(message, text), text

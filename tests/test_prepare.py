@@ -8,11 +8,14 @@ import time
 
 import numpy as np
 import pytest
+from conftest import HANG_S
 from PIL import Image
 
 from fastbyol.data import open_split
+from fastbyol.data import prepare as prepare_module
 from fastbyol.data.decode import decode
 from fastbyol.data.prepare import prepare_fashion_mnist, prepare_photos
+from fastbyol.data.shapes import prepare_shapes
 from fastbyol.errors import InputError
 
 
@@ -103,12 +106,12 @@ def test_an_interrupt_leaves_no_half_corpus(tmp_path, number):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while not any(tmp_path.glob(".p.partial-*/train/*/*.jpg")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=HANG_S)
     assert not (tmp_path / "p").exists()
     if number == signal.SIGINT:
         assert process.returncode == 130
@@ -178,3 +181,14 @@ def test_debian_s_package_is_found(tmp_path):
     train = open_split(tmp_path / "out", "train")
     assert (len(train), len(train.classes)) == (100, 10)
     assert decode(train.read(0)).shape == (28, 28, 3)
+
+
+@pytest.mark.parametrize(
+    "prepare", [prepare_fashion_mnist, lambda out: prepare_photos(out, 100, seed=0), lambda out: prepare_shapes(out, 8)]
+)
+def test_a_folder_that_is_there_is_noticed_before_anything_is_read(tmp_path, monkeypatch, prepare):
+    """Fashion-MNIST would be downloaded first."""
+    for name in ("_fashion_mnist_source", "_photo_paths"):
+        monkeypatch.setattr(prepare_module, name, lambda *_: pytest.fail("something was read"))
+    with pytest.raises(InputError, match="not overwritten"):
+        prepare(tmp_path)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BATCH
+from conftest import BATCH, HANG_S
 from torch.profiler import ProfilerActivity
 
 from fastbyol import bench, cli, profiling
@@ -243,7 +243,7 @@ def test_two_ranks_are_profiled_and_measured_together(photos, tmp_path):
         [*start, str(Path(__file__).with_name("commands.py")), str(tmp_path / "commands.json")],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG_S,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
@@ -295,6 +295,14 @@ def test_the_supervised_step_learns_its_labels(make_config):
     step = bench.supervised_step(model, BATCH, CPU, torch.float32, "eager")
     losses = [float(step(images)) for _ in range(30)]
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_bounds_network_has_none_of_our_layers(make_config):
+    """With our BatchNorm in it the bound would move with our own kernels."""
+    model = bench._supervised(training_of(make_config()))
+    ours = [name for name, module in model.named_modules() if type(module).__module__.startswith("fastbyol")]
+    assert ours == []
+    assert type(model[0].bn1) is torch.nn.BatchNorm2d
 
 
 def rates(loader, step, whole, supervised=1000.0):

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import BATCH, jpeg, losses
+from conftest import BATCH, HANG_S, jpeg, losses
 
 from fastbyol import checkpoint, step
 from fastbyol.config import DataConfig, OptimConfig
@@ -295,13 +295,13 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(photos, tmp_path, num
     command += ["--knn.every_epochs", "0", "--checkpoint.every_epochs", "100"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "s" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == code, errors
     assert "--resume auto goes on from here" in output
     assert "Traceback" not in errors

@@ -146,7 +146,7 @@ class _Parser:
         rows = self._array("rows", rows_start, n, row)
         data_start = rows_start + rows.nbytes
         image_field = self._pick(IMAGE_TYPE, "image", types, names)
-        self._require(image_field is not None, f"no image field among {', '.join(names)}")
+        self._require(image_field is not None, f"no image field among {', '.join(map(repr, names))}")
         label_field = self._pick(INTEGER_TYPE, "label", types, names)
         images = rows[f"f{image_field}"]
         sizes = self._sizes(images, data_start, table_start)

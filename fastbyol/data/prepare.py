@@ -74,6 +74,7 @@ def prepare_photos(
     Raises:
         InputError: `out` exists, or there are fewer images than classes.
     """
+    check_free(out)
     photos = [(path.stem, _open_photo(path)) for path in _photo_paths()]
     if images < 4 * len(photos):
         raise InputError(
@@ -128,6 +129,7 @@ def prepare_fashion_mnist(
     Raises:
         InputError: `out` exists; a file is missing or malformed; the download failed.
     """
+    check_free(out)
     with tempfile.TemporaryDirectory() as temporary:
         source = source or _fashion_mnist_source(Path(temporary))
         splits = {}
@@ -260,11 +262,15 @@ def _read_idx(source: Path, name: str, dims: int) -> NDArray[np.uint8]:
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
 
-@contextmanager
-def _atomic_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` when the block ends well and vanishes when it does not."""
+def check_free(out: Path) -> None:
+    """Raises InputError where `out` exists; the first thing to look at, before anything is read or downloaded."""
     if out.exists() or out.is_symlink():
         raise InputError(f"--out {out} exists; it is not overwritten: remove it or choose another folder")
+
+
+@contextmanager
+def _atomic_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, which is free, that becomes `out` when the block ends well and vanishes when it does not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))

@@ -72,6 +72,7 @@ def prepare_shapes(
     Raises:
         InputError: `out` exists; too few images or pixels; a photograph is missing.
     """
+    prepare.check_free(out)
     if images < 4:
         raise InputError(f"--images {images}: at least 4 are needed, one of them for validation")
     if not 32 <= size <= 4096:
