@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from problems import ETA, GRADIENTS, Problem, odd_shapes
 from torch import nn
 
 from fastbyol import schedules
@@ -15,7 +16,7 @@ from fastbyol.kernels import lars_ema
 from fastbyol.model import build_model
 from fastbyol.optim import LARS, build_optimizer, ema_update_, parameter_groups
 
-ETA, MU = 1e-3, 0.9
+MU = 0.9
 
 
 def lars_float64(w, gradients, *, lrs, taus, wd, adapt, target):
@@ -147,10 +148,6 @@ def test_a_pair_that_the_optimiser_does_not_know_is_refused():
 
 # --- every implementation against float64 ---
 
-SIZES = [1, 3, 127, 4097, 2**20 + 1]
-GRADIENTS = [torch.float32, torch.bfloat16, torch.float16]
-HYPERS = [(1e-4, 0.9, ETA), (0.0, 0.9, None)]  # weight decay, momentum, trust coefficient of the two groups
-
 
 @pytest.fixture(params=["numba", pytest.param("triton", marks=pytest.mark.interpreter)])
 def implementation(request):
@@ -164,70 +161,7 @@ def implementation(request):
     return module
 
 
-class Problem:
-    """Parameters of given shapes and their float64 doubles, moved along together."""
-
-    def __init__(self, shapes, *, seed=0, dtype=torch.float32, scale=1.0):
-        self.rng, self.dtype, self.scale = np.random.default_rng(seed), dtype, scale
-        self.groups = [k % 3 == 2 for k in range(len(shapes))]  # every third without decay and trust ratio
-        self.weights = [self.random(shape) for shape in shapes]
-        self.targets = [self.random(shape) if k % 4 else None for k, shape in enumerate(shapes)]
-        self.grads = [torch.zeros(shape, dtype=dtype) for shape in shapes]
-        self.momenta = [torch.zeros_like(w) for w in self.weights]
-        self.lr, self.tau = torch.tensor(0.0), torch.tensor(0.0)
-        self.inv_scale, self.found_inf = torch.tensor(1 / scale), torch.tensor(0.0)
-        self.hypers = [
-            lars_ema.Hyper(lr=self.lr, weight_decay=wd, momentum=mu, trust_coefficient=eta) for wd, mu, eta in HYPERS
-        ]
-        self.exact = [[None if x is None else x.double().cpu().numpy() for x in row] for row in self.rows()]
-
-    def random(self, shape):
-        return torch.tensor(self.rng.normal(size=shape), dtype=torch.float32)
-
-    def rows(self):
-        return list(zip(self.weights, self.grads, self.momenta, self.targets, strict=True))
-
-    def new_gradients(self, poison=None, poisoned=1):
-        for k, g in enumerate(self.grads):
-            g.copy_(self.scale * self.random(g.shape))
-            if poison is not None and k == poisoned:
-                g.view(-1)[-1] = poison
-
-    def step(self, update, k, steps):
-        self.lr.fill_(schedules.learning_rate(k, peak=3.0, warmup_steps=5, total_steps=steps))
-        self.tau.fill_(schedules.target_decay(k, base=0.9, total_steps=steps))
-        scaled = {"inv_scale": self.inv_scale, "found_inf": self.found_inf.zero_()} if self.scale != 1 else {}
-        update(self.rows(), [int(g) for g in self.groups], self.hypers, self.tau, **scaled)
-
-    def exact_step(self):
-        for row, g, group in zip(self.exact, self.grads, self.groups, strict=True):
-            wd, mu, eta = HYPERS[group]
-            w, m, t = row[0], row[2], row[3]
-            u = g.double().cpu().numpy() / self.scale + wd * w
-            w_norm, u_norm = np.linalg.norm(w), np.linalg.norm(u)
-            r = eta * w_norm / u_norm if eta is not None and w_norm > 0 and u_norm > 0 else 1.0
-            m = mu * m + r * u
-            w = w - self.lr.item() * m
-            row[0], row[2] = w, m
-            if t is not None:
-                row[3] = t + (1 - self.tau.item()) * (w - t)
-
-    def largest_error(self):
-        """Norm of the difference over the norm, the largest of all weights, momenta and targets."""
-        errors = []
-        for row, exact in zip(self.rows(), self.exact, strict=True):
-            for k in (0, 2, 3):
-                if exact[k] is not None:
-                    size = np.linalg.norm(exact[k])
-                    errors.append(np.linalg.norm(row[k].double().cpu().numpy() - exact[k]) / (size if size > 0 else 1))
-        return max(errors)
-
-
-def odd_shapes(count):
-    rng = np.random.default_rng(1)
-    return [(int(n),) for n in [*SIZES, *(2 * rng.integers(1, 1500, size=count - len(SIZES)) + 1)]]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", GRADIENTS, ids=str)
 def test_twenty_steps_over_many_tensors(implementation, dtype):
     count = 170 if dtype == torch.float32 or implementation is lars_ema else 20  # the interpreter takes its time
@@ -242,6 +176,7 @@ def test_twenty_steps_over_many_tensors(implementation, dtype):
     assert problem.largest_error() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", GRADIENTS, ids=str)
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")])
 def test_a_gradient_that_is_not_finite_skips_the_step_for_all(implementation, dtype, poison):
@@ -301,6 +236,7 @@ def test_any_layout(implementation, name, tensors):
         assert (actual - expected).abs().max() < 1e-6, name
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(implementation):
     results = []
     for _ in range(2):
@@ -380,6 +316,7 @@ def test_no_gradient_is_held_after_the_step(implementation):
     assert [r() for r in gone] == [None, None]
 
 
+@pytest.mark.slow
 def test_low_precision_gradients_lose_no_more_than_in_torch(implementation):
     """Twice the error of the plain float32 formulas on the same gradients, at most."""
     for dtype in GRADIENTS[1:]:

@@ -2,6 +2,9 @@
 
 import ast
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -73,7 +76,7 @@ def test_imports_go_down(module, path):
 
 
 def scripts():
-    return [*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    return [path for folder in ("tests", "tests/gpu", "benchmarks") for path in (ROOT / folder).glob("*.py")]
 
 
 @pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
@@ -95,6 +98,30 @@ def test_what_tests_and_benchmarks_ask_for_exists(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
             assert hasattr(known[node.value.id], node.attr), f"{path.name}:{node.lineno}: {node.value.id}.{node.attr}"
+
+
+# What a machine with a GPU may lack; scikit-image holds photographs, so its absence shows in tests that want a corpus.
+OPTIONAL = (
+    *("nvidia.dali", "ffcv", "onnx", "onnxscript", "onnxruntime", "hypothesis", "lightly", "pytest_benchmark"),
+    *("pytest_timeout", "skimage", "ruff"),
+)
+
+
+def test_the_tests_of_a_gpu_are_collected_without_anything_optional():
+    """In a process in which all of that cannot be imported; plugins of pytest that are installed are not loaded either."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # None: as if it were not installed
+import pytest
+sys.exit(pytest.main(["--collect-only", "-p", "no:cacheprovider", "-m", "gpu", "tests/gpu"]))
+"""
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert files == {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert "deselected" not in done.stdout  # every one of them is marked
 
 
 def test_the_licence_is_apache_2():

@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from test_augment import parameter_row, random_view
+from problems import crops_of, images, largest_error, parameter_row, reference
 
 from fastbyol.kernels import augment, crop, report
 from fastbyol.views import sample
@@ -13,26 +13,10 @@ from fastbyol.views import sample
 LIMIT = 1 / 255
 
 
-def reference(crops, rows):
-    """(N, 3, S, S) float32, normalised."""
-    views = [
-        augment.augment_reference(c.permute(2, 0, 1).float() / 255, row) for c, row in zip(crops, rows, strict=True)
-    ]
-    return augment.normalise_reference(torch.stack(views))
-
-
-def largest_error(actual, expected):
-    """In [0, 1]: before normalisation."""
-    return float(((actual.float() - expected) * torch.tensor(augment.IMAGENET_STD)[:, None, None]).abs().max())
-
-
-def crops_of(count, size):
-    return torch.stack([(random_view(k, size) * 255).round().byte().permute(1, 2, 0) for k in range(count)])
-
-
 # --- augmentation ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torchvision", [0, 1])
 def test_augmentation_in_every_order_of_the_jitter(interpreted, torchvision):
     strengths = {"BRIGHTNESS": 1.2 if torchvision else 0.2, "CONTRAST": 1.3, "SATURATION": 1.2, "HUE": -0.08}
@@ -44,6 +28,7 @@ def test_augmentation_in_every_order_of_the_jitter(interpreted, torchvision):
     assert largest_error(actual, reference(crops, rows)) < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["byol", "torchvision"])
 @pytest.mark.parametrize(("size", "count"), [(1, 4), (19, 6), (64, 8), (97, 4), (224, 2)])
 def test_augmentation_of_drawn_views(interpreted, recipe, size, count):
@@ -58,6 +43,7 @@ def test_augmentation_of_drawn_views(interpreted, recipe, size, count):
     assert largest_error(actual, reference(crops, rows)) < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "sigma"), [(40, 0.1), (100, 0.1), (100, 0.7), (100, 2.0), (512, 2.0), (512, 5.0)])
 def test_blur_on_tiles(interpreted, size, sigma):
     """The widest window is that of 512 px: 25 taps on each side."""
@@ -68,6 +54,7 @@ def test_blur_on_tiles(interpreted, size, sigma):
     assert difference.abs().max() < LIMIT / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_augmentation_in_16_bits_is_the_rounded_float32(interpreted, dtype):
     rows = np.stack([parameter_row(JITTER=1, CONTRAST=1.2, SATURATION=0.9, HUE=0.05, SIGMA=s) for s in (0.0, 1.1)])
@@ -76,7 +63,7 @@ def test_augmentation_in_16_bits_is_the_rounded_float32(interpreted, dtype):
     actual = module.augment_views(crops, torch.from_numpy(rows), dtype)
     if dtype == torch.float16:
         assert torch.equal(actual, exact.to(dtype))
-    else:  # the interpreter cuts a float32 off where a GPU rounds it (test_gpu.py): up to one unit in the last place
+    else:  # the interpreter cuts a float32 off where a GPU rounds it (gpu/test_kernels.py): up to one unit in the last place
         assert ((actual.float() - exact).abs() <= 2**-7 * exact.abs()).all()
 
 
@@ -99,12 +86,7 @@ def test_augmentation_refuses_what_does_not_fit(interpreted):
 # --- crops ---
 
 
-def images():
-    rng = np.random.default_rng(0)
-    shapes = [(1, 1), (7, 3), (40, 61), (375, 500), (64, 64)]
-    return [torch.from_numpy(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 16, 33, 96])
 def test_crops_of_images_of_different_sizes(interpreted, monkeypatch, size):
     pictures = images()
@@ -137,6 +119,7 @@ def test_crop_refuses_a_box_outside_its_image(interpreted):
         interpreted("crop").crop_views([torch.zeros(4, 4, 3)], boxes, np.zeros((1, 2), dtype=bool), 8)
 
 
+@pytest.mark.slow
 def test_decoded_images_to_views(interpreted):
     """Crop, then augment: what a loader that decodes on the GPU does, against the whole reference chain on rounded crops."""
     pictures, size = images()[2:4], 48
@@ -153,6 +136,7 @@ def test_decoded_images_to_views(interpreted):
 REGISTERS = {True: 64, False: 128}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", report.CAPABILITIES)
 @pytest.mark.parametrize("build", report.builds(), ids=lambda build: build.name)
 def test_compiles_without_spills_and_with_wide_accesses(build, capability):
@@ -178,6 +162,7 @@ def test_every_kernel_is_in_the_report():
     assert defined == kernels
 
 
+@pytest.mark.slow
 def test_the_report_prints_a_row_per_kernel_and_target(capsys):
     assert report.main() == 0
     lines = capsys.readouterr().out.splitlines()

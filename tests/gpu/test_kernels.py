@@ -1,14 +1,9 @@
-"""On a GPU: the kernels against their references there, nothing synchronised, and CUDA graphs that follow their scalars.
-
-`make gpu` runs these; elsewhere they skip.
-"""
+"""The kernels against their references, nothing synchronised, and CUDA graphs that follow their scalars."""
 
 import numpy as np
 import pytest
 import torch
-from test_augment import parameter_row
-from test_lars_ema import ETA, Problem, odd_shapes
-from test_triton import crops_of, images, largest_error, reference
+from problems import ETA, Problem, crops_of, images, largest_error, odd_shapes, parameter_row, reference
 
 from fastbyol.kernels import crop, dispatch, lars_ema
 from fastbyol.views import sample

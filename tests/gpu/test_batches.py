@@ -1,0 +1,115 @@
+"""Batches on a GPU are those that the CPU's loader makes, whatever the consumer has queued meanwhile."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from on_device import DEVICE, give_back_memory, needs_cuda, no_synchronisation, stall, write_corpus
+
+from fastbyol.config import DataConfig
+from fastbyol.data import beton, build_loader, open_split
+from fastbyol.environment import FFCV_COMMAND, dali_command, has_module
+from fastbyol.kernels.augment import IMAGENET_STD
+
+pytestmark = pytest.mark.gpu
+
+CPU = torch.device("cpu")
+BATCH, SIZE = 16, 64
+EPOCH = 72 // BATCH  # 4 batches, and 8 images that no batch of an epoch holds
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The photographs as a folder and as two .beton files."""
+    root = write_corpus(tmp_path_factory.mktemp("corpus"))
+    for mode in ("jpg", "raw"):
+        beton.pack(open_split(root, "train"), root / f"{mode}.beton", mode=mode)
+    return root
+
+
+def make(root, split, backend, device, dtype, **changes):
+    options = {"batch_size": BATCH, "image_size_px": SIZE, "threads": 2, "backend": backend, **changes}
+    config = DataConfig(root=str(root), train_split=split, **options)
+    return build_loader(config, open_split(root, split), seed=5, device=device, dtype=dtype)
+
+
+def collect(loader, start, stop, watched=no_synchronisation):
+    """View 1, view 2, labels and indices of all batches, on the CPU. Each is copied behind work that takes longer than the loader."""
+    kept = []
+    with watched():
+        for batch in loader.batches(start, stop):
+            stall()
+            kept.append([tensor.clone() for tensor in (*batch.views, batch.labels, batch.indices)])
+    return [[tensor.cpu() for tensor in batch] for batch in kept]
+
+
+def assert_same_images_and_near_views(actual, expected):
+    """The decoders' rounding: views within 3/255 before normalisation."""
+    assert len(actual) == len(expected)
+    std = torch.tensor(IMAGENET_STD)[:, None, None]
+    for mine, other in zip(actual, expected, strict=True):
+        assert torch.equal(mine[3], other[3])
+        assert torch.equal(mine[2], other[2])
+        for view, reference in zip(mine[:2], other[:2], strict=True):
+            assert view.is_contiguous(memory_format=torch.channels_last)
+            assert ((view.float() - reference.float()) * std).abs().max() < 3 / 255
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_the_native_loader_s_bytes_arrive(stored, dtype, prefetch):
+    """Three epochs, begun within one: the two places on the GPU are used six times each."""
+    start, stop = 3, 3 + 3 * EPOCH
+    expected = collect(make(stored, "train", "native", CPU, dtype), start, stop)
+    actual = collect(make(stored, "train", "native", DEVICE, dtype, prefetch_batches=prefetch), start, stop)
+    for mine, other in zip(actual, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+        assert all(view.dtype == dtype and view.is_contiguous(memory_format=torch.channels_last) for view in mine[:2])
+
+
+@needs_cuda
+def test_a_batch_does_not_take_memory_that_queued_work_still_writes(stored):
+    """The allocator gives freed memory out again at once: right for work on the same stream, too early for a copy on another."""
+    expected = collect(make(stored, "train", "native", CPU, torch.float32), 0, 2)
+    loader = make(stored, "train", "native", DEVICE, torch.float32)
+    give_back_memory()
+    values = 2 * BATCH * SIZE * SIZE * 3  # of both views
+    for _ in range(2):  # the second time no pinned memory has to be made, for which CUDA may wait
+        written = [torch.empty(values, device=DEVICE) for _ in range(2)]
+        for _ in range(10):
+            stall()
+        while written:
+            written.pop().fill_(7.0)
+        batches = loader.batches(0, 2)
+        actual = [[t.clone() for t in (*batch.views, batch.labels, batch.indices)] for batch in batches]
+        for mine, other in zip(actual, expected, strict=True):
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(mine, other, strict=True))
+
+
+def test_a_loop_left_early_can_begin_anew(stored):
+    loader = make(stored, "train", "native", DEVICE, torch.float32)
+    first = collect(loader, 0, 2)
+    for step, _ in enumerate(loader.batches(0, 10**6)):
+        if step == 2:
+            break
+    again = collect(loader, 0, 2)
+    assert all(torch.equal(a, b) for p, q in zip(first, again, strict=True) for a, b in zip(p, q, strict=True))
+
+
+@pytest.mark.skipif(not has_module("nvidia.dali"), reason=f"DALI is not installed: {dali_command()}")
+@pytest.mark.parametrize("split", ["train", "jpg.beton", "raw.beton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dali_s_views_are_the_native_ones(stored, split, dtype):
+    stop = 2 * EPOCH + 1
+    expected = collect(make(stored, split, "native", CPU, dtype), 0, stop)
+    assert_same_images_and_near_views(collect(make(stored, split, "dali", DEVICE, dtype), 0, stop), expected)
+
+
+@pytest.mark.skipif(not has_module("ffcv"), reason=f"FFCV is not installed: {FFCV_COMMAND}")
+@pytest.mark.parametrize(("split", "dtype"), [("jpg.beton", torch.float32), ("raw.beton", torch.bfloat16)], ids=str)
+def test_ffcv_s_views_are_the_native_ones(stored, split, dtype):
+    stop = 2 * EPOCH + 1
+    expected = collect(make(stored, split, "native", CPU, dtype), 0, stop)
+    loader = make(stored, split, "ffcv", DEVICE, dtype)
+    # What FFCV itself waits for is its own affair.
+    assert_same_images_and_near_views(collect(loader, 0, stop, watched=nullcontext), expected)

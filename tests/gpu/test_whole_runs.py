@@ -1,0 +1,211 @@
+"""A run on a GPU from its first batch to an exported file, the batch size that fits there, its profile, and memory that runs out."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torchvision
+from conftest import losses
+from on_device import DEVICE, SIZE, Network, give_back_memory, memory_limited_to, needs_cuda, new_batch, write_corpus
+
+from fastbyol import memory
+from fastbyol.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    KnnConfig,
+    KnnEval,
+    LinearEval,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    StepConfig,
+)
+from fastbyol.distributed import World
+from fastbyol.errors import RunError
+from fastbyol.evaluate import BYOL_ROW, evaluate, load_run
+from fastbyol.export import export
+from fastbyol.layers import one_view
+from fastbyol.profiling import BACKWARD, COPY, EXCHANGE, ONLINE, REST, TARGET, WAIT, profile
+from fastbyol.train import train
+from fastbyol.weights import open_backbone
+
+pytestmark = pytest.mark.gpu
+
+GIB = 2**30
+VAL_IMAGES = 48  # of 6 classes
+
+
+def silent(text):
+    """Instead of printing."""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """In place of photographs, which come from a package that may be missing: make_config trains on these."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """The result of a run of two epochs: an eager float32 ResNet-18, which torchvision can load."""
+    config = Config(
+        name="run",
+        runs=str(tmp_path_factory.mktemp("runs")),
+        device=DEVICE.type,
+        precision="fp32",
+        data=DataConfig(root=str(photos), batch_size=16, image_size_px=SIZE, threads=2, backend="native"),
+        model=ModelConfig(backbone="resnet18", hidden_dim=64, projection_dim=32),
+        optim=OptimConfig(epochs=2, warmup_epochs=0, base_lr=1.0),
+        step=StepConfig(mode="eager"),
+        log=LogConfig(log_every_steps=1, tensorboard=False),
+        checkpoint=CheckpointConfig(keep_last=1),
+        knn=KnnConfig(every_epochs=1),
+    )
+    return train(config)
+
+
+# --- train, evaluate, export ---
+
+
+def test_a_run_logs_and_evaluates(trained):
+    assert (trained.step, trained.total_steps, trained.stopped_by) == (8, 8, None)
+    found = losses(trained.folder)
+    assert sorted(found) == list(range(1, 9))
+    assert all(0 < loss < 8 for loss in found.values())
+    summary = json.loads((trained.folder / "summary.json").read_text())
+    assert summary["knn_best"] > 0.5  # six classes of waves, of other directions and colours
+    parts = summary["memory_bytes"]
+    assert min(parts[name] for name in ("weights", "target", "momentum", "gradients", "batch")) > 0
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), [("knn", KnnEval, {}), ("linear", LinearEval, {"epochs": 20})])
+def test_an_evaluation_says_what_it_says_on_a_cpu(trained, tmp_path, name, kind, options):
+    """Accuracies from the same float32 features: two of 48 images may change sides."""
+    accuracy = {}
+    for device in {DEVICE.type, "cpu"}:
+        options = options | {
+            "device": device,
+            "baselines": False,
+            "threads": 2,
+            "out": str(tmp_path / f"{device}.json"),
+        }
+        accuracy[device] = evaluate(name, kind(run=str(trained.folder), **options), silent)["rows"][BYOL_ROW]["top1"]
+    assert accuracy[DEVICE.type] > 0.5
+    assert abs(accuracy[DEVICE.type] - accuracy["cpu"]) <= 2 / VAL_IMAGES + 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["safetensors", "torchvision"])
+def test_an_exported_backbone_gives_the_run_s_features(trained, tmp_path, form):
+    """On the GPU and on the CPU, to a thousandth of the largest: cuDNN may take Winograd's convolutions, which round more."""
+    out = tmp_path / {"safetensors": "b.safetensors", "torchvision": "b.pth"}[form]
+    export(trained.folder, form, out, silent)
+    backbone = open_backbone(out) if form == "safetensors" else torchvision.models.resnet18()
+    if form == "torchvision":
+        backbone.fc = torch.nn.Identity()
+        backbone.load_state_dict(torch.load(out, weights_only=True))
+    images = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    _, _, model = load_run(trained.folder, silent)
+    expected = one_view(model.online.backbone).eval()(images)
+    for device in {DEVICE, torch.device("cpu")}:
+        actual = backbone.eval().to(device)(images.to(device)).cpu()
+        assert (actual - expected).abs().max() < 1e-3 * expected.abs().max(), device
+
+
+# --- memory ---
+
+
+def bytes_of_a_step(config, images):
+    """The most that the allocator held in a step of so many images, above what it held before there was a network."""
+    give_back_memory()
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    before = torch.cuda.memory_allocated(DEVICE)
+    options = {"width": config.model.width}
+    step = Network(config.model.backbone, **options).step("eager", "bf16", batch=images)
+    step(0, new_batch(0, step.dtype, images))
+    torch.cuda.synchronize(DEVICE)
+    return torch.cuda.max_memory_allocated(DEVICE) - before
+
+
+@needs_cuda
+def test_the_batch_that_auto_finds_fits_and_four_times_as_much_does_not(make_config):
+    """Within a GiB, of which cuBLAS's workspaces, and what the allocator cannot use, take a part: the batch uses a quarter at least."""
+    config = make_config(
+        precision="bf16",
+        data={"batch_size": "auto", "image_size_px": SIZE},
+        model={"hidden_dim": 64, "projection_dim": 32},
+        step={"mode": "eager"},
+    )
+    with memory_limited_to(GIB):
+        size = memory.largest_batch(config, DEVICE, World())
+        assert size >= 4
+        assert size & (size - 1) == 0
+        assert GIB / 4 < bytes_of_a_step(config, size) < GIB
+        with pytest.raises(torch.OutOfMemoryError):
+            bytes_of_a_step(config, 4 * size)
+
+
+@needs_cuda
+def test_a_run_takes_the_largest_batch_of_its_images(make_config, capsys):
+    config = make_config(
+        data={"batch_size": "auto"},
+        optim={"epochs": 2, "warmup_epochs": 0, "base_lr": 2.0},
+        step={"mode": "eager"},
+        knn={"every_epochs": 0},
+    )
+    with memory_limited_to(GIB // 2):
+        result = train(config)
+    assert (
+        "data.batch_size=auto: 64; the learning rate rises to 0.5 (optim.base_lr * 64 / 256)" in capsys.readouterr().out
+    )
+    assert (result.step, result.total_steps) == (2, 2)
+
+
+@needs_cuda
+def test_memory_that_runs_out_is_one_line_that_says_what_to_do(make_config):
+    """64 images of 160 px need more than a GiB; the weights have room."""
+    config = make_config(
+        data={"batch_size": 64, "image_size_px": 160},
+        model={"width": 1.0},
+        step={"mode": "eager"},
+        knn={"every_epochs": 0},
+    )
+    with memory_limited_to(3 * GIB // 8), pytest.raises(RunError) as caught:
+        train(config)
+    text = str(caught.value)
+    assert text.startswith("out of GPU memory: ")
+    assert "\n" not in text
+    for remedy in ("data.batch_size (auto finds the largest)", "step.micro_batches", "step.checkpoint_stages"):
+        assert remedy in text
+    assert text.endswith("lower data.image_size_px; there is no checkpoint yet")
+
+
+# --- profile ---
+
+
+@contextmanager
+def small_peaks(monkeypatch):
+    """The machine's peaks are not what is tested."""
+    with monkeypatch.context() as patch:
+        patch.setattr("fastbyol.roofline._PEAK_SIDE", {"cpu": 128, "cuda": 1024})
+        patch.setattr("fastbyol.roofline._PEAK_BYTES", {"cpu": 2**16, "cuda": 2**24})
+        yield
+
+
+def test_the_parts_of_a_profile_add_up_to_the_step(make_config, monkeypatch, tmp_path):
+    """Every moment of the GPU's stream belongs to a part, so the sum is the step; and marks cost it little."""
+    config = make_config(data={"backend": "native", "image_size_px": SIZE}, step={"mode": "eager"})
+    with small_peaks(monkeypatch):
+        result = profile(config, steps=20 if DEVICE.type == "cuda" else 3, out=tmp_path, say=silent)
+    ratio = result["parts_over_step"]
+    assert 0.7 < ratio["p50"] < 1.3
+    by = {row["part"]: row["mean_ms"] for row in result["parts"]}
+    assert sum(by.values()) == pytest.approx(result["marked_step_ms"]["mean_ms"])
+    worked = [WAIT, TARGET, ONLINE, BACKWARD, "LARS + target", REST] + ([COPY] if DEVICE.type == "cuda" else [])
+    assert all(by[part] > 0 for part in worked)
+    assert by[EXCHANGE] == 0
+    # Once a step the native loader waits until its pinned memory has been read; the step itself waits for nothing.
+    assert result["host_syncs_per_step"] == (1 if DEVICE.type == "cuda" else 0)
+    assert (tmp_path / "profile.html").exists()
