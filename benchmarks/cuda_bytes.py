@@ -1,0 +1,348 @@
+"""Bytes that the compiled step moves on a GPU and kernels that it launches, counted on a machine without one.
+
+    python benchmarks/cuda_bytes.py [--backbone resnet50 --size 224 --batch 256] [--only fastbyol plain] [--top 10] [--save /tmp/code]
+
+Inductor compiles forward and backward of the BYOL pair for an H100, from fake tensors and with a stub in the driver's place
+(cuda_stub.c), and its own count of every kernel's reads and writes is summed. Nothing is launched and nothing is timed. The script
+refuses a machine with a CUDA driver, where bench_step.py measures. R18 takes a minute a contender, R50 three.
+
+Contenders:
+    fastbyol    its model under torch.compile, as the step calls it
+    plain       BYOL as one writes it down from the paper (bench_step.PlainBYOL) under torch.compile
+Both with channels-last weights and views, under bfloat16 autocast.
+
+Counted are the operands of each kernel, once per kernel: a cache may serve some, and a library call may launch several kernels and
+use a workspace. Convolutions and matrix products are library calls, all else is Triton's. Optimiser, target update and
+augmentation are not part of the two graphs. Kept is what forward holds for backward, beyond its own inputs.
+
+`--out` writes a row per contender: commit and versions with it, since another torch fuses otherwise.
+"""
+
+import argparse
+import collections
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bench_step
+import results_csv
+import torch
+
+from fastbyol import environment
+from fastbyol.config import Config, DataConfig, ModelConfig
+from fastbyol.errors import FastbyolError, InputError, RunError
+from fastbyol.roofline import meta_model
+
+CONTENDERS = ["fastbyol", "plain"]
+STUB = Path(__file__).with_name("cuda_stub.c")
+FACTS = ("fastbyol", "torch", "triton", "torchvision", "timm")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of a Triton kernel, or one call of a library."""
+
+    phase: str
+    """forward or backward"""
+    kind: str
+    """triton or library"""
+    bytes: int
+    """read and written"""
+    operations: str
+    """ATen's names of what is fused in it"""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What forward and backward of one step launch and move."""
+
+    contender: str
+    work: bench_step.Work
+    kernels: list[Kernel]
+    kept_bytes: int
+    """forward's results that backward reads"""
+
+    def of(self, phase: str | None = None, kind: str | None = None) -> tuple[int, int]:
+        """Launches and bytes of a phase and a kind, of all by default."""
+        chosen = [k.bytes for k in self.kernels if phase in (None, k.phase) and kind in (None, k.kind)]
+        return len(chosen), sum(chosen)
+
+    @property
+    def mb_per_image(self) -> float:
+        """MB that an image costs, both its views together."""
+        return self.of()[1] / 1e6 / self.work.batch
+
+
+# --- the process of a contender, in which the stub stands in for CUDA ---
+
+
+class _H100:
+    """The properties that Inductor reads."""
+
+    name = "NVIDIA H100 80GB HBM3"
+    major, minor = 9, 0
+    multi_processor_count, warp_size = 132, 32
+    max_threads_per_block, max_threads_per_multi_processor, regs_per_multiprocessor = 1024, 2048, 65536
+
+
+def _pretend_h100() -> None:
+    """Replaces what would allocate on the device, launch on it, or ask the driver for more than the stub knows."""
+    import triton
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
+    from torch._inductor.constant_folding import ConstantFolder
+    from torch._inductor.fx_passes import fuse_attention
+    from torch._subclasses import fake_tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.backends.compiler import GPUTarget
+
+    torch.cuda.init()  # before the next line, which it would undo
+    torch.cuda._get_device_properties = lambda index: _H100
+    # Triton's own driver compiles a module against libcuda.
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+
+    fake_tensor.init_gpu_context = lambda device: None  # in torch 2.11 the first fake tensor allocates a real one
+    # Attention's patterns are made from real tensors. There is no attention here.
+    fuse_attention._sfdp_init = lambda *args, **kwargs: None
+    config.shape_padding = False  # it would time matrix products of odd sizes with and without padding
+
+    class OnCpu(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            return func(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
+
+    fold = ConstantFolder.run
+
+    def fold_on_cpu(self: ConstantFolder) -> Any:
+        with OnCpu():  # uniform constants are evaluated as real tensors of one element
+            return fold(self)
+
+    ConstantFolder.run = fold_on_cpu
+    config.force_disable_caches = True  # a cached graph would not be lowered again
+    config.compile_threads = 1  # no pool of workers: no kernel is compiled
+    functorch_config.force_non_lazy_backward_lowering = True  # without a backward pass
+
+
+def _build(contender: str, work: bench_step.Work) -> torch.nn.Module:
+    """On the meta device."""
+    if contender == "fastbyol":
+        model = ModelConfig(backbone=work.backbone, hidden_dim=bench_step.HIDDEN, projection_dim=bench_step.PROJECTION)
+        return meta_model(Config(data=DataConfig(image_size_px=work.size), model=model))
+    with torch.device("meta"):
+        return bench_step.PlainBYOL(work)
+
+
+def _kernels(graph: Any, phase: str) -> Iterable[Kernel]:
+    """Of a lowered graph (torch._inductor.graph.GraphLowering)."""
+    from torch._inductor.ir import MultiOutput
+    from torch._inductor.scheduler import NopKernelSchedulerNode
+
+    for node in graph.scheduler.nodes:
+        if isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, MultiOutput):
+            continue  # no launch: memory alone, or one of a library call's results
+        origins = {str(o.target) for part in node.get_nodes() if part.node is not None for o in part.node.get_origins()}
+        names = sorted({name.removeprefix("aten.").removeprefix("prims.").partition(".")[0] for name in origins})
+        kind = "library" if node.is_extern() else "triton"
+        yield Kernel(phase, kind, node.get_read_write_buffers_sizes(), " ".join(names))
+
+
+def _size(value: Any) -> int:
+    """Bytes of one of a lowered graph's tensors."""
+    return value.get_dtype().itemsize * int(value.get_numel())
+
+
+def _count_here(contender: str, work: bench_step.Work, save: Path | None) -> Counts:
+    """`count` within the process that has the stub."""
+    from torch._inductor.graph import GraphLowering
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    _pretend_h100()
+    kernels: list[Kernel] = []
+    kept = 0
+
+    def lower(graph: GraphLowering) -> Any:
+        """In place of GraphLowering.compile_to_module: counts, and returns a module whose kernels do nothing."""
+        nonlocal kept
+        phase = "backward" if graph.is_backward else "forward"
+        code, _ = graph.codegen()
+        kernels.extend(_kernels(graph, phase))
+        if graph.is_backward:
+            own = ("primals", "tangents")  # AOTAutograd's names of forward's inputs and of the gradients
+            kept = sum(_size(t) for name, t in graph.graph_inputs.items() if not name.startswith(own))
+        if save is not None:
+            save.mkdir(parents=True, exist_ok=True)
+            (save / f"{contender}_{phase}.py").write_text(code.value)
+
+        def call(args: list[Any]) -> list[torch.Tensor]:
+            layouts = [output.get_layout() for output in graph.graph_outputs]
+            return [torch.empty_strided(t.size, t.stride, dtype=t.dtype, device=t.device) for t in layouts]
+
+        return SimpleNamespace(call=call, key="", __file__="")
+
+    GraphLowering.compile_to_module = lower
+    torch.backends.cudnn.benchmark = True  # as the step sets it
+    model = _build(contender, work).to(memory_format=torch.channels_last)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the meta tensors
+        fake = {name: torch.empty_like(t, device="cuda") for name, t in model.state_dict().items()}
+        model.load_state_dict(fake, assign=True)
+        shape = (work.batch, 3, work.size, work.size)
+        view = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+        with torch.autocast("cuda", torch.bfloat16):
+            torch.compile(model.forward, fullgraph=True, dynamic=False)(view, torch.empty_like(view))
+    return Counts(contender, work, kernels, kept)
+
+
+# --- the process that asks ---
+
+
+def check_machine() -> None:
+    """Before the stub is built.
+
+    Raises:
+        InputError: there is a CUDA driver, which the stub must never stand before; or torch has no CUDA backend, or gcc is missing.
+    """
+    if torch.cuda.is_available() or _has_driver():
+        raise InputError(
+            "this machine has a CUDA driver, and the count's stub must not stand before it: run bench_step.py"
+        )
+    if torch.version.cuda is None:
+        raise InputError(
+            f"torch {torch.__version__} is built without CUDA: install one that has it; a GPU is not needed"
+        )
+    if shutil.which("gcc") is None:
+        raise InputError("gcc is missing, which builds cuda_stub.c: apt-get install gcc libc6-dev")
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def count(contender: str, backbone: str, size: int, batch: int, save: Path | None = None) -> Counts:
+    """Launches and bytes of a contender's forward and backward, counted in a process of its own.
+
+    Args:
+        contender: of CONTENDERS.
+        size: of the views, pixels.
+        batch: images; each has two views.
+        save: folder for the generated code.
+
+    Raises:
+        InputError: as of `check_machine`, or the stub does not compile.
+        RunError: the contender does not compile; the process's own message stands above.
+    """
+    check_machine()
+    with tempfile.TemporaryDirectory() as folder:
+        stub, result = Path(folder) / "libcuda.so.1", Path(folder) / "counts.json"
+        command = ["gcc", "-shared", "-fPIC", "-O1", f"-Wl,-soname,{stub.name}", "-o", str(stub), str(STUB)]
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode:
+            raise InputError(f"gcc does not compile {STUB.name}: {built.stderr.strip().splitlines()[-1]}")
+        command = [sys.executable, "-W", "ignore", __file__, "--only", contender, "--result", str(result)]
+        command += ["--backbone", backbone, "--size", str(size), "--batch", str(batch)]
+        command += ["--save", str(save)] if save is not None else []
+        if subprocess.run(command, env=os.environ | {"LD_PRELOAD": str(stub)}).returncode:
+            raise RunError(f"{contender} could not be counted: see above")
+        return from_json(result.read_text())
+
+
+def to_json(counts: Counts) -> str:
+    """What the contender's process hands back."""
+    return json.dumps(asdict(counts))
+
+
+def from_json(text: str) -> Counts:
+    """Inverse of `to_json`."""
+    values = json.loads(text)
+    kernels = [Kernel(**kernel) for kernel in values["kernels"]]
+    return Counts(values["contender"], bench_step.Work(**values["work"]), kernels, values["kept_bytes"])
+
+
+def ratio(counts: list[Counts]) -> float | None:
+    """fastbyol's bytes over plain's; None where one of them was not counted."""
+    moved = {c.contender: c.of()[1] for c in counts}
+    return moved["fastbyol"] / moved["plain"] if len(moved) == len(CONTENDERS) else None
+
+
+def table(counts: list[Counts]) -> str:
+    """A line per contender: GB and launches of its parts."""
+    parts = {"Triton forward": ("forward", "triton"), "Triton backward": ("backward", "triton")}
+    parts |= {"library": (None, "library"), "total": (None, None)}
+    lines = [
+        f"{'GB (launches)':<14}" + "".join(f"{name:>18}" for name in parts) + f"{'MB an image':>14}{'GB kept':>10}"
+    ]
+    for c in counts:
+        cells = [f"{moved / 1e9:.2f} ({launches})" for launches, moved in (c.of(*part) for part in parts.values())]
+        lines.append(
+            f"{c.contender:<14}"
+            + "".join(f"{cell:>18}" for cell in cells)
+            + f"{c.mb_per_image:>14.1f}{c.kept_bytes / 1e9:>10.2f}"
+        )
+    if (quotient := ratio(counts)) is not None:
+        lines.append(f"fastbyol / plain: {quotient:.3f}")
+    return "\n".join(lines)
+
+
+def heaviest(counts: Counts, top: int) -> str:
+    """The kernels that move most, one per distinct line."""
+    same = collections.Counter(
+        f"{k.bytes / 1e9:7.3f} GB  {k.phase:<8} {k.kind:<7} {k.operations[:100]}"
+        for k in sorted(counts.kernels, key=lambda k: -k.bytes)
+    )
+    return "\n".join(f"{times:4d} x {line}" for line, times in list(same.items())[:top])
+
+
+def row(counts: Counts) -> dict[str, Any]:
+    """Of the result file."""
+    values: dict[str, Any] = {"kind": "count", "contender": counts.contender, "set": str(counts.work)}
+    for kind in ("triton", "library"):
+        for phase in ("forward", "backward"):
+            launches, moved = counts.of(phase, kind)
+            values |= {f"{kind}_{phase}_launches": launches, f"{kind}_{phase}_bytes": moved}
+    values |= {"bytes": counts.of()[1], "kept_bytes": counts.kept_bytes}
+    return values | {"mb_per_image": f"{counts.mb_per_image:.2f}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="resnet50", help="of torchvision and timm alike")
+    parser.add_argument("--size", type=int, default=224, help="of a view, pixels")
+    parser.add_argument("--batch", type=int, default=256, help="images; each has two views")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="these contenders alone")
+    parser.add_argument("--top", type=int, default=0, help="kernels of each contender to name, those that move most")
+    parser.add_argument("--save", type=Path, help="folder for the generated code")
+    parser.add_argument("--out", type=Path, help="result file, a row per contender")
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # set where this is a contender's process
+    args = parser.parse_args()
+    if args.result is not None:
+        work = bench_step.Work(args.backbone, args.size, args.batch)
+        args.result.write_text(to_json(_count_here(args.only[0], work, args.save)))
+        return
+    try:
+        counts = [count(name, args.backbone, args.size, args.batch, args.save) for name in args.only]
+    except FastbyolError as error:
+        print(f"cuda_bytes.py: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(f"{counts[0].work}, compiled for an H100 by torch {torch.__version__}")
+    print(table(counts))
+    for c in counts if args.top else ():
+        print(f"\n{c.contender}\n{heaviest(c, args.top)}")
+    if args.out is not None:
+        facts = environment.describe()
+        results_csv.write(args.out, [row(c) | {name: facts.get(name, "") for name in FACTS} for c in counts])
+
+
+if __name__ == "__main__":
+    main()
