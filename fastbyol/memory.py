@@ -118,6 +118,8 @@ def largest_batch(config: Config, device: torch.device, world: World) -> int:
     model = build_model(config.model, config.data.image_size_px, config.seed)
     model = model.to(device=device, memory_format=torch.channels_last)
     checkpoint_stages(model.online.backbone, config.step.checkpoint_stages)
+    if device.type == "cuda":
+        _trial(model, config, _PROBES[0], device)  # libraries set their workspaces aside once, which is no image's cost
     low, high = (_trial(model, config, n, device) for n in _PROBES)
     per_image = (high - low) / (_PROBES[1] - _PROBES[0])
     fixed = max(low - _PROBES[0] * per_image, 0) + fixed_bytes(model, config)

@@ -15,14 +15,14 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from fastbyol.config import EVALUATIONS, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
+from fastbyol.config import EVALUATIONS, Config, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
 from fastbyol.data import open_split
 from fastbyol.data.beton import pack
 from fastbyol.data.folder import ImageFolder
 from fastbyol.data.native import random_crops
 from fastbyol.data.shapes import prepare_shapes
 from fastbyol.errors import InputError
-from fastbyol.evaluate import BYOL_ROW, PIXELS_ROW, PROTOCOLS, UNTRAINED_ROW, evaluate
+from fastbyol.evaluate import BYOL_ROW, PIXELS_ROW, PROTOCOLS, UNTRAINED_ROW, evaluate, frame_of
 from fastbyol.evaluate.features import Features, Splits, calibrate_batchnorm, extract
 from fastbyol.evaluate.fewshot import episode_accuracies, nearest_mean_scores
 from fastbyol.evaluate.finetune import finetune
@@ -445,3 +445,18 @@ def test_robustness_decodes_an_image_once_for_all_strengths(run, photos, monkeyp
     counts = Counter(read)
     assert {counts[name] for name in counts if "/val/" in name} == {1 + len(CORRUPTIONS)}
     assert {counts[name] for name in counts if "/train/" in name} == {1}
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_float32_is_as_exact_as_the_run_had_it(precision, tf32):
+    """torch's own default lets cuDNN take TF32."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = not tf32
+        frame_of(Config(precision=precision), KnnEval(run="r"), print)
+        assert [backend.allow_tf32 for backend in backends] == [tf32, tf32]
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value

@@ -32,6 +32,7 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
 from numba import njit, types
+from numba.core.config import NUMBA_NUM_THREADS
 from numpy.typing import NDArray
 
 from fastbyol.data.batch import Batch
@@ -40,6 +41,7 @@ from fastbyol.data.decode import DecodeBuffer, decode
 from fastbyol.data.native import DeviceSlots, Scratch, hand_over, hung
 from fastbyol.data.sequence import Sequenced
 from fastbyol.data.workers import cpu_threads
+from fastbyol.errors import InputError
 from fastbyol.kernels import augment, crop
 from fastbyol.views import VIEWS
 
@@ -74,6 +76,9 @@ class FfcvLoader(Sequenced):
         prefetch_batches: batches made ahead.
         sequence: as for `Sequenced`; the images are a BetonFile.
 
+    Raises:
+        InputError: more threads than numba has.
+
     Raises (while iterating):
         RunError: more images cannot be decoded than `max_bad_fraction` allows.
         HungLoader: no batch came within `timeout_s`.
@@ -83,6 +88,11 @@ class FfcvLoader(Sequenced):
 
     def __init__(self, *, threads: int, prefetch_batches: int, **sequence: Any) -> None:
         super().__init__(**sequence)
+        if cpu_threads(threads) > NUMBA_NUM_THREADS:
+            raise InputError(
+                f"data.threads={threads}: FFCV's loader can use {NUMBA_NUM_THREADS} threads at most here, one per core "
+                "(NUMBA_NUM_THREADS); lower it, or set it to 0"
+            )
         pipelines: dict[str, Any] = dict.fromkeys(self.images.fields)
         pipelines[self.images.fields[0]] = [_TwoViews(self)]
         self._ffcv = Loader(

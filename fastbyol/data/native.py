@@ -172,7 +172,10 @@ class DeviceSlots:
     def fill(self, step: int, tensors: list[Tensor]) -> list[Tensor]:
         """The pinned `tensors` on the GPU; work that the caller queues from now on waits for the copy, the host does not."""
         k = step % 2
-        self._slots[k] = self._slots[k] or [torch.empty_like(t, device=self._device) for t in tensors]
+        if not self._slots[k]:
+            self._slots[k] = [torch.empty_like(t, device=self._device) for t in tensors]
+            # The allocator may hand out memory that work queued on the caller's stream still writes to.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._used[k])  # of the step before the last
             for mine, theirs in zip(self._slots[k], tensors, strict=True):

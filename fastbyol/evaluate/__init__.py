@@ -21,7 +21,7 @@ from fastbyol.evaluate.robustness import ROBUSTNESS
 from fastbyol.evaluate.segmentation import SEGMENTATION
 from fastbyol.layers import one_view
 from fastbyol.model import BYOL, build_model
-from fastbyol.precision import compute_dtype
+from fastbyol.precision import compute_dtype, set_float32_precision
 from fastbyol.runlog import write_json
 from fastbyol.step import choose_device
 
@@ -79,8 +79,9 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
 
 
 def frame_of(config: Config, options: EvalConfig, say: Callable[[str], None]) -> Frame:
-    """Where and how a run's network is evaluated."""
+    """Where and how a run's network is evaluated; float32 is exact or TF32 from here on, as the run had it."""
     device = choose_device(options.device)
+    set_float32_precision(config.precision)
     return Frame(
         size=config.data.image_size_px,
         device=device,
