@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up by themselves on a fresh Debian/Ubuntu machine.
+# `make demo`, `make test` and `make test-slow` set everything up by themselves on a fresh Debian/Ubuntu machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,12 +13,13 @@ LOADERS := "decode only" fastbyol lightly "torchvision v2" "DALI CPU" "FFCV (1 v
 GPU_PYTHON ?= $(BIN)/python
 KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-json=/dev/null --benchmark-disable-gc
 
-.PHONY: help demo test pytest pytest-beside lint setup gpu ffcv-packages bench bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-agreement \
+.PHONY: help demo test test-slow pytest-slow pytest-slow-beside lint setup gpu ffcv-packages bench bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-agreement \
 	bench-exchange clean
 
 help:
 	@echo "make demo   set up, prepare photographs, pre-train on them, evaluate, write runs/demo/report.html (5 minutes)"
-	@echo "make test   set up, ruff, all tests (under 15 minutes)"
+	@echo "make test   set up, ruff, the fast tests (4 minutes after set-up)"
+	@echo "make test-slow   the others: compilers, the interpreter, several ranks, whole runs (10 minutes)"
 	@echo "make lint   ruff alone"
 	@echo "make bench  everything against everyone on this CPU: kernels, loader, step, training, accuracy; runs/bench/against_cpu.md (20 minutes)"
 	@echo "make bench-loader   the loader against lightly, torchvision, DALI and FFCV, in an environment of its own"
@@ -27,7 +28,7 @@ help:
 	@echo "make bench-train    whole training, loader and step, against lightly's loop, in that environment"
 	@echo "make bench-accuracy whole runs on Fashion-MNIST, time and accuracy, against lightly's, in that environment"
 	@echo "make bench-agreement whether profile, bench and plan say the same of this machine"
-	@echo "make gpu    on a CUDA machine: tests marked gpu, then the benchmarks of kernels, step and whole runs"
+	@echo "make gpu    on a CUDA machine: facts, tests, short trainings, then the step, kernels, loaders and whole runs (25 minutes by estimate)"
 	@echo "make clean  remove the virtual environment, the demo's corpus and its run"
 
 setup: $(STAMP)
@@ -58,18 +59,22 @@ ffcv-packages:
 	else echo "make: run that command as root first" >&2; exit 1; fi; \
 	$$root apt-get -qq update && $$root apt-get -qq install -y --no-install-recommends $(FFCV_PACKAGES) >/dev/null
 
-# Triton compiles or interprets its kernels for the whole of a process, so those that need the interpreter have their own. It is one thread of
-# Python, and whole runs of small networks need no more: they follow it, on the core that the tests of kernels and layers leave idle most of the time.
-# (Two processes of two threads each slow each other down more than they gain.)
+# Triton compiles or interprets its kernels for the whole of a process, so those that need the interpreter have their own.
 test: lint $(TEST_STAMP)
-	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest pytest-beside
+	$(BIN)/pytest -m "not slow and not interpreter"
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "interpreter and not slow"
 
-pytest:
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not runs"
+# Two processes beside each other. The interpreter is one thread of Python, and whole runs of small networks need no more: they follow it, on the core
+# that the tests of kernels and layers leave idle most of the time. (Two processes of two threads each slow each other down more than they gain.)
+test-slow: $(TEST_STAMP)
+	@$(MAKE) --no-print-directory -j2 pytest-slow pytest-slow-beside
 
-pytest-beside:
-	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m runs
+pytest-slow:
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "slow and not interpreter and not runs"
+
+pytest-slow-beside:
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "slow and interpreter"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and runs"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -133,20 +138,9 @@ bench-agreement: $(STAMP)
 bench-exchange: $(STAMP)
 	$(BIN)/python benchmarks/exchange.py
 
-# On a CUDA machine: the tests marked gpu, the kernels' table, then the benchmarks of kernels, step and whole runs, results to benchmarks/results/. Peers that
-# are not installed are left out and named. GPU_PYTHON=python3 takes an interpreter that is there instead of .venv.
+# On a CUDA machine; benchmarks/gpu.py says what it runs. GPU_PYTHON=python3 takes an interpreter that is there instead of .venv.
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA device here")'
-	$(GPU_PYTHON) -m pytest -m gpu
-	@if command -v compute-sanitizer >/dev/null; \
-	then compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py; \
-	else echo "== compute-sanitizer is not installed here: memory accesses are not checked"; fi
-	$(GPU_PYTHON) -m fastbyol.kernels.report
-	$(GPU_PYTHON) -m pytest $(KERNEL_BENCHMARKS) --devices cuda
-	$(GPU_PYTHON) benchmarks/bench_loader.py --set loader_cuda
-	$(GPU_PYTHON) benchmarks/bench_step.py --device cuda --modes
-	$(GPU_PYTHON) benchmarks/bench_train.py --device cuda
-	$(GPU_PYTHON) benchmarks/against.py --device cuda
+	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) data/photos runs/demo

@@ -44,7 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 pytest.mark.skip(reason="needs TRITON_INTERPRET=1; `make test` runs these in a second process")
             )
         if "interpreter" in item.keywords and _version(triton) < (3, 7) and _version(np) >= (2, 4):
-            item.add_marker(pytest.mark.skip(reason="Triton 3.6's interpreter needs numpy<2.4: it takes int() of arrays"))
+            item.add_marker(
+                pytest.mark.skip(reason="Triton 3.6's interpreter needs numpy<2.4: it takes int() of arrays")
+            )
         rehearsed = os.environ.get("FASTBYOL_TEST_DEVICE") == "cpu"  # of tests/gpu, what needs no CUDA
         if "gpu" in item.keywords and not torch.cuda.is_available() and not rehearsed:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))

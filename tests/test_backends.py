@@ -67,6 +67,7 @@ def nothing_is_left():
     assert not [f for f in files() - before[1] if f.endswith(".jpg")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "storage"), PAIRS)
 def test_the_same_images_and_views_everywhere(loaders, stored, backend, storage):
     loader = loaders(backend, storage)
@@ -108,6 +109,7 @@ def test_three_epochs_an_early_break_and_a_second_start(loaders, stored, backend
     assert same(whole[7:20], collect(loader, 7, 20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dali", "ffcv"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_and_a_ranks_shard(loaders, stored, backend, dtype):
@@ -184,6 +186,7 @@ def test_a_batch_that_dali_refuses_is_decoded_by_the_host(photos, tmp_path):
         assert all((x - y).abs().max() < 3 / 255 / 0.224 for x, y in zip(a[:2], b[:2], strict=True))
 
 
+@pytest.mark.slow
 def test_a_file_of_ffcvs_gives_the_same_batches_everywhere(tmp_path):
     """JPEG and raw images among fields of every kind."""
     write_with_ffcv(tmp_path / "theirs.beton", "proportion")
@@ -195,6 +198,7 @@ def test_a_file_of_ffcvs_gives_the_same_batches_everywhere(tmp_path):
             assert all((x - y).abs().max() < 3 / 255 / 0.224 for x, y in zip(a[:2], b[:2], strict=True))
 
 
+@pytest.mark.slow
 def test_ffcv_has_bad_images_replaced(stored, tmp_path, loaders):
     """A JPEG whose bytes were damaged in the file: libjpeg-turbo complains to FFCV, which says nothing."""
     data = bytearray((stored / "jpg.beton").read_bytes())
@@ -261,6 +265,7 @@ def test_what_dali_is_given_on_a_gpu(stored, monkeypatch, readahead):
     time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_ffcv_leaves_torchs_threads_alone(stored):
     """In a fresh process: FFCV sets their number when it is imported, too."""
     code = f"""
@@ -289,6 +294,7 @@ def test_an_exception_in_ffcvs_thread_reaches_the_consumer(loaders, monkeypatch)
         collect(loader, 0, 3)
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_are_the_same_from_every_door(photos, stored, make_config, tmp_path):
     """Losses of two epochs and the kNN accuracy after them; the features of one run, from a folder and from .beton files."""
     options = {"knn": {"every_epochs": 2}, "optim": {"epochs": 2, "warmup_epochs": 0, "base_lr": 0.5}}
@@ -331,3 +337,8 @@ def test_which_backend_is_chosen_and_why(stored, monkeypatch):
         choose_backend(DataConfig(backend="dali"), folder, CPU)
     with pytest.raises(InputError, match="data.backend=ffcv: FFCV is not installed: apt-get install"):
         choose_backend(DataConfig(backend="ffcv"), packed, CPU)
+
+
+def test_more_threads_than_ffcv_can_have_are_refused(stored):
+    with pytest.raises(InputError, match=r"data.threads=500: FFCV's loader can use \d+ threads at most here"):
+        make(stored, "jpg.beton", "ffcv", threads=500)

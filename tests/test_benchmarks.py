@@ -16,6 +16,8 @@ import bench_step
 import exchange
 import readme_tables
 import results_csv
+import timing
+import turns
 
 from fastbyol import plan
 
@@ -58,6 +60,114 @@ def test_an_own_turn_leaves_no_switch_behind():
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = not before[0], not before[1]
         torch.set_float32_matmul_precision("highest" if before[2] else "high")
     assert switches() == before
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a contender that sets a switch, and raises."""
+
+    def build(work: bench_step.Work, device: torch.device) -> bench_step.Trainer:
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+        raise ValueError("no such layer\nand more")
+
+    monkeypatch.setitem(bench_step.CONTENDERS, "broken", build)
+    return "broken"
+
+
+def test_a_turn_that_fails_says_why_in_one_line_and_cleans_up(broken: str):
+    before = torch.backends.cudnn.benchmark
+    with pytest.raises(turns.LeftOut) as caught:
+        bench_step.turn(broken, TINY, CPU, 0)
+    assert (caught.value.reason, caught.value.failed) == ("ValueError: no such layer", True)
+    assert torch.backends.cudnn.benchmark == before
+
+
+def test_a_network_that_does_not_fit_is_no_failure(broken: str, monkeypatch: pytest.MonkeyPatch):
+    def build(work: bench_step.Work, device: torch.device) -> bench_step.Trainer:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(bench_step.CONTENDERS, broken, build)
+    with pytest.raises(turns.LeftOut) as caught:
+        bench_step.turn(broken, TINY, CPU, 0)
+    assert not caught.value.failed
+
+
+def test_a_contender_that_fails_ends_neither_the_others_nor_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Rows are in the file after every turn; the exit code says that something failed."""
+    out, seen = tmp_path / "new" / "step.csv", []
+
+    def turn(name: str, work: bench_step.Work, device: torch.device, round_: int) -> dict[str, object]:
+        seen.append((name, round_, len(results_csv.read("step", out.parent)) if out.exists() else 0))
+        if name == "plain torch":
+            raise turns.LeftOut("it broke")
+        return {"set": str(work), "round": round_, "contender": name, "ms": "10.0", "images_per_s": "400"}
+
+    monkeypatch.setattr(bench_step, "in_own_process", turn)
+    words = ["--device", "cpu", "--sets", str(TINY), "--rounds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["x", *words, "--only", "fastbyol", "plain torch", "plain torch compiled"])
+    assert bench_step.main() == 1
+    assert seen == [
+        ("fastbyol", 0, 0),
+        ("plain torch", 0, 1),
+        ("plain torch compiled", 0, 1),
+        ("fastbyol", 1, 2),
+        ("plain torch compiled", 1, 3),
+    ]
+    assert [row["contender"] for row in results_csv.read("step", out.parent)] == 2 * [
+        "fastbyol",
+        "plain torch compiled",
+    ]
+    said = capsys.readouterr().out
+    assert "R18 32 px, batch 4: plain torch failed: it broke\n" in said
+    assert said.endswith("failed: R18 32 px, batch 4: plain torch\n")
+
+
+@pytest.mark.parametrize(("name", "code"), [("fastbyol", 0), ("plain torch", 1)])
+def test_the_exit_code_of_a_benchmark(tmp_path: Path, name: str, code: int):
+    def measure() -> dict[str, object]:
+        if name == "plain torch":
+            raise turns.LeftOut("too large", failed=False)
+        return {"contender": name}
+
+    taken = turns.Turns(tmp_path / "x.csv", lambda rows: rows)
+    taken.take(name, name, measure)
+    assert taken.end() == code  # 1 where nothing was measured
+
+
+def test_what_is_compiled_by_default_on_a_gpu_alone():
+    assert "plain torch compiled" in bench_step.defaults(torch.device("cuda"), modes=False)
+    assert "plain torch compiled" in bench_step.defaults(CPU, modes=True)
+    assert "plain torch compiled" not in bench_step.defaults(CPU, modes=False)
+
+
+@pytest.mark.parametrize("contender", ["plain torch channels-last bf16", "plain torch compiled"])
+def test_fast_baselines_take_what_costs_nothing(contender: str, monkeypatch: pytest.MonkeyPatch):
+    """Fused SGD, cuDNN's search, channels-last bfloat16; and the compiler gets the whole loss."""
+    options, compiled = [], []
+    sgd, module = torch.optim.SGD, bench_step.PlainBYOL
+
+    def new_sgd(parameters: object, **given: object) -> torch.optim.SGD:
+        options.append(given)
+        return sgd(parameters, **given)
+
+    monkeypatch.setattr(torch.optim, "SGD", new_sgd)
+    monkeypatch.setattr(torch, "compile", lambda model, **given: compiled.append(type(model)) or model)
+    with bench_step.own_turn(CPU):
+        trainer = bench_step.CONTENDERS[contender](TINY, CPU)
+        assert torch.backends.cudnn.benchmark
+    assert options == [{"lr": 0.03, "momentum": 0.9, "fused": True}]
+    assert (trainer.dtype, trainer.memory_format) == (torch.bfloat16, torch.channels_last)
+    assert compiled == ([module] if contender.endswith("compiled") else [])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "device", "calls"),
+    [(1e-5, "cuda", 20), (0.02, "cuda", 10), (0.15, "cuda", 1), (30.0, "cuda", 1), (1e-5, "cpu", 1), (30.0, "cpu", 1)],
+)
+def test_a_round_of_calls_takes_a_fifth_of_a_second_at_most(seconds: float, device: str, calls: int):
+    assert timing.calls_of_a_round(seconds, device) == calls
 
 
 def test_a_set_is_named_as_it_is_printed():
@@ -118,13 +228,13 @@ def test_one_gpu_sends_nothing(r50: exchange.Counts):
     assert float(row["exposed_ms"]) == 0
 
 
-def write_step(folder: Path, times: dict[tuple[str, int], float]) -> None:
-    machine = {"cpu": "a CPU", "gpu": "none", "torch": "2", "fastbyol": "0.1 abc", "share_of_bound": ""}
+def write_step(folder: Path, times: dict[tuple[str, int], float], device: str = "cpu") -> None:
+    machine = {"cpu": "a CPU", "gpu": "a card", "torch": "2", "fastbyol": "0.1 abc", "share_of_bound": ""}
     rows = [
         {"set": "s", "round": k, "contender": name, "ms": ms, "images_per_s": 1e4 / ms} | machine
         for (name, k), ms in times.items()
     ]
-    results_csv.write(folder / "step_cpu.csv", rows)
+    results_csv.write(folder / f"step_{device}.csv", rows)
 
 
 def test_step_table_compares_within_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -143,3 +253,25 @@ def test_others_are_shown_beside_the_same_round_of_ours(tmp_path: Path):
     bars = [e for e in ElementTree.fromstring(against.picture(found)).iter() if e.tag.endswith("rect")][1:]
     assert float(bars[0].get("width")) == 2.5 * float(bars[1].get("width"))
     assert against.comparisons(tmp_path, "cuda") == []
+
+
+def test_a_gpus_table_names_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And one of the CPU on the same machine the processor."""
+    monkeypatch.setattr(results_csv, "FOLDER", tmp_path)
+    for device, machine in (("cpu", "a CPU"), ("cuda", "a card")):
+        write_step(tmp_path, {("fastbyol", 0): 10, ("plain torch compiled", 0): 20}, device)
+        note = readme_tables.step(device).splitlines()[-1]
+        assert note.startswith(f"{machine}; torch 2; commit abc; 1 rounds")
+        table = against.table(against.comparisons(tmp_path, device))
+        assert f"step_{device}.csv ({machine}; torch 2;" in table
+        assert "| plain torch compiled |" in table
+    row = {"cpu": "a CPU", "gpu": "a card"}
+    assert results_csv.machine("train_cuda", row) == results_csv.machine("loader_cuda", row) == "a card; a CPU"
+
+
+def test_writing_results_leaves_no_unfinished_file(tmp_path: Path):
+    for _ in range(2):
+        results_csv.write(tmp_path / "a.csv", [{"x": 1}], quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+    results_csv.write(Path("/dev/null"), [{"x": 1}])
+    assert Path("/dev/null").is_char_device()

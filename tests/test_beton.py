@@ -413,6 +413,7 @@ def ffcv_writes(path, mode):
     DatasetWriter(path, fields, num_workers=2).from_indexed_dataset(Samples(), chunksize=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jpg", "raw", "proportion", "smart"])
 def test_files_that_ffcv_writes(mode, tmp_path):
     path = tmp_path / "ffcv.beton"
@@ -432,6 +433,7 @@ def test_files_that_ffcv_writes(mode, tmp_path):
             assert np.abs(decode(stored).astype(int) - expected).mean() < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jpg", "raw", "auto"])
 def test_files_that_ffcv_reads(mode, folder_of, tmp_path):
     height, width = (60, 50) if mode == "auto" else (80, 100)

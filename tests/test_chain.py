@@ -36,6 +36,7 @@ def smooth_image(seed: int, height: int, width: int) -> np.ndarray:
     return image.clip(0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80)
 @given(
     height=st.integers(1, 400),
@@ -151,6 +152,7 @@ def test_nothing_is_left_open(photos):
 # --- compilation ---
 
 
+@pytest.mark.slow
 def test_a_second_start_takes_the_kernels_from_the_cache():
     """In this process they are compiled or loaded by now; a fresh one must not compile, nor say that it does."""
     dispatch.compile_cpu_kernels(lambda text: None)

@@ -133,6 +133,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001.pt"]
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_grow_is_one_line_and_no_file(tmp_path):
     """A real failing write inside torch's own writer: the process may not write files above 64 KB."""
     code = f"""

@@ -132,6 +132,7 @@ def test_preview_draws_originals_and_both_views(capsys, photos, tmp_path):
     assert (code, err.count("\n")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_prepare_train_evaluate_and_report_from_the_command_line(capsys, tmp_path):
     root, runs = tmp_path / "photos", tmp_path / "runs"
     assert run(capsys, "prepare", "photos", "--out", str(root), "--images", "72", "--size", "48")[0] == 0
@@ -185,6 +186,7 @@ def test_a_report_without_its_data_set_says_what_it_lacks(capsys, photos, make_c
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == 1
 
 
+@pytest.mark.slow
 def test_doctor_says_what_works(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
@@ -209,6 +211,7 @@ def test_doctor_names_the_command_for_what_is_missing(capsys, monkeypatch):
     assert re.search(r"-- +Triton +not installed: pip install torch", out)
 
 
+@pytest.mark.slow
 def test_pack_writes_one_file_and_says_what_cannot_be(photos, tmp_path, capsys):
     out = tmp_path / "x.beton"
     code, text, _ = run(capsys, "pack", str(photos / "train"), str(out), "--mode", "jpg", "--max-side", "50")

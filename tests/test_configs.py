@@ -57,6 +57,7 @@ def test_the_header_says_how_where_how_long_and_how_good(path):
     assert re.search(r"paper|solo-learn|lightly|README|docs/results.md", found["accuracy"])
 
 
+@pytest.mark.slow
 @each
 def test_the_hours_are_those_of_the_plan(path):
     hours = header(path)["hours"]
@@ -83,6 +84,7 @@ def test_its_network_can_be_built(path):
     assert config.data.batch_size % (8 * config.step.micro_batches) == 0
 
 
+@pytest.mark.slow
 @each
 def test_two_steps_of_a_shrunk_copy(path, photos):
     """Narrow, small and with few images, otherwise as it is; a machine without a GPU has neither DALI's half nor a reason to compile."""

@@ -92,6 +92,7 @@ def test_the_update_of_a_step_is_one_call(loop, monkeypatch):
     assert calls[0] == sum(p.requires_grad for p in loop.training.model.parameters())
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_one_graph_without_a_break(make_config):
     training = build(make_config(), World(), CPU, lambda text: None)
     torch._dynamo.reset()

@@ -148,6 +148,7 @@ def test_fine_tuning_changes_a_copy_and_frozen_features_nothing(folder, finetune
     assert same(state_of(backbone), before)
 
 
+@pytest.mark.slow
 def test_a_detector_learns_and_its_backbone_stays(folder, monkeypatch):
     backbone = small_backbone().train()
     before = state_of(backbone)

@@ -59,6 +59,7 @@ def largest_gap(a, b):
     return max(abs(a[step] - b[step]) for step in a)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
     """20 steps: losses to 1e-5; gradients in bf16, and statistics of each rank's own, are something else, nearby."""
     own = {"distributed": DistributedConfig(sync_bn_ranks=1)}
@@ -107,6 +108,7 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
     assert all(torch.allclose(states[0][k], states[1][k], atol=1e-4) for k in states[0])
 
 
+@pytest.mark.slow
 def test_statistics_over_groups_of_two_of_four_ranks(make_config, tmp_path):
     """Ranks 0 and 1 share BatchNorm statistics, and so do 2 and 3: the losses of one rank with two micro-batches."""
     groups = make_config(**options("groups", distributed=DistributedConfig(sync_bn_ranks=2)))
@@ -120,6 +122,7 @@ def test_statistics_over_groups_of_two_of_four_ranks(make_config, tmp_path):
     assert largest_gap(found, losses(whole.folder)) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_batch_size_that_fits_on_two_ranks(make_config, tmp_path):
     """Both ranks find one size, the one that a single rank finds here: the largest power of two in 72 images."""
     short = {"data": {"batch_size": "auto"}, "optim": {"epochs": 4, "warmup_epochs": 0, "base_lr": 0.02}}
@@ -131,6 +134,7 @@ def test_the_batch_size_that_fits_on_two_ranks(make_config, tmp_path):
     assert largest_gap(losses(Path(config.runs) / "auto"), losses(one.folder)) < 1e-5
 
 
+@pytest.mark.slow
 def test_from_two_ranks_to_one_and_back(make_config, tmp_path, monkeypatch):
     """SIGTERM to one of two ranks saves at one step; a single rank goes on, then two: the losses of the run that was not cut."""
     whole = train(make_config(**options("whole")))
@@ -151,6 +155,7 @@ def test_from_two_ranks_to_one_and_back(make_config, tmp_path, monkeypatch):
     assert largest_gap(losses(folder), losses(whole.folder)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "rank", "message"),
     [
@@ -168,6 +173,7 @@ def test_one_rank_s_failure_ends_all_with_one_message(make_config, tmp_path, wha
     assert done.stderr.count("Traceback (most recent call last)") == done.stderr.count("ChildFailedError: ") == 1
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_from_the_newest_checkpoint(make_config, tmp_path):
     config = make_config(**options("again", checkpoint={"every_epochs": 1}))
     done = torchrun(tmp_path, [config], "once", 1, 10, restarts=1)
@@ -177,6 +183,7 @@ def test_torchrun_restarts_from_the_newest_checkpoint(make_config, tmp_path):
     assert largest_gap(losses(Path(config.runs) / "again"), losses(whole.folder)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_config_that_fits_no_rank_is_said_once(make_config, tmp_path):
     config = make_config(**options("odd", data={"batch_size": 9}))
     done = torchrun(tmp_path, [config])

@@ -314,6 +314,7 @@ def test_detectron2_gets_its_names_and_the_same_values(written, model, layout, s
     assert values["INPUT"]["FORMAT"] == "RGB"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "size"),
     [
@@ -429,6 +430,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(make_run, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(make_run, capsys, monkeypatch):
     folder, backbone = make_run(backbone="resnet18", width=0.125)
     write, seen = export.write, []

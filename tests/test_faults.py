@@ -22,6 +22,7 @@ from fastbyol.train import train
 pytestmark = pytest.mark.runs
 
 
+@pytest.mark.slow
 def test_a_run_killed_twenty_times_is_the_run_that_was_not(make_config, tmp_path):
     options = {
         "optim": {"epochs": 100, "warmup_epochs": 1, "base_lr": 0.5},
@@ -59,6 +60,7 @@ def _train_with_files_up_to(config, limit, results):
         results.put(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "message"),
     [

@@ -65,6 +65,7 @@ def test_parts_of_a_step(make_config, name, states):
     assert all(word in text for word in ("weights", "target", "momentum", "activations", "batch", "MiB"))
 
 
+@pytest.mark.slow
 def test_a_run_reports_its_parts(make_config, capsys):
     result = train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0}))
     parts = json.loads((result.folder / "summary.json").read_text())["memory_bytes"]
@@ -73,6 +74,7 @@ def test_a_run_reports_its_parts(make_config, capsys):
     assert parts["activations"] > parts["batch"] / 4  # of one image's: more than its pixels
 
 
+@pytest.mark.slow
 def test_the_prediction_is_what_a_large_step_keeps(make_config):
     """Bytes predicted from 4 and 8 images against a step of 64."""
     config = make_config(data={"batch_size": "auto"})
@@ -81,6 +83,7 @@ def test_the_prediction_is_what_a_large_step_keeps(make_config):
     assert low + (high - low) / 4 * 60 == pytest.approx(large, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 4])
 def test_the_largest_power_of_two_that_fits(make_config, monkeypatch, parts):
     config = make_config(data={"batch_size": "auto"}, step={"micro_batches": parts})

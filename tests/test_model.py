@@ -43,6 +43,7 @@ def test_the_two_terms_are_summed_not_averaged():
     assert pair(view, view).loss.item() == pytest.approx(2 + 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet26", "test_resnet", "test_byobnet", "vgg11_bn"])
 def test_both_views_in_one_batch_are_two_forward_passes(backbone):
     """Loss, gradients and running statistics equal those of plain torch modules that see one view after the other."""

@@ -85,6 +85,7 @@ def test_gradients_are_hidden_as_far_as_the_backward_pass_lasts():
     )
 
 
+@pytest.mark.slow
 def test_statistics_travel_among_those_who_share_them_once_a_micro_batch():
     def sent(ranks=0, parts=1, gpus=64):
         config = config_of(64 * 64, 64, {}, step=StepConfig(micro_batches=parts))
@@ -190,6 +191,7 @@ def test_a_users_mistake_is_one_line(capsys, arguments, message):
     assert len(errors) == 1 and message in errors[0]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(capsys):
     assert cli.main(["plan", "--gpu", "a100-80", "--gpus", "8", "--data.batch_size", "4096"]) == 0
     out = capsys.readouterr().out

@@ -97,6 +97,7 @@ def test_an_error_halfway_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupt_leaves_no_half_corpus(tmp_path, number):
     command = [sys.executable, "-m", "fastbyol", "prepare", "photos", "--out", str(tmp_path / "p"), "--images", "20000"]

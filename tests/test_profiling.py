@@ -177,6 +177,7 @@ def test_a_host_sync_in_a_step_is_counted(make_config, tmp_path, small_peaks, mo
     assert result["host_syncs_per_step"] == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_profiled_as_two_graphs(make_config, tmp_path, small_peaks, monkeypatch):
     """The run's own graph stays as it is: nothing is compiled again after the warm-up. Which compiler is behind it does not matter."""
     compiled = []
@@ -218,6 +219,7 @@ def test_a_break_in_a_graph_is_counted():
     assert profiling._compiler("compile", 0)["graph_breaks"] == before + 1
 
 
+@pytest.mark.slow
 def test_two_ranks_are_profiled_and_measured_together(photos, tmp_path):
     """What of the gradients' exchange the backward pass does not hide is a part of its own; one rank writes and speaks."""
     words = [
@@ -363,6 +365,7 @@ def test_a_users_mistake_is_one_line(photos, capsys, arguments, message):
     assert len(errors) == 1 and message in errors[0]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(photos, tmp_path, capsys, small_peaks):
     words = [
         "--data.root",

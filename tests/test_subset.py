@@ -231,6 +231,7 @@ print(len(listed), (after - before) / 1024, images.paths[1300])
 """
 
 
+@pytest.mark.slow
 def test_an_index_of_imagenets_size(tmp_path):
     """1.3 million files by a stub listing: each folder is listed once, in under 400 MB, and none with the cache."""
     base = tmp_path / "imagenet"

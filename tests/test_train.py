@@ -63,6 +63,7 @@ def test_sixteen_steps_end_to_end(make_config, capsys):
     assert all(name.startswith("fastbyol-kernel") for name in left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 @pytest.mark.parametrize("cut", [1, 6, 8])  # between epochs at 8, within one otherwise
 def test_a_cut_and_resumed_run_has_the_losses_of_the_uncut_one(make_config, monkeypatch, name, cut):
@@ -79,6 +80,7 @@ def test_a_cut_and_resumed_run_has_the_losses_of_the_uncut_one(make_config, monk
     assert all(torch.equal(states[0]["model"][k], states[1]["model"][k]) for k in states[0]["model"])
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_does_not_change_a_loss(make_config):
     runs = [train(make_config(name=f"t{n}", data={"threads": n}, knn={"every_epochs": 0})) for n in (1, 4)]
     assert losses(runs[0].folder) == losses(runs[1].folder)
@@ -286,6 +288,7 @@ def test_a_run_folder_that_cannot_be_made(make_config, tmp_path):
         train(make_config(runs=str(tmp_path / "file")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals_finish_the_step_save_and_say_how_to_go_on(photos, tmp_path, number, code):
     command = [sys.executable, "-m", "fastbyol", "train", "--name", "s", "--runs", str(tmp_path)]

@@ -261,6 +261,7 @@ def test_ranks_and_steps_draw_different_masks(make_config):
     assert not torch.equal(draws[0], draws[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"mask_ratio": 0.3}, {"target": "online"}, {"contrastive_weight": 0.5}])
 def test_variants_compile_into_one_graph(make_config, changes):
     """Without a break; which code is made of it does not matter here."""
@@ -273,6 +274,7 @@ def test_variants_compile_into_one_graph(make_config, changes):
     assert compiled(*views).loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_online_classifier_learns_and_says_so_in_the_article_s_words(make_config, capfd):
     config = make_config(
         probe=ProbeConfig(enabled=True, lr=0.02),
@@ -291,6 +293,7 @@ def test_the_online_classifier_learns_and_says_so_in_the_article_s_words(make_co
     assert last[2] > first[2] + 5  # of 18 classes
 
 
+@pytest.mark.slow
 def test_the_online_classifier_changes_nothing_of_the_run_and_resumes_exactly(make_config):
     config = make_config(knn={"every_epochs": 0}, probe=ProbeConfig(enabled=True), checkpoint={"keep_last": 99})
     with_probe = train(config).folder
@@ -364,23 +367,25 @@ def test_a_run_starts_from_given_weights_in_both_networks(make_config, tmp_path,
 ARTICLE = {"name": "adam", "base_lr": 8e-4, "schedule": "constant", "warmup_epochs": 0, "weight_decay": 0.0}
 
 
+@pytest.mark.slow
 def test_a_supervised_network_goes_on_with_linear_heads_adam_and_mse(make_config, tmp_path):
     """The article's mode; the weights here are random ones from a file."""
     config = make_config(
         model={"heads": "linear", "loss": "mse"},
         data={"batch_size": 24},
-        optim=ARTICLE | {"epochs": 6},
+        optim=ARTICLE | {"epochs": 12, "base_lr": 8e-3},
         probe=ProbeConfig(enabled=True),
         knn={"every_epochs": 0},
         init=str(tmp_path / "start.safetensors"),
     )
     model = build_model(config.model, 32, seed=5)
     save_backbone(tmp_path / "start.safetensors", model.online.backbone, config.model, 32, key="out")
-    found = np.array(list(losses(train(config).folder).values())).reshape(6, 3).mean(1)
+    found = np.array(list(losses(train(config).folder).values())).reshape(12, 3).mean(1)
     assert np.isfinite(found).all()
-    assert found[-1] < 0.9 * found[0]
+    assert found[-1] < 0.9 * found[0]  # 0.49 to 0.73 over five seeds
 
 
+@pytest.mark.slow
 def test_a_vgg_learns_in_that_mode(make_config):
     changes = {"backbone": "vgg11", "width": 1.0, "heads": "linear", "loss": "mse"}
     config = make_config(model=changes, data={"batch_size": 4}, optim=ARTICLE | {"epochs": 2})
