@@ -11,7 +11,7 @@ RESULTS ?= runs/bench
 LOADERS := "decode only" fastbyol lightly "torchvision v2" "DALI CPU" "FFCV (1 view, crop + flip)"
 
 GPU_PYTHON ?= $(BIN)/python
-KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-json=/dev/null --benchmark-disable-gc
+KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-disable-gc
 
 .PHONY: help demo test test-slow pytest-slow pytest-slow-beside lint setup gpu ffcv-packages bench bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-agreement \
 	bench-exchange clean

@@ -12,10 +12,19 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
-from results_csv import FOLDER, Rounds, by_round, ratios, read, spread
+from results_csv import FOLDER, Rounds, by_round, machine, ratios, read, spread
 
 PICTURE = FOLDER / "against_cpu.svg"
-PEERS = ("lightly", "byol-pytorch", "stable-pretraining", "plain torch", "torchvision v2", "DALI CPU", "kornia")
+PEERS = (
+    "lightly",
+    "byol-pytorch",
+    "stable-pretraining",
+    "plain torch",
+    "plain torch compiled",
+    "torchvision v2",
+    "DALI CPU",
+    "kornia",
+)
 OURS = "fastbyol"
 _WIDTH, _NAME, _BAR, _ROW = 860, 150, 480, 18  # of the picture, in pixels
 
@@ -50,7 +59,7 @@ def comparisons(folder: Path = FOLDER, device: str = "cpu") -> list[Comparison]:
 def _source(name: str, rows: list[dict[str, str]]) -> str:
     first, commits = rows[0], dict.fromkeys(row["fastbyol"].split()[-1] for row in rows)
     rounds = len({row.get("round", row.get("seed")) for row in rows})
-    return f"{name}.csv ({first['cpu']}; torch {first['torch']}; commit {', '.join(commits)}; {rounds} rounds)"
+    return f"{name}.csv ({machine(name, first)}; torch {first['torch']}; commit {', '.join(commits)}; {rounds} rounds)"
 
 
 def _rated(rows: list[dict[str, str]], title: str, source: str) -> Comparison:
@@ -157,14 +166,18 @@ def picture(found: list[Comparison]) -> str:
     return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *shapes, "</svg>"]) + "\n"
 
 
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
+    options.add_argument("--device", choices=list(_FILES), default="cpu")
+    return options
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
-    parser.add_argument("--device", choices=list(_FILES), default="cpu")
-    args = parser.parse_args()
+    args = parser().parse_args()
     found = comparisons(args.results, args.device)
     if not found:
-        parser.exit(2, f"error: --results {args.results}: none of {', '.join(_FILES[args.device])} is there\n")
+        parser().exit(2, f"error: --results {args.results}: none of {', '.join(_FILES[args.device])} is there\n")
     page, image = (args.results / f"against_{args.device}.{ending}" for ending in ("md", "svg"))
     text = table(found, str(args.results))
     page.write_text(f"![speed beside others]({image.name})\n\n{text}")

@@ -4,7 +4,7 @@
 
 All contenders get the same uint8 crops, on their device, and the same number of views of both kinds; the peers draw their own
 parameters, image by image, from the same distributions. On the CPU torch's threads work for the peers, and as many threads of
-the native loader's kind for fastbyol. Bytes are those of the floor: crops read twice (the contrast mean, then the pixels), views
+the native loader's kind for fastbyol. --views takes fewer than 32 (on a GPU 512), since what works view by view takes long. Bytes are those of the floor: crops read twice (the contrast mean, then the pixels), views
 written in bfloat16.
 
     fastbyol         kernels/gpu/augment.py on a GPU, kernels/augment.py on the CPU
@@ -33,9 +33,8 @@ VIEWS = {"cpu": 32, "cuda": 512}
 BLUR, SOLARISE = (1.0, 0.1), (0.0, 0.2)
 
 
-def inputs(device: str) -> tuple[Tensor, np.ndarray]:
+def inputs(device: str, n: int) -> tuple[Tensor, np.ndarray]:
     """(N, S, S, 3) uint8 crops and (N, COLUMNS) parameters, view 1 of all images first."""
-    n = VIEWS[device]
     rng = torch.Generator().manual_seed(0)
     coarse = torch.randint(0, 256, (n, 3, 14, 14), generator=rng, dtype=torch.uint8).float()
     smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bicubic").clamp(0, 255).byte()
@@ -44,8 +43,8 @@ def inputs(device: str) -> tuple[Tensor, np.ndarray]:
     return smooth.permute(0, 2, 3, 1).contiguous().to(device), rows
 
 
-def fastbyol(device: str) -> Callable[[], object]:
-    crops, rows = inputs(device)
+def fastbyol(device: str, n: int) -> Callable[[], object]:
+    crops, rows = inputs(device, n)
     if device == "cuda":
         from fastbyol.kernels.gpu.augment import augment_views
 
@@ -69,8 +68,8 @@ def _on_the_cpu(crops: Tensor, rows: np.ndarray) -> Callable[[], object]:
     return lambda: list(pool.map(work, range(threads)))
 
 
-def reference(device: str) -> Callable[[], object]:
-    crops, rows = inputs(device)
+def reference(device: str, n: int) -> Callable[[], object]:
+    crops, rows = inputs(device, n)
 
     def run() -> Tensor:
         views = [
@@ -81,10 +80,10 @@ def reference(device: str) -> Callable[[], object]:
     return run
 
 
-def torchvision(device: str) -> Callable[[], object]:
+def torchvision(device: str, n: int) -> Callable[[], object]:
     from torchvision.transforms import v2
 
-    crops = inputs(device)[0].permute(0, 3, 1, 2)
+    crops = inputs(device, n)[0].permute(0, 3, 1, 2)
     chains = [
         v2.Compose(
             [
@@ -103,9 +102,9 @@ def torchvision(device: str) -> Callable[[], object]:
     return lambda: torch.stack([chains[k >= half](crop) for k, crop in enumerate(crops)])
 
 
-def kornia(device: str) -> Callable[[], object]:
+def kornia(device: str, n: int) -> Callable[[], object]:
     k = pytest.importorskip("kornia.augmentation", reason="kornia is not installed here: make bench-setup")
-    crops = inputs(device)[0].permute(0, 3, 1, 2)
+    crops = inputs(device, n)[0].permute(0, 3, 1, 2)
     chains = [
         k.AugmentationSequential(
             k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
@@ -126,12 +125,12 @@ def kornia(device: str) -> Callable[[], object]:
     return run
 
 
-def moved(device: str) -> int:
-    return VIEWS[device] * SIZE * SIZE * (3 + 3 + 6)
+def moved(n: int) -> int:
+    return n * SIZE * SIZE * (3 + 3 + 6)
 
 
-def copy(device: str) -> Callable[[], object]:
-    values = torch.ones(moved(device) // 8, device=device)
+def copy(device: str, n: int) -> Callable[[], object]:
+    values = torch.ones(moved(n) // 8, device=device)
     other = torch.empty_like(values)
     return lambda: other.copy_(values)
 
@@ -146,12 +145,18 @@ CONTENDERS = {
 
 
 @cache
-def prepared(contender: str, device: str) -> Callable[[], object]:
-    return CONTENDERS[contender](device)
+def prepared(contender: str, device: str, n: int) -> Callable[[], object]:
+    return CONTENDERS[contender](device, n)
+
+
+@pytest.fixture
+def views(request: pytest.FixtureRequest, device: str) -> int:
+    """N, of both kinds together."""
+    return request.config.getoption("views") or VIEWS[device]
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-def test_augment(benchmark: BenchmarkFixture, device: str, contender: str, turn: int) -> None:
-    run = prepared(contender, device)
-    name = f"{VIEWS[device]} views, {SIZE} px"
-    measure(benchmark, run, device=device, turn=turn, set_name=name, contender=contender, moved=moved(device))
+def test_augment(benchmark: BenchmarkFixture, device: str, contender: str, turn: int, views: int) -> None:
+    run = prepared(contender, device, views)
+    name = f"{views} views, {SIZE} px"
+    measure(benchmark, run, device=device, turn=turn, set_name=name, contender=contender, moved=moved(views))

@@ -6,6 +6,7 @@ Every contender updates a pair of its own with the gradients of the same random 
 are those that the contender's work must move: 36 a parameter with a target, 28 without, for LARS + target.
 
     fastbyol             kernels/lars_ema.py
+    fastbyol captured    the same replayed as a CUDA graph, as a captured step has it: without the host's time
     reference            its plain formulas, tensor by tensor
     reference compiled   torch.compile of them
     foreach              the same formulas with torch._foreach_*
@@ -54,6 +55,22 @@ def bytes_moved(model: BYOL, *, norms: bool) -> int:
 
 def fastbyol(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
     return build_optimizer(OptimConfig(weight_decay=WEIGHT_DECAY), model, model.target_pairs(), lr, tau).step
+
+
+def captured(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
+    if lr.device.type != "cuda":
+        pytest.skip("a CUDA graph needs a GPU")
+    step = fastbyol(model, lr, tau)
+    step()  # compiles, and makes the momenta
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay(_: Callable[[], None] = step) -> None:  # keeps the optimiser, whose momenta the graph writes
+        graph.replay()
+
+    return replay
 
 
 def rows(model: BYOL) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None, bool]]:
@@ -159,6 +176,7 @@ def copy(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
 
 CONTENDERS = {
     "fastbyol": fastbyol,
+    "fastbyol captured": captured,
     "reference": reference,
     "reference compiled": reference_compiled,
     "foreach": foreach,

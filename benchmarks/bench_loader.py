@@ -23,7 +23,8 @@ Contenders (--set loader and doors):
 With --set loader_cuda batches are made on a GPU: native.py's copied by a side stream, DALI's decoded there, with the share of the
 JPEGs that the hardware decoder takes swept from none to all.
 
-Writes benchmarks/results/SET.csv, one row per measurement.
+Writes benchmarks/results/SET.csv, one row per measurement, after each. A contender that fails is named and has no further turns; the exit code
+is then 1. The corpus is made where it is missing, in data/photos-500px or the folder that FASTBYOL_CORPUS names.
 """
 
 import argparse
@@ -36,17 +37,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import results_csv
 import torch
+from turns import Turns, result_of
 
 from fastbyol import environment
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).parent / "results"
-CORPUS = ROOT / "data" / "photos-500px"
+CORPUS = Path(os.environ.get("FASTBYOL_CORPUS", ROOT / "data" / "photos-500px"))
 CORES = len(os.sched_getaffinity(0))
 BATCH = 32
 WARM_UP_BATCHES = 8
@@ -334,26 +336,47 @@ def prepare_betons() -> None:
             print(pack(part, CORPUS / f"{mode}.beton", mode=mode))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
+def print_summary(rows: list[dict]) -> None:
+    """Medians and ranges."""
+    for size in dict.fromkeys(row["size_px"] for row in rows):
+        print(f"{size} px")
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            own = [float(r["images_per_s"]) for r in rows if (r["size_px"], r["contender"]) == (size, name)]
+            if own:
+                print(f"  {name:<34} {statistics.median(own):7.0f} images/s  ({min(own):.0f} to {max(own):.0f})")
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument(
         "--set", choices=list(SETS), default="loader", help="which contenders; names the result file too"
     )
-    parser.add_argument("--sizes", type=int, nargs="+", help="pixels; 224 128 96, on a GPU 224")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6, help="of each measurement")
-    parser.add_argument("--only", nargs="+", choices=list(ALL))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--measure", choices=list(ALL), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.sizes = args.sizes or ([224] if args.set == "loader_cuda" else [224, 128, 96])
-    args.only = args.only or list(SETS[args.set])
-    args.out = args.out or RESULTS / f"{args.set}.csv"
-    if not environment.has_module("nvidia.dali"):
-        print(f"DALI is left out: {environment.dali_command()}")
-        args.only = [name for name in args.only if "dali" not in name.lower()]
+    options.add_argument("--sizes", type=int, nargs="+", help="pixels; 224 128 96, on a GPU 224")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--seconds", type=float, default=6, help="of each measurement")
+    options.add_argument("--only", nargs="+", choices=list(ALL))
+    options.add_argument("--out", type=Path)
+    options.add_argument("--measure", choices=list(ALL), help=argparse.SUPPRESS)
+    return options
+
+
+def main() -> int:
+    args = parser().parse_args()
+    if args.set == "loader_cuda" and not torch.cuda.is_available():
+        parser().exit(2, "error: --set loader_cuda: torch sees no CUDA device here\n")
+    sizes = args.sizes or ([224] if args.set == "loader_cuda" else [224, 128, 96])
     if args.measure:
-        measure(args.measure, args.sizes[0], args.seconds)
+        measure(args.measure, sizes[0], args.seconds)
+    names = args.only or list(SETS[args.set])
+    for module, title, command in (
+        ("nvidia.dali", "DALI", environment.dali_command()),
+        ("ffcv", "FFCV", environment.FFCV_COMMAND),
+        ("lightly", "lightly", "make bench-setup"),
+    ):
+        needing = [name for name in names if title.lower() in name.lower()]
+        if needing and not environment.has_module(module):
+            print(f"{', '.join(needing)}: left out, as {title} is not installed here: {command}")
+            names = [name for name in names if name not in needing]
     prepare_corpus()
     prepare_betons()
     facts = environment.describe()
@@ -370,34 +393,27 @@ def main() -> None:
         "ffcv",
     )
     facts = {key: facts.get(key, "") for key in keys} | {"lightly": environment.installed("lightly") or ""}
-    rows = []
+    out = args.out or results_csv.FOLDER / f"{args.set}.csv"
+    turns = Turns(out, lambda rows: [row | facts for row in rows])
+
+    def row_of(name: str, size: int, round_: int) -> dict[str, Any]:
+        command = [sys.executable, __file__, "--measure", name, "--sizes", str(size), "--seconds", str(args.seconds)]
+        result = result_of(command)
+        row = {"round": round_, "size_px": size, "contender": name, "cores": CORES}
+        row |= {"images": result["images"], "images_per_s": f"{result['images'] / result['seconds']:.1f}"}
+        row |= {"cpu_s_per_1000": f"{1000 * result['cpu_seconds'] / result['images']:.3f}"}
+        return row | {"peak_mb": f"{result['peak_mb']:.0f}"}
+
     for round_ in range(args.rounds):
-        for size in args.sizes:
-            for name in args.only:
-                command = [sys.executable, __file__, "--measure", name, "--sizes", str(size)]
-                command += ["--seconds", str(args.seconds)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode != 0 or not done.stdout.strip():
-                    sys.exit(f"{name} at {size} px failed:\n{done.stderr[-3000:]}")
-                result = json.loads(done.stdout.strip().splitlines()[-1])
-                rate = result["images"] / result["seconds"]
-                row = {"round": round_, "size_px": size, "contender": name, "cores": CORES}
-                row |= {"images": result["images"], "images_per_s": f"{rate:.1f}"}
-                row |= {"cpu_s_per_1000": f"{1000 * result['cpu_seconds'] / result['images']:.3f}"}
-                rows.append(row | {"peak_mb": f"{result['peak_mb']:.0f}"} | facts)
-                print(f"round {round_}  {size} px  {name:<34} {rate:7.0f} images/s", flush=True)
-    results_csv.write(args.out, rows)
-    print_summary(rows)
-
-
-def print_summary(rows: list[dict]) -> None:
-    """Medians, and every contender's rate as a share of decode-only within its own round."""
-    for size in dict.fromkeys(row["size_px"] for row in rows):
-        print(f"{size} px")
-        for name in dict.fromkeys(row["contender"] for row in rows):
-            own = [float(r["images_per_s"]) for r in rows if (r["size_px"], r["contender"]) == (size, name)]
-            print(f"  {name:<34} {statistics.median(own):7.0f} images/s  ({min(own):.0f} to {max(own):.0f})")
+        for size in sizes:
+            for name in names:
+                row = turns.take((size, name), f"{size} px: {name}", partial(row_of, name, size, round_))
+                if row is not None:
+                    rate = float(row["images_per_s"])
+                    print(f"round {round_}  {size} px  {name:<34} {rate:7.0f} images/s", flush=True)
+    print_summary(turns.rows)
+    return turns.end()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

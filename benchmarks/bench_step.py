@@ -6,14 +6,15 @@
 The contenders take turns (A B C A B C ...). A turn builds its contender, does the warm-up steps, times the next ones and drops
 everything again, so that one network at a time lies in memory. On a CPU a turn is a process of its own, since fastbyol tells malloc
 to keep memory and its peers do not; on a GPU, where a process takes long to warm up, torch's switches that a contender sets
-are set back before the next. Every contender does all of an optimiser step (forward passes, loss, backward pass, weights,
+are set back before the next. A contender that raises is named and has no further turns. Every contender does all of an optimiser step (forward passes, loss, backward pass, weights,
 target) on random views of its own dtype and memory format. On a GPU its queue is waited for before and after the timed calls, and
 peers' float32 is torch's default there: convolutions in TF32, matrix products exact.
 
 Contenders:
     fastbyol                        step.py as it runs by default on this device
     fastbyol eager fp32             its step in mode eager, precision fp32
-    fastbyol compile, cuda_graph    the other modes (--modes; cuda_graph on a GPU)
+    fastbyol eager, compile, cuda_graph
+                                    its modes (--modes; cuda_graph on a GPU, eager where it is not the default)
     lightly                         the BYOL example of its documentation: views one by one, NegativeCosineSimilarity both ways,
                                     update_momentum, SGD; float32, NCHW. Heads as wide as ours (4096, 256)
     byol-pytorch                    the loop of its README: Adam, update_moving_average; both views as one batch (joint BatchNorm
@@ -22,11 +23,14 @@ Contenders:
     stable-pretraining              its BYOL module around a timm backbone: views one by one, its teacher update, SGD; float32, NCHW
     plain torch                     a loop of the usual kind: float32, NCHW, views one by one, torch's SGD, foreach EMA
     plain torch channels-last       the same with channels-last weights and views
-    plain torch channels-last bf16  the same under bfloat16 autocast
+    plain torch channels-last bf16  the same under bfloat16 autocast, with fused SGD and cuDNN's choice of the fastest algorithm
+    plain torch compiled            the same with networks and loss under torch.compile: what one gets for one line more (by default on a GPU, with
+                                    --modes on a CPU)
     supervised                      on a GPU: cross-entropy and fused SGD on the same backbone with torch.compile and its CUDA graphs,
                                     channels-last, bfloat16. One image costs it 3 units and BYOL 8: 3/8 of its rate is BYOL's bound
 
-Writes benchmarks/results/step_DEVICE.csv, one row per set, round and contender, after every round.
+Writes benchmarks/results/step_DEVICE.csv, one row per set, round and contender, after every turn. The exit code is 1 where a contender
+failed; one that the GPU's memory does not hold is left out and named.
 """
 
 import argparse
@@ -36,11 +40,15 @@ import importlib.util
 import multiprocessing
 import os
 import re
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,6 +59,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from turns import LeftOut, Turns, one_line
 
 from fastbyol import environment
 from fastbyol.bench import BOUND, CLASSES, supervised_step
@@ -261,14 +270,21 @@ def plain_torch(
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
     dtype: torch.dtype = torch.float32,
+    *,
+    tuned: bool = False,
+    compiled: bool = False,
 ) -> Trainer:
+    """`tuned` takes the switches that cost nothing: fused SGD and cuDNN's search for the fastest algorithm."""
+    torch.backends.cudnn.benchmark |= tuned
     model = PlainBYOL(work).to(device=device, memory_format=memory_format)
+    loss_of = torch.compile(model) if compiled else model
     weights, targets = list(model.online.parameters()), list(model.target.parameters())
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.03, momentum=0.9)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.03, momentum=0.9, fused=tuned or None)
 
     def step(view1: Tensor, view2: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(view1, view2)
+            loss = loss_of(view1, view2)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -291,6 +307,7 @@ def supervised(work: Work, device: torch.device) -> Trainer:
 CONTENDERS: dict[str, Callable[[Work, torch.device], Trainer]] = {
     "fastbyol": fastbyol,
     "fastbyol eager fp32": lambda work, device: fastbyol(work, device, "fp32", "eager"),
+    "fastbyol eager": lambda work, device: fastbyol(work, device, mode="eager"),
     "fastbyol compile": lambda work, device: fastbyol(work, device, mode="compile"),
     "fastbyol cuda_graph": lambda work, device: fastbyol(work, device, mode="cuda_graph"),
     "lightly": lightly,
@@ -299,7 +316,10 @@ CONTENDERS: dict[str, Callable[[Work, torch.device], Trainer]] = {
     "plain torch": plain_torch,
     "plain torch channels-last": lambda work, device: plain_torch(work, device, torch.channels_last),
     "plain torch channels-last bf16": lambda work, device: plain_torch(
-        work, device, torch.channels_last, torch.bfloat16
+        work, device, torch.channels_last, torch.bfloat16, tuned=True
+    ),
+    "plain torch compiled": lambda work, device: plain_torch(
+        work, device, torch.channels_last, torch.bfloat16, tuned=True, compiled=True
     ),
     "supervised": supervised,
 }
@@ -307,9 +327,10 @@ CONTENDERS: dict[str, Callable[[Work, torch.device], Trainer]] = {
 
 def defaults(device: torch.device, modes: bool) -> list[str]:
     """The contenders of a plain run on this device."""
-    left_out = {"fastbyol compile", "fastbyol cuda_graph"} if not modes else set()
+    left_out = set() if modes else {"fastbyol eager", "fastbyol compile", "fastbyol cuda_graph"}
     if device.type == "cpu":
-        left_out |= {"fastbyol cuda_graph", "supervised"}
+        left_out |= {"fastbyol eager", "fastbyol cuda_graph", "supervised"}
+        left_out |= set() if modes else {"plain torch compiled"}
     return [name for name in CONTENDERS if name not in left_out]
 
 
@@ -344,14 +365,16 @@ def own_turn(device: torch.device) -> Iterator[None]:
     before = [getattr(owner, name) for owner, name in _SWITCHES]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    yield
-    for (owner, name), value in zip(_SWITCHES, before, strict=True):
-        if getattr(owner, name) != value:
-            setattr(owner, name, value)
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        for (owner, name), value in zip(_SWITCHES, before, strict=True):
+            if getattr(owner, name) != value:
+                setattr(owner, name, value)
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def timed_ms(step: Callable[[], Tensor], device: torch.device) -> list[float]:
@@ -374,14 +397,23 @@ def timed_ms(step: Callable[[], Tensor], device: torch.device) -> list[float]:
     return values
 
 
-def turn(contender: str, work: Work, device: torch.device, round_: int) -> dict[str, Any] | None:
-    """One row, or None and a line why: the GPU's memory does not hold the contender."""
+def turn(contender: str, work: Work, device: torch.device, round_: int) -> dict[str, Any]:
+    """One row.
+
+    Raises:
+        LeftOut: the contender raised something; the traceback has been printed.
+    """
     with own_turn(device):
+        values, why = [], None
         try:
             values = timed_ms(prepare(contender, work, device), device)
         except torch.cuda.OutOfMemoryError:
-            print(f"{work}: {contender} does not fit into the GPU's memory and is left out", flush=True)
-            return None
+            why = LeftOut("it does not fit into the GPU's memory", failed=False)
+        except Exception as error:  # whatever it is, the next contender has its turn
+            traceback.print_exc()
+            why = LeftOut(one_line(error))
+        if why is not None:  # out here the exception no longer holds the contender's memory
+            raise why
         peak = f"{torch.cuda.max_memory_reserved() / 2**30:.2f}" if device.type == "cuda" else ""
     ms = median(values)
     return {
@@ -395,10 +427,13 @@ def turn(contender: str, work: Work, device: torch.device, round_: int) -> dict[
     }
 
 
-def in_own_process(*arguments: Any) -> dict[str, Any] | None:
+def in_own_process(*arguments: Any) -> dict[str, Any]:
     """`turn` in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(turn, *arguments).result()
+        try:
+            return process.submit(turn, *arguments).result()
+        except BrokenProcessPool:
+            raise LeftOut("its process died") from None
 
 
 def with_bound(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -440,49 +475,56 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
             print(f"  fastbyol's share of 3/8 of the supervised rate: {results_csv.spread(shares, 2)}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         choices=["cpu", "cuda"],
         help="where it runs",
     )
-    parser.add_argument(
+    options.add_argument(
         "--sets", nargs="+", type=Work.parse, help=f"by default {SETS}; any ResNet, size and batch will do"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="how often every contender has its turn")
-    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these contenders alone")
-    parser.add_argument(
-        "--modes", action="store_true", help="fastbyol's other modes too: compile, and cuda_graph on a GPU"
+    options.add_argument("--rounds", type=int, default=5, help="how often every contender has its turn")
+    options.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these contenders alone")
+    options.add_argument(
+        "--modes",
+        action="store_true",
+        help="fastbyol's other modes too: compile, on a GPU eager and cuda_graph; on a CPU plain torch compiled as well",
     )
-    parser.add_argument("--out", type=Path, help="by default benchmarks/results/step_DEVICE.csv")
-    args = parser.parse_args()
-    device = torch.device(args.device)
+    options.add_argument("--out", type=Path, help="by default benchmarks/results/step_DEVICE.csv")
+    return options
+
+
+def device_of(name: str) -> torch.device:
+    """The device, or the end with one line where it is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        parser().exit(2, "error: --device cuda: torch sees no CUDA device here\n")
+    return torch.device(name)
+
+
+def main() -> int:
+    args = parser().parse_args()
+    device = device_of(args.device)
     names = args.only or defaults(device, args.modes)
     for name in names:
         if not is_installed(name):
             print(f"{name} is not installed here and is left out: make bench-setup")
     names = [name for name in names if is_installed(name)]
-    facts, rows = machine(), []
-    left_out = set()
+    facts = machine()
+    measure = in_own_process if device.type == "cpu" else turn
+    out = args.out or results_csv.FOLDER / f"step_{device.type}.csv"
+    turns = Turns(out, lambda rows: [row | facts for row in with_bound(rows)])
     for round_ in range(args.rounds):
         for work in args.sets or [Work.parse(text) for text in SETS[device.type]]:
-            for name in (n for n in names if (work, n) not in left_out):
-                row = (
-                    in_own_process(name, work, device, round_)
-                    if device.type == "cpu"
-                    else turn(name, work, device, round_)
-                )
-                if row is None:
-                    left_out.add((work, name))
-                    continue
-                rows.append(row)
-                print(f"round {round_}  {work}  {name:<32} {float(row['ms']):9.1f} ms", flush=True)
-        out = args.out or results_csv.FOLDER / f"step_{device.type}.csv"
-        results_csv.write(out, [row | facts for row in with_bound(rows)])
-    print_summary(rows)
+            for name in names:
+                row = turns.take((work, name), f"{work}: {name}", partial(measure, name, work, device, round_))
+                if row is not None:
+                    print(f"round {round_}  {work}  {name:<32} {float(row['ms']):9.1f} ms", flush=True)
+    print_summary(turns.rows)
+    return turns.end()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,8 @@ Contenders:
     lightly 1 thread     on the CPU: the same with one thread for the step, since the workers want the cores too
     ... step alone       the same step on a batch that is already there: what the loader costs is the difference
 
-Writes benchmarks/results/train_DEVICE.csv, one row per measurement. `wait_share` is the part of the time for which the loop
+Writes benchmarks/results/train_DEVICE.csv, one row per measurement, after each. A contender that fails is named and has no further
+turns; the exit code is then 1. `wait_share` is the part of the time for which the loop
 stood still for a batch, `share_of_step_alone` the rate beside that of the step alone in the same round.
 """
 
@@ -21,10 +22,10 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ import bench_loader
 import bench_step
 import results_csv
 import torch
+import turns
 from bench_step import Work
 
 from fastbyol import environment
@@ -114,10 +116,7 @@ def run(contender: str, work: Work, device: torch.device, seconds: float) -> dic
     """The JSON of a measurement in a process of its own."""
     command = [sys.executable, __file__, "--measure", contender, "--sets", str(work)]
     command += ["--device", device.type, "--seconds", str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not done.stdout.strip():
-        sys.exit(f"{contender} failed at {work}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return turns.result_of(command)
 
 
 def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,22 +139,26 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
             print(f"  {contender:<22} {results_csv.spread(list(own.values()), 1):>22} images/s  {ratio}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         choices=["cpu", "cuda"],
         help="where it runs",
     )
-    parser.add_argument("--sets", nargs="+", type=Work.parse, help=f"by default {SETS}")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=30, help="of each measurement")
-    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS))
-    parser.add_argument("--out", type=Path, help="by default benchmarks/results/train_DEVICE.csv")
-    parser.add_argument("--measure", choices=list(CONTENDERS), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    device = torch.device(args.device)
+    options.add_argument("--sets", nargs="+", type=Work.parse, help=f"by default {SETS}")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--seconds", type=float, default=30, help="of each measurement")
+    options.add_argument("--only", nargs="+", choices=list(CONTENDERS))
+    options.add_argument("--out", type=Path, help="by default benchmarks/results/train_DEVICE.csv")
+    options.add_argument("--measure", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    return options
+
+
+def main() -> int:
+    args = parser().parse_args()
+    device = bench_step.device_of(args.device)
     sets = args.sets or [Work.parse(text) for text in SETS[device.type]]
     if args.measure:
         measure(args.measure, sets[0], device, args.seconds)
@@ -167,21 +170,26 @@ def main() -> None:
     for path in sorted((bench_loader.CORPUS / "train").rglob("*.jpg")):
         path.read_bytes()  # into the page cache
     facts = bench_step.machine() | {name: environment.installed(name) or "" for name in ("simplejpeg", "pillow")}
-    rows: list[dict[str, Any]] = []
+    out = args.out or results_csv.FOLDER / f"train_{device.type}.csv"
+    taken = turns.Turns(out, lambda rows: [row | facts for row in with_shares(rows)])
+
+    def row_of(name: str, work: Work, round_: int) -> dict[str, Any]:
+        result = run(name, work, device, args.seconds)
+        ms = 1e3 * result["seconds"] / result["steps"]
+        row = {"set": str(work), "round": round_, "contender": name, "steps": int(result["steps"])}
+        row |= {"ms": f"{ms:.3f}", "images_per_s": f"{1e3 * work.batch / ms:.2f}"}
+        row["wait_share"] = f"{result['waited_s'] / result['seconds']:.3f}"
+        return row | {"cores": bench_loader.CORES}
+
     for round_ in range(args.rounds):
         for work in sets:
             for name in names:
-                result = run(name, work, device, args.seconds)
-                ms = 1e3 * result["seconds"] / result["steps"]
-                row = {"set": str(work), "round": round_, "contender": name, "steps": int(result["steps"])}
-                row |= {"ms": f"{ms:.3f}", "images_per_s": f"{1e3 * work.batch / ms:.2f}"}
-                row["wait_share"] = f"{result['waited_s'] / result['seconds']:.3f}"
-                rows.append(row | {"cores": bench_loader.CORES})
-                print(f"round {round_}  {work}  {name:<22} {1e3 * work.batch / ms:8.1f} images/s", flush=True)
-        out = args.out or results_csv.FOLDER / f"train_{device.type}.csv"
-        results_csv.write(out, [row | facts for row in with_shares(rows)])
-    print_summary(rows)
+                row = taken.take((work, name), f"{work}: {name}", partial(row_of, name, work, round_))
+                if row is not None:
+                    print(f"round {round_}  {work}  {name:<22} {float(row['images_per_s']):8.1f} images/s", flush=True)
+    print_summary(taken.rows)
+    return taken.end()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

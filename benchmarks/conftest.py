@@ -1,5 +1,7 @@
 """Turns what pytest-benchmark measures into result files: one CSV per benchmark and device, one row per measurement."""
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, default=ROUNDS, help="how often every contender has its turn")
     parser.addoption("--devices", nargs="+", default=DEVICES, choices=["cpu", "cuda"])
     parser.addoption("--results", type=Path, default=results_csv.FOLDER, help="folder of the result files")
+    parser.addoption("--views", type=int, help="how many views bench_augment.py augments; by default 32, on a GPU 512")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_ROWS] = {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,32 +35,50 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", metafunc.config.getoption("devices"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.callspec.params["turn"])
+    if "cuda" in config.getoption("devices") and not torch.cuda.is_available() and not config.option.collectonly:
+        raise pytest.UsageError("--devices cuda: torch sees no CUDA device here")
 
 
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    """Writes NAME_DEVICE.csv; `share_of_copy` is the bandwidth over that of the copy in the same round."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Writes all rows so far after every measurement, so that a run that is killed loses one at most."""
+    yield
+    measured = item.funcargs["benchmark"].stats
+    if measured is not None:  # not with --benchmark-disable
+        _record(item.config, item.path.stem, measured.extra_info, measured.stats.data)
+
+
+_ROWS = pytest.StashKey[dict[tuple[str, str], list[dict[str, Any]]]]()
+
+
+@cache
+def _machine() -> dict[str, str]:
     facts = environment.describe()
-    machine = {key: facts[key] for key in ("fastbyol", "cpu", "gpu", "python", "torch")}
-    machine |= {name: environment.installed(name) or "" for name in ("triton", "numba", "lightly", "kornia")}
-    by_file: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for bench in (b for b in benchmarks if b.stats.data):  # a skipped contender has none
-        info = bench.extra_info
-        row = {
-            "round": info["round"],
-            "set": info["set"],
-            "contender": info["contender"],
-            "ms": f"{1e3 * median(bench.stats.data) / info['calls']:.4f}",
-            "n": len(bench.stats.data) * info["calls"],
-            "bytes": info["bytes"],
-        }
-        by_file.setdefault((Path(bench.fullname.split("::")[0]).stem, info["device"]), []).append(row)
-    for (stem, device), rows in by_file.items():
-        copies = {(r["round"], r["set"]): r["bytes"] / float(r["ms"]) for r in rows if r["contender"] == "copy"}
-        for row in rows:
-            rate = row["bytes"] / float(row["ms"])
-            row["gb_per_s"] = f"{rate / 1e6:.1f}"
-            row["share_of_copy"] = f"{rate / copies[row['round'], row['set']]:.3f}"
+    names = ("triton", "numba", "lightly", "kornia")
+    return {key: facts[key] for key in ("fastbyol", "cpu", "gpu", "python", "torch")} | {
+        name: environment.installed(name) or "" for name in names
+    }
+
+
+def _record(config: pytest.Config, stem: str, info: dict[str, Any], seconds: list[float]) -> None:
+    """Adds a row and writes NAME_DEVICE.csv; `share_of_copy` is the bandwidth over that of the copy in the same round."""
+    ms = 1e3 * median(seconds) / info["calls"]
+    row = {key: info[key] for key in ("round", "set", "contender")}
+    row |= {"ms": f"{ms:.4f}", "n": len(seconds) * info["calls"], "bytes": info["bytes"]}
+    row["gb_per_s"] = f"{info['bytes'] / ms / 1e6:.1f}"
+    rows = config.stash[_ROWS].setdefault((stem, info["device"]), [])
+    rows.append(row | {"share_of_copy": ""} | _machine())
+    copies = {(r["round"], r["set"]): r["bytes"] / float(r["ms"]) for r in rows if r["contender"] == "copy"}
+    for r in rows:
+        if (copy := copies.get((r["round"], r["set"]))) is not None:
+            r["share_of_copy"] = f"{r['bytes'] / float(r['ms']) / copy:.3f}"
+    path = config.getoption("--results") / f"{stem.removeprefix('bench_')}_{info['device']}.csv"
+    results_csv.write(path, rows, quiet=True)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for stem, device in config.stash[_ROWS]:
         path = config.getoption("--results") / f"{stem.removeprefix('bench_')}_{device}.csv"
-        results_csv.write(path, [row | machine for row in rows])
+        terminalreporter.write_line(f"wrote {path}")

@@ -12,21 +12,23 @@ from pathlib import Path
 from statistics import mean, median
 
 import against
-from results_csv import by_round, ratios, read, spread
+from results_csv import by_round, machine, ratios, read, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _MARK = re.compile(r"(<!-- (\w+):[^\n]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def source_note(rows: list[dict[str, str]], packages: tuple[str, ...], source: str) -> str:
-    """Machine, versions, commits, number of rounds, origin."""
+def source_note(rows: list[dict[str, str]], packages: tuple[str, ...], name: str, target: str) -> str:
+    """Machine, versions, commits, number of rounds, and the file NAME.csv that `make TARGET` writes."""
     first = rows[0]
-    machine = first["cpu"] if first["gpu"] == "none" else f"{first['gpu']}; {first['cpu']}"
-    versions = ", ".join(f"{name} {first[name]}" for name in packages if first.get(name))
+    versions = ", ".join(f"{package} {first[package]}" for package in packages if first.get(package))
     commits = ", ".join(dict.fromkeys(row["fastbyol"].split()[-1] for row in rows))
     rounds = len({row["round"] for row in rows})
-    return f"{machine}; {versions}; commit {commits}; {rounds} rounds in turn, ratios within a round. Source: {source}."
+    return (
+        f"{machine(name, first)}; {versions}; commit {commits}; {rounds} rounds in turn, ratios within a round. "
+        f"Source: benchmarks/results/{name}.csv (`make {target}`)."
+    )
 
 
 def demo_seeds() -> str:
@@ -181,7 +183,7 @@ def step(device: str = "cpu") -> str:
             share = spread([float(row["share_of_bound"]) for row in bounds.values()], 2)
             lines.append(f"| *bound: 3/8 of supervised* | | {bound:.0f} | *fastbyol reaches {share} of it* |")
     packages = ("torch", "torchvision", "timm", "lightly", "byol-pytorch", "stable-pretraining")
-    note = source_note(rows, packages, f"benchmarks/results/step_{device}.csv (`make bench-step`)")
+    note = source_note(rows, packages, f"step_{device}", "bench-step" if device == "cpu" else "gpu")
     return "\n".join([*lines, "", note]) + "\n"
 
 
@@ -207,7 +209,7 @@ def train_run(device: str = "cpu") -> str:
             rate = spread(list(values.values()), 1)
             lines.append(f"| {contender} | {rate} | {wait} | {share} | {ratio} |")
     packages = ("torch", "torchvision", "lightly", "pillow", "simplejpeg")
-    note = source_note(rows, packages, f"benchmarks/results/train_{device}.csv (`make bench-train`)")
+    note = source_note(rows, packages, f"train_{device}", "bench-train" if device == "cpu" else "gpu")
     return "\n".join([*lines, "", note]) + "\n"
 
 
@@ -224,7 +226,7 @@ def agreement() -> str:
         ms = spread([float(row["profile_step_ms"]) for row in own], 1)
         cells = [f"{ms} ms", *(spread([float(row[key]) for row in own], n) for key, n in digits.items())]
         lines.append(f"| {name} | " + " | ".join(cells) + f", {own[0]['rates_from']} |")
-    note = source_note(rows, ("torch", "timm", "numba"), "benchmarks/results/agreement.csv (`make bench-agreement`)")
+    note = source_note(rows, ("torch", "timm", "numba"), "agreement", "bench-agreement")
     return "\n".join([*lines, "", note]) + "\n"
 
 

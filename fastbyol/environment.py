@@ -64,12 +64,12 @@ def installed(distribution: str) -> str | None:
 
 
 def commit() -> str:
-    """Short hash of the source tree's commit, '+' if it has changes; empty outside a git checkout."""
+    """Short hash of the source tree's commit, '+' if it has changes; outside a git checkout what FASTBYOL_COMMIT says."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git, or not a checkout: the version says enough then
-        return ""
+    except (OSError, subprocess.SubprocessError):  # no git, or not a checkout
+        return os.environ.get("FASTBYOL_COMMIT", "")
 
 
 def _cpu_name() -> str:
