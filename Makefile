@@ -13,7 +13,7 @@ LOADERS := "decode only" fastbyol lightly "torchvision v2" "DALI CPU" "FFCV (1 v
 GPU_PYTHON ?= $(BIN)/python
 KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-disable-gc
 
-.PHONY: help demo test test-slow pytest-slow pytest-slow-beside lint setup gpu ffcv-packages bench bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-agreement \
+.PHONY: help demo test test-slow lint setup gpu ffcv-packages bench bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-agreement \
 	bench-exchange clean
 
 help:
@@ -59,22 +59,18 @@ ffcv-packages:
 	else echo "make: run that command as root first" >&2; exit 1; fi; \
 	$$root apt-get -qq update && $$root apt-get -qq install -y --no-install-recommends $(FFCV_PACKAGES) >/dev/null
 
+# Small networks gain nothing from more than one thread: a process per core does, up to four.
+test test-slow: export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
+
 # Triton compiles or interprets its kernels for the whole of a process, so those that need the interpreter have their own.
 test: lint $(TEST_STAMP)
-	$(BIN)/pytest -m "not slow and not interpreter"
+	$(PYTEST) --dist loadfile -m "not slow and not interpreter"
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "interpreter and not slow"
 
-# Two processes beside each other. The interpreter is one thread of Python, and whole runs of small networks need no more: they follow it, on the core
-# that the tests of kernels and layers leave idle most of the time. (Two processes of two threads each slow each other down more than they gain.)
 test-slow: $(TEST_STAMP)
-	@$(MAKE) --no-print-directory -j2 pytest-slow pytest-slow-beside
-
-pytest-slow:
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "slow and not interpreter and not runs"
-
-pytest-slow-beside:
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "slow and interpreter"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow and runs"
+	$(PYTEST) --dist worksteal -m "slow and not interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal -m "slow and interpreter"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

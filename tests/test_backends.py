@@ -92,6 +92,7 @@ def test_the_same_images_and_views_everywhere(loaders, stored, backend, storage)
     assert np.mean(total) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "storage"), PAIRS)
 def test_three_epochs_an_early_break_and_a_second_start(loaders, stored, backend, storage):
     loader = loaders(backend, storage)

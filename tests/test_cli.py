@@ -14,8 +14,6 @@ from fastbyol.cli import main
 from fastbyol.errors import HungLoader, InputError, RunError
 from fastbyol.train import train
 
-pytestmark = pytest.mark.runs
-
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
@@ -121,6 +119,7 @@ def test_every_shipped_config_is_accepted(capsys, path):
     assert (code, "there is no folder /nowhere/train" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_preview_draws_originals_and_both_views(capsys, photos, tmp_path):
     out = tmp_path / "preview.png"
     code, text, _ = run(capsys, "preview", "--data.root", str(photos), "--data.image_size_px", "48", "--out", str(out))

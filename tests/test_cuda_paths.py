@@ -180,6 +180,7 @@ def test_a_batch_travels_as_one_dense_block(dim):
         assert torch.equal(batch.views[v], block.select(dim, v).permute(0, 3, 1, 2))
 
 
+@pytest.mark.slow
 def test_ffcv_sends_its_own_block_and_pinned_labels(photos, tmp_path, monkeypatch):
     from fastbyol.data import ffcv
 

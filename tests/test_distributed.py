@@ -20,8 +20,6 @@ from fastbyol.errors import InputError
 from fastbyol.model import build_model
 from fastbyol.train import train
 
-pytestmark = pytest.mark.runs
-
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 

@@ -82,6 +82,7 @@ def test_linear_probe_equals_logistic_regression_within_half_a_point():
     assert 0.5 < accuracy["top1"] < 0.95  # neither trivial nor hopeless
 
 
+@pytest.mark.slow
 def test_linear_probe_equals_logistic_regression_on_few_real_images():
     """900 of scikit-learn's digits, both with a strength picked on the same held-out ones; four splits, since an image is 0.1 point."""
     digits = load_digits()
@@ -373,6 +374,7 @@ def test_corruptions_do_what_they_are_called(photos):
     assert variance.sqrt().item() == pytest.approx(6 * 65 / 224, rel=0.05)
 
 
+@pytest.mark.slow
 def test_robustness_has_a_curve_per_corruption_and_a_picture(run):
     result = evaluate("robustness", RobustnessEval(run=str(run), epochs=3), print)
     row = result["rows"][BYOL_ROW]
@@ -413,6 +415,7 @@ def test_protocols_read_beton_files_as_they_read_folders(run, photos, tmp_path):
         assert rows[0] == rows[1], protocol
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("protocol", "metrics"), [("segmentation", ["miou", "pixel_accuracy"]), ("detection", ["map", "map50", "map75"])]
 )

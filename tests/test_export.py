@@ -182,6 +182,7 @@ def test_torchvision_s_large_networks_compute_the_same(name, size):
     )
 
 
+@pytest.mark.slow
 def test_every_network_that_torchvision_has_too_gets_its_names_and_shapes():
     names = [name for name in timm.list_models() if export.torchvision_network(name, 224)]
     assert {"resnext50_32x4d", "wide_resnet50_2", "vgg19_bn", "convnext_large", "vit_large_patch32_384"} < set(names)
@@ -344,6 +345,7 @@ def test_onnxruntime_computes_the_same_for_any_batch(written, model, size):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_onnx_file_that_computes_otherwise_is_not_kept(written, monkeypatch, tmp_path):
     pytest.importorskip("onnx")
     export_network = torch.onnx.export

@@ -19,8 +19,6 @@ from fastbyol.data.folder import ImageFolder
 from fastbyol.errors import RunError
 from fastbyol.train import train
 
-pytestmark = pytest.mark.runs
-
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_is_the_run_that_was_not(make_config, tmp_path):

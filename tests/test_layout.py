@@ -107,6 +107,7 @@ OPTIONAL = (
 )
 
 
+@pytest.mark.slow
 def test_the_tests_of_a_gpu_are_collected_without_anything_optional():
     """In a process in which all of that cannot be imported; plugins of pytest that are installed are not loaded either."""
     code = f"""

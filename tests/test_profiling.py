@@ -265,6 +265,7 @@ def test_two_ranks_are_profiled_and_measured_together(photos, tmp_path):
 # --- bench ---
 
 
+@pytest.mark.slow
 def test_bench_measures_every_part_in_every_round(make_config, tmp_path):
     said = []
     out = tmp_path / "bench.json"

@@ -20,8 +20,6 @@ from fastbyol.model import BYOLOutput
 from fastbyol.runlog import RunLog
 from fastbyol.train import train
 
-pytestmark = pytest.mark.runs
-
 STEPS = 16  # 4 epochs of 4 batches
 
 
