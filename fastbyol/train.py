@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -55,15 +55,11 @@ def train(config: Config) -> RunResult:
     """
     world = world_from_environment()
     device = choose_device(config.device, world.local_rank)
-    with ProcessGroup(world, config.distributed, device):
+    # Signals are heeded until the process group has said why a run ends: torchrun sends SIGTERM to those who lost a rank.
+    with ExitStack() as last, ProcessGroup(world, config.distributed, device):
         run = _Run(config, world, device)
-        with (
-            closing(run.step),
-            run.one_line_for_faults(),
-            run.log,
-            _StopSignals() as stop,
-            StopTogether(world) as together,
-        ):
+        stop = last.enter_context(_StopSignals())
+        with closing(run.step), run.one_line_for_faults(), run.log, StopTogether(world) as together:
             run.announce()
             done = run.start
             with closing(run.loader.batches(run.start, run.step.total_steps)) as batches:

@@ -142,3 +142,28 @@ def test_a_model_that_does_not_compile_names_the_way_out(make_config, monkeypatc
     monkeypatch.setattr(BYOL, "forward", breaks)
     with pytest.raises(RunError, match="step.mode=compile: the model does not compile here .*step.mode=eager"):
         train(make_config(step={"mode": "compile"}, knn={"every_epochs": 0}))
+
+
+def test_a_signal_while_an_error_is_on_its_way_does_not_swallow_it(make_config, tmp_path):
+    """torchrun sends SIGTERM to the ranks that have lost another: they still say what happened."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(make_config(knn={"every_epochs": 0}).to_dict()))
+    code = f"""
+import json, os, signal
+from fastbyol import step
+from fastbyol.config import Config
+from fastbyol.errors import RunError
+from fastbyol.train import train
+
+def lost(self, number, batch):
+    raise RunError("lost")
+
+step.TrainStep.__call__ = lost
+step.TrainStep.close = lambda self: os.kill(os.getpid(), signal.SIGTERM)
+try:
+    train(Config.from_dict(json.load(open({str(path)!r}))))
+except RunError as error:
+    print("said", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert "said lost" in done.stdout, done.stderr
