@@ -230,6 +230,38 @@ def agreement() -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
+def cuda_bytes() -> str:
+    """Bytes and launches of the compiled step, by contender."""
+    rows = read("cuda_bytes")
+    names = {"fastbyol": "fastbyol", "plain": "plain compiled BYOL"}
+    lines = [
+        "| GB a step (launches) | Triton forward | Triton backward | convolutions, matrix products | total | MB an image | kept for backward |",
+        "|---" * 7 + "|",
+    ]
+    for row in rows:
+        n = {key: int(value) for key, value in row.items() if key.endswith(("bytes", "launches"))}
+        library = n["library_forward_bytes"] + n["library_backward_bytes"]
+        library_launches = n["library_forward_launches"] + n["library_backward_launches"]
+        launches = n["triton_forward_launches"] + n["triton_backward_launches"] + library_launches
+        cells = [
+            names[row["contender"]],
+            f"{n['triton_forward_bytes'] / 1e9:.1f} ({n['triton_forward_launches']})",
+            f"{n['triton_backward_bytes'] / 1e9:.1f} ({n['triton_backward_launches']})",
+            f"{library / 1e9:.1f} ({library_launches})",
+            f"{n['bytes'] / 1e9:.1f} ({launches})",
+            f"{float(row['mb_per_image']):.0f}",
+            f"{n['kept_bytes'] / 1e9:.1f} GB",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    first, moved = rows[0], {row["contender"]: int(row["bytes"]) for row in rows}
+    note = (
+        f"Counted, not measured: {first['set']}, bfloat16, channels-last, compiled for an H100 by torch {first['torch']}, Triton {first['triton']}; "
+        f"fastbyol / plain {moved['fastbyol'] / moved['plain']:.3f}; commit {first['fastbyol'].split()[-1]}. "
+        "Source: benchmarks/results/cuda_bytes.csv (`python benchmarks/cuda_bytes.py`)."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
 def exchange() -> str:
     """The estimate of what GPUs exchange; times beside the computing time of a step."""
     rows = read("exchange")
@@ -366,6 +398,7 @@ TABLES = {
     "train_run": train_run,
     "train_run_cuda": lambda: train_run("cuda"),
     "exchange": exchange,
+    "cuda_bytes": cuda_bytes,
     "agreement": agreement,
 }
 
