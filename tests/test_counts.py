@@ -66,8 +66,9 @@ def test_operators_and_allocations_of_a_step(loop):
         loop.step(batch)
     events = profiler.profiler.kineto_results.events()
     allocations = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
-    # A result of every operator, and BatchNorm's output and statistics; gradients are made anew, since they are set to None.
-    assert len(allocations) <= 849
+    # A result of every operator, and BatchNorm's output and statistics; gradients are made anew, since they are set to None. 849 with
+    # AVX-512; with AVX2 oneDNN lays 14 weights out anew.
+    assert len(allocations) <= 863
     assert names["_local_scalar_dense"] == 0  # nothing is read by the host
 
 

