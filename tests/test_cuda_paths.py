@@ -229,17 +229,24 @@ def test_pixels_that_the_host_decodes_for_dali_are_pinned_by_the_readers(photos,
 def test_evaluation_compiles_nothing(photos):
     """Over several ranks the backbone's parts are compiled for training; kNN's eval mode and its last, smaller batch run as they are."""
     torch._dynamo.reset()
-    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    for part in backbone:
-        part.compile(backend="eager", fullgraph=True, dynamic=False)
-    images = torch.randn(4, 3, SIZE, SIZE)
-    backbone(images)
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert compiled >= 1
+    compiled = []
+
+    class Part(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x)
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    backbone = Part(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone.compile(backend=backend, fullgraph=True, dynamic=False)
+    backbone(torch.randn(4, 3, SIZE, SIZE))
+    assert len(compiled) == 1
     options = {"size": SIZE, "device": torch.device("cpu"), "dtype": torch.float32, "threads": 1, "batch_size": 7}
     features = extract(backbone, open_split(photos, "val"), **options)
     assert features.x.shape == (18, 4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    assert len(compiled) == 1
 
 
 def test_a_checkout_that_is_not_installed_finds_its_kernels(tmp_path):
