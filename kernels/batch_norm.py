@@ -13,15 +13,14 @@ Formulas, per view v and channel c, over the R = N H W positions of the view's N
 Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); statistics per view, since BYOL sends its views through the network one by one
 (Grill et al. 2020) and one batch of both is otherwise the same computation.
 
-Statistics are exact whatever the mean: sums run over d = x - f, where f is the value of the view's first position, with
+Without a compiler statistics are exact whatever the mean: sums run over d = x - f, where f is the value of the view's first position, with
 delta = mean d and s2 = mean d^2 - delta^2; y = d (w i) + (b - delta w i). A mean of 1000 with a standard deviation of 1 costs no digit.
 
 Synchronised statistics: `reduce` gives the mean of a tensor over the ranks of a group, all with equal batch sizes. It is given m
 and s2 + m^2 of this rank in float64, so that s2 can be had back from their means: in float32 a mean of ten standard deviations
 costs two digits, which a training of twenty steps shows. Backward reduces mean g and mean(g xhat); dw and db stay this rank's.
 
-Four passes, each in torch (any device) and in numba (CPU; bfloat16 and float32), and the bytes that they move a value of
-bfloat16 (twice as many of float32):
+Four passes, in numba (CPU; bfloat16 and float32), and the bytes that they move a value of bfloat16 (twice as many of float32):
     moments    reads x                                     2
     apply      reads x (and residual), writes y            4 (6)
     sums       reads x and dy                              4      with residual and ReLU reads y too, and writes g: 8
@@ -35,7 +34,7 @@ are the V R positions with C values each, which lie one behind the other in chan
 import functools
 import struct
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,8 +102,8 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = relu(BatchNorm(x) + residual) with the statistics of every view's own images.
 
-    numba on the CPU for bfloat16 and float32, torch's own BatchNorm kernels on a GPU, torch's operations elsewhere, and under
-    torch.compile formulas that the compiler fuses, with the backward pass written out.
+    numba on the CPU for bfloat16 and float32; torch's own BatchNorm kernels on a GPU, unless statistics are synchronised; elsewhere
+    operations of torch, which a compiler fuses.
 
     Args:
         x: (V N, C) or (V N, C, H, W); used in channels-last memory, copied where it lies otherwise.
@@ -120,13 +119,16 @@ def batch_norm(
         ValueError: shapes that do not fit, an empty x, a dtype that is not meant.
     """
     _check(x, residual, weight, bias, views)
+    options: dict[str, Any] = {"views": views, "eps": eps, "relu": relu}
     if torch.compiler.is_compiling():
-        return _Traced.apply(x, residual, weight, bias, views, eps, relu, reduce)
+        return in_torch(x, residual, weight, bias, reduce=reduce, **options)
+    if (
+        type(x) is Tensor and x.is_cpu and x.dtype in (torch.bfloat16, torch.float32)
+    ):  # with memory, unlike a FakeTensor
+        return in_numba(x, residual, weight, bias, reduce=reduce, **options)
     if x.is_cuda and reduce is None:
-        return native(x, residual, weight, bias, views=views, eps=eps, relu=relu)
-    has_memory = type(x) is Tensor and x.is_cpu  # unlike FakeTensor, for example
-    passes: Passes = ON_CPU if has_memory and x.dtype in (torch.bfloat16, torch.float32) else IN_TORCH
-    return normalise(passes, x, residual, weight, bias, views=views, eps=eps, relu=relu, reduce=reduce)
+        return native(x, residual, weight, bias, **options)
+    return in_torch(x, residual, weight, bias, reduce=reduce, **options)
 
 
 def _check(
@@ -156,7 +158,7 @@ def _described(t: Tensor) -> str:
     return f"{tuple(t.shape)} {t.dtype} on {t.device}"
 
 
-# --- the autograd function, over either implementation of the passes ---
+# --- the autograd function over the passes in numba ---
 
 # Rows of the forward table (6, V, C): w i is SCALE, b - delta w i is OFFSET.
 MEAN, VAR, DELTA, INVSTD, SCALE, OFFSET = range(6)
@@ -164,33 +166,7 @@ MEAN, VAR, DELTA, INVSTD, SCALE, OFFSET = range(6)
 MEAN_G, MEAN_GX, SLOPE, CONSTANT = range(4)
 
 
-class Passes(Protocol):
-    """What an implementation provides. All tensors of x's size are dense in channels-last memory."""
-
-    def moments(self, x: Tensor, views: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """The forward table (6, V, C)."""
-
-    def affine(self, table: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-        """Fills INVSTD, SCALE and OFFSET of a table from its first rows."""
-
-    def apply(self, x: Tensor, residual: Tensor | None, table: Tensor, relu: bool) -> Tensor:
-        """y = relu(d SCALE + OFFSET + residual)."""
-
-    def sums(self, dy: Tensor, x: Tensor, y: Tensor | None, table: Tensor, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns g, the backward table (4, V, C), and (2, C) dw and db.
-
-        Given y, g is a tensor of its own; without, dy is returned as it is and the mask follows from x.
-        """
-
-    def slopes(self, back: Tensor, table: Tensor) -> None:
-        """Fills SLOPE and CONSTANT of a backward table from its first rows."""
-
-    def gradient(self, g: Tensor, x: Tensor, table: Tensor, back: Tensor, relu: bool) -> Tensor:
-        """dx; with `relu`, g is dy and has yet to be masked as x tells."""
-
-
-def normalise(
-    passes: Passes,
+def in_numba(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -201,10 +177,10 @@ def normalise(
     relu: bool,
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`batch_norm` by a given implementation; the arguments have been checked."""
+    """`batch_norm` by the passes of `OnCPU`; the arguments have been checked."""
     x, residual = _dense(x), None if residual is None else _dense(residual)
     weight, bias = weight.contiguous(), bias.contiguous()
-    arguments = passes, x, residual, weight, bias, views, eps, relu, reduce
+    arguments = x, residual, weight, bias, views, eps, relu, reduce
     inputs = (x, weight, bias) if residual is None else (x, residual, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return _BatchNorm.apply(*arguments)
@@ -217,7 +193,6 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _forward(
-    passes: Passes,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -227,20 +202,19 @@ def _forward(
     relu: bool,
     reduce: Reduce | None,
 ) -> tuple[Tensor, Tensor]:
-    table = passes.moments(x, views, weight, bias, eps)
+    table = ON_CPU.moments(x, views, weight, bias, eps)
     if reduce is not None:
         first = table[MEAN] - table[DELTA]
         mean, var = _synchronised(table[MEAN], table[VAR], reduce)
         table[MEAN], table[VAR], table[DELTA] = mean, var, mean - first
-        passes.affine(table, weight, bias, eps)
-    return passes.apply(x, residual, table, relu), table
+        ON_CPU.affine(table, weight, bias, eps)
+    return ON_CPU.apply(x, residual, table, relu), table
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        passes: Passes,
         x: Tensor,
         residual: Tensor | None,
         weight: Tensor,
@@ -250,9 +224,9 @@ class _BatchNorm(torch.autograd.Function):
         relu: bool,
         reduce: Reduce | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, table = _forward(passes, x, residual, weight, bias, views, eps, relu, reduce)
+        y, table = _forward(x, residual, weight, bias, views, eps, relu, reduce)
         ctx.save_for_backward(x, y if relu and residual is not None else None, table)
-        ctx.passes, ctx.relu, ctx.reduce, ctx.has_residual = passes, relu, reduce, residual is not None
+        ctx.relu, ctx.reduce, ctx.has_residual = relu, reduce, residual is not None
         mean, var = table[MEAN], table[VAR]
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
@@ -262,27 +236,56 @@ class _BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 9
-        passes, relu = ctx.passes, ctx.relu
+            return (None,) * 8
         x, y, table = ctx.saved_tensors
-        g, back, parameters = passes.sums(_dense(dy), x, y, table, relu)
+        g, back, parameters = ON_CPU.sums(_dense(dy), x, y, table, ctx.relu)
         if ctx.reduce is not None:
             back[: MEAN_GX + 1] = ctx.reduce(back[: MEAN_GX + 1].transpose(0, 1).contiguous()).transpose(0, 1)
-            passes.slopes(back, table)
-        dx = passes.gradient(g, x, table, back, relu and y is None) if ctx.needs_input_grad[1] else None
+            ON_CPU.slopes(back, table)
+        dx = ON_CPU.gradient(g, x, table, back, ctx.relu and y is None) if ctx.needs_input_grad[0] else None
         dw, db = parameters.unbind()
-        return None, dx, g if ctx.has_residual else None, dw, db, None, None, None, None
+        return dx, g if ctx.has_residual else None, dw, db, None, None, None, None
 
 
-# --- what torch.compile sees ---
+# --- torch ---
 
 
-class _Traced(torch.autograd.Function):
-    """The formulas for a compiler, which fuses forward and backward with what stands around them.
+def _by_view(x: Tensor, views: int) -> Tensor:
+    """(V, R, C) float32 (float64) of a dense x, or a view of it where it has that dtype."""
+    rows = x.movedim(1, -1).reshape(views, -1, x.shape[1])
+    return rows.to(torch.promote_types(x.dtype, torch.float32))
 
-    The backward pass is written out, since autograd's own through the reference reads x and dy several times more: the compiled
-    step of a ResNet-50 moves a quarter more bytes with it (benchmarks/cuda_bytes.py). y is kept where there is a ReLU: the
-    convolution behind it keeps it anyway.
+
+def _deviations(x: Tensor, views: int) -> tuple[Tensor, Tensor | None]:
+    """d (V, R, C) and f (V, C); under a compiler x itself and None: its kernels would load f for every value."""
+    rows = _by_view(x, views)
+    return (rows, None) if torch.compiler.is_compiling() else (rows - rows[:, :1], rows[:, 0])
+
+
+def _as(rows: Tensor, x: Tensor) -> Tensor:
+    """(V, R, C) in the shape, dtype and memory order of x."""
+    return rows.to(x.dtype).reshape(x.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def in_torch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    views: int,
+    eps: float,
+    relu: bool,
+    reduce: Reduce | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`batch_norm` in operations of torch, on any device and in any floating dtype; what torch.compile is given."""
+    return _InTorch.apply(x, residual, weight, bias, views, eps, relu, reduce)
+
+
+class _InTorch(torch.autograd.Function):
+    """The backward pass is written out: autograd's own through the reference reads x and dy several times more (benchmarks/LOG.md).
+
+    y is kept where there is a ReLU, since the convolution behind it keeps it anyway.
     """
 
     @staticmethod
@@ -297,31 +300,32 @@ class _Traced(torch.autograd.Function):
         relu: bool,
         reduce: Reduce | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = _by_view(x, views)
-        var, mean = torch.var_mean(rows, 1, correction=0)
+        d, first = _deviations(x, views)
+        var, delta = torch.var_mean(d, 1, correction=0)
+        mean = delta if first is None else first + delta
         if reduce is not None:
             mean, var = _synchronised(mean, var, reduce)
+            delta = mean if first is None else mean - first
         invstd = torch.rsqrt(var + eps)
-        y = (rows - mean[:, None]) * (weight * invstd)[:, None] + bias
+        y = (d - delta[:, None]) * (weight * invstd)[:, None] + bias
         if residual is not None:
             y = y + _by_view(residual, views)
         y = _as(y, x)
-        y = (
-            torch.relu(y) if relu else y.clone()
-        )  # no view, which an activation behind it could not change in place; both cost nothing
-        ctx.save_for_backward(x, y if relu else None, mean, invstd, weight)
+        # No view: an activation behind it could not change one in place. A compiler fuses both.
+        y = torch.relu(y) if relu else y.clone()
+        ctx.save_for_backward(x, y if relu else None, delta, invstd, weight)
         ctx.views, ctx.reduce, ctx.has_residual = views, reduce, residual is not None
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, mean, invstd, weight = ctx.saved_tensors
+        x, y, delta, invstd, weight = ctx.saved_tensors
         g = dy if y is None else torch.where(y <= 0, 0.0, dy)  # NaN in y lets dy through, as torch's ReLU does
-        rows, wide = _by_view(x, ctx.views), _by_view(g, ctx.views)
-        xhat = (rows - mean[:, None]) * invstd[:, None]
+        (d, _), wide = _deviations(x, ctx.views), _by_view(g, ctx.views)
+        xhat = (d - delta[:, None]) * invstd[:, None]
         mean_g, mean_gx = wide.mean(1), (wide * xhat).mean(1)
-        dw, db = mean_gx.sum(0) * rows.shape[1], mean_g.sum(0) * rows.shape[1]
+        dw, db = mean_gx.sum(0) * d.shape[1], mean_g.sum(0) * d.shape[1]
         if ctx.reduce is not None:
             mean_g, mean_gx = ctx.reduce(torch.stack([mean_g, mean_gx], 1)).unbind(1)
         dx = (weight * invstd)[:, None] * (wide - mean_g[:, None] - xhat * mean_gx[:, None])
@@ -336,7 +340,7 @@ def native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`batch_norm` by torch's own BatchNorm kernels, one call a view; for a GPU without a compiler, on any device by test.
 
-    They move about as many bytes as torch's BatchNorm2d, where the operations of `InTorch` move six times as many.
+    They move about as many bytes as torch's BatchNorm2d, where `in_torch` without a compiler moves several times as many.
     """
     residual = None if residual is None else _dense(residual)
     return _Native.apply(_dense(x), residual, weight.contiguous(), bias.contiguous(), views, eps, relu)
@@ -389,87 +393,6 @@ class _Native(torch.autograd.Function):
         ]
         dx, dw, db = zip(*parts, strict=True)
         return torch.cat(dx), g if ctx.has_residual else None, sum(dw), sum(db), None, None, None
-
-
-# --- torch ---
-
-
-def _by_view(x: Tensor, views: int) -> Tensor:
-    """(V, R, C) float32 (float64) of a dense x, or a view of it where it has that dtype."""
-    rows = x.movedim(1, -1).reshape(views, -1, x.shape[1])
-    return rows.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _as(rows: Tensor, x: Tensor) -> Tensor:
-    """(V, R, C) in the shape, dtype and memory order of x."""
-    return rows.to(x.dtype).reshape(x.movedim(1, -1).shape).movedim(-1, 1)
-
-
-class InTorch:
-    """The passes in operations of torch, on any device and in any floating dtype."""
-
-    def moments(self, x: Tensor, views: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """See `Passes`."""
-        rows = _by_view(x, views)
-        table = rows.new_empty(6, views, rows.shape[2])
-        var, delta = torch.var_mean(rows - rows[:, :1], 1, correction=0)
-        table[MEAN], table[VAR], table[DELTA] = rows[:, 0] + delta, var, delta
-        self.affine(table, weight, bias, eps)
-        return table
-
-    def affine(self, table: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-        """See `Passes`."""
-        table[INVSTD] = torch.rsqrt(table[VAR] + eps)
-        table[SCALE] = weight * table[INVSTD]
-        table[OFFSET] = bias - table[DELTA] * table[SCALE]
-
-    def apply(self, x: Tensor, residual: Tensor | None, table: Tensor, relu: bool) -> Tensor:
-        """See `Passes`."""
-        rows = _by_view(x, table.shape[1])
-        y = _scaled(rows, table)
-        if residual is not None:
-            y += _by_view(residual, table.shape[1])
-        return _as(y.relu_() if relu else y, x)
-
-    def sums(self, dy: Tensor, x: Tensor, y: Tensor | None, table: Tensor, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Passes`."""
-        views = table.shape[1]
-        rows = _by_view(x, views)
-        g = (
-            _masked(_by_view(dy, views), rows, table, relu)
-            if y is None
-            else _by_view(torch.where(y <= 0, 0.0, dy), views)
-        )
-        xhat = (rows - rows[:, :1] - table[DELTA, :, None]) * table[INVSTD, :, None]
-        back = torch.empty_like(table[:4])
-        back[MEAN_G], back[MEAN_GX] = g.mean(1), (g * xhat).mean(1)
-        self.slopes(back, table)
-        parameters = torch.stack([back[MEAN_GX].sum(0), back[MEAN_G].sum(0)]) * rows.shape[1]
-        return dy if y is None else _as(g, x), back, parameters
-
-    def slopes(self, back: Tensor, table: Tensor) -> None:
-        """See `Passes`."""
-        back[SLOPE] = -table[SCALE] * table[INVSTD] * back[MEAN_GX]
-        back[CONSTANT] = -table[SCALE] * back[MEAN_G] - back[SLOPE] * table[DELTA]
-
-    def gradient(self, g: Tensor, x: Tensor, table: Tensor, back: Tensor, relu: bool) -> Tensor:
-        """See `Passes`."""
-        views = table.shape[1]
-        rows = _by_view(x, views)
-        g = _masked(_by_view(g, views), rows, table, relu)
-        dx = table[SCALE, :, None] * g + (back[SLOPE, :, None] * (rows - rows[:, :1]) + back[CONSTANT, :, None])
-        return _as(dx, x)
-
-
-def _scaled(rows: Tensor, table: Tensor) -> Tensor:
-    return (rows - rows[:, :1]) * table[SCALE, :, None] + table[OFFSET, :, None]
-
-
-def _masked(dy: Tensor, rows: Tensor, table: Tensor, relu: bool) -> Tensor:
-    return torch.where(_scaled(rows, table) <= 0, 0.0, dy) if relu else dy
-
-
-IN_TORCH = InTorch()
 
 
 # --- the CPU: numba, threads over pieces of views ---
@@ -844,10 +767,10 @@ def _at(t: Tensor | None) -> int:
 
 
 class OnCPU:
-    """The passes in numba, for dense bfloat16 and float32 tensors on the CPU."""
+    """The passes, for bfloat16 and float32 tensors on the CPU, dense in channels-last memory."""
 
     def moments(self, x: Tensor, views: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """See `Passes`."""
+        """The forward table (6, V, C)."""
         cut, units, ranges = _cut(x.shape, views)
         table, scratch = _numbers(6, views, x.shape[1]), _numbers(4 + 2 * ranges, x.shape[1])
         words = _words(x, cut, table=table, scratch=scratch, weight=weight, bias=bias, eps=eps)
@@ -855,20 +778,23 @@ class OnCPU:
         return table
 
     def affine(self, table: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-        """See `Passes`."""
+        """Fills INVSTD, SCALE and OFFSET of a table from its first rows."""
         _, views, channels = table.shape
         words = _words(None, (views, 0, channels, 0, 0), table=table, weight=weight, bias=bias, eps=eps)
         threads.run(_affine, views, words)
 
     def apply(self, x: Tensor, residual: Tensor | None, table: Tensor, relu: bool) -> Tensor:
-        """See `Passes`."""
+        """y = relu(d SCALE + OFFSET + residual)."""
         cut, units, _ = _cut(x.shape, table.shape[1])
         y = torch.empty_like(x)
         threads.run(_apply, units, _words(x, cut, other=residual, y=y, table=table, relu=relu))
         return y
 
     def sums(self, dy: Tensor, x: Tensor, y: Tensor | None, table: Tensor, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Passes`."""
+        """Returns g, the backward table (4, V, C), and (2, C) dw and db.
+
+        Given y, g is a tensor of its own; without, dy is returned as it is and the mask follows from x.
+        """
         views, channels = table.shape[1:]
         cut, units, ranges = _cut(x.shape, views)
         back, parameters = _numbers(4, views, channels), _numbers(2, channels)
@@ -881,12 +807,12 @@ class OnCPU:
         return g, back, parameters
 
     def slopes(self, back: Tensor, table: Tensor) -> None:
-        """See `Passes`."""
+        """Fills SLOPE and CONSTANT of a backward table from its first rows."""
         _, views, channels = table.shape
         threads.run(_slopes, views, _words(None, (views, 0, channels, 0, 0), table=table, back=back))
 
     def gradient(self, g: Tensor, x: Tensor, table: Tensor, back: Tensor, relu: bool) -> Tensor:
-        """See `Passes`."""
+        """dx; with `relu`, g is dy and has yet to be masked as x tells."""
         cut, units, _ = _cut(x.shape, table.shape[1])
         dx = torch.empty_like(x)
         threads.run(_gradient, units, _words(x, cut, g=g, dx=dx, table=table, back=back, relu=relu))

@@ -13,7 +13,7 @@ from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepCo
 from fastbyol.data import Batch
 from fastbyol.distributed import World
 from fastbyol.errors import InputError
-from fastbyol.kernels import batch_norm, dispatch
+from fastbyol.kernels import dispatch
 from fastbyol.memory import SavedBytes
 from fastbyol.model import build_model
 from fastbyol.precision import LossScale
@@ -151,7 +151,6 @@ def test_a_step_reads_no_value(monkeypatch, precision):
     """On tensors without values, where `.item()` and its like raise: the step as a whole asks for none."""
     # Kernels that take addresses cannot run on tensors without memory.
     monkeypatch.setattr(dispatch, "lars_update", lambda device: reference_update)
-    monkeypatch.setattr(batch_norm, "ON_CPU", batch_norm.IN_TORCH)
     with FakeTensorMode():
         options = {"micro_batches": 2, "optim": {"clip_grad_norm": 1.0}}
         # Copying the weights, for a target or into another memory order, would have to read them.
