@@ -1,5 +1,6 @@
 """Where a step's memory goes, and the batch size that is found by it."""
 
+import gc
 import json
 
 import pytest
@@ -140,3 +141,21 @@ def test_all_networks_of_the_paper_are_counted(make_config):
         model = build_model(ModelConfig(), 224, 0)
     config = make_config(optim={"name": "lars"})
     assert memory.fixed_bytes(model, config) / 1e6 == pytest.approx(4 * (3 * 35.1 + 33.0), rel=0.01)
+
+
+def test_a_trial_that_runs_out_of_memory_leaves_nothing_behind(make_config, monkeypatch):
+    """Or the next, smaller one would not fit either. Seen on a GPU: data.batch_size=auto ended at two images."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def activations():
+        gc.collect()
+        return sum(type(o) is torch.Tensor and o.numel() > 10_000 for o in gc.get_objects())
+
+    config = make_config(precision="fp32")
+    model = build_model(config.model, 32, 0)
+    before = activations()
+    monkeypatch.setattr("fastbyol.model.pair_loss", full)
+    assert not memory._fits(model, config, 64, torch.device("cpu"))
+    assert activations() == before
