@@ -25,8 +25,9 @@ def source_note(rows: list[dict[str, str]], packages: tuple[str, ...], name: str
     versions = ", ".join(f"{package} {first[package]}" for package in packages if first.get(package))
     commits = ", ".join(dict.fromkeys(row["fastbyol"].split()[-1] for row in rows))
     rounds = len({row["round"] for row in rows})
+    turns = f"{rounds} rounds in turn, ratios within a round" if rounds > 1 else "1 round"
     return (
-        f"{machine(name, first)}; {versions}; commit {commits}; {rounds} rounds in turn, ratios within a round. "
+        f"{machine(name, first)}; {versions}; commit {commits}; {turns}. "
         f"Source: benchmarks/results/{name}.csv (`make {target}`)."
     )
 
@@ -230,6 +231,39 @@ def agreement() -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
+def kernels_cuda() -> str:
+    """Times of BatchNorm and of LARS + target on a GPU, and their bandwidth beside a copy's."""
+    lines = ["| | ms: median (range) | GB/s | share of a copy's bandwidth |", "|---|---|---|---|"]
+    files = {"batch_norm_cuda": "BatchNorm, forward and backward", "lars_ema_cuda": "LARS + target, pair of"}
+    found = {name: read(name) for name in files}
+    for name, title in files.items():
+        for key in dict.fromkeys(row["set"] for row in found[name]):
+            lines.append(f"| **{title} {key}** | | | |")
+            own = [row for row in found[name] if row["set"] == key]
+            times = by_round(own, "ms")
+            rates, shares = by_round(own, "gb_per_s"), by_round(own, "share_of_copy")
+            for contender, ms in times.items():
+                rate, share = (median(values[contender].values()) for values in (rates, shares))
+                lines.append(f"| {contender} | {spread(list(ms.values()), 3)} | {rate:.0f} | {share:.2f} |")
+    rows = [row for own in found.values() for row in own]
+    note = (
+        f"{machine('kernels_cuda', rows[0])}; torch {rows[0]['torch']}, Triton {rows[0]['triton']}; commit {rows[0]['fastbyol'].split()[-1]}; "
+        "1 round of BatchNorm, 3 of LARS. Bytes are those of the floor. Source: benchmarks/results/batch_norm_cuda.csv and lars_ema_cuda.csv (`make gpu`)."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def loader_cuda() -> str:
+    """Rates of the loader into a GPU, and the processor's time that it takes."""
+    rows = read("loader_cuda")
+    lines = ["| | images/s | CPU seconds per 1,000 images |", "|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row['contender']}, {row['size_px']} px | {float(row['images_per_s']):.0f} | {float(row['cpu_s_per_1000']):.2f} |"
+        )
+    return "\n".join([*lines, "", source_note(rows, ("torch", "numba", "simplejpeg"), "loader_cuda", "gpu")]) + "\n"
+
+
 def cuda_bytes() -> str:
     """Bytes and launches of the compiled step, by contender."""
     rows = read("cuda_bytes")
@@ -399,6 +433,8 @@ TABLES = {
     "train_run_cuda": lambda: train_run("cuda"),
     "exchange": exchange,
     "cuda_bytes": cuda_bytes,
+    "kernels_cuda": kernels_cuda,
+    "loader_cuda": loader_cuda,
     "agreement": agreement,
 }
 

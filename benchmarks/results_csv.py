@@ -52,5 +52,7 @@ def ratios(values: dict[str, float], others: dict[str, float]) -> list[float]:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Median and range."""
+    """Median and range; of one value, the value."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"

@@ -64,12 +64,14 @@ def installed(distribution: str) -> str | None:
 
 
 def commit() -> str:
-    """Short hash of the source tree's commit, '+' if it has changes; outside a git checkout what FASTBYOL_COMMIT says."""
+    """Short hash of the source tree's commit, '+' if it has changes; FASTBYOL_COMMIT overrides it, for a copy of a tree without its git."""
+    if told := os.environ.get("FASTBYOL_COMMIT"):
+        return told
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git, or not a checkout
-        return os.environ.get("FASTBYOL_COMMIT", "")
+        return ""
 
 
 def _cpu_name() -> str:

@@ -455,9 +455,8 @@ def _trace(loop: Loop, marks: Marks, out: Path | None) -> dict[str, Any]:
     for (part, name), (ms, calls) in _add_up(((part, name), own) for part, name, own in operators).items():
         by_part[part].append({"name": name, "ms": ms, "calls": calls})
     total = sum(ms for ms, _ in kernels.values())
-    last = max(
-        e.time_range.end for e in on_host if e.name in marks.parts
-    )  # after it we synchronise, and so does the profiler
+    # After the last part we synchronise, and so does the profiler.
+    last = max(e.time_range.end for e in on_host if e.name in marks.parts)
     syncs = sum(_is_sync(e.name) and e.time_range.start < last for e in on_host)
     return {
         "kernels": [

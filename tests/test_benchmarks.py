@@ -261,7 +261,7 @@ def test_a_gpus_table_names_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for device, machine in (("cpu", "a CPU"), ("cuda", "a card")):
         write_step(tmp_path, {("fastbyol", 0): 10, ("plain torch compiled", 0): 20}, device)
         note = readme_tables.step(device).splitlines()[-1]
-        assert note.startswith(f"{machine}; torch 2; commit abc; 1 rounds")
+        assert note.startswith(f"{machine}; torch 2; commit abc; 1 round")
         table = against.table(against.comparisons(tmp_path, device))
         assert f"step_{device}.csv ({machine}; torch 2;" in table
         assert "| plain torch compiled |" in table
