@@ -58,6 +58,12 @@ def compiled_from_the_sources() -> None:
     dispatch.compile_cpu_kernels(lambda text: None)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a generator does not depend on the tests that ran before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def interpreted() -> Callable[[str], ModuleType]:
     """Gives a module of fastbyol.kernels.gpu whose kernels run on CPU tensors, in Triton's interpreter."""

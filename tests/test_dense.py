@@ -120,8 +120,8 @@ def test_a_frozen_segmenter_learns_and_its_backbone_stays(folder):
         rows.append(SEGMENTATION.measure(backbone, data, options, FRAME))
         assert torch.equal(torch.get_rng_state(), random)
         random = torch.manual_seed(len(rows)).get_state()  # what others draw does not matter
-    assert rows[1]["miou"] > 0.6
-    assert rows[1]["miou"] > rows[0]["miou"] + 0.2
+    assert rows[1]["miou"] > 0.6  # six backbones reach 0.77 to 0.81
+    assert rows[1]["miou"] > rows[0]["miou"] + 0.2  # 0.25 to 0.36 after one epoch
     assert rows[1] == rows[2] != rows[3]
     assert same(state_of(backbone), before)
 
@@ -164,8 +164,8 @@ def test_a_detector_learns_and_its_backbone_stays(folder, monkeypatch):
     for changes in ({"epochs": 1}, {"epochs": 40}, {"epochs": 1, "trainable_stages": 1}):
         options = detection(folder, image_size_px=64, batch_size=4, lr=0.05, **changes)
         rows.append(DETECTION.measure(backbone, data, options, FRAME))
-    assert rows[1]["map50"] > 0.5
-    assert rows[0]["map50"] < 0.3
+    assert rows[1]["map50"] > 0.7  # five backbones reach 1.0
+    assert rows[1]["map50"] > rows[0]["map50"] + 0.3  # 0.01 to 0.38 after one epoch
     assert same(state_of(backbone), before)
     trained = [{name for name in own if not torch.equal(own[name], before[0][name])} for own in seen]
     weights = {name for name, _ in backbone.named_parameters() if name.startswith("layer4.")}

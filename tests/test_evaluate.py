@@ -259,16 +259,16 @@ def test_the_paper_s_linear_protocol_sees_new_crops_every_epoch_and_learns(photo
     network.train().register_forward_hook(
         lambda m, args, out: seen.append(args[0].clone()) if m.training is False else seen.append(None)
     )
-    options = {"base_lrs": (1e-6, 2.0), "epochs": 12, "batch_size": 36}
+    options = {"base_lrs": (1e-6, 8.0), "epochs": 40, "batch_size": 36}
     result = augmented_accuracy(network, splits, frame(), **options)
     assert len(seen[0]) == 1  # how many features there are
-    training = seen[1 : 1 + 12 * 2]
+    training = seen[1 : 1 + 40 * 2]
     assert all(x is not None and len(x) == 36 for x in training)  # evaluation mode, no partial batch
     assert not any(torch.equal(training[0], x) for x in training[1:])
     assert network.training
-    assert result["base_lr"] == 2.0
-    assert result["held_out_top1"] > 1 / 18
-    assert result["top1"] > 2 / 18
+    assert result["base_lr"] == 8.0
+    assert result["held_out_top1"] > 1.5 / 14  # chance is 1/18; six networks reach 4/14 to 6/14
+    assert result["top1"] > 2.5 / 18  # 5/18 to 8/18
 
 
 def test_finetuning_trains_a_copy_and_learns(run, photos, tmp_path):
@@ -303,11 +303,29 @@ def test_finetuning_changes_every_part_of_the_copy_and_nothing_of_the_backbone(p
     assert network[1].out_features == 18
 
 
-def test_the_rate_of_several_is_picked_on_held_out_labels(run):
-    options = FinetuneEval(run=str(run), epochs=10, batch_size=24, base_lrs=(1e-7, 1.0), baselines=False)
+def test_the_rate_of_several_is_picked_on_held_out_labels(run, monkeypatch):
+    trained, tested = [], []
+    accuracies = {0.1: 0.25, 1.0: 0.5, 3.0: 0.375}
+
+    def train_on(backbone, images, frame, *, base_lr, **options):
+        trained.append((base_lr, {images.where(k) for k in range(len(images))}))
+        return base_lr
+
+    def accuracy(base_lr, split, frame):
+        tested.append({split.where(k) for k in range(len(split))})
+        return {"top1": accuracies[base_lr], "top5": 1.0}
+
+    monkeypatch.setattr("fastbyol.evaluate.finetune.finetune", train_on)
+    monkeypatch.setattr("fastbyol.evaluate.finetune._accuracy", accuracy)
+    options = FinetuneEval(run=str(run), base_lrs=tuple(accuracies), baselines=False)
     row = evaluate("finetune", options, print)["rows"][BYOL_ROW]
-    assert row["base_lr"] == 1.0
-    assert "held_out_top1" in row
+    assert row == {"top1": 0.5, "top5": 1.0, "base_lr": 1.0, "held_out_top1": 0.5}
+    *rates, (final, labelled) = trained
+    *held, validation = tested
+    assert [rate for rate, _ in rates] == list(accuracies) and final == 1.0
+    assert len(labelled) == 72 and len(validation) == 18
+    for (_, fit), test in zip(rates, held, strict=True):
+        assert len(test) == 14 and not fit & test and fit | test == labelled
 
 
 def test_a_fraction_that_leaves_a_class_empty_names_the_key(run):

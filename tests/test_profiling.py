@@ -298,7 +298,7 @@ def test_the_supervised_step_learns_its_labels(make_config):
     model = bench._supervised(training_of(make_config()))
     step = bench.supervised_step(model, BATCH, CPU, torch.float32, "eager")
     losses = [float(step(images)) for _ in range(30)]
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.5  # six seeds fall from 7.0 to 1.7-2.2
 
 
 def test_the_bounds_network_has_none_of_our_layers(make_config):

@@ -393,7 +393,8 @@ def test_a_vgg_learns_in_that_mode(make_config):
     step = TrainStep(model, config, 4, torch.device("cpu"))
     batch = type("B", (), {"views": (normal(4, 3, 32, 32), normal(4, 3, 32, 32, seed=1))})
     found = [step(k, batch).loss.item() for k in range(4)]
-    assert found[-1] < found[0]
+    # The pair starts equal, the first step parts it; by the fourth the loss falls to 0.11-0.31 of that (six seeds).
+    assert found[-1] < 0.6 * found[1]
 
 
 def test_a_checkpoint_without_the_online_classifier_says_that_it_starts_anew(make_config, capfd):
