@@ -225,10 +225,10 @@ def test_a_hung_disk_is_noticed(stored, monkeypatch):
         return b""
 
     for backend, storage in (("dali", "train"), ("native", "raw.beton")):
-        loader = make(stored, storage, backend, timeout_s=0.5)
+        loader = make(stored, storage, backend, timeout_s=2)  # enough for a reader to start on a busy machine
         with monkeypatch.context() as patch:
             patch.setattr(type(loader.images), "read", hang)
-            with pytest.raises(HungLoader, match=r"no batch for 0.5 s \(data.timeout_s\)") as caught:
+            with pytest.raises(HungLoader, match=r"no batch for 2 s \(data.timeout_s\)") as caught:
                 next(loader.batches(0, 3))
             assert "in hang" in caught.value.stacks
         never.set()
@@ -251,14 +251,14 @@ def test_a_hung_ffcv_is_noticed(loaders, monkeypatch):
 @pytest.mark.parametrize("readahead", [1, 5, 200])
 def test_what_dali_is_given_on_a_gpu(stored, monkeypatch, readahead):
     """The reading half of its path there, which needs no GPU: whole steps in order, an early end, a hung disk."""
-    loader = make(stored, "train", "dali", readahead_images=readahead, timeout_s=0.5)
+    loader = make(stored, "train", "dali", readahead_images=readahead)
     steps = list(loader._read_steps(5, 12))
     assert [[p.index for p in step] for step in steps] == [loader.indices(k).tolist() for k in range(5, 12)]
     assert all(p.pixels is None and decode(p.encoded.tobytes()).shape[:2] == p.size for step in steps for p in step)
     part = loader._read_steps(0, 10**6)
     next(part)
     part.close()
-    never = threading.Event()
+    never, loader.timeout_s = threading.Event(), 0.5
     monkeypatch.setattr(type(loader.images), "read", lambda self, index: never.wait(60) and b"")
     with pytest.raises(HungLoader, match="no batch for 0.5 s"):
         next(loader._read_steps(0, 3))

@@ -157,14 +157,12 @@ def test_a_second_start_takes_the_kernels_from_the_cache():
     """In this process they are compiled or loaded by now; a fresh one must not compile, nor say that it does."""
     dispatch.compile_cpu_kernels(lambda text: None)
     code = (
-        "from fastbyol.kernels import dispatch, crop, augment; said = []; s = dispatch.compile_cpu_kernels(said.append);"
+        "from fastbyol.kernels import dispatch, crop, augment; said = []; dispatch.compile_cpu_kernels(said.append);"
         "kernels = (crop._crop, augment._augment);"
-        "print(sum(sum(k.stats.cache_misses.values()) for k in kernels), sum('compiling' in t for t in said), s)"
+        "print(sum(sum(k.stats.cache_misses.values()) for k in kernels), sum('compiling' in t for t in said))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_S)
-    misses, said, seconds = result.stdout.split()
-    assert (misses, said) == ("0", "0")
-    assert float(seconds) < 5  # measured: 0.4 s; the count of misses above is the real check
+    assert result.stdout.split() == ["0", "0"]
 
 
 def test_a_first_start_says_that_it_compiles(monkeypatch):

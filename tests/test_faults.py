@@ -96,10 +96,10 @@ def test_a_loader_that_hangs_is_noticed_with_all_stacks(make_config, monkeypatch
 
     seen: list[int] = []
     monkeypatch.setattr(ImageFolder, "read", read)
-    config = make_config(data={"timeout_s": 1.5, "readahead_images": 8}, knn={"every_epochs": 0})
+    config = make_config(data={"timeout_s": 3, "readahead_images": 8}, knn={"every_epochs": 0})
     try:
         with pytest.raises(
-            RunError, match=r"made no batch for 1.5 s \(data.timeout_s\).*stacks.txt has the stacks"
+            RunError, match=r"made no batch for 3 s \(data.timeout_s\).*stacks.txt has the stacks"
         ) as caught:
             train(config)
     finally:

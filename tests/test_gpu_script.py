@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import HANG_S
 
 from fastbyol import cli, environment
 
@@ -299,7 +300,7 @@ def test_pytest_knows_the_options_and_finds_tests(tmp_path):
     calls = [[f"--junitxml={tmp_path}/x.xml" if word.startswith("--junitxml") else word for word in c] for c in calls]
     program = f"import pytest\nfor call in {calls!r}:\n    assert pytest.main(call) == 0, call"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANG_S
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert calls
