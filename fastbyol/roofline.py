@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -38,7 +39,8 @@ _NO_TRAFFIC = {
     "promote_types",
 }
 _CAST_BYTES = 6  # a float32 value read, a 16-bit one written; or, of gradients, the other way round
-_PEAK_SIDE = {"cpu": 4096, "cuda": 8192}  # of the matrix product
+_PEAK_SIDES = {"cpu": (512, 1024, 2048, 4096), "cuda": (8192,)}  # of the matrix product
+_LONG_ENOUGH_S = 0.05  # of a product; a larger one adds no speed
 _PEAK_BYTES = {"cpu": 2**28, "cuda": 2**30}  # of the copy
 _PEAK_CALLS = 7  # the fastest counts
 
@@ -146,11 +148,18 @@ def update_bytes(optimizer: str, model: BYOL) -> int:
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """The best of a few large matrix products and of a few large copies, on all of the process's threads."""
-    n = _PEAK_SIDE[device.type]
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    product = torch.empty(n, n, device=device, dtype=dtype)
-    flops_per_s = 2 * n**3 / _fastest(lambda: torch.mm(a, b, out=product), device)
+    """The best of a few large matrix products and of a few large copies, on all of the process's threads.
+
+    The products grow until one takes long enough: a processor that emulates bfloat16 needs minutes for the largest.
+    """
+    flops_per_s = 0.0
+    for n in _PEAK_SIDES[device.type]:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        product = torch.empty(n, n, device=device, dtype=dtype)
+        seconds = _fastest(partial(torch.mm, a, b, out=product), device)
+        flops_per_s = max(flops_per_s, 2 * n**3 / seconds)
+        if seconds > _LONG_ENOUGH_S:
+            break
     source = torch.ones(_PEAK_BYTES[device.type] // 4, device=device)
     copy = torch.empty_like(source)
     bytes_per_s = 2 * 4 * source.numel() / _fastest(lambda: copy.copy_(source), device)

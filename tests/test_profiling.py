@@ -38,7 +38,7 @@ PARTS = [WAIT, COPY, AUGMENT, TARGET, ONLINE, BACKWARD, EXCHANGE, "LARS + target
 
 @pytest.fixture
 def small_peaks(monkeypatch):
-    monkeypatch.setattr("fastbyol.roofline._PEAK_SIDE", {"cpu": 128})
+    monkeypatch.setattr("fastbyol.roofline._PEAK_SIDES", {"cpu": (128,)})
     monkeypatch.setattr("fastbyol.roofline._PEAK_BYTES", {"cpu": 2**16})
 
 

@@ -115,10 +115,11 @@ def test_the_roofline_is_the_larger_of_both_for_every_operator():
 
 
 def test_peaks_are_work_over_time(monkeypatch):
-    monkeypatch.setattr(roofline, "_PEAK_SIDE", {"cpu": 64})
+    seconds = iter([0.01, 0.02, 0.5, 2.0])  # of products of side 8, 16, 32; of the copy
+    monkeypatch.setattr(roofline, "_PEAK_SIDES", {"cpu": (8, 16, 32, 2**40)})  # the last has no place in memory
     monkeypatch.setattr(roofline, "_PEAK_BYTES", {"cpu": 4096})
-    monkeypatch.setattr(roofline, "_fastest", lambda call, device: call() is None or 0.5)
-    assert roofline.measure_peaks(CPU, torch.float32) == Peaks(2 * 64**3 / 0.5, 2 * 4096 / 0.5)
+    monkeypatch.setattr(roofline, "_fastest", lambda call, device: (call(), next(seconds))[1])
+    assert roofline.measure_peaks(CPU, torch.float32) == Peaks(2 * 16**3 / 0.02, 2 * 4096 / 2.0)
 
 
 def test_any_backbone_can_be_counted():

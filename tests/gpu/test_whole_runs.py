@@ -189,7 +189,7 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_do(make_config):
 def small_peaks(monkeypatch):
     """The machine's peaks are not what is tested."""
     with monkeypatch.context() as patch:
-        patch.setattr("fastbyol.roofline._PEAK_SIDE", {"cpu": 128, "cuda": 1024})
+        patch.setattr("fastbyol.roofline._PEAK_SIDES", {"cpu": (128,), "cuda": (1024,)})
         patch.setattr("fastbyol.roofline._PEAK_BYTES", {"cpu": 2**16, "cuda": 2**24})
         yield
 
