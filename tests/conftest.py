@@ -1,6 +1,8 @@
+import getpass
 import importlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +30,11 @@ from fastbyol.kernels import dispatch
 HANG_S = 1500  # what takes so long hangs, on any machine under any load; no verdict depends on a shorter time
 BATCH = 16
 TRAIN_IMAGES = 72  # 4 batches of 16 and 8 images that no batch of an epoch holds
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # Inductor's cache of graphs does not know the instruction set: with AVX2 it gives code of 16 lanes, which reads beyond its arrays.
+    folder = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def _version(module: ModuleType) -> tuple[int, ...]:
