@@ -217,6 +217,7 @@ def test_ffcv_has_bad_images_replaced(stored, tmp_path, loaders):
         assert all((x - y).abs().max() < 3 / 255 / 0.224 for x, y in zip(b[:2], c[:2], strict=True))
 
 
+@pytest.mark.dali
 def test_a_hung_disk_is_noticed(stored, monkeypatch):
     never = threading.Event()
 
@@ -296,6 +297,8 @@ def test_an_exception_in_ffcvs_thread_reaches_the_consumer(loaders, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.dali
+@pytest.mark.ffcv
 def test_training_and_evaluation_are_the_same_from_every_door(photos, stored, make_config, tmp_path):
     """Losses of two epochs and the kNN accuracy after them; the features of one run, from a folder and from .beton files."""
     options = {"knn": {"every_epochs": 2}, "optim": {"epochs": 2, "warmup_epochs": 0, "base_lr": 0.5}}
@@ -319,6 +322,7 @@ def test_training_and_evaluation_are_the_same_from_every_door(photos, stored, ma
     assert results[0]["rows"] == results[1]["rows"]
 
 
+@pytest.mark.dali
 def test_which_backend_is_chosen_and_why(stored, monkeypatch):
     from fastbyol import data as doors
 

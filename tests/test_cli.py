@@ -186,6 +186,8 @@ def test_a_report_without_its_data_set_says_what_it_lacks(capsys, photos, make_c
 
 
 @pytest.mark.slow
+@pytest.mark.dali
+@pytest.mark.ffcv
 def test_doctor_says_what_works(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0

@@ -76,10 +76,12 @@ def test_imports_go_down(module, path):
 
 
 def scripts():
-    return [path for folder in ("tests", "tests/gpu", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    for path in sorted(path for folder in ("tests", "tests/gpu", "benchmarks") for path in ROOT.glob(f"{folder}/*.py")):
+        marks = [pytest.mark.ffcv] if "from fastbyol.data import ffcv" in path.read_text() else []
+        yield pytest.param(path, marks=marks, id=path.name)
 
 
-@pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", list(scripts()))
 def test_what_tests_and_benchmarks_ask_for_exists(path):
     """Much of them runs only where there is a GPU: what they name in our modules is there all the same."""
     tree = ast.parse(path.read_text())
