@@ -246,9 +246,10 @@ def kernels_cuda() -> str:
                 rate, share = (median(values[contender].values()) for values in (rates, shares))
                 lines.append(f"| {contender} | {spread(list(ms.values()), 3)} | {rate:.0f} | {share:.2f} |")
     rows = [row for own in found.values() for row in own]
+    rounds = [len({row["round"] for row in own}) for own in found.values()]
     note = (
         f"{machine('kernels_cuda', rows[0])}; torch {rows[0]['torch']}, Triton {rows[0]['triton']}; commit {rows[0]['fastbyol'].split()[-1]}; "
-        "1 round of BatchNorm, 3 of LARS. Bytes are those of the floor. Source: benchmarks/results/batch_norm_cuda.csv and lars_ema_cuda.csv (`make gpu`)."
+        f"rounds: {rounds[0]} of BatchNorm, {rounds[1]} of LARS. Bytes are those of the floor. Source: benchmarks/results/batch_norm_cuda.csv and lars_ema_cuda.csv (`make gpu`)."
     )
     return "\n".join([*lines, "", note]) + "\n"
 

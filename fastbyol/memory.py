@@ -74,7 +74,7 @@ class SavedBytes:
         storage = x.untyped_storage()
         if storage.data_ptr() not in self._known:
             self._kept[storage.data_ptr()] = storage.nbytes()
-        # Detached: an operator's own result would keep its graph, and the graph it, for ever where no backward pass follows.
+        # Detached: an operator's own result and its graph would keep each other alive where no backward pass follows.
         return x.detach()
 
 

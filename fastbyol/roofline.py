@@ -118,7 +118,7 @@ def kept_bytes(config: Config, images: int, dtype: torch.dtype) -> int:
         storage = x.untyped_storage()
         if storage._cdata not in known:
             kept[storage._cdata] = storage.nbytes()
-        return x
+        return x.detach()  # as in memory.SavedBytes: x itself would keep its graph for ever
 
     view = _meta_view(config, images // config.step.micro_batches, dtype)
     inputs = model.inputs(view, view)

@@ -1,4 +1,3 @@
-import getpass
 import importlib
 import json
 import os
@@ -32,9 +31,9 @@ BATCH = 16
 TRAIN_IMAGES = 72  # 4 batches of 16 and 8 images that no batch of an epoch holds
 
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
-    # Inductor's cache of graphs does not know the instruction set: with AVX2 it gives code of 16 lanes, which reads beyond its arrays.
-    folder = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{capability}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    # Inductor's graph cache has no instruction set in its key: code cached for AVX-512 reads out of bounds when AVX2 runs it.
+    cache = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
 
 def _version(module: ModuleType) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Work of a step against figures from outside and against hand counts."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -135,3 +137,15 @@ def test_the_counted_layers_are_the_layers_of_a_run():
     counted()
     x = torch.randn(6, 4, requires_grad=True)
     assert torch.allclose(norm(x), nn.functional.batch_norm(x, None, None, training=True), atol=1e-5)
+
+
+def test_counting_kept_bytes_leaves_no_graph_behind():
+    def tensors():
+        gc.collect()
+        return sum(type(o) is torch.Tensor for o in gc.get_objects())
+
+    config = Config(data=DataConfig(batch_size=4, image_size_px=32), model=SMALL)
+    roofline.kept_bytes(config, 4, torch.bfloat16)  # what is imported and cached at first use
+    before = tensors()
+    roofline.kept_bytes(config, 4, torch.bfloat16)
+    assert tensors() == before
