@@ -1,6 +1,11 @@
 """Errors that a user caused or has to act on: shown as one line, never as a traceback."""
 
 
+def printable(text: str) -> str:
+    """Text for a terminal, a log or a message: control characters, and bytes of names that are not UTF-8, are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class FastbyolError(Exception):
     """Base of all errors whose text is meant for the user; the CLI prints it and exits with `exit_code`.
 
@@ -10,7 +15,7 @@ class FastbyolError(Exception):
     exit_code = 1
 
     def __init__(self, text: str = "") -> None:
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+        super().__init__(printable(text))
 
 
 class InputError(FastbyolError):

@@ -9,6 +9,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastbyol.errors import first_line
 
+# Formats that Pillow recognises and does not decode by itself: other programs draw EPS and WMF, the rest it only identifies.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+Image.init()
+FORMATS = tuple(sorted(Image.OPEN.keys() - _NOT_DECODED))
+"""Pillow's names of the formats that are read."""
+EXTENSIONS = tuple(sorted(e for e, form in Image.registered_extensions().items() if form in FORMATS))
+"""Extensions of their files, in lower case with the dot."""
+
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 0.5 GB of RGB
 _EXIF_SEARCH_BYTES = 65_536
 
