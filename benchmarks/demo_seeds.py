@@ -33,8 +33,9 @@ def measure(seed: int, root: Path, runs: Path) -> dict[str, str]:
     fastbyol("train", *settings, "--runs", str(runs), "--name", run.name)
     row = {"seed": str(seed)}
     for protocol in ("knn", "linear"):
-        fastbyol("eval", protocol, "--run", str(run))
-        result = json.loads((run / f"eval_{protocol}.json").read_text())
+        out = run / f"eval_{protocol}.json"
+        fastbyol("eval", protocol, "--run", str(run), "--out", str(out))
+        result = json.loads(out.read_text())
         for name, values in result["rows"].items():
             row[f"{protocol}_top1_{name.replace(' ', '_')}"] = f"{values['top1']:.4f}"
     row["total_s"] = f"{time.perf_counter() - began:.1f}"

@@ -40,9 +40,10 @@ def run_of(seed: int, work: Path) -> Path:
 def measure(protocol: str, seed: int, run: Path, shapes: Path) -> dict[str, str]:
     """A row."""
     began = time.perf_counter()
-    fastbyol("eval", protocol, "--run", str(run), "--root", str(shapes), "--seed", str(seed))
+    out = run / f"eval_{protocol}.json"
+    fastbyol("eval", protocol, "--run", str(run), "--root", str(shapes), "--seed", str(seed), "--out", str(out))
     seconds = time.perf_counter() - began
-    result = json.loads((run / f"eval_{protocol}.json").read_text())
+    result = json.loads(out.read_text())
     row = {"protocol": protocol, "seed": str(seed), "metric": METRICS[protocol]}
     for name, values in result["rows"].items():
         row[name.replace(" ", "_")] = f"{values[METRICS[protocol]]:.4f}"

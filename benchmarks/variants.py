@@ -107,10 +107,15 @@ def measure(corpus: str, variant: str, seed: int, root: Path, runs: Path, weight
         _run(given)
     row = {"command": shown, "seconds": f"{time.perf_counter() - began:.0f}"}
     for protocol in ("knn", "linear"):
-        _run(["eval", protocol, "--run", str(run), "--baselines", "false"])
-        result = json.loads((run / f"eval_{protocol}.json").read_text())
+        result = _evaluated(protocol, run, "--baselines", "false")
         row[f"{protocol}_top1"] = f"{result['rows']['BYOL']['top1']:.4f}"
     return row
+
+
+def _evaluated(protocol: str, run: Path, *options: str) -> dict[str, Any]:
+    out = run / f"eval_{protocol}.json"
+    _run(["eval", protocol, "--run", str(run), "--out", str(out), *options])
+    return json.loads(out.read_text())
 
 
 def untrained(corpus: str, title: str, seed: int, runs: Path) -> dict[str, str]:
@@ -118,8 +123,7 @@ def untrained(corpus: str, title: str, seed: int, runs: Path) -> dict[str, str]:
     run = run_of(corpus, UNTRAINED[title], seed, runs)
     row = {"command": f"fastbyol eval knn --run RUN, of the row {UNTRAINED[title]!r}", "seconds": "0"}
     for protocol in ("knn", "linear"):
-        _run(["eval", protocol, "--run", str(run)])
-        result = json.loads((run / f"eval_{protocol}.json").read_text())
+        result = _evaluated(protocol, run)
         row[f"{protocol}_top1"] = f"{result['rows'][UNTRAINED_ROW]['top1']:.4f}"
     return row
 

@@ -22,11 +22,11 @@ from fastbyol import environment
 from fastbyol.config import Config
 from fastbyol.data import choose_backend, native
 from fastbyol.errors import InputError
+from fastbyol.files import write_json
 from fastbyol.model import build_backbone
 from fastbyol.precision import autocast
 from fastbyol.profiling import Loop, Training, loader_threads, opened
 from fastbyol.roofline import count_step, measure_peaks
-from fastbyol.runlog import write_json
 from fastbyol.views import VIEWS
 
 BOUND = 3 / 8

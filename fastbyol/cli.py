@@ -17,7 +17,8 @@ from rich.progress import Progress
 
 from fastbyol import __version__
 from fastbyol.config import EVALUATIONS, Config
-from fastbyol.errors import FastbyolError, InputError, StoppedByAnother
+from fastbyol.console import say, surviving
+from fastbyol.errors import FastbyolError, InputError, StoppedByAnother, printable
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -29,6 +30,16 @@ _LISTS = ("--shots", "--base_lrs")  # take 1,5,10 as well as [1,5,10]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    with surviving() as output:
+        code = _run(given)
+        if output.lost is None or output.reader_left:
+            return code
+        print(f"fastbyol: warning: standard output cannot be written: {output.lost}", file=sys.stderr)
+        printed_only = not given or given[0] in ("doctor", "plan") or given[0].startswith("-")
+        return max(code, 1) if printed_only else code
+
+
+def _run(given: Sequence[str]) -> int:
     arguments = _plainly(given)
     try:
         args = _parser().parse_args(arguments)
@@ -41,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except SystemExit as stop:  # argparse's --help and --version
+        return stop.code if isinstance(stop.code, int) else 0
 
 
 def _plainly(arguments: Sequence[str]) -> list[str]:
@@ -57,7 +70,7 @@ def _plainly(arguments: Sequence[str]) -> list[str]:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"fastbyol: error: {text}", file=sys.stderr)
+    print(f"fastbyol: error: {printable(text)}", file=sys.stderr)
     return code
 
 
@@ -194,10 +207,12 @@ def _train(args: Namespace) -> int:
 
     config = _config(args)
     result = train(config)
+    if result.finished_before:
+        return 0
     if result.stopped_by is not None:
         return 130 if result.stopped_by == signal.SIGINT else 0
     if result.first_rank:
-        print(f"report: {write_report(result.folder, print)}")
+        say(f"report: {write_report(result.folder, say)}")
     return 0
 
 
@@ -209,8 +224,8 @@ def _eval(args: Namespace) -> int:
         options = EVALUATIONS[args.subcommand](**args[args.subcommand].as_dict())
     except ValueError as error:
         raise InputError(str(error)) from None
-    evaluate(args.subcommand, options, print)
-    refresh_report(Path(options.run), print)
+    evaluate(args.subcommand, options, say)
+    refresh_report(Path(options.run), say)
     return 0
 
 
@@ -221,7 +236,7 @@ def _prepare(args: Namespace) -> int:
     options = args[args.subcommand].as_dict()
     writers = {"photos": prepare_photos, "fashion-mnist": prepare_fashion_mnist, "shapes": prepare_shapes}
     writer = writers[args.subcommand]
-    print(_with_progress(args.subcommand, partial(writer, **options)))
+    say(_with_progress(args.subcommand, partial(writer, **options)))
     return 0
 
 
@@ -232,7 +247,7 @@ def _pack(args: Namespace) -> int:
     options = args.as_dict()
     source = options.pop("source")
     images = open_split(source.parent, source.name, key="source")
-    print(_with_progress("pack", partial(pack, images, options.pop("out"), **options)))
+    say(_with_progress("pack", partial(pack, images, options.pop("out"), **options)))
     return 0
 
 
@@ -247,21 +262,21 @@ def _with_progress(name: str, work: Callable[..., str]) -> str:
 def _preview(args: Namespace) -> int:
     from fastbyol.preview import write_preview
 
-    print(write_preview(_config(args), args.out))
+    say(write_preview(_config(args), args.out))
     return 0
 
 
 def _profile(args: Namespace) -> int:
     from fastbyol.profiling import profile
 
-    profile(_config(args), steps=args.steps, out=args.out, say=print)
+    profile(_config(args), steps=args.steps, out=args.out, say=say)
     return 0
 
 
 def _bench(args: Namespace) -> int:
     from fastbyol.bench import bench
 
-    bench(_config(args), rounds=args.rounds, steps=args.steps, out=args.out, say=print)
+    bench(_config(args), rounds=args.rounds, steps=args.steps, out=args.out, say=say)
     return 0
 
 
@@ -269,28 +284,28 @@ def _plan(args: Namespace) -> int:
     from fastbyol.plan import plan
 
     options = {key: args[key] for key in ("gpus", "gpu", "rates", "cores", "images")}
-    plan(_config(args), **options, say=print)
+    plan(_config(args), **options, say=say)
     return 0
 
 
 def _report(args: Namespace) -> int:
     from fastbyol.report import write_report
 
-    print(write_report(args.run, print))
+    say(write_report(args.run, say))
     return 0
 
 
 def _export(args: Namespace) -> int:
     from fastbyol.export import export
 
-    print(export(args.checkpoint, args.format, args.out, print))
+    say(export(args.checkpoint, args.format, args.out, say))
     return 0
 
 
 def _doctor(args: Namespace) -> int:
     from fastbyol.doctor import diagnose
 
-    return diagnose(print)
+    return diagnose(say)
 
 
 _COMMANDS = {

@@ -371,7 +371,7 @@ class EvalConfig:
     baselines: bool = True
     """Also evaluate the untrained network and, where the protocol allows it, raw pixels."""
     out: str | None = None
-    """JSON file for the result; by default eval_PROTOCOL.json in the run's folder."""
+    """JSON file for the result; by default eval_PROTOCOL_KEY.json in the run's folder, a key for each data set, checkpoint and setting."""
 
     def __post_init__(self) -> None:
         _require(self.threads >= 0, "threads", self.threads, "must be 0 (all cores) or more")

@@ -20,12 +20,12 @@ from torch import nn
 
 from fastbyol import __version__, environment
 from fastbyol.config import Config, ModelConfig
-from fastbyol.errors import InputError, RunError, first_line
-from fastbyol.evaluate import load_run
+from fastbyol.errors import InputError, RunError, first_line, printable
+from fastbyol.evaluate import is_metric, load_run, read_results
 from fastbyol.evaluate.features import CENTRE_FRACTION
+from fastbyol.files import read_json_or
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.model import build_backbone
-from fastbyol.runlog import read_json
 from fastbyol.train import ENVIRONMENT
 from fastbyol.weights import (
     BACKBONE_FIELDS,
@@ -123,16 +123,16 @@ def export(run: Path, form: str, out: Path | None, say: Callable[[str], None]) -
     backbone.load_state_dict(model.online.backbone.state_dict())
     source = Source(checkpoint=checkpoint, config=config, backbone=backbone.eval(), features=features)
     out = out or _default_name(source, form)
-    card = write(source, form, out)
+    card = write(source, form, out, lambda text: say(f"warning: {text}"))
     return f"{out}: {source.name} for {form}, {out.stat().st_size / 1e6:.1f} MB; how to load it: {card}"
 
 
-def write(source: Source, form: str, out: Path) -> Path:
+def write(source: Source, form: str, out: Path, warn: Callable[[str], None]) -> Path:
     """Writes the file and its model card, both or neither; returns the card's path. Raises what `export` raises."""
     card = out.with_suffix(".md")
     with new_file(card, "--out: the model card") as card_file, new_file(out, "--out") as file:
         FORMATS[form].write(source, file, out.suffix)
-        card_file.write_text(model_card(source, form, out))
+        card_file.write_bytes(model_card(source, form, out, warn).encode("utf-8", "backslashreplace"))
     return card
 
 
@@ -258,10 +258,10 @@ def _compare_onnx(source: Source, file: Path) -> None:
         raise RunError(f"--format onnx: onnxruntime's features differ from torch's by {error:.2g}; nothing was written")
 
 
-def model_card(source: Source, form: str, out: Path) -> str:
+def model_card(source: Source, form: str, out: Path, warn: Callable[[str], None]) -> str:
     """The text beside an exported file (markdown): loading, preprocessing, training, results, environment."""
     config, run = source.config, source.folder
-    trained = read_json(run / ENVIRONMENT)
+    trained = read_json_or(run / ENVIRONMENT, warn)
     parts = [
         f"# {config.name}: {source.name} for {form}",
         f"The online backbone of a BYOL pre-training (Grill et al. 2020) by fastbyol {__version__}, without heads and "
@@ -287,7 +287,7 @@ def model_card(source: Source, form: str, out: Path) -> str:
         "All settings:",
         _fenced("json", json.dumps(config.to_dict(), indent=2)),
         "## Results",
-        _results(run),
+        _results(run, warn),
         "## Environment",
         "Of the training:" if trained else "The run's folder does not say where it was trained.",
         _table(list(trained.items())) if trained else "",
@@ -304,7 +304,12 @@ def _fenced(language: str, text: str) -> str:
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows)])
+
+
+def _cell(value: Any) -> str:
+    """A value inside a markdown table."""
+    return printable(str(value)).replace("|", "\\|")
 
 
 def _part(config: Config) -> str:
@@ -318,26 +323,18 @@ def _part(config: Config) -> str:
     return "; ".join(part for part in parts if part) or "all images"
 
 
-def _results(run: Path) -> str:
-    """A table per eval_*.json of the run: metrics as they are written there, each with the checkpoint it is of."""
+def _results(run: Path, warn: Callable[[str], None]) -> str:
+    """A table for each evaluation of the run: metrics as they were written, each with its data set and checkpoint."""
     tables = []
-    for path in sorted(run.glob("eval_*.json")):
-        result = read_json(path)
-        try:
-            rows = {name: {k: v for k, v in row.items() if _is_number(v)} for name, row in result["rows"].items()}
-            title = f"{result['protocol']}, of {result['checkpoint']} on {result['root']}:"
-        except (KeyError, AttributeError, TypeError):
-            raise InputError(f"{path}: not a result of `fastbyol eval`; move it away or evaluate again") from None
+    for _, result in read_results(run, warn):
+        rows = {name: {k: v for k, v in row.items() if is_metric(v)} for name, row in result["rows"].items()}
         metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
-        lines = [f"| features | {' | '.join(metrics)} |", f"|---|{'---|' * len(metrics)}"]
+        lines = [f"| features | {' | '.join(map(_cell, metrics))} |", f"|---|{'---|' * len(metrics)}"]
         for name, row in rows.items():
-            lines.append(f"| {name} | {' | '.join(f'{row[m]:.4g}' if m in row else '' for m in metrics)} |")
-        tables.append(f"{title}\n\n" + "\n".join(lines))
+            lines.append(f"| {_cell(name)} | {' | '.join(f'{row[m]:.4g}' if m in row else '' for m in metrics)} |")
+        title = f"{result['protocol']}, of {result['checkpoint']} on {result['root']}:"
+        tables.append(f"{printable(title)}\n\n" + "\n".join(lines))
     return "\n\n".join(tables) or "None yet: `fastbyol eval knn --run RUN` makes some."
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _preprocessing(source: Source) -> str:

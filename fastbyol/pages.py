@@ -4,7 +4,8 @@ import base64
 import html
 from pathlib import Path
 
-from fastbyol.errors import InputError
+from fastbyol.errors import printable
+from fastbyol.files import write_output
 
 INK, ACCENT, GOOD, BAD = "#22262b", "#1f6feb", "#2e9e52", "#d1383d"
 
@@ -28,21 +29,20 @@ def write_page(out: Path, title: str, parts: list[str]) -> Path:
     Raises:
         InputError: it cannot be written.
     """
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(title)}</title>"
     page += f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
-    temporary = out.with_suffix(".partial")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{out} cannot be written: {error.strerror}") from None
+    write_output(out, page, str(out))
     return out
+
+
+def text(name: object) -> str:
+    """A name or number as HTML: what has a meaning in it, or cannot be shown, is escaped."""
+    return html.escape(printable(str(name)))
 
 
 def section(title: str, body: str) -> str:
     """A heading and what follows it (HTML)."""
-    return f"<h2>{html.escape(title)}</h2>{body}"
+    return f"<h2>{text(title)}</h2>{body}"
 
 
 def image(png: bytes) -> str:
@@ -52,5 +52,5 @@ def image(png: bytes) -> str:
 
 def table(rows: list[tuple[str, str]]) -> str:
     """Two columns of text."""
-    cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+    cells = "".join(f"<tr><th>{text(a)}</th><td>{text(b)}</td></tr>" for a, b in rows)
     return f"<table>{cells}</table>"

@@ -27,10 +27,10 @@ from fastbyol import memory
 from fastbyol.config import Config, DataConfig
 from fastbyol.data import find_images
 from fastbyol.errors import InputError, first_line
+from fastbyol.files import read_json
 from fastbyol.layers import batch_norms
 from fastbyol.model import BYOL
 from fastbyol.roofline import BACKWARD, ONLINE, Peaks, Work, count_step, kept_bytes, meta_model
-from fastbyol.runlog import read_json
 from fastbyol.views import VIEWS
 
 IMAGENET_IMAGES = 1_281_167

@@ -12,8 +12,9 @@ from fastbyol.config import Config
 from fastbyol.data import ImageSet, find_images
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError
+from fastbyol.files import write_output
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
-from fastbyol.plots import to_png
+from fastbyol.plots import title, to_png
 
 IMAGES = 8
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
@@ -29,10 +30,7 @@ def write_preview(config: Config, out: Path) -> str:
         InputError: no images, none readable, or `out` cannot be written.
     """
     folder = find_images(config.data, "train")
-    try:
-        out.write_bytes(draw_views(config, folder))
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
+    write_output(out, draw_views(config, folder), f"--out {out}")
     return f"{out}: {IMAGES} images of {folder.root} and both views of each"
 
 
@@ -68,8 +66,9 @@ def draw_views(config: Config, folder: ImageSet) -> bytes:
         for v, picture in enumerate((image, to_pixels(pictures[0, i]), to_pixels(pictures[1, i]))):
             axis = grid[top + v, column]
             axis.imshow(picture, interpolation="nearest")
-            title = f"{folder.name(order[positions[i]])}\n{image.shape[1]}x{image.shape[0]}"
-            axis.set_title(title if v == 0 else _describe(params, i, v - 1), fontsize=7)
+            name = title(folder.name(order[positions[i]]))
+            original = f"{name}\n{image.shape[1]}x{image.shape[0]}"
+            axis.set_title(original if v == 0 else _describe(params, i, v - 1), fontsize=7)
     return to_png(figure)
 
 

@@ -1,12 +1,11 @@
 """profile.html: what profiling.py measured, as a page."""
 
-import html
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from fastbyol.pages import image, section, table, write_page
+from fastbyol.pages import image, section, table, text, write_page
 from fastbyol.plots import to_png
 
 _COLOURS = {
@@ -44,7 +43,7 @@ def write_profile_page(out: Path, result: dict[str, Any]) -> Path:
     bars += _bar("operators, in proportion", _flames(result), sum(ms for _, ms in measured))
     bars += _bar("roofline", bound, sum(ms for _, ms in measured))
     parts = [
-        f"<h1>A training step</h1><p class=note>{html.escape(result['what'])}</p>",
+        f"<h1>A training step</h1><p class=note>{text(result['what'])}</p>",
         section("Where the time goes", f"{bars}<p class=note>{note}</p>{_parts(result)}"),
         section("Distance from the roofline", _roofline(roof)),
         section("Loader threads", _loader(result["loader_threads"])) if result["loader_threads"] else "",
@@ -75,8 +74,8 @@ def _bar(title: str, parts: list[tuple[str, float]], total: float) -> str:
     """Parts side by side, as wide as they take long; the whole width is `total`."""
     look = "color:#fff;overflow:hidden;white-space:nowrap;font-size:12px;padding:.5em 0;text-indent:.3em"
     cells = "".join(
-        f'<div title="{html.escape(name)}: {ms:.2f} ms" style="width:{100 * ms / total:.3f}%;background:{_colour(name)};{look};'
-        f'box-shadow:inset 1px 0 #fff">{html.escape(name.rpartition(_OF)[2])}</div>'
+        f'<div title="{text(name)}: {ms:.2f} ms" style="width:{100 * ms / total:.3f}%;background:{_colour(name)};{look};'
+        f'box-shadow:inset 1px 0 #fff">{text(name.rpartition(_OF)[2])}</div>'
         for name, ms in parts
         if ms > 0
     )
@@ -86,9 +85,9 @@ def _bar(title: str, parts: list[tuple[str, float]], total: float) -> str:
 def _grid(head: list[str], rows: list[list[str]]) -> str:
     """A table whose first column is text and whose others are numbers."""
     style = " style='text-align:right'"
-    top = "".join(f"<th{style if k else ''}>{html.escape(cell)}</th>" for k, cell in enumerate(head))
+    top = "".join(f"<th{style if k else ''}>{text(cell)}</th>" for k, cell in enumerate(head))
     body = "".join(
-        f"<tr><td>{html.escape(first)}</td>{''.join(f'<td class=number>{html.escape(cell)}</td>' for cell in rest)}</tr>"
+        f"<tr><td>{text(first)}</td>{''.join(f'<td class=number>{text(cell)}</td>' for cell in rest)}</tr>"
         for first, *rest in rows
     )
     return f"<table><tr>{top}</tr>{body}</table>"
@@ -131,7 +130,7 @@ def _kernels(result: dict[str, Any]) -> str:
         [row["name"], f"{row['ms']:.2f}", f"{100 * row['share']:.1f}", f"{row['calls']:.1f}"]
         for row in result["kernels"]
     ]
-    note = html.escape(result["counts"])
+    note = text(result["counts"])
     return _grid(["by its own time", "ms a step", "%", "calls a step"], rows) + f"<p class=note>{note}</p>"
 
 

@@ -41,11 +41,11 @@ from fastbyol.data import ImageSet, build_loader, choose_backend, find_images, n
 from fastbyol.data.batch import Batch, Loader
 from fastbyol.distributed import ProcessGroup, World, world_from_environment
 from fastbyol.errors import InputError
+from fastbyol.files import write_json
 from fastbyol.kernels import dispatch
 from fastbyol.model import BYOL, build_model
 from fastbyol.roofline import BACKWARD, ONLINE, TARGET, Peaks, Work, count_step, measure_peaks, units
 from fastbyol.roofline import UPDATE as _UPDATE_WORK
-from fastbyol.runlog import write_json
 from fastbyol.step import TrainStep, choose_device
 
 K = TypeVar("K")

@@ -1,6 +1,5 @@
 """report.html of a run: one self-contained file with settings, curves, pictures and results."""
 
-import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +15,16 @@ from fastbyol.config import Config
 from fastbyol.data import ImageSet, find_images
 from fastbyol.data.native import centre_crops
 from fastbyol.errors import InputError
-from fastbyol.evaluate import PROTOCOLS, load_run
+from fastbyol.evaluate import PROTOCOLS, is_metric, load_run, read_results
 from fastbyol.evaluate.features import CENTRE_FRACTION, check_splits, extract
 from fastbyol.evaluate.knn import nearest
+from fastbyol.files import read_json_or
 from fastbyol.model import BYOL
-from fastbyol.pages import ACCENT, BAD, GOOD, image, section, table, write_page
-from fastbyol.plots import to_png
+from fastbyol.pages import ACCENT, BAD, GOOD, image, section, table, text, write_page
+from fastbyol.plots import title, to_png
 from fastbyol.precision import compute_dtype
 from fastbyol.preview import draw_views, to_pixels
-from fastbyol.runlog import read_json, read_metrics
+from fastbyol.runlog import read_metrics
 from fastbyol.step import choose_device
 from fastbyol.train import ENVIRONMENT, SUMMARY
 
@@ -55,16 +55,21 @@ def write_report(run: Path, say: Callable[[str], None]) -> Path:
     if not run.is_dir():
         raise InputError(f"--run {run}: there is no such folder")
     path, config, model = load_run(run, say)
-    lines = read_metrics(run)
+
+    def warn(fault: str) -> None:
+        say(f"warning: {fault}")
+
+    lines = read_metrics(run, warn)
+    settings = json.dumps(config.to_dict(), indent=2, ensure_ascii=False).splitlines()
     parts = [
-        f"<h1>{html.escape(config.name)}</h1><p class=note>BYOL pre-training by fastbyol {__version__}, "
-        f"checkpoint {html.escape(path.name)}</p>",
-        _summary(run),
-        _results(run),
+        f"<h1>{text(config.name)}</h1><p class=note>BYOL pre-training by fastbyol {__version__}, "
+        f"checkpoint {text(path.name)}</p>",
+        _summary(run, warn),
+        _results(run, warn),
         section("Curves", image(_draw_curves(lines, config))) if lines else "",
         _pictures(config, model, say),
-        section("Settings", f"<pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre>"),
-        _environment(run),
+        section("Settings", f"<pre>{'<br>'.join(map(text, settings))}</pre>"),
+        _environment(run, warn),
     ]
     return write_page(run / REPORT, config.name, parts)
 
@@ -75,53 +80,61 @@ def refresh_report(run_or_file: Path, say: Callable[[str], None]) -> None:
         say(f"report: {write_report(run_or_file, say)}")
 
 
-def _summary(run: Path) -> str:
-    values = read_json(run / SUMMARY)
+def _summary(run: Path, warn: Callable[[str], None]) -> str:
+    values = read_json_or(run / SUMMARY, warn)
     if not values:
         return ""
-    rows = [("steps", f"{values['steps']} of {values['total_steps']}"), ("time", f"{values['seconds']:.0f} s")]
-    if values["images_per_s"] is not None:
-        rows.append(("speed", f"{values['images_per_s']:.0f} images/s (median)"))
-        rows.append(("waiting for data", f"{values['wait_share']:.1%} of the time (median)"))
-        rows.append(("last loss", f"{values['loss']:.3f}"))
-    if values["knn_best"] is not None:
-        rows.append(("online kNN", f"{values['knn_last']:.1%} at the end, {values['knn_best']:.1%} at best"))
-    rows.append(("skipped images", str(len(values["bad_images"]))))
-    bad = "".join(
-        f"<li>{html.escape(name)}: {html.escape(reason)}</li>"
-        for name, reason in list(values["bad_images"].items())[:50]
-    )
+    try:
+        rows = [("steps", f"{values['steps']} of {values['total_steps']}"), ("time", f"{values['seconds']:.0f} s")]
+        if values["images_per_s"] is not None:
+            rows.append(("speed", f"{values['images_per_s']:.0f} images/s (median)"))
+            rows.append(("waiting for data", f"{values['wait_share']:.1%} of the time (median)"))
+            rows.append(("last loss", f"{values['loss']:.3f}"))
+        if values["knn_best"] is not None:
+            rows.append(("online kNN", f"{values['knn_last']:.1%} at the end, {values['knn_best']:.1%} at best"))
+        rows.append(("skipped images", str(len(values["bad_images"]))))
+        first = list(values["bad_images"].items())[:50]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        warn(f"{run / SUMMARY}: not what a run writes; it is left out")
+        return ""
+    bad = "".join(f"<li>{text(name)}: {text(reason)}</li>" for name, reason in first)
     return section("Run", table(rows) + (f"<ul>{bad}</ul>" if bad else ""))
 
 
-def _results(run: Path) -> str:
-    tables = []
-    for protocol in PROTOCOLS.values():
-        path = run / f"eval_{protocol.name}.json"
-        result = read_json(path)
-        if not result:
-            continue
-        settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))
-        metrics = [key for key, value in next(iter(result["rows"].values())).items() if isinstance(value, float)]
-        metrics = [key for key in metrics if key not in _NO_METRICS]
-        head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in metrics)
-        rows = "".join(
-            f"<tr{' class=best' if i == 0 else ''}><td>{html.escape(name)}</td>"
-            + "".join(f"<td class=number>{row[key]:.1%}</td>" for key in metrics)
-            + f"<td><span class='bar{'' if i == 0 else ' baseline'}' style='width:{200 * row[metrics[0]]:.0f}px'>"
-            "</span></td></tr>"
-            for i, (name, row) in enumerate(result["rows"].items())
-        )
-        picture = path.with_suffix(".png")
-        tables.append(
-            f"<div><h3>{html.escape(protocol.title)}</h3><table><tr><th>features</th>{head}<th></th></tr>{rows}</table>"
-            f"<p class=note>{result['train_images']} training and {result['val_images']} validation images, "
-            f"{result['classes']} classes; {html.escape(settings)}</p>"
-            f"{image(picture.read_bytes()) if protocol.draw and picture.exists() else ''}</div>"
-        )
-    if not tables:
-        return ""
-    return section("What the features are worth", f"<div class=columns>{''.join(tables)}</div>")
+def _results(run: Path, warn: Callable[[str], None]) -> str:
+    """A table for each evaluation: one per protocol, data set, checkpoint and settings."""
+    tables = [_result(path, result) for path, result in read_results(run, warn)]
+    return section("What the features are worth", f"<div class=columns>{''.join(tables)}</div>") if tables else ""
+
+
+def _result(path: Path, result: dict[str, Any]) -> str:
+    protocol = PROTOCOLS.get(result["protocol"])
+    settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))
+    names = list(
+        dict.fromkeys(key for row in result["rows"].values() for key, value in row.items() if is_metric(value))
+    )
+    metrics = [key for key in names if key not in _NO_METRICS]
+    head = "".join(f"<th>{text(key.replace('_', ' '))}</th>" for key in metrics)
+    rows = "".join(
+        f"<tr{' class=best' if i == 0 else ''}><td>{text(name)}</td>"
+        + "".join(f"<td class=number>{f'{row[key]:.1%}' if is_metric(row.get(key)) else ''}</td>" for key in metrics)
+        + _accuracy_bar(row.get(metrics[0]) if metrics else None, baseline=i > 0)
+        for i, (name, row) in enumerate(result["rows"].items())
+    )
+    picture = path.with_suffix(".png")
+    return (
+        f"<div><h3>{text(protocol.title if protocol else result['protocol'])}</h3>"
+        f"<p class=note>{text(result['root'])}, checkpoint {text(Path(result['checkpoint']).name)}</p>"
+        f"<table><tr><th>features</th>{head}<th></th></tr>{rows}</table>"
+        f"<p class=note>{text(result['train_images'])} training and {text(result['val_images'])} validation images, "
+        f"{text(result['classes'])} classes; {text(settings)}</p>"
+        f"{image(picture.read_bytes()) if protocol and protocol.draw and picture.is_file() else ''}</div>"
+    )
+
+
+def _accuracy_bar(value: Any, *, baseline: bool) -> str:
+    width = 200 * min(max(value, 0), 1) if is_metric(value) else 0
+    return f"<td><span class='bar{' baseline' if baseline else ''}' style='width:{width:.0f}px'></span></td></tr>"
 
 
 def _draw_curves(lines: list[dict[str, Any]], config: Config) -> bytes:
@@ -131,7 +144,7 @@ def _draw_curves(lines: list[dict[str, Any]], config: Config) -> bytes:
     axes = figure.subplots(-(-len(curves) // columns), columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_visible(False)
-    for axis, (kind, key, title, unit) in zip(axes, curves, strict=False):
+    for axis, (kind, key, heading, unit) in zip(axes, curves, strict=False):
         points = [(line["epoch"], line[key]) for line in lines if line["kind"] == kind]
         scale = 100 if unit == "%" else 1
         marker = "o" if len(points) < 40 else None
@@ -144,7 +157,7 @@ def _draw_curves(lines: list[dict[str, Any]], config: Config) -> bytes:
         if key in ("images_per_s", "wait_share", "projection_std"):
             axis.set_ylim(bottom=0)
         axis.set_visible(True)
-        axis.set_title(f"{title}{f' ({unit})' if unit else ''}", fontsize=10, loc="left")
+        axis.set_title(f"{heading}{f' ({unit})' if unit else ''}", fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
@@ -187,7 +200,7 @@ def _neighbours(config: Config, model: BYOL, train: ImageSet, val: ImageSet) -> 
     asked, given = _kept(queries, found[1].bad), _kept(bank, found[0].bad)
     for row, (query, axes) in enumerate(zip(asked, grid, strict=True)):
         axes[0].imshow(_thumbnail(queries, query, size))
-        axes[0].set_title(train.classes[queries.labels[query]], fontsize=7)
+        axes[0].set_title(title(train.classes[queries.labels[query]]), fontsize=7)
         for k, axis in enumerate(axes[1:]):
             neighbour = given[int(index[row, k])]
             right = bank.labels[neighbour] == queries.labels[query]
@@ -197,7 +210,7 @@ def _neighbours(config: Config, model: BYOL, train: ImageSet, val: ImageSet) -> 
                     (0, 0), 1, 1, transform=axis.transAxes, fill=False, linewidth=4, edgecolor=GOOD if right else BAD
                 )
             )
-            axis.set_title(f"{bank.classes[bank.labels[neighbour]]} {similarity[row, k]:.2f}", fontsize=7)
+            axis.set_title(f"{title(bank.classes[bank.labels[neighbour]])} {similarity[row, k]:.2f}", fontsize=7)
     note = "Left: a validation image. Right: its nearest training images by cosine similarity; a green frame is the same class."
     return f"{image(to_png(figure))}<p class=note>{note}</p>"
 
@@ -214,6 +227,6 @@ def _thumbnail(folder: ImageSet, index: int, size: int) -> Any:
     return to_pixels(images[0])
 
 
-def _environment(run: Path) -> str:
-    facts = read_json(run / ENVIRONMENT)
-    return section("Environment", table(list(facts.items()))) if facts else ""
+def _environment(run: Path, warn: Callable[[str], None]) -> str:
+    facts = read_json_or(run / ENVIRONMENT, warn)
+    return section("Environment", table([(key, str(value)) for key, value in facts.items()])) if facts else ""

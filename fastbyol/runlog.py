@@ -1,11 +1,12 @@
-"""What a run tells: the progress bar, metrics.jsonl, TensorBoard, and lines of text."""
+"""What a run tells: the progress bar, metrics.jsonl, TensorBoard, and lines of text on the console and in train.log."""
 
 import errno
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,9 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fastbyol.errors import InputError, first_line
+from fastbyol.console import Output
+from fastbyol.errors import FastbyolError, printable
+from fastbyol.files import write_file
 
-METRICS = "metrics.jsonl"
+METRICS, LOG = "metrics.jsonl", "train.log"
 
 
 class RunLog:
@@ -44,21 +47,24 @@ class RunLog:
         batch_size: int,
         tensorboard: bool,
         speaks: bool = True,
-        console: Console | None = None,
     ) -> None:
-        self.console = console or Console(quiet=not speaks)
+        self._output = Output.of(sys.stdout)
+        self.console = Console(quiet=not speaks, file=self._output, emoji=False)  # type: ignore[arg-type]
         self._folder, self._batch_size, self._steps_per_epoch = folder, batch_size, steps_per_epoch
         self._total_steps, self._epochs = total_steps, total_steps // steps_per_epoch
-        self._file = None
+        self._file = self._log = None
         if speaks:
-            _truncate(folder / METRICS, start)
-            self._file = open(
-                folder / METRICS, "ab", buffering=0
-            )  # a line is on its way to the disk when it is written
+            _truncate(folder, start)
+            # Unbuffered: a line is on its way to the disk when it is written.
+            self._file = open(folder / METRICS, "ab", buffering=0)
+            self._log = open(folder / LOG, "ab", buffering=0)
         self._tensorboard = _tensorboard_writer(folder, start) if tensorboard and speaks else None
         self._mark = start, time.perf_counter(), 0.0  # step, clock and waiting time at the last training line
         self._paused_s = 0.0
         self._shown: dict[str, str] = {}
+        self._first: tuple[int, float] | None = (
+            None  # step and clock of the first step, until a training line knows better
+        )
         self._progress = Progress(
             TextColumn("{task.fields[epoch]}"),
             BarColumn(bar_width=10),
@@ -77,13 +83,27 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
-        if self._file is not None:
-            self._file.close()
+        if isinstance(error, FastbyolError):
+            self._note(f"error: {error}")
+        for file in (self._file, self._log):
+            if file is not None:
+                file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
+    def first(self, step: int, loss: float) -> None:
+        """The first step of this attempt: the bar shows its loss, and a rate from here on, before the first training line."""
+        self._shown["loss"] = f"{loss:.3f}"
+        self._show_rate(step, *self._mark[:2])
+        self._first = step, time.perf_counter()
+
+    def _show_rate(self, step: int, since: int, began: float) -> None:
+        self._shown["img/s"] = f"{(step - since) * self._batch_size / max(time.perf_counter() - began, 1e-9):.0f}"
+
     def advance(self, step: int) -> None:
-        """Moves the bar; reads nothing."""
+        """Moves the bar; reads nothing from the device."""
+        if self._first is not None and step > self._first[0]:
+            self._show_rate(step, *self._first)
         self._progress.update(self._task, completed=step, epoch=self._epoch_text(step))
 
     def train(
@@ -100,7 +120,7 @@ class RunLog:
         """One training line; wait_s is the loader's total so far. Speed and waiting share are since the last line."""
         now, (last_step, last_time, last_wait) = time.perf_counter(), self._mark
         elapsed = max(now - last_time - self._paused_s, 1e-9)
-        self._mark, self._paused_s = (step, now, wait_s), 0.0
+        self._mark, self._paused_s, self._first = (step, now, wait_s), 0.0, None
         self._write(
             "train",
             step,
@@ -127,11 +147,26 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """One line of text above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._print(text, None)
 
     def warn(self, text: str) -> None:
         """One line that asks for attention."""
-        self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self._print(f"warning: {text}", "yellow")
+
+    def _print(self, text: str, style: str | None) -> None:
+        gone = self._output.lost
+        self._note(text)
+        self.console.print(printable(text), style=style, highlight=False, markup=False, soft_wrap=True)
+        if self._output.lost != gone:
+            self._note(
+                f"warning: the console is gone ({self._output.lost}): from here on this file alone tells of the run"
+            )
+
+    def _note(self, text: str) -> None:
+        """A line of train.log. One that cannot be written must not end the run: metrics.jsonl says so if the disk is full."""
+        if self._log is not None:
+            with suppress(OSError):
+                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}\n".encode())
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -172,39 +207,31 @@ class RunLog:
         return f"epoch {max(1, -(-step // self._steps_per_epoch))}/{self._epochs}"
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; empty if there is none."""
+def read_metrics(folder: Path, warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; empty if there is none. Damaged lines are left out, and `warn` gets their number."""
     path = folder / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run's folder; empty if it is not there.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    if not path.exists():
-        return {}
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {first_line(error)}") from None
-
-
-def write_json(path: Path, values: dict[str, Any], key: str) -> None:
-    """A JSON file that people read too.
-
-    Args:
-        key: the option that names the file, for errors.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     except OSError as error:
-        raise InputError(f"{key}: cannot be written: {error.strerror}") from None
+        warn(f"{path}: cannot be read: {error.strerror}")
+        return []
+    found = [_line(line) for line in text.splitlines()]
+    lines = [line for line in found if line is not None]
+    if len(lines) < len(found):
+        warn(f"{path}: {len(found) - len(lines)} of {len(found)} lines are damaged and left out")
+    return lines
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None if it is damaged."""
+    try:
+        line = json.loads(text)
+        sound = isinstance(line["kind"], str) and all(
+            isinstance(v, int | float) for k, v in line.items() if k != "kind"
+        )
+        return line if sound and isinstance(line["step"], int) and "epoch" in line else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 class _Values(ProgressColumn):
@@ -226,17 +253,9 @@ def _tensorboard_writer(folder: Path, start: int) -> Any:
     return SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Keeps the lines of the steps up to `step`; a last line cut short by a crash goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+def _truncate(folder: Path, step: int) -> None:
+    """Keeps the lines of the steps up to `step`; damaged ones, such as a last line cut short by a crash, go too."""
+    path = folder / METRICS
+    if path.exists():
+        kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
+        write_file(path, "".join(kept))

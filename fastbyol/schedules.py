@@ -6,6 +6,38 @@ Source: Grill et al. 2020, appendix B, and `byol/utils/schedules.py` of google-d
 
 import math
 
+from fastbyol.config import OptimConfig
+
+
+class Schedule:
+    """Learning rate and tau of a run's steps.
+
+    Args:
+        optim: of the run.
+        batch_size: images per optimiser step.
+        steps_per_epoch: optimiser steps in an epoch.
+    """
+
+    def __init__(self, optim: OptimConfig, batch_size: int, steps_per_epoch: int) -> None:
+        self.total_steps = optim.epochs * steps_per_epoch
+        self._warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
+        self._peak, self._constant = scaled_lr(optim.base_lr, batch_size), optim.schedule == "constant"
+        self._tau_base = optim.tau_base
+
+    def lr(self, step: int) -> float:
+        """Learning rate of optimiser step `step`."""
+        return learning_rate(
+            step,
+            peak=self._peak,
+            warmup_steps=self._warmup_steps,
+            total_steps=self.total_steps,
+            constant=self._constant,
+        )
+
+    def tau(self, step: int) -> float:
+        """Target decay of optimiser step `step`."""
+        return target_decay(step, base=self._tau_base, total_steps=self.total_steps)
+
 
 def scaled_lr(base_lr: float, batch_size: int) -> float:
     """Peak learning rate by the linear rule: base_lr * batch_size / 256."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbyol import distributed, schedules
+from fastbyol import distributed
 from fastbyol.config import Config
 from fastbyol.data import Batch
 from fastbyol.distributed import World
@@ -19,6 +19,7 @@ from fastbyol.layers import checkpoint_stages
 from fastbyol.model import BYOL, BYOLOutput
 from fastbyol.optim import build_optimizer
 from fastbyol.precision import LossScale, autocast, compute_dtype, set_float32_precision
+from fastbyol.schedules import Schedule
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _STEPS_BEFORE_CAPTURE = 3  # real steps: they create what a graph must not (optimiser state, compiled code, workspaces)
@@ -47,11 +48,8 @@ class TrainStep:
         torch.backends.cudnn.benchmark = True  # all batches have one shape: let cuDNN try its algorithms once
         if device.type == "cpu":
             _keep_freed_memory()
-        self.total_steps = config.optim.epochs * steps_per_epoch
-        self._warmup_steps = round(config.optim.warmup_epochs * steps_per_epoch)
-        self._peak_lr = schedules.scaled_lr(config.optim.base_lr, config.data.batch_size)
-        self._constant_lr = config.optim.schedule == "constant"
-        self._tau_base = config.optim.tau_base
+        self.schedule = Schedule(config.optim, config.data.batch_size, steps_per_epoch)
+        self.total_steps = self.schedule.total_steps
         self.lr, self.tau = torch.zeros((), device=device), torch.ones((), device=device)
         self.loss_scale = LossScale(device) if self.dtype == torch.float16 else None
         self.pairs = model.target_pairs()
@@ -80,8 +78,8 @@ class TrainStep:
 
     def __call__(self, step: int, batch: Batch) -> BYOLOutput:
         """Optimiser step number `step` (from 0). Its output is valid until the next step."""
-        self.lr.fill_(self.lr_at(step))
-        self.tau.fill_(self.tau_at(step))
+        self.lr.fill_(self.schedule.lr(step))
+        self.tau.fill_(self.schedule.tau(step))
         self._number.fill_(step)
         if self._noise_seed is not None:
             torch.manual_seed(_mix(self._noise_seed, step, self.world.rank))
@@ -171,20 +169,6 @@ class TrainStep:
         """
         self._graph = self._forward = None
         gc.collect()
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of optimiser step `step`."""
-        return schedules.learning_rate(
-            step,
-            peak=self._peak_lr,
-            warmup_steps=self._warmup_steps,
-            total_steps=self.total_steps,
-            constant=self._constant_lr,
-        )
-
-    def tau_at(self, step: int) -> float:
-        """Target decay of optimiser step `step`."""
-        return schedules.target_decay(step, base=self._tau_base, total_steps=self.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state by parameter name, and the loss scale where there is one.

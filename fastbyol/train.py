@@ -1,11 +1,10 @@
 """The run: loader -> step -> log -> evaluate -> checkpoint."""
 
 import dataclasses
-import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +15,26 @@ import numpy as np
 import torch
 
 from fastbyol import checkpoint, environment, memory
-from fastbyol.config import Config
+from fastbyol.config import Config, OptimConfig
+from fastbyol.console import say
 from fastbyol.data import Batch, ImageSet, build_loader, choose_backend, find_images
 from fastbyol.distributed import ProcessGroup, StopTogether, World, world_from_environment
 from fastbyol.errors import HungLoader, InputError, RunError, first_line
 from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
+from fastbyol.files import FolderLock, json_text, read_json_or, write_file
 from fastbyol.kernels import dispatch
 from fastbyol.model import BYOL, BYOLOutput, build_model
 from fastbyol.probe import OnlineProbe
 from fastbyol.runlog import RunLog, read_metrics
+from fastbyol.schedules import Schedule
 from fastbyol.step import TrainStep, choose_device
 from fastbyol.weights import load_backbone
 
 SUMMARY, ENVIRONMENT, CONFIG, CHECKPOINTS = "summary.json", "environment.json", "config.json", "checkpoints"
 STACKS = "stacks.txt"
+_LOCK_WAIT_S = 20.0
+_DIFFERENCES = 3  # between two sets of images, that a message names
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class RunResult:
     total_steps: int
     first_rank: bool
     stopped_by: signal.Signals | None  # the signal that ended it early
+    finished_before: bool = False  # there was nothing left to do, and nothing was done
 
 
 def train(config: Config) -> RunResult:
@@ -55,11 +60,22 @@ def train(config: Config) -> RunResult:
     """
     world = world_from_environment()
     device = choose_device(config.device, world.local_rank)
+    folder, notes = Path(config.runs) / config.name, list[str]()
     # Signals are heeded until the process group has said why a run ends: torchrun sends SIGTERM to those who lost a rank.
     with ExitStack() as last, ProcessGroup(world, config.distributed, device):
-        run = _Run(config, world, device)
+        with world.together():
+            if world.first:  # workers that torchrun starts anew may come before the old ones are gone
+                last.enter_context(FolderLock(folder, wait_s=_LOCK_WAIT_S if world.restarts else 0, warn=notes.append))
+        with world.together():
+            found = _find_checkpoint(config, world, notes.append)
+        if found is not None and _is_finished(folder, found, config):
+            if world.first:
+                say(_already_finished(found, config))
+            done = found[1]["step"]
+            return RunResult(folder, done, done, world.first, None, finished_before=True)
+        run = _Run(config, world, device, found, notes)
         stop = last.enter_context(_StopSignals())
-        with closing(run.step), run.one_line_for_faults(), run.log, StopTogether(world) as together:
+        with closing(run.step), run.log, run.one_line_for_faults(), StopTogether(world) as together:
             run.announce()
             done = run.start
             with closing(run.loader.batches(run.start, run.step.total_steps)) as batches:
@@ -82,17 +98,71 @@ def train(config: Config) -> RunResult:
     return RunResult(run.folder, done, total, world.first, stopped_by)
 
 
+Found = tuple[Path, dict[str, Any]]  # a checkpoint's file and content
+
+
+def _find_checkpoint(config: Config, world: World, warn: Callable[[str], None]) -> Found | None:
+    """The checkpoint that config.resume names, None for a fresh start. Workers that torchrun started anew go on.
+
+    Raises:
+        InputError: it does not exist or does not verify; or resume=none would mix two runs.
+    """
+    run = Path(config.runs) / config.name
+    folder = run / CHECKPOINTS
+    resume = "auto" if world.restarts and config.resume == "none" else config.resume
+    if resume == "none":
+        if checkpoint.listed(folder):
+            raise InputError(f"{run} already holds a run: continue it with --resume auto, or choose another --name")
+        return None
+    if resume != "auto":
+        return checkpoint.resolve(Path(resume), warn)
+    damaged: list[str] = []
+    found = checkpoint.newest_good(folder, damaged.append)
+    if found is None and damaged:
+        raise InputError(f"--resume auto: none of the checkpoints in {folder} is usable: {damaged[-1]}")
+    for text in damaged:
+        warn(text)
+    return found
+
+
+def _total_steps(config: Config, state: dict[str, Any]) -> int:
+    """Of a run that goes on from a checkpoint with this config."""
+    size = config.data.batch_size if config.data.batch_size != "auto" else state["config"]["data"]["batch_size"]
+    return config.optim.epochs * (state["images"] // size)
+
+
+def _is_finished(folder: Path, found: Found, config: Config) -> bool:
+    """Whether a checkpoint has done all steps that the config asks for.
+
+    A run that was killed between its own last checkpoint and its summary is still to be closed.
+    """
+    path, state = found
+    total = _total_steps(config, state)
+    own = path.resolve().parent == (folder / CHECKPOINTS).resolve()
+    closed = read_json_or(folder / SUMMARY, lambda text: None).get("steps") == state["step"]
+    return state["step"] > total or (state["step"] == total and (closed or not own))
+
+
+def _already_finished(found: Found, config: Config) -> str:
+    path, state = found
+    steps_per_epoch = max(_total_steps(config, state) // config.optim.epochs, 1)
+    return (
+        f"already finished: checkpoint {path} is of epoch {state['step'] // steps_per_epoch}, optim.epochs={config.optim.epochs}; nothing "
+        "was done. A larger optim.epochs goes on from there, with the schedules of the larger number"
+    )
+
+
 class _Run:
     """Everything around the loop: set-up, resume, logging, evaluation, saving."""
 
-    def __init__(self, config: Config, world: World, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, world: World, device: torch.device, found: Found | None, notes: list[str]
+    ) -> None:
         self.world, self.folder = world, Path(config.runs) / config.name
-        self._notes: list[str] = []  # warnings, and news, for when the log is open
-        self._news: list[str] = []
+        self._notes, self._news = notes, list[str]()  # warnings, and news, for when the log is open
         self.knn: dict[str, float] = {"last": math.nan, "best": math.nan}
         with world.together():
             self.images = find_images(config.data, "train")
-            found = self._find_checkpoint(config)
             fits = 0
             if config.data.batch_size == "auto":
                 dispatch.compile_cpu_kernels(self._news.append)  # the trial steps need them
@@ -118,6 +188,8 @@ class _Run:
             )
             self.probe = self._build_probe()
             self.start = 0 if found is None else self._load(*found)
+            if found is not None:
+                self._say_new_schedule(found[1])
             if world.first:
                 self._prepare_folder()
         if len(set(world.gather(self.start))) > 1:
@@ -159,7 +231,7 @@ class _Run:
         self.log.say(dispatch.describe(self.step.device, backend))
 
     def first_step(self, step: int, batch: Batch) -> BYOLOutput:
-        """A step whose memory is counted."""
+        """A step whose memory is counted, and whose loss the progress bar shows at once."""
         device = self.step.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -168,6 +240,7 @@ class _Run:
         views = memory.batch_bytes(self.config, len(batch.indices), device, batch.views[0].dtype)
         self.memory = memory.by_part(self.model, self.step.optimizer, views, device, saved)
         self.log.say(str(self.memory))
+        self.log.first(step + 1, output.loss.item())
         return output
 
     @contextmanager
@@ -177,7 +250,7 @@ class _Run:
             yield
         except HungLoader as error:
             path = self.folder / (STACKS if self.world.first else f"rank{self.world.rank}_{STACKS}")
-            path.write_text(error.stacks)
+            write_file(path, error.stacks)
             raise RunError(f"{error}; {path} has the stacks of all threads; {self._last_good()}") from None
         except torch.OutOfMemoryError as error:
             parts = f" ({self.memory})" if self.memory is not None else ""
@@ -207,8 +280,8 @@ class _Run:
         self.log.train(
             step + 1,
             loss=loss,
-            lr=self.step.lr_at(step),
-            tau=self.step.tau_at(step),
+            lr=self.step.schedule.lr(step),
+            tau=self.step.schedule.tau(step),
             projection_std=std,
             wait_s=self.loader.wait_s,
             **scaling,
@@ -252,6 +325,7 @@ class _Run:
             "step": done,
             "config": self.config.to_dict(),
             "images": len(self.images),
+            "files": self.images.fingerprint(),
             "model": self.model.state_dict(),
             **self.step.state_dict(),
             "rng": _rng_state(),
@@ -268,7 +342,9 @@ class _Run:
         bad = self._all_bad_images()
         if not self.world.first:
             return
-        lines = [m for m in read_metrics(self.folder) if m["kind"] == "train" and m["step"] > self.start]
+        lines = [m for m in read_metrics(self.folder) if m["kind"] == "train"]
+        if self.start < done:  # else this attempt had nothing left to do but to close the run
+            lines = [m for m in lines if m["step"] > self.start]
         summary: dict[str, Any] = {
             "steps": done,
             "total_steps": self.step.total_steps,
@@ -276,14 +352,15 @@ class _Run:
             "images_per_s": float(np.median([m["images_per_s"] for m in lines])) if lines else None,
             "wait_share": float(np.median([m["wait_share"] for m in lines])) if lines else None,
             "loss": lines[-1]["loss"] if lines else None,
-            "knn_last": _finite_or_none(self.knn["last"]),
-            "knn_best": _finite_or_none(self.knn["best"]),
+            "knn_last": self.knn["last"],
+            "knn_best": self.knn["best"],
             "memory_bytes": None if self.memory is None else dataclasses.asdict(self.memory),
             "bad_images": {self.images.name(i): reason for i, reason in sorted(bad.items())},
         }
-        (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        write_file(self.folder / SUMMARY, json_text(summary))
         if lines:
-            knn = f", kNN {self.knn['last']:.1%} (best {self.knn['best']:.1%})" if self._val is not None else ""
+            measured = self._val is not None and math.isfinite(self.knn["last"])
+            knn = f", kNN {self.knn['last']:.1%} (best {self.knn['best']:.1%})" if measured else ""
             self.log.say(
                 f"{done - self.start} steps in {summary['seconds']:.0f} s: {summary['images_per_s']:.0f} images/s, "
                 f"{summary['wait_share']:.0%} of the time waiting for data, loss {summary['loss']:.3f}{knn}"
@@ -296,28 +373,7 @@ class _Run:
                 "the same command with --resume auto goes on from here"
             )
 
-    def _find_checkpoint(self, config: Config) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint that config.resume names, None for a fresh start. Workers that torchrun started anew go on.
-
-        Raises:
-            InputError: it does not exist or does not verify; or resume=none would mix two runs.
-        """
-        folder = self.folder / CHECKPOINTS
-        resume = "auto" if self.world.restarts and config.resume == "none" else config.resume
-        if resume == "none":
-            if checkpoint.listed(folder):
-                raise InputError(
-                    f"{self.folder} already holds a run: continue it with --resume auto, or choose another --name"
-                )
-            return None
-        if resume != "auto":
-            return checkpoint.resolve(Path(resume), self._notes.append)
-        found = checkpoint.newest_good(folder, self._notes.append)
-        if found is None and checkpoint.listed(folder):
-            raise InputError(f"--resume auto: none of the checkpoints in {folder} is usable: {self._notes[-1]}")
-        return found
-
-    def _with_batch_size(self, config: Config, found: tuple[Path, dict[str, Any]] | None, fits: int) -> Config:
+    def _with_batch_size(self, config: Config, found: Found | None, fits: int) -> Config:
         """The config with a number for data.batch_size=auto: the checkpoint's, or the largest that fits on every rank.
 
         Raises:
@@ -387,9 +443,10 @@ class _Run:
                     f"checkpoint {path} was made with {key}={theirs[key]}, this run has {key}={ours[key]}: "
                     "use the same value, or another --name"
                 )
-        if state["images"] != len(self.images):
+        if changes := _other_files(state, self.images):
             raise InputError(
-                f"checkpoint {path} was made on {state['images']} images, {self.images.root} has {len(self.images)}"
+                f"checkpoint {path} was made on other images than those of {self.images.root}: {changes}; resume with the same "
+                "images, or start anew with another --name (--init takes over the backbone)"
             )
         free = (
             "resume",
@@ -412,11 +469,23 @@ class _Run:
         if named:
             self._notes.append(f"resumed with other settings than the run began with: {', '.join(named)}")
 
+    def _say_new_schedule(self, state: dict[str, Any]) -> None:
+        """What a changed number of epochs does to the learning rate and tau of the step that comes next."""
+        before, now = OptimConfig(**state["config"]["optim"]), self.config.optim
+        if (before.epochs, before.warmup_epochs) == (now.epochs, now.warmup_epochs):
+            return
+        steps_per_epoch = self.step.total_steps // now.epochs
+        old, new = Schedule(before, self.config.data.batch_size, steps_per_epoch), self.step.schedule
+        self._news.append(
+            f"optim.epochs {before.epochs} -> {now.epochs}: the schedules span {now.epochs} epochs, so at step {self.start} the "
+            f"learning rate is {new.lr(self.start):.4g} instead of {old.lr(self.start):.4g}, tau {new.tau(self.start):.4g} instead of "
+            f"{old.tau(self.start):.4g}"
+        )
+
     def _prepare_folder(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / CONFIG).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-            (self.folder / ENVIRONMENT).write_text(json.dumps(environment.describe(), indent=2) + "\n")
+            write_file(self.folder / CONFIG, json_text(self.config.to_dict()))
+            write_file(self.folder / ENVIRONMENT, json_text(environment.describe()))
         except OSError as error:
             raise InputError(f"runs={self.config.runs}: {self.folder} cannot be written: {error.strerror}") from None
 
@@ -459,7 +528,7 @@ class _Run:
         bad = int(self.world.maximum(self.step.first_bad_step))
         if bad >= 0:
             raise RunError(
-                f"the loss became NaN or infinite at step {bad} (lr {self.step.lr_at(bad):.4g}); {self._last_good()}; "
+                f"the loss became NaN or infinite at step {bad} (lr {self.step.schedule.lr(bad):.4g}); {self._last_good()}; "
                 "lower optim.base_lr, or set precision=fp32"
             )
 
@@ -479,12 +548,18 @@ class _Run:
 
 
 class _StopSignals:
-    """SIGTERM and SIGINT ask the loop to stop after the step in hand; a second one ends the program at once."""
+    """SIGTERM, SIGINT and SIGHUP ask the loop to stop after the step in hand; a second SIGTERM or SIGINT ends the program at once.
+
+    A SIGHUP that is ignored already, as under nohup, stays ignored. Shell and kernel may each send one when a terminal goes away.
+    """
 
     received: signal.Signals | None = None
 
     def __enter__(self) -> Self:
-        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._old = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -493,7 +568,25 @@ class _StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        signal.signal(number, self._old[self.received])
+        if number != signal.SIGHUP:
+            signal.signal(number, self._old[self.received])
+
+
+def _other_files(state: dict[str, Any], images: ImageSet) -> str:
+    """What of the images is not what the checkpoint was made on; empty if they are the same. Old checkpoints hold their number only."""
+    theirs, ours = state.get("files"), images.fingerprint()
+    if theirs is None:
+        return "" if state["images"] == len(images) else f"{len(images)} images instead of {state['images']}"
+    differences = []
+    for name in sorted(theirs.keys() | ours.keys()):
+        (before, digest), (now, other) = theirs.get(name, (0, "")), ours.get(name, (0, ""))
+        where = f"class {name!r}" if name else "the split"
+        if before != now:
+            differences.append(f"{where} has {now} images instead of {before}")
+        elif digest != other:
+            differences.append(f"{where} has other files")
+    more = f" (and {len(differences) - _DIFFERENCES} more differences)" if len(differences) > _DIFFERENCES else ""
+    return "; ".join(differences[:_DIFFERENCES]) + more
 
 
 def _rng_state() -> dict[str, Any]:
@@ -516,7 +609,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None

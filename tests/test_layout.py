@@ -44,6 +44,8 @@ ORDER = [
     "runlog",
     "plots",
     "pages",
+    "files",
+    "console",
     "kernels",
     "errors",
 ]

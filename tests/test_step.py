@@ -209,7 +209,7 @@ def test_a_step_that_overflows_is_skipped_with_its_target_and_halves_the_scale(n
     assert int(step.loss_scale.skipped) == 1
     for key in online:
         if key.startswith("target.") and key.endswith("weight"):
-            w, tau = new[key.replace("target.", "online.")], step.tau_at(4)
+            w, tau = new[key.replace("target.", "online.")], step.schedule.tau(4)
             assert torch.allclose(new[key], target[key] + (1 - tau) * (w - target[key]), atol=1e-6), key
     assert not torch.equal(new["online.backbone.conv1.weight"], online["online.backbone.conv1.weight"])
 
@@ -261,7 +261,7 @@ def test_micro_batches_are_the_mean_of_their_gradients_and_one_update():
         losses.append(output.loss.item())
     output = step(0, batch)
     assert output.loss.item() == pytest.approx(sum(losses) / 4, abs=1e-6)
-    lr, tau = step.lr_at(0), step.tau_at(0)
+    lr, tau = step.schedule.lr(0), step.schedule.tau(0)
     before = dict(build_model(ModelConfig(**MODEL), SIZE, 0).named_parameters())
     for (name, p), q in zip(step.model.named_parameters(), reference.parameters(), strict=True):
         if q.grad is not None:
@@ -313,7 +313,7 @@ def test_clipping_limits_the_total_norm(precision):
     for step in (free, clipped, loose):
         run(step, 1)
         moved.append(torch.cat([p.detach().flatten() for p in step.model.online.parameters()]) - before)
-    assert (moved[1].norm() / step.lr_at(0)).item() < 0.01 < (moved[0].norm() / step.lr_at(0)).item()
+    assert (moved[1].norm() / step.schedule.lr(0)).item() < 0.01 < (moved[0].norm() / step.schedule.lr(0)).item()
     assert torch.nn.functional.cosine_similarity(moved[0], moved[1], dim=0) > 0.999
     assert torch.equal(moved[0], moved[2])
 

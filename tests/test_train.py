@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +19,10 @@ from conftest import BATCH, HANG_S, jpeg, losses
 from fastbyol import checkpoint, step
 from fastbyol.config import DataConfig, OptimConfig
 from fastbyol.errors import InputError, RunError
+from fastbyol.files import FolderLock
 from fastbyol.model import BYOLOutput
 from fastbyol.runlog import RunLog
-from fastbyol.train import train
+from fastbyol.train import _StopSignals, train
 
 STEPS = 16  # 4 epochs of 4 batches
 
@@ -126,7 +130,7 @@ def test_one_target_update_per_optimiser_step_after_it(make_config, monkeypatch,
     def checked(self, number, batch):
         before = [t.clone() for _, t in self.pairs]
         output = original(self, number, batch)
-        tau = self.tau_at(number)
+        tau = self.schedule.tau(number)
         for (w, t), old in zip(self.pairs, before, strict=True):
             assert (t - (old + (1 - tau) * (w.detach() - old))).abs().max() < 1e-6
         updates.append(number)
@@ -152,6 +156,84 @@ def test_an_existing_run_is_not_mixed_with_a_new_one(make_config):
         train(config)
     again = train(dataclasses.replace(config, resume="auto"))
     assert again.step == 4  # nothing was left to do
+
+
+SHORT = {"knn": {"every_epochs": 0}, "optim": {"epochs": 1, "warmup_epochs": 0}}
+
+
+def contents(folder):
+    """Every file below a folder with its bytes and time of change."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize(("epochs", "of"), [(1, 1), (2, 1)])
+def test_a_finished_run_is_said_to_be_and_left_as_it_is(make_config, capsys, epochs, of):
+    first = train(make_config(**SHORT | {"optim": {"epochs": epochs, "warmup_epochs": 0}}))
+    before = contents(first.folder)
+    capsys.readouterr()
+    second = train(make_config(resume="auto", **SHORT | {"optim": {"epochs": of, "warmup_epochs": 0}}))
+    assert (second.step, second.finished_before) == (4 * epochs, True)
+    out = capsys.readouterr().out
+    assert "already finished: checkpoint" in out
+    assert f"is of epoch {epochs}, optim.epochs={of}; nothing was done" in out
+    assert contents(first.folder) == before
+
+
+def test_a_run_killed_before_its_summary_is_closed(make_config):
+    folder = train(make_config(**SHORT)).folder
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()
+    assert not train(make_config(resume="auto", **SHORT)).finished_before
+    again = json.loads((folder / "summary.json").read_text())
+    for key in ("steps", "total_steps", "loss", "images_per_s"):
+        assert again[key] == summary[key]
+
+
+def test_a_longer_run_says_what_its_schedules_do(make_config, capsys):
+    train(make_config(knn={"every_epochs": 0}, optim={"epochs": 2, "warmup_epochs": 0}))
+    train(make_config(knn={"every_epochs": 0}, optim={"epochs": 4, "warmup_epochs": 0}, resume="auto"))
+    out = capsys.readouterr().out
+    lr = 2.0 * BATCH / 256 / 2  # half-way down the cosine
+    assert (
+        f"optim.epochs 2 -> 4: the schedules span 4 epochs, so at step 8 the learning rate is {lr:.4g} instead of 0, "
+        "tau 0.995 instead of 1"
+    ) in out
+
+
+def test_another_data_set_of_equal_size_is_refused(make_config, photos, tmp_path):
+    train(make_config(**SHORT))
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)
+    config = make_config(resume="auto", data={"root": str(copy)}, optim={"epochs": 2, "warmup_epochs": 0})
+    assert train(config).step == 8  # the same images in another place are the same data set
+    first = sorted((copy / "train").iterdir())[0]
+    image = sorted(first.iterdir())[0]
+    image.rename(image.with_name("other.jpg"))
+    config = dataclasses.replace(config, optim=OptimConfig(epochs=3, warmup_epochs=0))
+    with pytest.raises(InputError, match=rf"made on other images.*: class '{first.name}' has other files; resume with"):
+        train(config)
+    shutil.move(first / "other.jpg", sorted((copy / "train").iterdir())[1] / "other.jpg")
+    with pytest.raises(
+        InputError, match=r"class '\w+' has 3 images instead of 4; class '\w+' has 5 images instead of 4"
+    ):
+        train(config)
+
+
+def test_two_runs_do_not_write_into_one_folder(make_config):
+    config = make_config(name="two", resume="auto", **SHORT)
+    folder = Path(config.runs) / "two"
+    with FolderLock(folder, warn=print), pytest.raises(InputError, match=r"two: another run writes into it \(process"):
+        train(config)
+    assert not folder.exists()
+    assert train(config).step == 4
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(make_config):
+    config = make_config(data={"root": "/nowhere"})
+    with pytest.raises(InputError, match="no folder"):
+        train(config)
+    assert not Path(config.runs).exists()
 
 
 def test_resume_takes_the_one_before_a_damaged_newest(make_config, capsys):
@@ -282,12 +364,12 @@ def test_a_full_disk_while_saving(make_config, monkeypatch):
 
 def test_a_run_folder_that_cannot_be_made(make_config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"runs=.*file: .* cannot be written"):
+    with pytest.raises(InputError, match=r"file/run: cannot be written: Not a directory; choose another --runs"):
         train(make_config(runs=str(tmp_path / "file")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)])
 def test_signals_finish_the_step_save_and_say_how_to_go_on(photos, tmp_path, number, code):
     command = [sys.executable, "-m", "fastbyol", "train", "--name", "s", "--runs", str(tmp_path)]
     command += ["--data.root", str(photos), "--data.batch_size", "16", "--data.image_size_px", "32"]
@@ -309,6 +391,44 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(photos, tmp_path, num
     saved = checkpoint.load(checkpoint.listed(tmp_path / "s" / "checkpoints")[-1])
     assert f"stopped after step {saved['step']} of 2000" in output
     assert saved["step"] == metrics.read_text().count("\n")
+
+
+def test_a_sighup_that_is_ignored_stays_ignored():
+    """Under nohup, say."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with _StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)  # shell and kernel may each send one
+            assert stop.received == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("console", ["| head -n 1", "> /dev/full", ">&-"])
+def test_training_goes_on_when_the_reader_of_its_output_goes_away(photos, tmp_path, console):
+    command = [sys.executable, "-m", "fastbyol", "train", "--name", "s", "--runs", str(tmp_path)]
+    command += ["--data.root", str(photos), "--data.batch_size", "16", "--data.image_size_px", "32"]
+    command += ["--model.backbone", "resnet18", "--model.width", "0.125", "--model.hidden_dim", "32"]
+    command += ["--optim.epochs", "2", "--optim.warmup_epochs", "0", "--log.tensorboard", "false"]
+    script = f"{shlex.join(command)} {console}"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoint.load(checkpoint.listed(tmp_path / "s" / "checkpoints")[-1])["step"] == 8
+    assert json.loads((tmp_path / "s" / "summary.json").read_text())["steps"] == 8
+    text = (tmp_path / "s" / "train.log").read_text()
+    assert "8 steps in" in text
+    assert ("the console is gone" in text) == (console != ">&-")
+    assert (tmp_path / "s" / "report.html").exists()
 
 
 def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):

@@ -1,5 +1,6 @@
 """What every set of images can do, whether it lies in a folder or in one file, and the part of it that a run uses."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Self
@@ -43,6 +44,16 @@ class ImageSet(ABC):
     def where(self, index: int) -> str:
         """Where an image lies, for messages."""
         return f"{self.root}/{self.name(index)}"
+
+    def fingerprint(self) -> dict[str, list]:
+        """What tells these images from others: per class name ('' without labels) their number and a digest of their names in order."""
+        found: dict[str, list] = {}
+        for i in range(len(self)):
+            name = self.classes[self.labels[i]] if self.classes else ""
+            known = found.setdefault(name, [0, hashlib.blake2b(digest_size=8)])
+            known[0] += 1
+            known[1].update(self.name(i).encode("utf-8", "surrogateescape") + b"\0")
+        return {name: [count, digest.hexdigest()] for name, (count, digest) in found.items()}
 
     def spread(self, limit: int) -> Self:
         """At most `limit` of the images, evenly spread over the set and so over the classes."""

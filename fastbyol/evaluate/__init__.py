@@ -1,5 +1,8 @@
 """What the features of a checkpoint are worth, each time beside the untrained network and, where it can be, raw pixels."""
 
+import hashlib
+import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,14 @@ from fastbyol.evaluate.linear import LINEAR
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
 from fastbyol.evaluate.robustness import ROBUSTNESS
 from fastbyol.evaluate.segmentation import SEGMENTATION
+from fastbyol.files import read_json_or, write_json, write_output
 from fastbyol.layers import one_view
 from fastbyol.model import BYOL, build_model
 from fastbyol.precision import compute_dtype, set_float32_precision
-from fastbyol.runlog import write_json
 from fastbyol.step import choose_device
 
 BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
+_RESULT = "eval_"
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol for protocol in (KNN, LINEAR, FINETUNE, FEWSHOT, ROBUSTNESS, SEGMENTATION, DETECTION)
 }
@@ -47,7 +51,7 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
     """
     protocol = PROTOCOLS[name]
     path, config, model = load_run(Path(options.run), say)
-    out = Path(options.out) if options.out else _run_folder(path) / f"eval_{name}.json"
+    out = Path(options.out) if options.out else _run_folder(path) / _result_name(name, path, options, config)
     if not out.parent.is_dir():  # said before the work is done
         raise InputError(f"out={out}: cannot be written: there is no folder {out.parent}")
     frame = frame_of(config, options, say)
@@ -71,11 +75,58 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
     }
     write_json(out, result, f"out={out}")
     if protocol.draw is not None:
-        try:
-            out.with_suffix(".png").write_bytes(protocol.draw(rows))
-        except OSError as error:
-            raise InputError(f"out={out}: cannot be written: {error.strerror}") from None
+        write_output(out.with_suffix(".png"), protocol.draw(rows), f"out={out}")
+    say(f"wrote {out}")
     return result
+
+
+def _result_name(protocol: str, checkpoint_file: Path, options: EvalConfig, config: Config) -> str:
+    """eval_PROTOCOL_KEY.json: another data set, checkpoint or setting has another key, the same evaluation again the same one."""
+    data = config.data
+    root = str(Path(options.root or data.root or "").resolve())
+    key = [
+        checkpoint_file.name,
+        root,
+        data.train_split,
+        data.val_split,
+        data.classes,
+        options.settings,
+        options.baselines,
+    ]
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return f"{_RESULT}{protocol}_{digest}.json"
+
+
+def read_results(run: Path, warn: Callable[[str], None]) -> list[tuple[Path, dict[str, Any]]]:
+    """What evaluations left in a run's folder, by protocol, data set and checkpoint; `warn` gets a line for each file that is damaged."""
+    found = []
+    for path in sorted(run.glob(f"{_RESULT}*.json")):
+        result = read_json_or(path, warn)
+        if not result:
+            continue
+        if not _is_result(result):
+            warn(f"{path}: not a result of `fastbyol eval`; it is left out")
+            continue
+        found.append((path, result))
+    order = list(PROTOCOLS)
+
+    def place(item: tuple[Path, dict[str, Any]]) -> tuple[int, str, str]:
+        protocol = item[1]["protocol"]
+        return order.index(protocol) if protocol in order else len(order), item[1]["root"], item[1]["checkpoint"]
+
+    return sorted(found, key=place)
+
+
+def _is_result(values: dict[str, Any]) -> bool:
+    texts = all(isinstance(values.get(key), str) for key in ("protocol", "checkpoint", "root"))
+    counts = {"train_images", "val_images", "classes"} <= values.keys() and isinstance(values.get("settings"), dict)
+    rows = values.get("rows")
+    return texts and counts and isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+
+
+def is_metric(value: object) -> bool:
+    """Whether a row's value is a number to be shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def frame_of(config: Config, options: EvalConfig, say: Callable[[str], None]) -> Frame:

@@ -154,7 +154,7 @@ def test_lr_and_tau_are_followed(network, mode, name):
     for k in (WARM, 12, 17):
         restore(step, saved)
         step(k, batch)
-        lr, tau = step.lr_at(k), step.tau_at(k)
+        lr, tau = step.schedule.lr(k), step.schedule.tau(k)
         new = dict(step.model.named_parameters())
         online = [key for key in new if not key.startswith("target.")]
         directions.append(torch.cat([(saved[0][key] - new[key]).flatten() / lr for key in online]))
@@ -162,8 +162,8 @@ def test_lr_and_tau_are_followed(network, mode, name):
             if key.startswith("target."):
                 old, w = saved[0][key], new[key.replace("target.", "online.")]
                 assert (t - (old + (1 - tau) * (w - old))).abs().max() < 1e-6, key
-    assert step.lr_at(WARM) > 4 * step.lr_at(17)
-    assert step.tau_at(17) > step.tau_at(WARM) + 0.05
+    assert step.schedule.lr(WARM) > 4 * step.schedule.lr(17)
+    assert step.schedule.tau(17) > step.schedule.tau(WARM) + 0.05
     # A small step is lost in a weight's last digits: with the rate, the vectors differ by up to a hundredth.
     assert all(relative(other - directions[0], directions[0]) < 0.05 for other in directions[1:])
 

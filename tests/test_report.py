@@ -1,0 +1,110 @@
+"""What evaluations leave beside each other, damaged files, and names of any kind, in report.html and in figures."""
+
+import io
+import json
+import os
+import warnings
+
+import numpy as np
+import pytest
+from conftest import jpeg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fastbyol import plots
+from fastbyol.config import KnnEval
+from fastbyol.data import find_images
+from fastbyol.evaluate import evaluate, read_results
+from fastbyol.pages import text
+from fastbyol.preview import draw_views
+from fastbyol.report import write_report
+from fastbyol.train import train
+
+SHORT = {"optim": {"epochs": 1, "warmup_epochs": 0}, "knn": {"every_epochs": 0}}
+
+
+def fail(line):
+    raise AssertionError(line)
+
+
+def test_evaluations_stand_beside_each_other(make_config, photos, tmp_path):
+    folder = train(make_config(**SHORT)).folder
+    elsewhere = tmp_path / "elsewhere"
+    for split in ("train", "val"):
+        for name in ("astronaut", "coffee"):
+            (elsewhere / split).mkdir(parents=True, exist_ok=True)
+            (elsewhere / split / name).symlink_to(photos / split / name)
+    options = [{}, {"k": 5}, {"root": str(elsewhere)}, {}]  # the last is the first again
+    for changes in options:
+        evaluate("knn", KnnEval(run=str(folder), baselines=False, **changes), lambda line: None)
+    results = read_results(folder, fail)
+    found = sorted((result["root"], result["settings"]["k"]) for _, result in results)
+    assert found == sorted([(str(photos), 20), (str(photos), 5), (str(elsewhere), 20)])
+    page = write_report(folder, print).read_text()
+    for root in (photos, elsewhere):
+        assert f"{root}, checkpoint step_00000004.pt" in page
+    assert page.count("<h3>Weighted kNN on frozen features</h3>") == 3
+
+
+DAMAGED = {
+    "eval_knn.json": b"",
+    "eval_cut.json": b'{"protocol": "knn", "rows"',
+    "eval_list.json": b"[1]",
+    "eval_other.json": b'{"rows": 3}',
+    "summary.json": b'{"steps": "x"}',
+    "environment.json": b"\xff",
+    "metrics.jsonl": b'\n{"kind": "train", "step": 1\nnull\n{"kind": "train", "step": "a", "epoch": 1}\n',
+}
+
+
+def test_damaged_files_are_named_and_block_no_report(make_config):
+    folder = train(make_config(**SHORT)).folder
+    for name, content in DAMAGED.items():
+        (folder / name).write_bytes(content)
+    lines = []
+    page = write_report(folder, lines.append).read_text()
+    assert all(sum(name in line for line in lines) == 1 for name in DAMAGED), lines
+    assert len(lines) == len(DAMAGED)
+    assert "Settings" in page
+    assert "What the features are worth" not in page
+    assert (
+        train(make_config(resume="auto", **SHORT)).finished_before is False
+    )  # its summary was damaged: it is closed again
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
+
+
+NAMES = ["a$b_$", "$x^{", "<b>&amp;", "[red]x", ":smile:", "中文", "tab\there", "new\nline", "x" * 200]
+
+
+def test_every_name_is_drawn(folder_of, make_config):
+    names = [os.fsencode(name) for name in NAMES] + [b"caf\xe9"]
+    root = folder_of({"train/a/0.jpg": jpeg()})
+    for k, name in enumerate(names):
+        (root / "train" / os.fsdecode(name)).mkdir()
+        (root / "train" / os.fsdecode(name) / os.fsdecode(name + b".jpg")).write_bytes(jpeg(k))
+    config = make_config(data={"root": str(root)})
+    with warnings.catch_warnings(action="error"):
+        png = draw_views(config, find_images(config.data, "train"))
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.width > 800
+
+
+def test_a_dollar_is_drawn_as_one_and_a_missing_glyph_by_its_number(monkeypatch):
+    def drawn(string):
+        figure = Figure(figsize=(4, 0.5))
+        figure.text(0, 0.3, string)
+        with warnings.catch_warnings(action="error"):
+            return np.asarray(Image.open(io.BytesIO(plots.to_png(figure))))
+
+    assert not np.array_equal(drawn("a$b$"), drawn("ab"))
+    assert np.array_equal(drawn("x \ufffe"), drawn("x \\ufffe"))  # no font has it
+    assert plots.title("a" * 44) == "a" * 44
+    assert plots.title("a" * 30 + "\n" + "b" * 30) == "a" * 22 + "..." + "b" * 19
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("<b>&", "&lt;b&gt;&amp;"), ("caf\udce9", "caf\\udce9"), ("a\nb", "a\\nb"), ("中", "中"), (3, "3")],
+)
+def test_a_name_as_html(name, shown):
+    assert text(name) == shown
