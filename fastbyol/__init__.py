@@ -1,3 +1,7 @@
 """fastbyol: BYOL (Bootstrap Your Own Latent, arXiv 2006.07733) pre-training of vision backbones."""
 
+from fastbyol import caches
+
 __version__ = "0.1.0"
+
+caches.prepare()

@@ -4,6 +4,7 @@ Errors that a user can mend are one line on stderr: exit code 2 where the input 
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from rich.console import Console
 from rich.progress import Progress
 
-from fastbyol import __version__
+from fastbyol import __version__, caches
 from fastbyol.config import EVALUATIONS, Config
 from fastbyol.console import say, surviving
 from fastbyol.errors import FastbyolError, InputError, StoppedByAnother, printable
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     with surviving() as output:
+        if caches.note is not None and os.environ.get("RANK", "0") == "0":
+            print(f"fastbyol: note: {caches.note}", file=sys.stderr)
         code = _run(given)
         if output.lost is None or output.reader_left:
             return code
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Sequence[str]) -> int:
+    if caches.fault is not None:
+        return _fail(caches.fault, 1)
     arguments = _plainly(given)
     try:
         args = _parser().parse_args(arguments)

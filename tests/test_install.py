@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 import fastbyol
+from fastbyol import caches
 
 ROOT = Path(fastbyol.__file__).resolve().parent.parent
 
@@ -45,3 +47,85 @@ def test_another_checkout_is_used_whole_and_named(tmp_path):
 
 def test_kernels_lies_beside_the_package_and_is_part_of_it():
     assert (ROOT / "fastbyol" / "kernels").resolve() == ROOT / "kernels"
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """prepare() on a machine with folders that can be written or not; returns (note, fault, what it set)."""
+
+    def prepare(*, home, writable, user="someone"):
+        def nobody():
+            raise KeyError("getpwuid(): uid not found: 12345")
+
+        def no_home():
+            raise RuntimeError("Could not determine home directory.")
+
+        for name in ("XDG_CACHE_HOME", "TRITON_HOME", "MPLCONFIGDIR", "LOGNAME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        monkeypatch.setattr(caches.getpass, "getuser", nobody if user is None else lambda: user)
+        monkeypatch.setattr(caches.Path, "home", no_home if home is None else lambda: home)
+        monkeypatch.setattr(caches.os, "access", lambda path, how: str(path).startswith(writable))
+        monkeypatch.setattr(caches, "note", None)
+        monkeypatch.setattr(caches, "fault", None)
+        before = dict(os.environ)
+        caches.prepare()
+        return caches.note, caches.fault, {k: v for k, v in os.environ.items() if before.get(k) != v}
+
+    return prepare
+
+
+def test_a_home_that_can_be_written_is_left_alone(machine, tmp_path):
+    assert machine(home=tmp_path / "home", writable=str(tmp_path)) == (None, None, {})
+
+
+def test_without_a_home_caches_lie_in_a_folder_of_this_user_alone(machine, tmp_path):
+    folder = tmp_path / f"fastbyol-{os.getuid()}"
+    note, fault, changed = machine(home=None, user=None, writable=str(tmp_path))
+    assert (note, fault) == (f"there is no home folder: caches are kept in {folder}", None)
+    assert changed["LOGNAME"] == f"uid{os.getuid()}"
+    assert {changed[key] for key in ("HOME", "XDG_CACHE_HOME", "TRITON_HOME")} == {str(folder)}
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_home_that_cannot_be_written_stays_the_home(machine, tmp_path):
+    note, _, changed = machine(home=Path("/read-only"), writable=str(tmp_path))
+    assert note.startswith("/read-only/.cache cannot be written: caches are kept in ")
+    assert "HOME" not in changed
+    assert changed["XDG_CACHE_HOME"] == str(tmp_path / f"fastbyol-{os.getuid()}")
+
+
+def test_a_folder_that_others_could_write_is_not_trusted(machine, tmp_path):
+    (tmp_path / f"fastbyol-{os.getuid()}").mkdir()
+    (tmp_path / f"fastbyol-{os.getuid()}").chmod(0o777)
+    _, _, changed = machine(home=None, writable=str(tmp_path))
+    assert changed["XDG_CACHE_HOME"] not in ("", str(tmp_path / f"fastbyol-{os.getuid()}"))
+    assert Path(changed["XDG_CACHE_HOME"]).stat().st_mode & 0o777 == 0o700
+
+
+def test_nowhere_to_write_is_one_line(machine, monkeypatch, capsys):
+    _, fault, changed = machine(home=Path("/read-only"), writable="/nothing")
+    assert fault.startswith("no folder for caches can be written, neither /read-only/.cache nor a temporary one")
+    assert changed == {}
+    from fastbyol.cli import main
+
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == f"fastbyol: error: {fault}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="becomes another user, as root can")
+def test_a_user_whom_the_machine_does_not_know_runs_it():
+    """No home, no passwd entry, an installation that cannot be written; reads root's files, as the tests may be installed there."""
+    rights = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    user = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups", *rights]
+    with tempfile.TemporaryDirectory() as temporary:  # pytest's own folders are closed to others
+        Path(temporary).chmod(0o777)
+        clean = ["env", "-i", f"PATH={os.environ['PATH']}", f"TMPDIR={temporary}"]
+        command = [*user, *clean, sys.executable, "-m", "fastbyol", "doctor"]
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "ok    CPU kernels" in done.stdout
+        assert (
+            done.stderr == f"fastbyol: note: there is no home folder: caches are kept in {temporary}/fastbyol-54321\n"
+        )

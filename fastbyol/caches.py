@@ -1,0 +1,64 @@
+"""Where libraries keep what they compile and download, on machines where the home folder cannot be written or does not exist.
+
+numba, Triton, Inductor, matplotlib and the hubs keep their caches in the user's home; most raise where they cannot.
+"""
+
+import getpass
+import os
+import tempfile
+from pathlib import Path
+
+note: str | None = None
+"""One line that says where caches are kept instead; None where nothing had to be changed."""
+
+fault: str | None = None
+"""One line that says that there is no such folder: what is compiled cannot run then."""
+
+
+def prepare() -> None:
+    """Points what needs a home at a folder that can be written; to be called before any of those libraries is imported."""
+    global note, fault
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # no entry for this user: Inductor names its folder after the user
+        os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = None
+    cache = os.environ.get("XDG_CACHE_HOME") or (home and home / ".cache")
+    if cache is not None and _can_write(Path(cache)):
+        return
+    folder = _fallback()
+    if folder is None:
+        fault = f"no folder for caches can be written, neither {cache or 'a home'} nor a temporary one: set TMPDIR to one that can"
+        return
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    os.environ.setdefault("TRITON_HOME", str(folder))
+    os.environ.setdefault("MPLCONFIGDIR", str(folder / "matplotlib"))
+    if home is None:
+        os.environ["HOME"] = str(folder)
+    missing = f"{cache} cannot be written" if cache else "there is no home folder"
+    note = f"{missing}: caches are kept in {folder}"
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, which may still have to be made."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
+def _fallback() -> Path | None:
+    """A folder of this user alone: what lies in it is machine code that will be run."""
+    for place in (Path(p) for p in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm") if p):
+        folder = place / f"fastbyol-{os.getuid()}"
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            facts = folder.lstat()
+            if folder.is_symlink() or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+                return Path(tempfile.mkdtemp(prefix="fastbyol-", dir=place))
+            if _can_write(folder):
+                return folder
+        except OSError:  # the next place may do
+            continue
+    return None
