@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastbyol import __version__
+from fastbyol import __version__, cores
 
 PACKAGES = [
     "torch",
@@ -31,7 +31,7 @@ def describe() -> dict[str, str]:
         "fastbyol": f"{__version__} {commit()}".strip(),
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
-        "cpu": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{_cpu_name()}, {cores.available()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "gpu": ", ".join(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())) or "none",
     }

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastbyol import environment, memory
+from fastbyol import cores, environment, memory
 from fastbyol.config import Config
 from fastbyol.data import ImageSet, build_loader, choose_backend, find_images, native
 from fastbyol.data.batch import Batch, Loader
@@ -119,6 +119,7 @@ def opened(config: Config, check: Callable[[], None], say: Callable[[str], None]
     Raises:
         InputError: `check` does, or the config does not fit the data or the machine.
     """
+    cores.respect_quota()
     world = world_from_environment()
     device = choose_device(config.device, world.local_rank)
     with ProcessGroup(world, config.distributed, device):

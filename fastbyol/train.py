@@ -14,10 +14,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from fastbyol import checkpoint, environment, memory
+from fastbyol import checkpoint, cores, environment, memory
 from fastbyol.config import Config, OptimConfig
 from fastbyol.console import say
 from fastbyol.data import Batch, ImageSet, build_loader, choose_backend, find_images
+from fastbyol.data.workers import cpu_threads
 from fastbyol.distributed import ProcessGroup, StopTogether, World, world_from_environment
 from fastbyol.errors import HungLoader, InputError, RunError, first_line
 from fastbyol.evaluate.features import check_splits, extract
@@ -58,6 +59,7 @@ def train(config: Config) -> RunResult:
         InputError: the config does not fit the data, the machine or the checkpoint; nothing was started.
         RunError: the run had to stop; the message names the last good checkpoint.
     """
+    cores.respect_quota()
     world = world_from_environment()
     device = choose_device(config.device, world.local_rank)
     folder, notes = Path(config.runs) / config.name, list[str]()
@@ -218,6 +220,8 @@ class _Run:
         for text in self._news:
             self.log.say(text)
         dispatch.compile_cpu_kernels(self.log.say)
+        if self.world.size == 1:  # the other ranks would count as others
+            cores.warn_if_shared(cpu_threads(config.data.threads), self.log.warn)
         classes = f" of {len(self.images.classes)} classes" if self.images.classes else ""
         backend, why = choose_backend(config.data, self.images, self.step.device)
         self.log.say(f"{len(self.images)} images{classes} in {self.images.root}, read by {backend}: {why}")

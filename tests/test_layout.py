@@ -47,6 +47,7 @@ ORDER = [
     "files",
     "console",
     "kernels",
+    "cores",
     "caches",
     "errors",
 ]

@@ -1,12 +1,13 @@
 """Threads for work on many images."""
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from fastbyol import cores
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -15,7 +16,7 @@ _IN_HAND = 8  # tasks begun or waiting per thread: more would only hold memory
 
 def cpu_threads(threads: int) -> int:
     """The number of threads that a setting means: 0 is one per core that this process may use."""
-    return threads or len(os.sched_getaffinity(0))
+    return threads or cores.available()
 
 
 @contextmanager

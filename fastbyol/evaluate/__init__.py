@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbyol import checkpoint, environment
+from fastbyol import checkpoint, cores, environment
 from fastbyol.config import Config, EvalConfig
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluate.detection import DETECTION
@@ -131,6 +131,7 @@ def is_metric(value: object) -> bool:
 
 def frame_of(config: Config, options: EvalConfig, say: Callable[[str], None]) -> Frame:
     """Where and how a run's network is evaluated; float32 is exact or TF32 from here on, as the run had it."""
+    cores.respect_quota()
     device = choose_device(options.device)
     set_float32_precision(config.precision)
     return Frame(
