@@ -13,7 +13,6 @@ recognised before a value of it is used.
 import os
 import pickle
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 
 from fastbyol import __version__
 from fastbyol.errors import InputError, RunError, first_line
+from fastbyol.files import replacing
 
 FORMAT = 1
 BEST = "best.pt"
@@ -51,24 +51,16 @@ def save(folder: Path, state: dict[str, Any], *, keep_last: int, best: bool) -> 
         RunError: it cannot be written (full disk, say). Older checkpoints are untouched then.
     """
     path = folder / f"step_{state['step']:08d}.pt"
-    temporary = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*.partial"):  # of a process that was killed while it wrote
             leftover.unlink()
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".partial", delete=False) as file:
-            temporary = Path(file.name)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, "version": __version__, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
         if best:
             _link(path, folder / BEST)
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else first_line(cause)
         older = listed(folder)
@@ -77,7 +69,7 @@ def save(folder: Path, state: dict[str, Any], *, keep_last: int, best: bool) -> 
             f"checkpoint {path} could not be written ({reason}); {keep}; free some space and resume"
         ) from None
     for old in listed(folder)[:-keep_last]:
-        old.unlink()
+        old.unlink(missing_ok=True)
     return path
 
 
