@@ -48,7 +48,7 @@ class TrainStep:
         if device.type == "cpu":
             _keep_freed_memory()
         self.total_steps = config.optim.epochs * steps_per_epoch
-        self._warmup_steps = round(config.optim.warmup_epochs * steps_per_epoch)
+        self._warmup_steps = round(config.optim.warmup * steps_per_epoch)
         self._peak_lr = schedules.scaled_lr(config.optim.base_lr, config.data.batch_size)
         self._constant_lr = config.optim.schedule == "constant"
         self._tau_base = config.optim.tau_base

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fastbyol import checkpoint, environment, memory
-from fastbyol.config import Config
+from fastbyol.config import DEFAULT_WARMUP_EPOCHS, Config
 from fastbyol.data import Batch, ImageSet, build_loader, choose_backend, find_images
 from fastbyol.distributed import ProcessGroup, StopTogether, World, world_from_environment
 from fastbyol.errors import HungLoader, InputError, RunError, first_line
@@ -145,6 +145,11 @@ class _Run:
             self.log.warn(note)
         for text in self._news:
             self.log.say(text)
+        if config.optim.warmup_epochs is None and config.optim.warmup < DEFAULT_WARMUP_EPOCHS:
+            self.log.say(
+                f"optim.warmup_epochs: the default of {DEFAULT_WARMUP_EPOCHS} is longer than half of the run; "
+                f"it is {config.optim.warmup:g} epochs"
+            )
         dispatch.compile_cpu_kernels(self.log.say)
         classes = f" of {len(self.images.classes)} classes" if self.images.classes else ""
         backend, why = choose_backend(config.data, self.images, self.step.device)
@@ -379,7 +384,9 @@ class _Run:
 
     def _check_fits(self, path: Path, state: dict[str, Any]) -> None:
         """What must be equal for the run to go on as if it had not been cut is equal; other changes are named."""
-        ours, theirs = _flat(self.config.to_dict()), _flat(state["config"])
+        # A default is compared by the number that it means.
+        ours = _flat(self.config.to_dict()) | {"optim.warmup_epochs": self.config.optim.warmup}
+        theirs = _flat(state["config"]) | {"optim.warmup_epochs": Config.from_dict(state["config"]).optim.warmup}
         changed = [key for key in ours if key in theirs and ours[key] != theirs[key]]
         for key in changed:
             if key.startswith("model.") or key in ("optim.name", "data.batch_size", "data.image_size_px"):

@@ -11,7 +11,9 @@ from PIL import Image
 import fastbyol
 from fastbyol import environment
 from fastbyol.cli import main
+from fastbyol.config import Config
 from fastbyol.errors import HungLoader, InputError, RunError
+from fastbyol.settings import leaves
 from fastbyol.train import train
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -32,14 +34,16 @@ def test_version(capsys):
 
 
 def test_help_shows_type_unit_and_default_of_every_field(capsys):
-    code, out, _ = run(capsys, "train", "--help")
+    code, out, _ = run(capsys, "train", "--help-all")
     text = " ".join(out.split())
     assert code == 0
-    assert "--data.image_size_px IMAGE_SIZE_PX Side of both views in pixels. (type: int, default: 224)" in text
-    assert "--optim.base_lr BASE_LR Learning rate per 256 images" in text
+    assert "--data.image_size_px N Side of both views in pixels. (whole number, default 224)" in text
+    assert "--optim.base_lr X Learning rate per 256 images" in text
     assert "--optim.name {lars,sgd,adamw,adam}" in text
-    undocumented = re.findall(r"(--(?:data|model|optim|log|checkpoint|knn|probe|step)\.\w+) \S+ \(type", text)
-    assert undocumented == []
+    described = re.findall(r"--([\w.]+) \S+ [\w\"`'0-9]", text)
+    assert set(described) >= {name for name, _, _ in leaves(Config)} | {"config"}
+    assert "typing." not in text
+    assert "optim: Optimiser, schedules and target update." in text
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["prepare", "photos", "--out", "/tmp"], "--out /tmp exists"),
         (["preview", "--data.root", "/nowhere"], "there is no folder /nowhere/train"),
         (["report", "--run", "/nowhere"], "there is no such folder"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'"),
         ([], "subcommand"),
     ],
 )
