@@ -23,14 +23,17 @@ from fastbyol.errors import FastbyolError, RunError, StoppedByAnother, first_lin
 from fastbyol.options import Call, Command, HelpAsked, Options, read
 from fastbyol.settings import require, shown
 
-_MEMORY_HINT = "lower data.batch_size, data.image_size_px, model.width or model.hidden_dim, or what else was set high"
+_EXHAUSTED = (
+    r"out of memory|not enough memory|can't allocate memory|Storage size calculation overflowed|can't start new thread"
+)
+_LOWER = "lower data.batch_size, data.image_size_px, the model's width or what else is set high"
 
 
 @dataclass(kw_only=True)
 class PhotosOptions(Options):
     """Cuts of the photographs inside scikit-image and scikit-learn, one class each."""
 
-    MOST: ClassVar[dict[str, float]] = {"images": 10**8, "size": 4096}
+    MOST: ClassVar[dict[str, float]] = {"images": 10**7, "size": 4096}
     out: Path
     """Folder to make; it must not exist."""
     images: int = 5000
@@ -69,7 +72,7 @@ class FashionOptions(Options):
 class ShapesOptions(Options):
     """Textured shapes on photographs, as VOC masks and as COCO boxes, for dense transfer."""
 
-    MOST: ClassVar[dict[str, float]] = {"images": 10**8}
+    MOST: ClassVar[dict[str, float]] = {"images": 10**7}
     out: Path
     """Folder to make; it must not exist."""
     images: int = 400
@@ -154,8 +157,8 @@ class PlanOptions(Options):
     MOST: ClassVar[dict[str, float]] = {"gpus": 10**6, "cores": 10**6, "images": 10**12}
     gpus: int = 1
     """How many."""
-    gpu: Literal["a100-40", "a100-80", "h100"] | None = None
-    """Whose published rates are taken."""
+    gpu: str | None = None
+    """a100-40, a100-80 or h100: their published rates."""
     rates: Path | None = None
     """Instead: file of `fastbyol bench --out`, the rates of a machine."""
     cores: int = 0
@@ -204,21 +207,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not _exhausted(error):
             raise
-        return _fail(str(RunError(f"out of memory: {first_line(error)}; {_MEMORY_HINT}")), 1)
+        return _fail(str(RunError(f"out of memory or threads: {first_line(error)}; {_LOWER}")), 1)
     except OSError as error:
         where = f"{shown(error.filename)}: " if error.filename is not None else ""
         return _fail(str(RunError(f"{where}{error.strerror or first_line(error)}")), 1)
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether Python, numpy, or one of torch's allocators has no more: on the CPU torch says so in words alone."""
-    return isinstance(error, MemoryError) or bool(
-        re.search(
-            r"out of memory|not enough memory|can't allocate memory|Storage size calculation overflowed", str(error)
-        )
-    )
+def _exhausted(error: BaseException) -> bool:
+    """Whether the machine has no more memory or threads; torch's CPU allocator and Python's threads say so in words alone."""
+    return isinstance(error, MemoryError) or re.search(_EXHAUSTED, str(error)) is not None
 
 
 def _fail(text: str, code: int) -> int:

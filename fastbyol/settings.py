@@ -194,9 +194,18 @@ def check(kind: Any, value: Any, key: str) -> Any:
             if option is float or value == int(value):
                 return option(value)
         elif option in (str, Path) and isinstance(value, str | os.PathLike):
-            require("\0" not in os.fspath(value), key, value, "holds a NUL character")
+            _check_text(os.fspath(value), key)
             return option(value)
     raise BadSetting(key, f"{key}={shown(value)}: {wrong}")
+
+
+def _check_text(text: str, key: str) -> None:
+    """No path has a NUL, and none can be made of half a character; bytes that are not UTF-8 are fine."""
+    require("\0" not in text, key, text, "holds a NUL character")
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        require(False, key, text, "holds characters that are no text")
 
 
 def parse(kind: Any, word: Any) -> Any:
@@ -248,6 +257,8 @@ def nearest(name: str, among: Iterable[str]) -> str | None:
     asked, known = plain(name), {plain(other): other for other in among}
     if asked in known:
         return known[asked]
+    if begun := [other for other in known if asked and other.startswith(asked)]:
+        return known[min(begun, key=len)]
     ends: dict[str, list[str]] = {}
     for other in known:
         ends.setdefault(last(other), []).append(other)
@@ -333,6 +344,7 @@ class _Reader:
 
     def settings(self, node: yaml.MappingNode, cls: type[Settings], prefix: str = "") -> dict[str, tuple[Any, int]]:
         """Full name -> value, line."""
+        self._refuse_tags(node)
         inner, kinds = sections(cls), {key: f.type for key, f, _ in leaves(cls)}
         found: dict[str, tuple[Any, int]] = {}
         for name, (value, line) in self._of(node).items():
@@ -367,7 +379,7 @@ class _Reader:
         merged: dict[str, tuple[yaml.Node, int]] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
-            self._plain(key)
+            self._refuse_tags(key, value)
             if not isinstance(key, yaml.ScalarNode):
                 raise InputError(f"{self._path}, line {line}: expected a name as key, found {_found(key)}")
             if key.value == _MERGE and key.style is None:
@@ -384,8 +396,8 @@ class _Reader:
 
     def _words(self, node: yaml.Node) -> Any:
         """Text, None, a list of texts, or a description of what can be no setting."""
-        self._plain(node)
         if isinstance(node, yaml.SequenceNode):
+            self._refuse_tags(*node.value)
             return [
                 self._words(item) if isinstance(item, yaml.ScalarNode) else _Other(_found(item)) for item in node.value
             ]
@@ -394,12 +406,14 @@ class _Reader:
         blank = node.style is None and node.value.lower() in ("", *_NULL)
         return None if blank else node.value
 
-    def _plain(self, node: yaml.Node) -> None:
-        """Raises InputError where a tag asks for an object: none is needed."""
-        if node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
-            raise InputError(
-                f"{self._path}, line {node.start_mark.line + 1}: tag {shown(node.tag)} is not accepted: write the value alone"
-            )
+    def _refuse_tags(self, *nodes: yaml.Node) -> None:
+        """Raises InputError where a tag such as !!python/object asks for a type: fields have theirs."""
+        for node in nodes:
+            if node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+                tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+                raise InputError(
+                    f"{self._path}, line {node.start_mark.line + 1}: the tag {shown(tag)} is not accepted: write the value alone"
+                )
 
 
 @dataclass(frozen=True)
