@@ -20,7 +20,7 @@ from rich.progress import Progress
 from fastbyol import __version__
 from fastbyol.config import EVALUATIONS, Config
 from fastbyol.errors import FastbyolError, RunError, StoppedByAnother, first_line
-from fastbyol.options import Call, Command, HelpAsked, Options, read
+from fastbyol.options import Call, Command, Group, HelpAsked, Options, read
 from fastbyol.settings import require, shown
 
 _EXHAUSTED = (
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if list(given) == ["--version"]:
             print(f"fastbyol {__version__}")
             return 0
-        call = read(given, _COMMANDS)
+        call = read(given, COMMANDS)
         return call.command.work(call)
     except HelpAsked as page:
         print(page)
@@ -231,7 +231,7 @@ def train_config(words: Sequence[str]) -> Config:
     Raises:
         InputError: it is not one.
     """
-    return read(["train", *words], _COMMANDS).config
+    return read(["train", *words], COMMANDS).config
 
 
 def _train(call: Call) -> int:
@@ -331,20 +331,29 @@ def _doctor(call: Call) -> int:
     return diagnose(print)
 
 
-_COMMANDS = {
-    "train": Command(_train, text="Pre-train a backbone.", takes_config=True),
-    "eval": {name: Command(_eval, options) for name, options in EVALUATIONS.items()},
-    "prepare": {
-        "photos": Command(_prepare, PhotosOptions),
-        "fashion-mnist": Command(_prepare, FashionOptions),
-        "shapes": Command(_prepare, ShapesOptions),
+COMMANDS = Group(
+    "BYOL pre-training of vision backbones, as fast as the hardware allows.",
+    {
+        "train": Command(_train, text="Pre-train a backbone.", takes_config=True),
+        "eval": Group(
+            "Evaluate the features of a checkpoint.",
+            {name: Command(_eval, options) for name, options in EVALUATIONS.items()},
+        ),
+        "prepare": Group(
+            "Make an image folder from what is on the machine.",
+            {
+                "photos": Command(_prepare, PhotosOptions),
+                "fashion-mnist": Command(_prepare, FashionOptions),
+                "shapes": Command(_prepare, ShapesOptions),
+            },
+        ),
+        "pack": Command(_pack, PackOptions),
+        "preview": Command(_preview, PreviewOptions, takes_config=True),
+        "profile": Command(_profile, ProfileOptions, takes_config=True),
+        "bench": Command(_bench, BenchOptions, takes_config=True),
+        "plan": Command(_plan, PlanOptions, takes_config=True),
+        "report": Command(_report, ReportOptions),
+        "export": Command(_export, ExportOptions),
+        "doctor": Command(_doctor, text="Say what works on this machine and what mends the rest."),
     },
-    "pack": Command(_pack, PackOptions),
-    "preview": Command(_preview, PreviewOptions, takes_config=True),
-    "profile": Command(_profile, ProfileOptions, takes_config=True),
-    "bench": Command(_bench, BenchOptions, takes_config=True),
-    "plan": Command(_plan, PlanOptions, takes_config=True),
-    "report": Command(_report, ReportOptions),
-    "export": Command(_export, ExportOptions),
-    "doctor": Command(_doctor, text="Say what works on this machine and what mends the rest."),
-}
+)

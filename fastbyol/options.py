@@ -56,6 +56,14 @@ _COMMON = (  # what --help shows of a config's settings
         "probe.enabled",
     ),
 )
+_OF_TRAINING = (
+    "name",
+    "runs",
+    "resume",
+    "init",
+    "knn.every_epochs",
+    "probe.enabled",
+)  # other commands' --help goes without
 _HELP_WIDTH = 118
 
 
@@ -92,7 +100,12 @@ class Command:
         return self.text or (self.options.__doc__ or "").splitlines()[0]
 
 
-Commands = Mapping[str, "Command | Mapping[str, Command]"]
+@dataclass(frozen=True)
+class Group:
+    """Sub-commands by name, and what they have in common."""
+
+    summary: str
+    commands: Mapping[str, "Command | Group"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ class Call:
     """The defaults where the command takes none."""
 
 
-def read(words: Sequence[str], commands: Commands) -> Call:
+def read(words: Sequence[str], group: Group) -> Call:
     """What a command line asks for.
 
     Raises:
@@ -115,26 +128,26 @@ def read(words: Sequence[str], commands: Commands) -> Call:
         HelpAsked: it asks for help.
     """
     words = [*words[1:], "--help"] if words[:1] == ["help"] else list(words)
-    level: Any = commands
+    level: Command | Group = group
     path = ["fastbyol"]
-    while not isinstance(level, Command):
+    while isinstance(level, Group):
         word = words.pop(0) if words else ""
         if word in HELP:
             raise HelpAsked(_overview(level, path))
         if not word:
-            raise InputError(f"{' '.join(path)}: no subcommand given: name one of {', '.join(level)}")
+            raise InputError(f"{' '.join(path)}: no subcommand given: name one of {', '.join(level.commands)}")
         if word.startswith("-"):
             raise InputError(
-                f"unknown option {shown_name(word)}; {' '.join(path)} takes a subcommand first: {', '.join(level)}"
+                f"unknown option {shown_name(word)}; {' '.join(path)} takes a subcommand first: {', '.join(level.commands)}"
             )
-        if word not in level:
-            near = nearest(word, level)
+        if word not in level.commands:
+            near = nearest(word, level.commands)
             raise InputError(
                 f"unknown command {shown(word)}; "
-                + (f"did you mean '{near}'?" if near else f"one of {', '.join(level)}")
+                + (f"did you mean '{near}'?" if near else f"one of {', '.join(level.commands)}")
             )
         path.append(word)
-        level = level[word]
+        level = level.commands[word]
     reader = _Reader(level, " ".join(path))
     try:
         values = reader.read(words)
@@ -146,7 +159,7 @@ def read(words: Sequence[str], commands: Commands) -> Call:
 
 
 @dataclass(frozen=True)
-class _Option:
+class Option:
     """One option or positional argument of a command."""
 
     name: str
@@ -161,13 +174,14 @@ class _Option:
 
     @property
     def named(self) -> bool:
+        """Whether it is given by name."""
         return self.name.startswith("-")
 
 
 class _StoreWord(argparse.Action):
     """Keeps the value that a word stands for."""
 
-    def __init__(self, *, option: _Option, places: dict[str, str], **rest: Any) -> None:
+    def __init__(self, *, option: Option, places: dict[str, str], **rest: Any) -> None:
         super().__init__(**rest)
         self._option, self._places = option, places
 
@@ -195,8 +209,8 @@ class _Reader:
     def __init__(self, command: Command, name: str) -> None:
         self._command, self._name = command, name
         self.places: dict[str, str] = {}  # of the settings that a file gave
-        self._own = list(_options(command.options))
-        self._config = list(_options(Config)) if command.takes_config else []
+        self._own = list(options_of(command.options))
+        self._config = list(options_of(Config)) if command.takes_config else []
         self._named = {option.name: option for option in (*self._own, *self._config) if option.named}
         self._unnamed = [option for option in self._own if not option.named]
 
@@ -288,27 +302,26 @@ class _Reader:
                         group, [o for o in self._config if o.dest.startswith(f"{section}.")], texts, brief=False
                     )
             else:
-                shown_here = sorted((o for o in self._config if o.dest in _COMMON), key=lambda o: _COMMON.index(o.dest))
-                _list_options(common, shown_here, texts, brief=True)
+                known = {o.dest: o for o in self._config}
+                first = [known[dest] for dest in _COMMON if not (self._own and dest in _OF_TRAINING)]
+                _list_options(common, first, texts, brief=True)
                 page.epilog = f"{self._name} --help-all shows all {len(self._config)} settings."
         return page.format_help().rstrip()
 
 
-def _options(cls: type[Settings]) -> Iterator[_Option]:
+def options_of(cls: type[Settings]) -> Iterator[Option]:
+    """What a class of settings gives a command line."""
     for dest, f, owner in leaves(cls):
         key = owner.key(f.name)
         name = key if f.name in getattr(owner, "POSITIONAL", ()) else f"--{key.removeprefix('--')}"
-        yield _Option(name, dest, key, f, flag=f.type is bool and issubclass(owner, Options))
+        yield Option(name, dest, key, f, flag=f.type is bool and issubclass(owner, Options))
 
 
-def _overview(commands: Mapping[str, Any], path: list[str]) -> str:
+def _overview(group: Group, path: list[str]) -> str:
     """The help page of what takes sub-commands."""
-    name, wide = " ".join(path), max(map(len, commands)) + 2
-    lines = [f"usage: {name} COMMAND [--option value ...]", ""]
-    if len(path) == 1:
-        lines += ["BYOL pre-training of vision backbones, as fast as the hardware allows.", ""]
-    for word, command in commands.items():
-        lines.append(f"  {word:<{wide}}{command.summary if isinstance(command, Command) else GROUPS[word]}")
+    name, wide = " ".join(path), max(map(len, group.commands)) + 2
+    lines = [f"usage: {name} COMMAND [--option value ...]", "", group.summary, ""]
+    lines += [f"  {word:<{wide}}{command.summary}" for word, command in group.commands.items()]
     lines += [
         "",
         f"{name} COMMAND --help shows a command's options" + (", --version the version." if len(path) == 1 else "."),
@@ -322,12 +335,6 @@ def _overview(commands: Mapping[str, Any], path: list[str]) -> str:
     return "\n".join(lines)
 
 
-GROUPS = {
-    "eval": "Evaluate the features of a checkpoint.",
-    "prepare": "Make an image folder from what is on the machine.",
-}
-
-
 def _docs(cls: type[Settings]) -> dict[str, str]:
     """The docstring below each field, inherited ones too."""
     import docstring_parser  # reads source files: only help pages need it
@@ -337,7 +344,7 @@ def _docs(cls: type[Settings]) -> dict[str, str]:
     return {name: " ".join((text or "").split()) for name, text in found.items()}
 
 
-def _list_options(group: Any, options: Sequence[_Option], docs: Mapping[str, str], *, brief: bool) -> None:
+def _list_options(group: Any, options: Sequence[Option], docs: Mapping[str, str], *, brief: bool) -> None:
     for option in options:
         text = docs[option.dest]
         if brief:
@@ -357,7 +364,7 @@ def _parts(kind: Any) -> list[Any]:
     return [part for part in get_args(kind) if part is not NoneType] if is_union else [kind]
 
 
-def _metavar(option: _Option) -> str:
+def _metavar(option: Option) -> str:
     marks = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: "{true,false}"}
     texts = []
     for part in _parts(option.field.type):

@@ -191,6 +191,8 @@ def check(kind: Any, value: Any, key: str) -> Any:
             require(isinstance(value, numbers.Integral) or math.isfinite(value), key, value, "must be finite")
             most = _LARGEST if option is float else _LARGEST_WHOLE
             require(abs(value) <= most, key, value, f"must lie within {most:.3g} of 0")
+            if type(value) is option or (option is float and type(value) is int):
+                return value
             if option is float or value == int(value):
                 return option(value)
         elif option in (str, Path) and isinstance(value, str | os.PathLike):

@@ -16,7 +16,7 @@ from fastbyol import cli, environment
 from fastbyol.cli import main, train_config
 from fastbyol.config import EVALUATIONS, Config
 from fastbyol.errors import HungLoader, InputError, RunError
-from fastbyol.options import _options
+from fastbyol.options import options_of
 from fastbyol.settings import leaves
 from fastbyol.train import train
 
@@ -118,7 +118,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         ),
         (["train", "--data.batch_size", "many"], "data.batch_size='many': expected a whole number or auto$"),
         (["train", "--data.root", "a\0b"], "data.root='a.x00b': holds a NUL character"),
-        (["train", "--config", "a\0b"], "--config='a.x00b': holds a NUL character"),
+        (["train", "--config", "a\0b"], "--config a.x00b: holds a NUL character"),
         (["train", "--config", "x" * 300], "config=x+...: cannot be read: File name too long"),
         (["train", "--config", "/tmp"], "config=/tmp: cannot be read: Is a directory"),
         (["train", "--name", ".."], "name='..': must be"),
@@ -261,10 +261,10 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_no_option_is_known_by_its_beginning(capsys, command):
-    level = cli._COMMANDS
+    level = cli.COMMANDS
     for word in command:
-        level = level[word]
-    options = [*_options(level.options), *(_options(Config) if level.takes_config else ())]
+        level = level.commands[word]
+    options = [*options_of(level.options), *(options_of(Config) if level.takes_config else ())]
     names = {option.name for option in options if option.named}
     for name in names:
         if (beginning := name[:-1]) not in names and len(beginning) > 3:
@@ -292,7 +292,7 @@ def test_help_shows_the_common_settings_and_names_the_page_with_all(capsys):
     assert {"--optim.epochs", "--data.batch_size", "--resume", "--device", "--precision", "--step.mode"} <= set(first)
     assert out.endswith(f"--help-all shows all {len(list(leaves(Config)))} settings.\n")
     _, out, _ = run(capsys, "help")
-    assert all(f"  {name} " in out for name in cli._COMMANDS)
+    assert all(f"  {name} " in out for name in cli.COMMANDS.commands)
     assert "fastbyol train --data.root" in out
 
 

@@ -9,7 +9,7 @@ import pytest
 from fastbyol import cli
 from fastbyol.cli import main
 from fastbyol.config import Config
-from fastbyol.options import Command, _options
+from fastbyol.options import Command, options_of
 from fastbyol.settings import leaves
 
 HANG_S = 120  # what takes so long hangs, under any load
@@ -109,7 +109,7 @@ def hang_guard(tmp_path, monkeypatch):
 
 
 def leaves_of(commands, path=()):
-    for word, command in commands.items():
+    for word, command in commands.commands.items():
         if isinstance(command, Command):
             yield [*path, word], command
         else:
@@ -117,7 +117,7 @@ def leaves_of(commands, path=()):
 
 
 # doctor takes no options, and needs seconds.
-LEAVES = [(path, command) for path, command in leaves_of(cli._COMMANDS) if path != ["doctor"]]
+LEAVES = [(path, command) for path, command in leaves_of(cli.COMMANDS) if path != ["doctor"]]
 
 
 def ends_well(capsys, words):
@@ -176,7 +176,7 @@ def command_line(rng, folder):
     if rng.random() < 0.05:
         k = rng.randrange(len(words))
         words[k] = rng.choice([misspelt(rng, words[k]), rng.choice(ODD)])
-    options = [*_options(command.options), *(_options(Config) if command.takes_config else ())]
+    options = [*options_of(command.options), *(options_of(Config) if command.takes_config else ())]
     for _ in range(rng.randrange(7)):
         option = rng.choice(options)
         name = option.name if rng.random() < 0.9 else misspelt(rng, option.name)

@@ -279,7 +279,7 @@ def test_commands_name_what_exists(part, monkeypatch):
         if re.match(r"(benchmarks|tests|configs)/", word):
             assert (ROOT / word).exists(), word
     if words[:2] == ["-m", "fastbyol"]:
-        read(words[2:], cli._COMMANDS)
+        read(words[2:], cli.COMMANDS)
     elif words[0] != "-m":
         PARSERS[Path(words[0]).stem].parser().parse_args(words[1:])
     else:
