@@ -26,7 +26,7 @@ from fastbyol.settings import require, shown
 _EXHAUSTED = (
     r"out of memory|not enough memory|can't allocate memory|Storage size calculation overflowed|can't start new thread"
 )
-_LOWER = "lower data.batch_size, data.image_size_px, the model's width or what else is set high"
+_LOWER = "lower data.batch_size, data.image_size_px, data.threads, the model's width or what else is set high"
 
 
 @dataclass(kw_only=True)
