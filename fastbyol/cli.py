@@ -1,31 +1,193 @@
-"""The command line: sub-commands and their arguments, no logic.
+"""The command line: sub-commands and their options, no logic.
+
+options.py reads the words; a command's options are a dataclass, and where it takes a config, those of config.py too.
 
 Errors that a user can mend are one line on stderr: exit code 2 where the input is unusable, 1 where a run had to stop.
 """
 
-import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from rich.console import Console
 from rich.progress import Progress
 
 from fastbyol import __version__, caches
 from fastbyol.config import EVALUATIONS, Config
 from fastbyol.console import say, surviving
-from fastbyol.errors import FastbyolError, InputError, StoppedByAnother, printable
+from fastbyol.errors import FastbyolError, RunError, StoppedByAnother, first_line, printable
+from fastbyol.options import Call, Command, Group, HelpAsked, Options, read
+from fastbyol.settings import require, shown
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+_EXHAUSTED = (
+    r"out of memory|not enough memory|can't allocate memory|Storage size calculation overflowed|can't start new thread"
+)
+_LOWER = "lower data.batch_size, data.image_size_px, data.threads, the model's width or what else is set high"
 
-_ALIASES = {"--batch-size": "--data.batch_size"}
-_NO_CONFIG = ("out", "steps", "rounds", "gpus", "gpu", "rates", "cores", "images")  # options beside a config's
-_LISTS = ("--shots", "--base_lrs")  # take 1,5,10 as well as [1,5,10]
+
+@dataclass(kw_only=True)
+class PhotosOptions(Options):
+    """Cuts of the photographs inside scikit-image and scikit-learn, one class each."""
+
+    MOST: ClassVar[dict[str, float]] = {"images": 10**7, "size": 4096}
+    out: Path
+    """Folder to make; it must not exist."""
+    images: int = 5000
+    """Images in train/; val/ gets a quarter as many."""
+    seed: int = 0
+    """Same seed, same bytes."""
+    size: int | None = None
+    """Longer side in pixels; without it about 500x375 in 80-110 KB."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.seed >= 0, "--seed", self.seed, "must be 0 or more")
+
+
+@dataclass(kw_only=True)
+class FashionOptions(Options):
+    """Fashion-MNIST from its four idx files."""
+
+    out: Path
+    """Folder to make; it must not exist."""
+    source: Path | None = None
+    """Folder of the idx files; else Debian's package, else a download."""
+    images: int | None = None
+    """Only the first so many images of train/."""
+    val_images: int | None = None
+    """Only the first so many images of val/."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("images", "val_images"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name}", value, "must be at least 1")
+
+
+@dataclass(kw_only=True)
+class ShapesOptions(Options):
+    """Textured shapes on photographs, as VOC masks and as COCO boxes, for dense transfer."""
+
+    MOST: ClassVar[dict[str, float]] = {"images": 10**7}
+    out: Path
+    """Folder to make; it must not exist."""
+    images: int = 400
+    """Training images; a quarter as many are for validation."""
+    seed: int = 0
+    """Same seed, same bytes."""
+    size: int = 128
+    """Side in pixels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.seed >= 0, "--seed", self.seed, "must be 0 or more")
+
+
+@dataclass(kw_only=True)
+class PackOptions(Options):
+    """Write the images of a folder as one .beton file, which ffcv reads too."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("source", "out")
+    MOST: ClassVar[dict[str, float]] = {"threads": 4096}
+    source: Path
+    """One split: a folder of class folders or of images, or a .beton file."""
+    out: Path
+    """The .beton file to make; it must not exist."""
+    mode: Literal["jpg", "raw", "auto"] = "auto"
+    """JPEG files, raw pixels, or JPEG but raw where that takes at most 16 KB. JPEGs that need no change are copied."""
+    max_side: int | None = None
+    """Reduce images whose longer side has more pixels."""
+    quality: int = 90
+    """Of JPEGs that are made anew, 1 to 100."""
+    skip_bad: bool = False
+    """Leave unreadable images out instead of stopping."""
+    threads: int = 0
+    """0 takes one per CPU core."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.threads >= 0, "--threads", self.threads, "must be 0 (all cores) or more")
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """With dashes only: --max-side."""
+        return super().key(name).replace("_", "-")
+
+
+@dataclass(kw_only=True)
+class PreviewOptions(Options):
+    """Draw 8 images of a config's data set and both their views."""
+
+    out: Path = Path("preview.png")
+    """PNG file to write."""
+
+
+@dataclass(kw_only=True)
+class ProfileOptions(Options):
+    """Say where the milliseconds of a training step go."""
+
+    MOST: ClassVar[dict[str, float]] = {"steps": 10**6}
+    steps: int = 20
+    """Steps that are measured part by part."""
+    out: Path = Path("profile")
+    """Folder for the page, the figures and the trace."""
+
+
+@dataclass(kw_only=True)
+class BenchOptions(Options):
+    """Time loader, step and both together, beside the step's bound."""
+
+    MOST: ClassVar[dict[str, float]] = {"rounds": 10**6, "steps": 10**6}
+    rounds: int = 3
+    """Turns of each measurement."""
+    steps: int = 10
+    """Steps of a turn."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+@dataclass(kw_only=True)
+class PlanOptions(Options):
+    """Estimate rate, time, memory and network of a config on GPUs that are not here."""
+
+    MOST: ClassVar[dict[str, float]] = {"gpus": 10**6, "cores": 10**6, "images": 10**12}
+    gpus: int = 1
+    """How many."""
+    gpu: str | None = None
+    """a100-40, a100-80 or h100: their published rates."""
+    rates: Path | None = None
+    """Instead: file of `fastbyol bench --out`, the rates of a machine."""
+    cores: int = 0
+    """CPU cores beside each GPU that load images; 0: as many as it takes."""
+    images: int = 0
+    """Training images; 0: those in data.root, else ImageNet's."""
+
+
+@dataclass(kw_only=True)
+class ReportOptions(Options):
+    """Write report.html of a run."""
+
+    run: Path
+    """The run's folder."""
+
+
+@dataclass(kw_only=True)
+class ExportOptions(Options):
+    """Write a run's backbone for another library, with a model card."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("checkpoint",)
+    checkpoint: Path
+    """Checkpoint file, or a run's folder: its newest one."""
+    format: Literal["timm", "torchvision", "safetensors", "detectron2", "onnx"]
+    """safetensors is fastbyol's own, which --init reads; timm, torchvision and detectron2 load theirs directly."""
+    out: Path | None = None
+    """File to write; it must not exist. Without it beside the run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,40 +200,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if output.lost is None or output.reader_left:
             return code
         print(f"fastbyol: warning: standard output cannot be written: {output.lost}", file=sys.stderr)
-        printed_only = not given or given[0] in ("doctor", "plan") or given[0].startswith("-")
+        printed_only = (
+            not given or given[0] in ("doctor", "plan", "help") or "--help" in given or given[0].startswith("-")
+        )
         return max(code, 1) if printed_only else code
 
 
 def _run(given: Sequence[str]) -> int:
     if caches.fault is not None:
         return _fail(caches.fault, 1)
-    arguments = _plainly(given)
     try:
-        args = _parser().parse_args(arguments)
-        return _COMMANDS[args.subcommand](args[args.subcommand])
-    except argparse.ArgumentError as error:
-        return _fail(" ".join(str(error).split()), 2)
+        if list(given) == ["--version"]:
+            print(f"fastbyol {__version__}")
+            return 0
+        call = read(given, COMMANDS)
+        return call.command.work(call)
+    except HelpAsked as page:
+        print(page)
+        return 0
     except StoppedByAnother as error:
         return error.exit_code
     except FastbyolError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except SystemExit as stop:  # argparse's --help and --version
-        return stop.code if isinstance(stop.code, int) else 0
+    except (MemoryError, RuntimeError) as error:
+        if not _exhausted(error):
+            raise
+        return _fail(str(RunError(f"out of memory or threads: {first_line(error)}; {_LOWER}")), 1)
+    except OSError as error:
+        where = f"{shown(error.filename)}: " if error.filename is not None else ""
+        return _fail(str(RunError(f"{where}{error.strerror or first_line(error)}")), 1)
 
 
-def _plainly(arguments: Sequence[str]) -> list[str]:
-    """The arguments in the parser's own spelling."""
-    words: list[str] = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not argument.startswith("--"):
-            key, value = "", argument
-        if (equals and key in _LISTS) or (words and words[-1] in _LISTS and not key):
-            value = value if value.startswith("[") else f"[{value}]"
-        words.append(_ALIASES.get(key, key) + equals + value if key else value)
-    return words
+def _exhausted(error: BaseException) -> bool:
+    """Whether the machine has no more memory or threads; torch's CPU allocator and Python's threads say so in words alone."""
+    return isinstance(error, MemoryError) or re.search(_EXHAUSTED, str(error)) is not None
 
 
 def _fail(text: str, code: int) -> int:
@@ -79,139 +243,20 @@ def _fail(text: str, code: int) -> int:
     return code
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="fastbyol",
-        description="BYOL pre-training of vision backbones, as fast as the hardware allows.",
-        version=__version__,
-        exit_on_error=False,
-    )
-    commands = parser.add_subcommands(metavar="COMMAND")
-
-    def add(to: Any, name: str, text: str) -> ArgumentParser:
-        sub = ArgumentParser(description=text, exit_on_error=False)
-        to.add_subcommand(name, sub, help=text)
-        return sub
-
-    train = add(commands, "train", "Pre-train a backbone.")
-    _add_config(train)
-
-    evaluation = add(commands, "eval", "Evaluate the features of a checkpoint.").add_subcommands(metavar="PROTOCOL")
-    for name, options in EVALUATIONS.items():
-        add(evaluation, name, (options.__doc__ or "").splitlines()[0]).add_class_arguments(options)
-
-    prepare = add(commands, "prepare", "Make an image folder from what is on the machine.").add_subcommands(
-        metavar="CORPUS"
-    )
-    photos = add(prepare, "photos", "Cuts of the photographs inside scikit-image and scikit-learn, one class each.")
-    photos.add_argument("--out", type=Path, required=True, help="Folder to make; it must not exist.")
-    photos.add_argument("--images", type=int, default=5000, help="Images in train/; val/ gets a quarter as many.")
-    photos.add_argument("--seed", type=int, default=0, help="Same seed, same bytes.")
-    photos.add_argument("--size", type=int, help="Longer side in pixels; without it about 500x375 in 80-110 KB.")
-    fashion = add(prepare, "fashion-mnist", "Fashion-MNIST from its four idx files.")
-    fashion.add_argument("--out", type=Path, required=True, help="Folder to make; it must not exist.")
-    fashion.add_argument("--source", type=Path, help="Folder of the idx files; else Debian's package, else a download.")
-    fashion.add_argument("--images", type=int, help="Only the first so many images of train/.")
-    fashion.add_argument("--val_images", type=int, help="Only the first so many images of val/.")
-
-    shapes = add(
-        prepare, "shapes", "Textured shapes on photographs, as VOC masks and as COCO boxes, for dense transfer."
-    )
-    shapes.add_argument("--out", type=Path, required=True, help="Folder to make; it must not exist.")
-    shapes.add_argument(
-        "--images", type=int, default=400, help="Training images; a quarter as many are for validation."
-    )
-    shapes.add_argument("--seed", type=int, default=0, help="Same seed, same bytes.")
-    shapes.add_argument("--size", type=int, default=128, help="Side in pixels.")
-
-    pack = add(commands, "pack", "Write the images of a folder as one .beton file, which ffcv reads too.")
-    pack.add_argument("source", type=Path, help="One split: a folder of class folders or of images, or a .beton file.")
-    pack.add_argument("out", type=Path, help="The .beton file to make; it must not exist.")
-    pack.add_argument(
-        "--mode",
-        type=Literal["jpg", "raw", "auto"],
-        default="auto",
-        help="JPEG files, raw pixels, or JPEG but raw where that takes at most 16 KB. JPEGs that need no change are copied.",
-    )
-    pack.add_argument("--max-side", type=int, help="Reduce images whose longer side has more pixels.")
-    pack.add_argument("--quality", type=int, default=90, help="Of JPEGs that are made anew, 1 to 100.")
-    pack.add_argument("--skip-bad", action="store_true", help="Leave unreadable images out instead of stopping.")
-    pack.add_argument("--threads", type=int, default=0, help="0 takes one per CPU core.")
-
-    preview = add(commands, "preview", "Draw 8 images of a config's data set and both their views.")
-    _add_config(preview)
-    preview.add_argument("--out", type=Path, default=Path("preview.png"), help="PNG file to write.")
-
-    profile = add(commands, "profile", "Say where the milliseconds of a training step go.")
-    _add_config(profile)
-    profile.add_argument("--steps", type=int, default=20, help="Steps that are measured part by part.")
-    profile.add_argument(
-        "--out", type=Path, default=Path("profile"), help="Folder for the page, the figures and the trace."
-    )
-
-    bench = add(commands, "bench", "Time loader, step and both together, beside the step's bound.")
-    _add_config(bench)
-    bench.add_argument("--rounds", type=int, default=3, help="Turns of each measurement.")
-    bench.add_argument("--steps", type=int, default=10, help="Steps of a turn.")
-    bench.add_argument("--out", type=Path, help="JSON file to write.")
-
-    plan = add(commands, "plan", "Estimate rate, time, memory and network of a config on GPUs that are not here.")
-    _add_config(plan)
-    plan.add_argument("--gpus", type=int, default=1, help="How many.")
-    plan.add_argument("--gpu", type=str, help="a100-40, a100-80 or h100: their published rates.")
-    plan.add_argument("--rates", type=Path, help="Instead: file of `fastbyol bench --out`, the rates of a machine.")
-    plan.add_argument(
-        "--cores", type=int, default=0, help="CPU cores beside each GPU that load images; 0: as many as it takes."
-    )
-    plan.add_argument("--images", type=int, default=0, help="Training images; 0: those in data.root, else ImageNet's.")
-
-    report = add(commands, "report", "Write report.html of a run.")
-    report.add_argument("--run", type=Path, required=True, help="The run's folder.")
-
-    export = add(commands, "export", "Write a run's backbone for another library, with a model card.")
-    export.add_argument("checkpoint", type=Path, help="Checkpoint file, or a run's folder: its newest one.")
-    export.add_argument(
-        "--format",
-        type=Literal["timm", "torchvision", "safetensors", "detectron2", "onnx"],
-        required=True,
-        help="safetensors is fastbyol's own, which --init reads; timm, torchvision and detectron2 load theirs directly.",
-    )
-    export.add_argument("--out", type=Path, help="File to write; it must not exist. Without it beside the run.")
-
-    add(commands, "doctor", "Say what works on this machine and what mends the rest.")
-    return parser
-
-
-def _add_config(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
-    parser.add_class_arguments(Config)
-
-
-def _config(args: Namespace) -> Config:
-    values = args.as_dict()
-    for key in ("config", *_NO_CONFIG):
-        values.pop(key, None)
-    try:
-        return Config.from_dict(values)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 def train_config(words: Sequence[str]) -> Config:
     """The config that `fastbyol train WORDS` runs with.
 
     Raises:
-        InputError, argparse.ArgumentError: it is not one.
+        InputError: it is not one.
     """
-    return _config(_parser().parse_args(["train", *_plainly(words)]).train)
+    return read(["train", *words], COMMANDS).config
 
 
-def _train(args: Namespace) -> int:
+def _train(call: Call) -> int:
     from fastbyol.report import write_report
     from fastbyol.train import train
 
-    config = _config(args)
-    result = train(config)
+    result = train(call.config)
     if result.finished_before:
         return 0
     if result.stopped_by is not None:
@@ -221,35 +266,29 @@ def _train(args: Namespace) -> int:
     return 0
 
 
-def _eval(args: Namespace) -> int:
+def _eval(call: Call) -> int:
     from fastbyol.evaluate import evaluate
     from fastbyol.report import refresh_report
 
-    try:
-        options = EVALUATIONS[args.subcommand](**args[args.subcommand].as_dict())
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    evaluate(args.subcommand, options, say)
-    refresh_report(Path(options.run), say)
+    evaluate(call.name, call.options, say)
+    refresh_report(Path(call.options.run), say)
     return 0
 
 
-def _prepare(args: Namespace) -> int:
+def _prepare(call: Call) -> int:
     from fastbyol.data.prepare import prepare_fashion_mnist, prepare_photos
     from fastbyol.data.shapes import prepare_shapes
 
-    options = args[args.subcommand].as_dict()
     writers = {"photos": prepare_photos, "fashion-mnist": prepare_fashion_mnist, "shapes": prepare_shapes}
-    writer = writers[args.subcommand]
-    say(_with_progress(args.subcommand, partial(writer, **options)))
+    say(_with_progress(call.name, partial(writers[call.name], **asdict(call.options))))
     return 0
 
 
-def _pack(args: Namespace) -> int:
+def _pack(call: Call) -> int:
     from fastbyol.data import open_split
     from fastbyol.data.beton import pack
 
-    options = args.as_dict()
+    options = asdict(call.options)
     source = options.pop("source")
     images = open_split(source.parent, source.name, key="source")
     say(_with_progress("pack", partial(pack, images, options.pop("out"), **options)))
@@ -264,65 +303,77 @@ def _with_progress(name: str, work: Callable[..., str]) -> str:
         return work(progress=lambda done, total: progress.update(task, completed=done, total=total))
 
 
-def _preview(args: Namespace) -> int:
+def _preview(call: Call) -> int:
     from fastbyol.preview import write_preview
 
-    say(write_preview(_config(args), args.out))
+    say(write_preview(call.config, call.options.out))
     return 0
 
 
-def _profile(args: Namespace) -> int:
+def _profile(call: Call) -> int:
     from fastbyol.profiling import profile
 
-    profile(_config(args), steps=args.steps, out=args.out, say=say)
+    profile(call.config, **asdict(call.options), say=say)
     return 0
 
 
-def _bench(args: Namespace) -> int:
+def _bench(call: Call) -> int:
     from fastbyol.bench import bench
 
-    bench(_config(args), rounds=args.rounds, steps=args.steps, out=args.out, say=say)
+    bench(call.config, **asdict(call.options), say=say)
     return 0
 
 
-def _plan(args: Namespace) -> int:
+def _plan(call: Call) -> int:
     from fastbyol.plan import plan
 
-    options = {key: args[key] for key in ("gpus", "gpu", "rates", "cores", "images")}
-    plan(_config(args), **options, say=say)
+    plan(call.config, **asdict(call.options), say=say)
     return 0
 
 
-def _report(args: Namespace) -> int:
+def _report(call: Call) -> int:
     from fastbyol.report import write_report
 
-    say(write_report(args.run, say))
+    say(write_report(call.options.run, say))
     return 0
 
 
-def _export(args: Namespace) -> int:
+def _export(call: Call) -> int:
     from fastbyol.export import export
 
-    say(export(args.checkpoint, args.format, args.out, say))
+    say(export(call.options.checkpoint, call.options.format, call.options.out, say))
     return 0
 
 
-def _doctor(args: Namespace) -> int:
+def _doctor(call: Call) -> int:
     from fastbyol.doctor import diagnose
 
     return diagnose(say)
 
 
-_COMMANDS = {
-    "train": _train,
-    "eval": _eval,
-    "prepare": _prepare,
-    "pack": _pack,
-    "preview": _preview,
-    "profile": _profile,
-    "bench": _bench,
-    "plan": _plan,
-    "report": _report,
-    "export": _export,
-    "doctor": _doctor,
-}
+COMMANDS = Group(
+    "BYOL pre-training of vision backbones, as fast as the hardware allows.",
+    {
+        "train": Command(_train, text="Pre-train a backbone.", takes_config=True),
+        "eval": Group(
+            "Evaluate the features of a checkpoint.",
+            {name: Command(_eval, options) for name, options in EVALUATIONS.items()},
+        ),
+        "prepare": Group(
+            "Make an image folder from what is on the machine.",
+            {
+                "photos": Command(_prepare, PhotosOptions),
+                "fashion-mnist": Command(_prepare, FashionOptions),
+                "shapes": Command(_prepare, ShapesOptions),
+            },
+        ),
+        "pack": Command(_pack, PackOptions),
+        "preview": Command(_preview, PreviewOptions, takes_config=True),
+        "profile": Command(_profile, ProfileOptions, takes_config=True),
+        "bench": Command(_bench, BenchOptions, takes_config=True),
+        "plan": Command(_plan, PlanOptions, takes_config=True),
+        "report": Command(_report, ReportOptions),
+        "export": Command(_export, ExportOptions),
+        "doctor": Command(_doctor, text="Say what works on this machine and what mends the rest."),
+    },
+)

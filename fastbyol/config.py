@@ -1,24 +1,36 @@
 """The configuration: typed, documented, checked dataclasses.
 
-jsonargparse turns them into the command line, `--help` and YAML (see cli.py), so a field's docstring is its
-help text. Units are part of a field's name. `__post_init__` refuses impossible values with a ValueError that
-names the key; what depends on the data set (is a batch larger than it?) is checked where the data is known.
+cli.py turns them into the command line, `--help` and YAML, so a field's docstring is its help text. Units are part
+of a field's name. settings.py checks types; `__post_init__` refuses impossible values with a ValueError that names the
+key; what depends on the data set (is a batch larger than it?) is checked where the data is known.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from fastbyol.settings import Settings
+from fastbyol.settings import require as _require
 
-def _require(ok: bool, key: str, value: object, need: str) -> None:
-    if not ok:
-        raise ValueError(f"{key}={value!r}: {need}")
+DEFAULT_WARMUP_EPOCHS = 10
+_MOST_THREADS, _MOST_IMAGES, _MOST_SIDE_PX, _MOST_EPOCHS, _MOST_S = 4096, 10**9, 2**16, 10**6, 10**8
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """Where the images are and how they are fed."""
 
+    PREFIX: ClassVar[str] = "data."
+    MOST: ClassVar[dict[str, float]] = {
+        "threads": _MOST_THREADS,
+        "readers": _MOST_THREADS,
+        "prefetch_batches": 1000,
+        "readahead_images": 10**6,
+        "batch_size": 10**6,
+        "images_per_class": _MOST_IMAGES,
+        "preallocate_px": _MOST_SIDE_PX,
+        "timeout_s": _MOST_S,
+    }
     root: str | None = None
     """Folder with the splits, e.g. ROOT/train/CLASS/x.jpg or ROOT/train.beton; `fastbyol prepare` makes such folders."""
     train_split: str = "train"
@@ -63,6 +75,7 @@ class DataConfig:
     """Seconds without a batch after which the loader counts as hung: all threads' stacks are written and the run stops."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.batch_size != "auto":
             _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "BatchNorm needs at least 2 images")
         _require(8 <= self.image_size_px <= 4096, "data.image_size_px", self.image_size_px, "must lie in 8..4096")
@@ -84,9 +97,18 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Backbone, heads and loss of the online and the target network; the defaults are BYOL, the rest docs/variants.md."""
 
+    PREFIX: ClassVar[str] = "model."
+    MOST: ClassVar[dict[str, float]] = {
+        "width": 256,
+        "hidden_dim": 2**20,
+        "projection_dim": 2**20,
+        "norm_groups": 2**16,
+        "feature_noise": 1e6,
+        "mask_patch_px": 4096,
+    }
     backbone: str = "resnet50"
     """Name of a timm model, e.g. resnet18, resnet50, resnet200."""
     width: float = 1.0
@@ -125,6 +147,7 @@ class ModelConfig:
     """Side of those patches in pixels."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.width > 0, "model.width", self.width, "must be above 0")
         _require(self.hidden_dim >= 1, "model.hidden_dim", self.hidden_dim, "must be at least 1")
         _require(self.projection_dim >= 2, "model.projection_dim", self.projection_dim, "must be at least 2")
@@ -143,9 +166,11 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """Optimiser, schedules and target update. The defaults are the paper's 100-epoch preset."""
 
+    PREFIX: ClassVar[str] = "optim."
+    MOST: ClassVar[dict[str, float]] = {"epochs": _MOST_EPOCHS}
     name: Literal["lars", "sgd", "adamw", "adam"] = "lars"
     """lars is the paper's; the others take the same schedule and parameter groups."""
     epochs: int = 100
@@ -154,8 +179,8 @@ class OptimConfig:
     """Learning rate per 256 images: the peak is base_lr * data.batch_size / 256."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Of the learning rate after the warm-up: a cosine to 0, or the peak to the end."""
-    warmup_epochs: float = 10
-    """Epochs of linear warm-up from 0."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up from 0; by default 10, at most half of the run."""
     weight_decay: float = 1e-6
     """Weight decay; biases and norm-layer parameters have none."""
     momentum: float = 0.9
@@ -170,10 +195,11 @@ class OptimConfig:
     """Scales the gradients down to at most this total norm; 0 is off, as published."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.epochs >= 1, "optim.epochs", self.epochs, "must be at least 1")
         _require(self.base_lr > 0, "optim.base_lr", self.base_lr, "must be above 0")
         _require(
-            0 <= self.warmup_epochs <= self.epochs,
+            0 <= self.warmup <= self.epochs,
             "optim.warmup_epochs",
             self.warmup_epochs,
             f"must lie between 0 and optim.epochs={self.epochs}",
@@ -185,11 +211,20 @@ class OptimConfig:
         _require(0 <= self.tau_base <= 1, "optim.tau_base", self.tau_base, "must lie in [0, 1]")
         _require(self.clip_grad_norm >= 0, "optim.clip_grad_norm", self.clip_grad_norm, "must be 0 (off) or more")
 
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up: those given, else the default."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        return min(DEFAULT_WARMUP_EPOCHS, self.epochs / 2)
+
 
 @dataclass(kw_only=True)
-class StepConfig:
+class StepConfig(Settings):
     """How the training step is carried out; none of it changes what is computed, up to rounding."""
 
+    PREFIX: ClassVar[str] = "step."
+    MOST: ClassVar[dict[str, float]] = {"micro_batches": 10**6}
     mode: Literal["auto", "eager", "compile", "cuda_graph"] = "auto"
     """auto is compile on a GPU and eager on a CPU; cuda_graph is compile and one captured graph of the whole step."""
     micro_batches: int = 1
@@ -198,14 +233,17 @@ class StepConfig:
     """The first so many stages of the backbone keep their blocks' inputs only and compute the rest again in the backward pass."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.micro_batches >= 1, "step.micro_batches", self.micro_batches, "must be at least 1")
         _require(0 <= self.checkpoint_stages <= 4, "step.checkpoint_stages", self.checkpoint_stages, "must lie in 0..4")
 
 
 @dataclass(kw_only=True)
-class DistributedConfig:
+class DistributedConfig(Settings):
     """Several processes, started by torchrun; without it none of this matters."""
 
+    PREFIX: ClassVar[str] = "distributed."
+    MOST: ClassVar[dict[str, float]] = {"sync_bn_ranks": 10**6, "timeout_s": _MOST_S}
     sync_bn_ranks: int = 0
     """Neighbouring ranks that share BatchNorm statistics; 0 is all of them, as published, 1 is each on its own."""
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -214,14 +252,16 @@ class DistributedConfig:
     """Seconds that a rank waits for another before the run ends; longer than an online kNN evaluation takes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.sync_bn_ranks >= 0, "distributed.sync_bn_ranks", self.sync_bn_ranks, "must be 0 (all) or more")
         _require(self.timeout_s > 0, "distributed.timeout_s", self.timeout_s, "must be above 0")
 
 
 @dataclass(kw_only=True)
-class LogConfig:
+class LogConfig(Settings):
     """What a run writes while it trains."""
 
+    PREFIX: ClassVar[str] = "log."
     log_every_steps: int = 10
     """Steps between two lines of metrics.jsonl; only then are device values read."""
     tensorboard: bool = True
@@ -230,6 +270,7 @@ class LogConfig:
     """Warn when the std of the normalised projections falls below this share of 1/sqrt(projection_dim)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.log_every_steps >= 1, "log.log_every_steps", self.log_every_steps, "must be at least 1")
         _require(
             0 <= self.collapse_threshold <= 1, "log.collapse_threshold", self.collapse_threshold, "must lie in [0, 1]"
@@ -237,23 +278,27 @@ class LogConfig:
 
 
 @dataclass(kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings):
     """When the run is saved; it is also saved at its end and on SIGTERM or SIGINT."""
 
+    PREFIX: ClassVar[str] = "checkpoint."
     every_epochs: int = 1
     """Epochs between two checkpoints."""
     keep_last: int = 3
     """Newest checkpoints kept; the one with the best kNN accuracy is kept beside them."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.every_epochs >= 1, "checkpoint.every_epochs", self.every_epochs, "must be at least 1")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "must be at least 1")
 
 
 @dataclass(kw_only=True)
-class KnnConfig:
+class KnnConfig(Settings):
     """The weighted kNN classifier on frozen features."""
 
+    PREFIX: ClassVar[str] = "knn."
+    MOST: ClassVar[dict[str, float]] = {"k": 10**6}
     every_epochs: int = 1
     """Epochs between two online kNN evaluations; 0 switches them off."""
     k: int = 20
@@ -264,6 +309,7 @@ class KnnConfig:
     """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.every_epochs >= 0, "knn.every_epochs", self.every_epochs, "must be 0 (off) or more")
         _require(self.max_bank_images >= 1, "knn.max_bank_images", self.max_bank_images, "must be at least 1")
         _require(self.k >= 1, "knn.k", self.k, "must be at least 1")
@@ -271,20 +317,22 @@ class KnnConfig:
 
 
 @dataclass(kw_only=True)
-class ProbeConfig:
+class ProbeConfig(Settings):
     """A linear classifier that learns from the labels beside the run, on features that it does not change."""
 
+    PREFIX: ClassVar[str] = "probe."
     enabled: bool = False
     """Train it, and print a line per epoch: `Train Epoch: 1/100  Loss  Top5 Accuracy  Top1 Accuracy`."""
     lr: float = 1e-3
     """Learning rate of its Adam."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.lr > 0, "probe.lr", self.lr, "must be above 0")
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(Settings):
     """A whole pre-training run."""
 
     name: str = "byol"
@@ -321,7 +369,8 @@ class Config:
     """The online linear classifier."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.name) and "/" not in self.name, "name", self.name, "must be a non-empty name without '/'")
+        super().__post_init__()
+        _check_name(self.name)
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in 0..2^63-1")
         noise = self.model.feature_noise
         _require(
@@ -340,26 +389,39 @@ class Config:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError: a key is unknown or a value impossible.
+            ValueError: a key is unknown, or a value impossible or of the wrong type.
         """
-        values = dict(values)
-        for f in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(f.type) and f.name in values:
-                values[f.name] = _build(f.type, values[f.name], f.name)
-        return _build(cls, values, "config")
+        return cls.build(values)
 
 
-def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
-    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-    if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}")
-    return cls(**values)
+def _check_name(name: str) -> None:
+    """A run's name is that of its folder."""
+    _require(bool(name.strip()), "name", name, "must not be empty")
+    _require(
+        "/" not in name and name not in (".", ".."), "name", name, "must be a non-empty name without '/', not . or .."
+    )
+    _require(
+        name.isprintable() and name == name.strip(), "name", name, "must hold no control characters or blanks around it"
+    )
+    _require(not name.startswith("-"), "name", name, "must not begin with '-'")
+    # A file system allows 255 bytes, and what is put beside a folder has its name and some more.
+    _require(len(name.encode()) <= 200, "name", name, "must have at most 200 bytes in UTF-8")
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
+class EvalConfig(Settings):
     """What every evaluation of a checkpoint is told."""
 
+    MOST: ClassVar[dict[str, float]] = {
+        "threads": _MOST_THREADS,
+        "k": 10**6,
+        "epochs": _MOST_EPOCHS,
+        "batch_size": 10**6,
+        "shots": 10**6,
+        "ways": 10**6,
+        "queries": 10**6,
+        "episodes": 10**6,
+    }
     run: str
     """A run's folder (its newest good checkpoint is taken) or a checkpoint file."""
     root: str | None = None
@@ -374,6 +436,7 @@ class EvalConfig:
     """JSON file for the result; by default eval_PROTOCOL_KEY.json in the run's folder, a key for each data set, checkpoint and setting."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.threads >= 0, "threads", self.threads, "must be 0 (all cores) or more")
 
     @property

@@ -82,6 +82,6 @@ def surviving() -> Iterator[Output]:
         sys.stdout, sys.stderr = before
 
 
-def say(text: str) -> None:
+def say(text: object) -> None:
     """Prints one line; control characters in it are escaped."""
-    print(printable(text), flush=True)
+    print(printable(str(text)), flush=True)

@@ -16,7 +16,7 @@ port beyond it. The latency of a collective is an assumption.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from fastbyol.files import read_json
 from fastbyol.layers import batch_norms
 from fastbyol.model import BYOL
 from fastbyol.roofline import BACKWARD, ONLINE, Peaks, Work, count_step, kept_bytes, meta_model
+from fastbyol.settings import BadSetting, check, nearest, require
 from fastbyol.views import VIEWS
 
 IMAGENET_IMAGES = 1_281_167
@@ -141,10 +142,38 @@ class Rates:
             InputError: it cannot be read, or holds no rates.
         """
         try:
-            values = read_json(path)["rates"]
-            return cls(**values | {"peaks": Peaks(**values["peaks"])})
-        except (KeyError, TypeError) as error:
+            values = _section(read_json(path), "rates") if path.exists() else None
+            if values is None:
+                raise BadSetting("rates", "there is no such file")
+            peaks, loader_ms = _section(values, "peaks"), _section(values, "loader_ms")
+            plain = {f.name: check(f.type, values.get(f.name), f.name) for f in fields(cls) if f.name in _PLAIN_RATES}
+            for name in ("efficiency", "image_size_px", "cores"):
+                require(plain[name] > 0, name, plain[name], "must be above 0")
+            require(plain["dtype"] in _DTYPES, "dtype", plain["dtype"], f"expected one of {', '.join(_DTYPES)}")
+            return cls(
+                peaks=Peaks(**{f.name: _number(peaks, f.name, least=1) for f in fields(Peaks)}),
+                loader_ms={name: _number(loader_ms, name, least=0) for name in loader_ms},
+                **plain,
+            )
+        except (BadSetting, InputError) as error:
             raise InputError(f"--rates {path}: holds no rates of `fastbyol bench --out`: {first_line(error)}") from None
+
+
+_PLAIN_RATES = ("efficiency", "image_size_px", "cores", "device", "dtype")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _section(values: Any, name: str) -> dict[str, Any]:
+    found = values.get(name) if isinstance(values, dict) else None
+    if not isinstance(found, dict):
+        raise BadSetting(name, f"{name!r} is missing or no section")
+    return found
+
+
+def _number(values: dict[str, Any], name: str, least: float) -> float:
+    value = check(float, values.get(name), name)
+    require(value >= least, name, value, f"must be at least {least}")
+    return value
 
 
 # Where no loader was measured: images of 500x375 px by one thread of an AMD EPYC (benchmarks/results/loader.csv, medians): 1,000 a second
@@ -230,7 +259,10 @@ def plan(
     if (gpu is None) == (rates is None):
         raise InputError("say either --gpu, for published rates, or --rates FILE, for those of a machine")
     if gpu is not None and gpu not in GPUS:
-        raise InputError(f"--gpu {gpu}: not known, one of {', '.join(GPUS)}")
+        near = nearest(gpu, GPUS)
+        raise InputError(
+            f"--gpu {gpu}: not known, one of {', '.join(GPUS)}" + (f"; did you mean {near}?" if near else "")
+        )
     for name, value, least in (("gpus", gpus, 1), ("cores", cores, 0), ("images", images, 0)):
         if value < least:
             raise InputError(f"--{name} {value}: must be at least {least}")

@@ -20,7 +20,7 @@ class Schedule:
 
     def __init__(self, optim: OptimConfig, batch_size: int, steps_per_epoch: int) -> None:
         self.total_steps = optim.epochs * steps_per_epoch
-        self._warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
+        self._warmup_steps = round(optim.warmup * steps_per_epoch)
         self._peak, self._constant = scaled_lr(optim.base_lr, batch_size), optim.schedule == "constant"
         self._tau_base = optim.tau_base
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fastbyol import checkpoint, cores, environment, memory
-from fastbyol.config import Config, OptimConfig
+from fastbyol.config import DEFAULT_WARMUP_EPOCHS, Config, OptimConfig
 from fastbyol.console import say
 from fastbyol.data import Batch, ImageSet, build_loader, choose_backend, find_images
 from fastbyol.data.workers import cpu_threads
@@ -219,6 +219,11 @@ class _Run:
             self.log.warn(note)
         for text in self._news:
             self.log.say(text)
+        if config.optim.warmup_epochs is None and config.optim.warmup < DEFAULT_WARMUP_EPOCHS:
+            self.log.say(
+                f"optim.warmup_epochs: the default of {DEFAULT_WARMUP_EPOCHS} is longer than half of the run; "
+                f"it is {config.optim.warmup:g} epochs"
+            )
         dispatch.compile_cpu_kernels(self.log.say)
         if self.world.size == 1:  # the other ranks would count as others
             cores.warn_if_shared(cpu_threads(config.data.threads), self.log.warn)
@@ -439,7 +444,9 @@ class _Run:
 
     def _check_fits(self, path: Path, state: dict[str, Any]) -> None:
         """What must be equal for the run to go on as if it had not been cut is equal; other changes are named."""
-        ours, theirs = _flat(self.config.to_dict()), _flat(state["config"])
+        # A default is compared by the number that it means.
+        ours = _flat(self.config.to_dict()) | {"optim.warmup_epochs": self.config.optim.warmup}
+        theirs = _flat(state["config"]) | {"optim.warmup_epochs": Config.from_dict(state["config"]).optim.warmup}
         changed = [key for key in ours if key in theirs and ours[key] != theirs[key]]
         for key in changed:
             if key.startswith("model.") or key in ("optim.name", "data.batch_size", "data.image_size_px"):
@@ -476,7 +483,7 @@ class _Run:
     def _say_new_schedule(self, state: dict[str, Any]) -> None:
         """What a changed number of epochs does to the learning rate and tau of the step that comes next."""
         before, now = OptimConfig(**state["config"]["optim"]), self.config.optim
-        if (before.epochs, before.warmup_epochs) == (now.epochs, now.warmup_epochs):
+        if (before.epochs, before.warmup) == (now.epochs, now.warmup):
             return
         steps_per_epoch = self.step.total_steps // now.epochs
         old, new = Schedule(before, self.config.data.batch_size, steps_per_epoch), self.step.schedule

@@ -2,16 +2,22 @@ import base64
 import io
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fastbyol
-from fastbyol import environment
-from fastbyol.cli import main
+from fastbyol import cli, environment
+from fastbyol.cli import main, train_config
+from fastbyol.config import EVALUATIONS, Config
 from fastbyol.errors import HungLoader, InputError, RunError
+from fastbyol.options import options_of
+from fastbyol.settings import leaves
 from fastbyol.train import train
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -32,14 +38,16 @@ def test_version(capsys):
 
 
 def test_help_shows_type_unit_and_default_of_every_field(capsys):
-    code, out, _ = run(capsys, "train", "--help")
+    code, out, _ = run(capsys, "train", "--help-all")
     text = " ".join(out.split())
     assert code == 0
-    assert "--data.image_size_px IMAGE_SIZE_PX Side of both views in pixels. (type: int, default: 224)" in text
-    assert "--optim.base_lr BASE_LR Learning rate per 256 images" in text
+    assert "--data.image_size_px N Side of both views in pixels. (whole number, default 224)" in text
+    assert "--optim.base_lr X Learning rate per 256 images" in text
     assert "--optim.name {lars,sgd,adamw,adam}" in text
-    undocumented = re.findall(r"(--(?:data|model|optim|log|checkpoint|knn|probe|step)\.\w+) \S+ \(type", text)
-    assert undocumented == []
+    described = re.findall(r"--([\w.]+) \S+ [\w\"`'0-9]", text)
+    assert set(described) >= {name for name, _, _ in leaves(Config)} | {"config"}
+    assert "typing." not in text
+    assert "optim: Optimiser, schedules and target update." in text
 
 
 @pytest.mark.parametrize(
@@ -72,8 +80,56 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["prepare", "photos", "--out", "/tmp"], "--out /tmp exists"),
         (["preview", "--data.root", "/nowhere"], "there is no folder /nowhere/train"),
         (["report", "--run", "/nowhere"], "there is no such folder"),
-        (["trian"], "invalid choice: 'trian'"),
-        ([], "subcommand"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'"),
+        (["eval", "kn", "--run", "x"], "unknown command 'kn'; did you mean 'knn'?"),
+        (["prepare", "fashion-mnis"], "unknown command 'fashion-mnis'; did you mean 'fashion-mnist'?"),
+        (["train", "--epochs", "3"], "unknown option --epochs; did you mean --optim.epochs?"),
+        (["train", "--data.batch-size", "3"], "unknown option --data.batch-size; did you mean --data.batch_size?"),
+        (["bench", "--round", "3"], "unknown option --round; did you mean --rounds?"),
+        (["train", "--zebra"], "unknown option --zebra; fastbyol train --help-all lists all"),
+        (["train", "optim.epochs=3"], "unexpected argument 'optim.epochs=3'; did you mean --optim.epochs=3?"),
+        (["pack", "a", "b", "c"], "unexpected argument 'c'; see fastbyol pack --help"),
+        (["pack", "a"], "out: is not set"),
+        (["pack", "a", "b", "--skip-bad=3"], "--skip-bad takes no value"),
+        (["pack", "a", "b", "--threads", "-1"], "--threads -1: must be 0"),
+        (["pack", "a", "b", "--threads", "9" * 18], "--threads 9+: must be at most 4096"),
+        (["pack", "a", "b", "--mode", "rw"], "--mode='rw': expected one of jpg, raw, auto; did you mean raw?"),
+        (["prepare", "photos", "--out", "x", "--seed", "-1"], "--seed -1: must be 0 or more"),
+        (["prepare", "shapes", "--out", "x", "--seed", "-1"], "--seed -1: must be 0 or more"),
+        (["prepare", "photos", "--out", "x", "--images", "-5"], "--images -5: at least 72"),
+        (["prepare", "photos", "--out", "x", "--images", "1" + 12 * "0"], "--images 10+: must be at most 10000000"),
+        (["prepare", "fashion-mnist", "--out", "x", "--val_images", "0"], "--val_images 0: must be at least 1"),
+        (["bench", "--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["bench", "--steps=0"], "--steps 0: must be at least 1"),
+        (["profile", "--steps", "-3"], "--steps -3: must be at least 1"),
+        (["export", "x", "--format", "tim"], "--format='tim': expected one of timm, .*; did you mean timm?"),
+        (["report"], "--run: is not set; expected a path"),
+        (["train", "--data.root"], "--data.root: needs a value: text"),
+        (["train", "--data.root", "--name", "x"], "--data.root: needs a value: text"),
+        (["train", "--optim.epochs", "three"], "optim.epochs='three': expected a whole number$"),
+        (["train", "--optim.epochs", "3.5"], "optim.epochs='?3.5'?: expected a whole number$"),
+        (["train", "--optim.epochs", "1" + 18 * "0"], "optim.epochs=10+: must be at most 1000000"),
+        (["train", "--optim.base_lr", "nan"], "optim.base_lr=nan: must be finite"),
+        (["train", "--optim.base_lr", "-1e-3"], "optim.base_lr=-0.001: must be above 0"),
+        (["train", "--probe.enabled", "maybe"], "probe.enabled='maybe': expected true or false"),
+        (
+            ["train", "--model.norm", "grop"],
+            "model.norm='grop': expected one of batch, layer, group; did you mean group?",
+        ),
+        (["train", "--data.batch_size", "many"], "data.batch_size='many': expected a whole number or auto$"),
+        (["train", "--data.root", "a\0b"], "data.root='a.x00b': holds a NUL character"),
+        (["train", "--config", "a\0b"], "--config a.x00b: holds a NUL character"),
+        (["train", "--config", "x" * 300], "config=x+...: cannot be read: File name too long"),
+        (["train", "--config", "/tmp"], "config=/tmp: cannot be read: Is a directory"),
+        (["train", "--name", ".."], "name='..': must be"),
+        (["train", "--name", ""], "name='': must not be empty"),
+        (["train", "--name=-x"], "name='-x': must not begin with '-'"),
+        (["train", "--name", "a\nb"], "name='a.nb': must hold no control characters"),
+        (["train", "--name", "\ud800"], "name=.*: holds characters that are no text"),
+        (["train", "--name", "ü" * 101], "name='ü.*: must have at most 200 bytes in UTF-8"),
+        (["eval", "fewshot", "--run", "x", "--shots", "1" + 18 * "0"], "shots=.*: must be at most 1000000"),
+        (["eval", "knn", "--run", "x", "--threads", "-1"], "threads=-1: must be 0"),
+        ([], "no subcommand given: name one of train, eval"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message):
@@ -91,17 +147,259 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("data:\n  bach_size: 3\n", "data.bach_size"),
         ("datta:\n  batch_size: 3\n", "datta"),
         ("optim:\n  epochs: three\n", "optim.epochs.*three"),
-        ("model: [1, 2\n", "config"),
+        ("model: [1, 2\n", "line 2, column 1: the config is not YAML"),
         ("model:\n  width: -1\n", "model.width=-1"),
+        (
+            "seed: 3\noptim:\n  epochs:\n",
+            r"c.yaml, line 3: optim.epochs: has no value \(blank\); expected a whole number",
+        ),
+        ("optim: {epochs: null}", "line 1: optim.epochs: has no value"),
+        ("optim: {epoch: 3}", "line 1: optim.epoch: unknown key; did you mean optim.epochs?"),
+        ("epochs: 3", "line 1: epochs: unknown key; did you mean optim.epochs?"),
+        ("name: a\nseed: x", "line 2: seed='x': expected a whole number"),
+        ("optim: 3", "line 1: optim='3': expected a section with settings such as optim.name"),
+        ("optim:", r"line 1: optim: has no value \(blank\)"),
+        ("optim: [1]", "line 1: optim=a list: expected a section"),
+        ("- 1", "c.yaml: expected settings, .* found a list"),
+        ("hello", "c.yaml: expected settings, .* found 'hello'"),
+        ("", "c.yaml: holds no settings"),
+        ("# nothing\n", "c.yaml: holds no settings"),
+        ("seed: 1\nname: a\nseed: 2", "line 3: seed is set twice, on line 1 too"),
+        ("optim: {epochs: 1}\noptim.epochs: 2", "line 2: optim.epochs is set twice, on line 1 too"),
+        (b"name: a\nseed: 1 # caf\xe9", "line 2: is not UTF-8 text"),
+        (b"\x00\x01", "the config is not YAML"),
+        ("optim: !!python/object:os.system {epochs: 3}", "line 1: the tag '!!python/object:os.system' is not accepted"),
+        ("seed: !!int 3", "line 1: the tag '!!int' is not accepted"),
+        ("data: {classes: " + "[" * 5000, "nested too deeply"),
+        ("data: {classes: [a, [b]]}", "line 1: data.classes=a list: expected text"),
+        ("data:\n  classes: &a [*a]", "data.classes=a list: expected text"),
+        ("data: {classes: {a: b}}", "data.classes=a mapping: expected names"),
+        ("data: {root: [a, b]}", r"data.root=\['a', 'b'\]: expected text"),
+        ("knn: &k {k: 3}\nprobe:\n  <<: [" + "*k, " * 9 + "*k]", "line 1: probe.k: unknown key; did you mean knn.k?"),
+        ("optim: {base_lr: .inf}", "optim.base_lr=inf: must be finite"),
+        ('data: {root: "\\ud800"}', "data.root=.*: holds characters that are no text"),
+        ("x" * 300_000, "is no config: it has more than 256 KiB"),
     ],
 )
 def test_a_mistake_in_a_yaml_file_too(capsys, tmp_path, text, message):
     path = tmp_path / "c.yaml"
-    path.write_text(text)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     code, _, err = run(capsys, "train", "--config", str(path))
     assert code == 2
     assert err.count("\n") == 1
+    assert "c.yaml" in err
     assert re.search(message, err)
+
+
+def test_yaml_and_the_command_line_read_the_same_words(tmp_path):
+    words = {
+        "optim.base_lr": ("1e-3", 1e-3),
+        "optim.weight_decay": ("1_000.5", 1000.5),
+        "optim.epochs": ("010", 10),
+        "optim.warmup_epochs": ("0", 0.0),
+        "data.batch_size": ("1e3", 1000),
+        "data.classes": ("[no, 010, 'a,b']", ["no", "010", "a,b"]),
+        "data.root": ("null", None),
+        "probe.enabled": ("Yes", True),
+        "log.tensorboard": ("off", False),
+        "name": ("2026-01-01", "2026-01-01"),
+        "runs": ("12", "12"),
+    }
+    path = tmp_path / "c.yaml"
+    path.write_text("\n".join(f"{key}: {word}" for key, (word, _) in words.items()))
+    from_line = train_config([f"--{key}={word}" for key, (word, _) in words.items()])
+    assert train_config(["--config", str(path)]) == from_line
+    for key, (_, value) in words.items():
+        found = from_line
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert (found, type(found)) == (value, type(value))
+
+
+def test_anchors_and_merges(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "checkpoint: &every {every_epochs: 2}\nknn:\n  <<: *every\n  k: 7\n  every_epochs: &three 3\nseed: *three\n"
+    )
+    config = train_config(["--config", str(path)])
+    assert (config.checkpoint.every_epochs, config.knn.every_epochs, config.knn.k, config.seed) == (2, 3, 7, 3)
+
+
+def test_a_value_that_does_not_fit_names_the_file_unless_the_command_line_gave_it(capsys, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("optim:\n  warmup_epochs: 200\n")
+    _, _, err = run(capsys, "train", "--config", str(path))
+    assert f"{path}, line 2: optim.warmup_epochs=200.0: must lie between 0 and optim.epochs=100" in err
+    assert train_config(["--config", str(path), "--optim.epochs", "300"]).optim.warmup == 200
+    _, _, err = run(capsys, "train", "--config", str(path), "--optim.warmup_epochs", "300")
+    assert err.startswith("fastbyol: error: optim.warmup_epochs=300.0: must lie")
+
+
+def test_a_config_that_is_not_there_is_compared_with_its_neighbours(capsys, tmp_path):
+    (tmp_path / "first.yaml").write_text("seed: 1")
+    code, _, err = run(capsys, "train", "--config", str(tmp_path / "first.yml"))
+    assert code == 2
+    assert f"there is no such file; did you mean {tmp_path / 'first.yaml'}?" in err
+
+
+COMMANDS = [
+    words.split()
+    for words in (
+        "train",
+        "preview",
+        "profile",
+        "bench",
+        "plan",
+        "eval knn",
+        "prepare photos",
+        "pack",
+        "export",
+        "report",
+    )
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_no_option_is_known_by_its_beginning(capsys, command):
+    level = cli.COMMANDS
+    for word in command:
+        level = level.commands[word]
+    options = [*options_of(level.options), *(options_of(Config) if level.takes_config else ())]
+    names = {option.name for option in options if option.named}
+    for name in names:
+        if (beginning := name[:-1]) not in names and len(beginning) > 3:
+            code, _, err = run(capsys, *command, beginning, "1")
+            assert code == 2
+            assert f"unknown option {beginning}; did you mean --" in err
+
+
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, ["doctor"], ["prepare"], ["eval"], *(["eval", name] for name in EVALUATIONS)], ids=" ".join
+)
+def test_help_fits_a_screen(capsys, command):
+    for words in ([*command, "--help"], [*command, "-h"], ["help", *command]):
+        code, out, err = run(capsys, *words)
+        assert (code, err) == (0, "")
+        assert out.startswith(f"usage: fastbyol {' '.join(command)} ")
+        assert out.count("\n") <= 40
+        assert "typing" not in out
+
+
+def test_help_shows_the_common_settings_and_names_the_page_with_all(capsys):
+    _, out, _ = run(capsys, "train", "--help")
+    first = [line.split()[0] for line in out.splitlines() if line.startswith("  --")]
+    assert first[:3] == ["--config", "--data.root", "--name"]
+    assert {"--optim.epochs", "--data.batch_size", "--resume", "--device", "--precision", "--step.mode"} <= set(first)
+    assert out.endswith(f"--help-all shows all {len(list(leaves(Config)))} settings.\n")
+    _, out, _ = run(capsys, "help")
+    assert all(f"  {name} " in out for name in cli.COMMANDS.commands)
+    assert "fastbyol train --data.root" in out
+
+
+def test_help_and_mistakes_do_not_wait_for_torch():
+    code = "import sys; from fastbyol.cli import main; main(['train', '--help-all']); main(['train', '--epochs', '1']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def _allocates():
+    torch.empty(2**50)
+
+
+def _overflows():
+    torch.empty(2**40, 2**40)
+
+
+def _numpy():
+    np.empty(2**50)
+
+
+@pytest.mark.parametrize("work", [_allocates, _overflows, _numpy])
+def test_memory_that_runs_out_is_one_line(capsys, monkeypatch, work):
+    monkeypatch.setattr("fastbyol.doctor.diagnose", lambda say: work())
+    code, _, err = run(capsys, "doctor")
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("fastbyol: error: out of memory or threads: ")
+    assert "lower data.batch_size" in err
+
+
+def test_a_network_that_does_not_fit_into_memory_is_one_line(capsys, photos, tmp_path):
+    options = [
+        "--model.backbone",
+        "resnet18",
+        "--model.width",
+        "0.125",
+        "--model.hidden_dim",
+        "65536",
+        "--model.projection_dim",
+        str(2**20),
+    ]
+    options += [
+        "--data.batch_size",
+        "8",
+        "--data.image_size_px",
+        "32",
+        "--runs",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--optim.epochs",
+        "1",
+    ]
+    code, _, err = run(capsys, "train", "--data.root", str(photos), *options)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "out of memory or threads: " in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_system_is_one_line_and_a_fault_of_ours_is_not(capsys, monkeypatch):
+    def missing(say):
+        Path("/proc/nowhere").read_text()
+
+    def wrong(say):
+        raise RuntimeError("a tensor of the wrong shape")
+
+    monkeypatch.setattr("fastbyol.doctor.diagnose", missing)
+    assert run(capsys, "doctor") == (1, "", "fastbyol: error: '/proc/nowhere': No such file or directory\n")
+    monkeypatch.setattr("fastbyol.doctor.diagnose", wrong)
+    with pytest.raises(RuntimeError, match="wrong shape"):
+        main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--data.root", "LONG"],
+        ["train", "--data.root", "HERE", "--runs", "LONG", "--optim.epochs", "1", "--data.batch_size", "8"],
+        ["preview", "--data.root", "HERE", "--out", "LONG"],
+        ["bench", "--data.root", "HERE", "--out", "LONG/x.json"],
+        ["profile", "--data.root", "HERE", "--out", "LONG"],
+        ["plan", "--gpu", "h100", "--data.root", "LONG", "--model.backbone", "resnet18", "--data.image_size_px", "32"],
+        ["plan", "--rates", "LONG"],
+        ["eval", "knn", "--run", "LONG"],
+        ["prepare", "photos", "--out", "LONG"],
+        ["prepare", "shapes", "--out", "LONG"],
+        ["prepare", "fashion-mnist", "--out", "LONG"],
+        ["prepare", "fashion-mnist", "--out", "x", "--source", "LONG"],
+        ["pack", "LONG", "x.beton"],
+        ["pack", "HERE/train", "LONG"],
+        ["export", "LONG", "--format", "timm"],
+        ["report", "--run", "LONG"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("long", ["x" * 300, "a\0b"], ids=["long", "NUL"])
+def test_names_that_no_file_can_have(capsys, photos, tmp_path, monkeypatch, words, long):
+    monkeypatch.chdir(tmp_path)
+    small = (
+        ["--device", "cpu", "--model.width", "0.125"] if words[0] in ("train", "preview", "bench", "profile") else []
+    )
+    words = [word.replace("LONG", long).replace("HERE", str(photos)) for word in [*words, *small]]
+    code, _, err = run(capsys, *words)
+    assert code in (1, 2)
+    assert err.startswith("fastbyol: error: ")
+    assert err.count("\n") == 1
+    assert re.search("NUL" if "\0" in long else "too long|no folder|no such|cannot", err)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_line_overrides_the_file(capsys, tmp_path):
@@ -114,8 +412,8 @@ def test_the_command_line_overrides_the_file(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_shipped_config_is_accepted(capsys, path):
-    code, _, err = run(capsys, "train", "--config", str(path), "--data.root", "/nowhere")
+def test_every_shipped_config_is_accepted(capsys, tmp_path, path):
+    code, _, err = run(capsys, "train", "--config", str(path), "--data.root", "/nowhere", "--runs", str(tmp_path))
     assert (code, "there is no folder /nowhere/train" in err) == (2, True)
 
 

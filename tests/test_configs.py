@@ -11,6 +11,7 @@ from fastbyol import cli
 from fastbyol.cli import train_config
 from fastbyol.data import build_loader, find_images
 from fastbyol.model import build_model
+from fastbyol.options import read
 from fastbyol.plan import plan
 from fastbyol.roofline import meta_model
 from fastbyol.step import TrainStep
@@ -67,9 +68,8 @@ def test_the_hours_are_those_of_the_plan(path):
     match = re.fullmatch(r"([\d.]+) \(estimate: fastbyol plan (.*)\)", hours)
     words = match[2].split()
     assert words[:2] == ["--config", f"configs/{path.name}"]
-    args = cli._parser().parse_args(["plan", "--config", str(path), *words[2:]]).plan
-    options = {key: args[key] for key in ("gpus", "gpu", "rates", "cores", "images")}
-    found = plan(cli._config(args), **options, say=lambda text: None)
+    call = read(["plan", "--config", str(path), *words[2:]], cli.COMMANDS)
+    found = plan(call.config, **dataclasses.asdict(call.options), say=lambda text: None)
     assert float(match[1]) == pytest.approx(found["hours"], abs=0.05 if found["hours"] < 100 else 0.5)
     assert found["limit"] != "memory"
     assert f"{found['gpus']} x {found['device'].split('-')[0].upper()}" in header(path)["hardware"]

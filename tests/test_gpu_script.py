@@ -13,6 +13,7 @@ import pytest
 from conftest import HANG_S
 
 from fastbyol import cli, environment
+from fastbyol.options import read
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -268,13 +269,8 @@ def test_a_dry_run_lists_every_part_and_runs_none(capsys, monkeypatch, tmp_path)
     assert not (tmp_path / "work").exists()
 
 
-@pytest.fixture(scope="module")
-def command_line():
-    return cli._parser()
-
-
 @pytest.mark.parametrize("part", ALL)
-def test_commands_name_what_exists(part, monkeypatch, command_line):
+def test_commands_name_what_exists(part, monkeypatch):
     """Every script, sub-command, option and contender; what is under WORK is made by the parts."""
     monkeypatch.chdir(ROOT)
     command = part.command
@@ -283,7 +279,7 @@ def test_commands_name_what_exists(part, monkeypatch, command_line):
         if re.match(r"(benchmarks|tests|configs)/", word):
             assert (ROOT / word).exists(), word
     if words[:2] == ["-m", "fastbyol"]:
-        command_line.parse_args(words[2:])
+        read(words[2:], cli.COMMANDS)
     elif words[0] != "-m":
         PARSERS[Path(words[0]).stem].parser().parse_args(words[1:])
     else:

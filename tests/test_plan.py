@@ -176,10 +176,15 @@ def test_activations_are_those_that_a_step_keeps(stages):
         ([], "say either --gpu, for published rates, or --rates FILE"),
         (["--gpu", "h100", "--rates", "x.json"], "say either --gpu"),
         (["--gpu", "tpu"], "--gpu tpu: not known, one of a100-40, a100-80, h100"),
+        (["--gpu", "h10"], "did you mean h100?"),
         (["--gpu", "h100", "--gpus", "0"], "--gpus 0: must be at least 1"),
         (["--gpu", "h100", "--gpus", "3"], "data.batch_size=256 cannot be split into 3 x"),
         (["--gpu", "h100", "--batch-size", "auto"], "data.batch_size=auto is found on the machine"),
-        (["--rates", "/nowhere.json"], "--rates /nowhere.json: holds no rates of"),
+        (
+            ["--rates", "/nowhere.json"],
+            "--rates /nowhere.json: holds no rates of `fastbyol bench --out`: there is no such file",
+        ),
+        (["--rates", "/"], "/: cannot be read"),
         (["--rates", "/etc/hostname"], "/etc/hostname: cannot be read"),
         (["--gpu", "h100", "--cores", "-1"], "--cores -1: must be at least 0"),
     ],
@@ -189,6 +194,35 @@ def test_a_users_mistake_is_one_line(capsys, arguments, message):
     errors = capsys.readouterr().err.splitlines()
     assert code == 2
     assert len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peaks": None}, "'peaks' is missing or no section"),
+        ({"peaks": {"flops_per_s": 1e9}}, "bytes_per_s: has no value"),
+        ({"peaks": {"flops_per_s": 0, "bytes_per_s": 1e9}}, "flops_per_s=0: must be at least 1"),
+        ({"efficiency": 0}, "efficiency=0: must be above 0"),
+        ({"efficiency": "half"}, "efficiency='half': expected a number"),
+        ({"loader_ms": [1]}, "'loader_ms' is missing or no section"),
+        ({"loader_ms": {"decode": float("nan")}}, "decode=nan: must be finite"),
+        ({"dtype": "load"}, "dtype='load': expected one of float32"),
+        ({"cores": None}, "cores: has no value"),
+    ],
+)
+def test_rates_of_the_wrong_shape_are_named(capsys, rates, changes, message):
+    assert cli.main(["plan", "--rates", str(rates(**changes))]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "{}", '{"rates": 3}', "[" * 100_000])
+def test_rates_that_are_none(capsys, tmp_path, text):
+    path = tmp_path / "rates.json"
+    path.write_text(text)
+    assert cli.main(["plan", "--rates", str(path)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and f"--rates {path}: holds no rates of `fastbyol bench --out`" in errors[0]
 
 
 @pytest.mark.slow

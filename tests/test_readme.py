@@ -50,4 +50,4 @@ def test_make_targets_and_sub_commands_exist():
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     cli = (ROOT / "fastbyol" / "cli.py").read_text()
     for command in set(re.findall(r"^ +fastbyol (\w+)", README, re.MULTILINE)):
-        assert f'"{command}": _{command}' in cli, command
+        assert re.search(rf'"{command}": (Command|Group)\(', cli), command

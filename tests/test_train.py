@@ -449,4 +449,21 @@ def test_the_smallest_batch_and_a_batch_of_one():
     with pytest.raises(ValueError, match="data.batch_size=1: BatchNorm needs at least 2 images"):
         DataConfig(batch_size=1)
     with pytest.raises(ValueError, match="optim.warmup_epochs=10: must lie between 0 and optim.epochs=5"):
-        OptimConfig(epochs=5)
+        OptimConfig(epochs=5, warmup_epochs=10)
+
+
+@pytest.mark.parametrize(("given", "named"), [(1, ""), (0.5, "optim.warmup_epochs 0.5 -> 1.0")])
+def test_a_default_warmup_longer_than_half_of_the_run_is_cut_and_said(make_config, capsys, given, named):
+    text = "optim.warmup_epochs: the default of 10 is longer than half of the run; it is 1 epochs"
+    train(make_config(optim={"epochs": 1, "warmup_epochs": given}, knn={"every_epochs": 0}))
+    assert "optim.warmup_epochs" not in capsys.readouterr().out
+    result = train(make_config(resume="auto", optim={"epochs": 2, "warmup_epochs": None}, knn={"every_epochs": 0}))
+    out = capsys.readouterr().out
+    assert out.count(text) == 1
+    # What the run began with is compared by the number used.
+    changed = next(line for line in out.splitlines() if "resumed with other settings" in line)
+    assert ("warmup" in changed, named in changed) == (bool(named), True)
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["lr"] for line in lines if line["kind"] == "train" and line["step"] > 4) == pytest.approx(
+        2 * 16 / 256
+    )

@@ -15,7 +15,13 @@ _IN_HAND = 8  # tasks begun or waiting per thread: more would only hold memory
 
 
 def cpu_threads(threads: int) -> int:
-    """The number of threads that a setting means: 0 is one per core that this process may use."""
+    """The number of threads that a setting means: 0 is one per core that this process may use.
+
+    Raises:
+        ValueError: it is negative.
+    """
+    if threads < 0:
+        raise ValueError(f"threads={threads}: must be 0 (one per core) or more")
     return threads or cores.available()
 
 
