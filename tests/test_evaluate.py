@@ -159,7 +159,7 @@ def test_extraction_uses_eval_mode_and_restores_train_mode(photos):
 def test_calibrated_batchnorm_has_the_data_s_statistics(photos):
     folder = open_split(photos, "train")
     network = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    calibrate_batchnorm(network, folder, size=32, device=torch.device("cpu"), threads=2)
+    calibrate_batchnorm(network, folder, frame())
     pixels = extract(None, folder, size=32, **CPU).x.view(72, 3, 32, 32)
     assert (network[0].running_mean - pixels.mean((0, 2, 3))).abs().max() < 1e-3
     assert network[0].momentum == 0.1  # who trains it further goes on with torch's moving average

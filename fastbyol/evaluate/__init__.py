@@ -51,13 +51,11 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
     if not out.parent.is_dir():  # said before the work is done
         raise InputError(f"out={out}: cannot be written: there is no folder {out.parent}")
     frame = frame_of(config, options, say)
-    data = protocol.open(options, config)
+    data = protocol.open(options, config, frame)
     rows: dict[str, Row] = {}
     for title, backbone in _networks(protocol, model, config, data, frame, baselines=options.baselines):
         rows[title] = protocol.measure(backbone, data, options, frame)
         say(f"{title:<18} {protocol.row_text(rows[title])}")
-    for where, reason in frame.bad.items():
-        say(f"warning: skipped {where}: {reason}")
     result = {
         "protocol": name,
         "checkpoint": str(path),
@@ -67,6 +65,7 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
         "classes": len(data.classes),
         "settings": options.settings,
         "rows": rows,
+        "bad_images": frame.bad,
         "environment": environment.describe(),
     }
     write_json(out, result, f"out={out}")
@@ -120,7 +119,7 @@ def _networks(
         return
     untrained = ready(build_model(config.model, frame.size, config.seed).online.backbone)
     images = protocol.calibration(data).spread(config.knn.max_bank_images)
-    calibrate_batchnorm(untrained, images, size=frame.size, device=frame.device, threads=frame.threads)
+    calibrate_batchnorm(untrained, images, frame)
     yield UNTRAINED_ROW, untrained
     if protocol.takes_pixels:
         yield PIXELS_ROW, None
