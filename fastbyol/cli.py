@@ -209,7 +209,7 @@ def _eval(args: Namespace) -> int:
         options = EVALUATIONS[args.subcommand](**args[args.subcommand].as_dict())
     except ValueError as error:
         raise InputError(str(error)) from None
-    evaluate(args.subcommand, options, print)
+    evaluate(args.subcommand, options, partial(print, flush=True))  # lines of progress, also into a pipe
     refresh_report(Path(options.run), print)
     return 0
 

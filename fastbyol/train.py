@@ -22,6 +22,7 @@ from fastbyol.distributed import ProcessGroup, StopTogether, World, world_from_e
 from fastbyol.errors import HungLoader, InputError, RunError, first_line
 from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
+from fastbyol.evaluate.protocol import shortage
 from fastbyol.kernels import dispatch
 from fastbyol.model import BYOL, BYOLOutput, build_model
 from fastbyol.probe import OnlineProbe
@@ -422,6 +423,7 @@ class _Run:
 
     def _knn_split(self) -> ImageSet | None:
         """The validation split of the online kNN; None, and a line why, where there can be none."""
+        self.knn_bad: dict[str, str] = {}  # images that the online kNN left out: where they lie -> why
         data = self.config.data
         if self.config.knn.every_epochs == 0 or not self.world.first:
             return None
@@ -437,13 +439,18 @@ class _Run:
         """Logs top-1 and top-5 of the online backbone and says whether top-1 is the best so far; rank 0 alone does it."""
         with self.log.pause():
             accuracy = self._knn_accuracy()
+        if accuracy is None:
+            return False
         best = not accuracy["top1"] <= self.knn["best"]  # also true while best is NaN
         self.knn = {"last": accuracy["top1"], "best": accuracy["top1"] if best else self.knn["best"]}
         self.log.knn(done, accuracy)
         return best
 
-    def _knn_accuracy(self) -> dict[str, float]:
-        """Top-1 and top-5 of the online backbone; at most knn.max_bank_images training images vote."""
+    def _knn_accuracy(self) -> dict[str, float] | None:
+        """Top-1 and top-5 of the online backbone; at most knn.max_bank_images training images vote.
+
+        None, and a line why, where no image of a split can be read: the training goes on without kNN.
+        """
         assert self._val is not None
         options = {
             "size": self.config.data.image_size_px,
@@ -451,8 +458,26 @@ class _Run:
             "dtype": self.step.dtype,
             "threads": self.config.data.threads,
         }
-        bank = extract(self.model.online.backbone, self.images.spread(self.config.knn.max_bank_images), **options)
-        val = extract(self.model.online.backbone, self._val, **options)
+        voters = self.images.spread(self.config.knn.max_bank_images)
+        try:
+            bank, val = (extract(self.model.online.backbone, split, **options) for split in (voters, self._val))
+        except InputError as error:
+            self.log.warn(f"no online kNN from here on: {error}")
+            self._val = None
+            return None
+        places = self.images.evenly(len(voters))
+        named = {
+            voters.where(i) for i in bank.bad if int(places[i]) in self._named_bad
+        }  # when they were to be trained on
+        self._named_bad.update(int(places[i]) for i in bank.bad)
+        for split, bad in ((voters, bank.bad), (self._val, val.bad)):
+            new = {where: reason for i, reason in bad.items() if (where := split.where(i)) not in self.knn_bad}
+            self.knn_bad |= new
+            for where, reason in new.items():
+                if where not in named:
+                    self.log.warn(f"skipped {where}: {reason}")
+            if new and (line := shortage(split, bad)) is not None:
+                self.log.warn(f"online kNN: {line}")
         return knn_accuracy(bank, val, k=self.config.knn.k, temperature=self.config.knn.temperature)
 
     def _check_finite(self) -> None:
