@@ -32,10 +32,10 @@ from fastbyol.evaluate import (
     PROTOCOLS,
     UNTRAINED_ROW,
     evaluate,
-    features,
     frame_of,
     load_run,
 )
+from fastbyol.evaluate import features as extraction
 from fastbyol.evaluate import protocol as protocols
 from fastbyol.evaluate.features import Features, Splits, calibrate_batchnorm, extract
 from fastbyol.evaluate.fewshot import episode_accuracies, nearest_mean_scores
@@ -390,14 +390,14 @@ def test_progress_is_a_bar_and_no_line_on_a_terminal(monkeypatch):
 
 def test_features_say_how_many_images_are_done(run, photos, monkeypatch):
     lines, clock = [], Clock(monkeypatch)
-    original = features.centre_crops
+    original = extraction.centre_crops
     monkeypatch.setattr(
-        features,
+        extraction,
         "centre_crops",
         lambda *args, **options: clock.passes(original(*args, **options | {"batch_size": 20}), 11),
     )
     monkeypatch.setattr(
-        features.extract_each, "__kwdefaults__", features.extract_each.__kwdefaults__ | {"batch_size": 20}
+        extraction.extract_each, "__kwdefaults__", extraction.extract_each.__kwdefaults__ | {"batch_size": 20}
     )
     evaluate("knn", KnnEval(run=str(run), baselines=False), lines.append)
     assert lines[:3] == [
