@@ -124,6 +124,8 @@ def export(run: Path, form: str, out: Path | None, say: Callable[[str], None]) -
     backbone.load_state_dict(model.online.backbone.state_dict())
     source = Source(checkpoint=checkpoint, config=config, backbone=backbone.eval(), features=features)
     out = out or _default_name(source, form)
+    if form == "onnx":
+        say("tracing the network, and comparing onnxruntime's features with torch's: up to some minutes")
     card = write(source, form, out)
     return f"{out}: {source.name} for {form}, {out.stat().st_size / 1e6:.1f} MB; how to load it: {card}"
 

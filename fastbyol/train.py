@@ -465,20 +465,27 @@ class _Run:
             self.log.warn(f"no online kNN from here on: {error}")
             self._val = None
             return None
+        self._name_what_knn_left_out(voters, bank.bad, self._val, val.bad)
+        try:
+            return knn_accuracy(bank, val, k=self.config.knn.k, temperature=self.config.knn.temperature)
+        except InputError as error:
+            raise RunError(f"online kNN: {error}; {self._last_good()}") from None
+
+    def _name_what_knn_left_out(
+        self, voters: ImageSet, bad_voters: dict[int, str], val: ImageSet, bad_val: dict[int, str]
+    ) -> None:
+        """Names unreadable images, unless they were when they were to be trained on, and enters them in `knn_bad`."""
         places = self.images.evenly(len(voters))
-        named = {
-            voters.where(i) for i in bank.bad if int(places[i]) in self._named_bad
-        }  # when they were to be trained on
-        self._named_bad.update(int(places[i]) for i in bank.bad)
-        for split, bad in ((voters, bank.bad), (self._val, val.bad)):
+        indices = {voters.where(i): int(places[i]) for i in bad_voters}
+        for split, bad in ((voters, bad_voters), (val, bad_val)):
             new = {where: reason for i, reason in bad.items() if (where := split.where(i)) not in self.knn_bad}
             self.knn_bad |= new
             for where, reason in new.items():
-                if where not in named:
+                if indices.get(where) not in self._named_bad:
                     self.log.warn(f"skipped {where}: {reason}")
             if new and (line := shortage(split, bad)) is not None:
                 self.log.warn(f"online kNN: {line}")
-        return knn_accuracy(bank, val, k=self.config.knn.k, temperature=self.config.knn.temperature)
+        self._named_bad.update(indices.values())
 
     def _check_finite(self) -> None:
         bad = int(self.world.maximum(self.step.first_bad_step))

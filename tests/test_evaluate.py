@@ -302,6 +302,13 @@ def test_online_knn_names_unreadable_images_once_and_its_number_is_of_the_others
     )
 
 
+def test_images_named_by_the_online_knn_have_the_set_s_indices(photos):
+    images = open_split(photos, "train")
+    for limit in (1, 7, 71, 72, 500):
+        part, places = images.spread(limit), images.evenly(limit)
+        assert [part.where(i) for i in range(len(part))] == [images.where(int(i)) for i in places]
+
+
 def capsys_lines(capsys, work):
     capsys.readouterr()
     work()

@@ -50,5 +50,5 @@ class ImageSet(ABC):
 
     def evenly(self, limit: int) -> NDArray[np.int64]:
         """The indices of the images of `spread`."""
-        count = min(limit, len(self))
-        return np.linspace(0, len(self) - 1, count).astype(np.int64)
+        n = len(self)
+        return np.arange(n) if n <= limit else np.linspace(0, n - 1, limit).astype(np.int64)
