@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -39,7 +40,16 @@ def describe() -> dict[str, str]:
 
 
 # FFCV has no wheels: it compiles against OpenCV and libjpeg-turbo.
-FFCV_COMMAND = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install ffcv"
+FFCV_COMMAND = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++ && pip install ffcv"
+
+
+# The packages of pyproject.toml's extra of that name: fastbyol itself is in no registry, so its extras cannot be named.
+ONNX_PACKAGES = {"onnx": "1.17", "onnxscript": "0.5.3", "onnxruntime": "1.20"}
+
+
+def onnx_command(names: Iterable[str]) -> str:
+    """What installs some of ONNX_PACKAGES."""
+    return "pip install " + " ".join(f"'{name}>={ONNX_PACKAGES[name]}'" for name in names)
 
 
 def dali_command() -> str:

@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import re
+import shlex
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Format(NamedTuple):
 
     suffixes: tuple[str, ...]  # the first is the default
     write: Callable[[Source, Path, str], None]  # (source, temporary path, suffix); InputError where it cannot be
-    code: Callable[[Source, Path], str]  # (source, final path) -> the model card's section "Load"
+    code: Callable[[Source, Path], str]  # (source, final path, absolute) -> the model card's section "Load"
 
 
 def export(run: Path, form: str, out: Path | None, say: Callable[[str], None]) -> str:
@@ -123,6 +124,8 @@ def export(run: Path, form: str, out: Path | None, say: Callable[[str], None]) -
     backbone.load_state_dict(model.online.backbone.state_dict())
     source = Source(checkpoint=checkpoint, config=config, backbone=backbone.eval(), features=features)
     out = out or _default_name(source, form)
+    if form == "onnx":
+        say("tracing the network, and comparing onnxruntime's features with torch's: up to some minutes")
     card = write(source, form, out, lambda text: say(f"warning: {text}"))
     return f"{out}: {source.name} for {form}, {out.stat().st_size / 1e6:.1f} MB; how to load it: {card}"
 
@@ -132,7 +135,8 @@ def write(source: Source, form: str, out: Path, warn: Callable[[str], None]) -> 
     card = out.with_suffix(".md")
     with new_file(card, "--out: the model card") as card_file, new_file(out, "--out") as file:
         FORMATS[form].write(source, file, out.suffix)
-        card_file.write_bytes(model_card(source, form, out, warn).encode("utf-8", "backslashreplace"))
+        text = model_card(source, form, out.absolute(), warn)
+        card_file.write_text(text, encoding="utf-8", errors="backslashreplace")
     return card
 
 
@@ -216,9 +220,9 @@ def _write_detectron2(source: Source, file: Path, suffix: str) -> None:
 
 
 def _write_onnx(source: Source, file: Path, suffix: str) -> None:
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not environment.has_module(name)]
+    missing = [name for name in environment.ONNX_PACKAGES if not environment.has_module(name)]
     if missing:
-        raise InputError(f"--format onnx needs {' and '.join(missing)}: pip install 'fastbyol[onnx]'")
+        raise InputError(f"--format onnx needs {' and '.join(missing)}: {environment.onnx_command(missing)}")
     if sum(t.nbytes for t in source.backbone.state_dict().values()) > _ONNX_LIMIT_BYTES:
         raise InputError(f"--format onnx: {source.name} is larger than an ONNX file can be (2 GB); use safetensors")
     example = torch.zeros(2, 3, source.size, source.size)
@@ -263,7 +267,7 @@ def model_card(source: Source, form: str, out: Path, warn: Callable[[str], None]
     config, run = source.config, source.folder
     trained = read_json_or(run / ENVIRONMENT, warn)
     parts = [
-        f"# {config.name}: {source.name} for {form}",
+        printable(f"# {config.name}: {source.name} for {form}"),
         f"The online backbone of a BYOL pre-training (Grill et al. 2020) by fastbyol {__version__}, without heads and "
         f"classifier. It takes normalised images (N, 3, {source.size}, {source.size}) and gives features "
         f"(N, {source.features}), float32, in eval mode.",
@@ -300,7 +304,9 @@ def model_card(source: Source, form: str, out: Path, warn: Callable[[str], None]
 
 
 def _fenced(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"
+    """Code in a fence longer than any that the code, in a path, holds itself."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
@@ -356,6 +362,15 @@ def preprocess(image):  # a PIL image or a uint8 tensor, RGB
     )
 
 
+def _features_code(source: Source) -> str:
+    """The last lines of a card's code on `backbone`."""
+    return f"""\
+images = torch.zeros(1, 3, {source.size}, {source.size})  # any number of them, preprocessed as below
+with torch.no_grad():
+    features = backbone(images)
+print(features.shape)"""
+
+
 def _timm_code(source: Source, out: Path) -> str:
     model = source.config.model
     channels = ""
@@ -364,8 +379,10 @@ def _timm_code(source: Source, out: Path) -> str:
     if model.stem != "small":
         code = f"""\
 import timm
+import torch
 
-backbone = timm.create_model("{source.name}", num_classes=0{channels}, checkpoint_path={str(out)!r}).eval()"""
+backbone = timm.create_model("{source.name}", num_classes=0{channels}, checkpoint_path={str(out)!r}).eval()
+{_features_code(source)}"""
         return _fenced("python", code)
     read = "load_file(path)" if out.suffix == SUFFIX else "torch.load(path, weights_only=True)"
     library = "\nfrom safetensors.torch import load_file" if out.suffix == SUFFIX else ""
@@ -378,16 +395,22 @@ backbone = timm.create_model("{source.name}", num_classes=0{channels})
 backbone.conv1 = torch.nn.Conv2d(3, {source.backbone.conv1.out_channels}, 3, padding=1, bias=False)  # the stem for small images
 backbone.maxpool = torch.nn.Identity()
 backbone.load_state_dict({read})
-backbone.eval()"""
+backbone.eval()
+{_features_code(source)}"""
     return _fenced("python", code)
 
 
 def _safetensors_code(source: Source, out: Path) -> str:
     code = f"""\
+import torch
 from fastbyol.weights import open_backbone
 
-backbone = open_backbone({str(out)!r})"""
-    text = f"With fastbyol:\n\n{_fenced('python', code)}\n\nAs the start of another run: `fastbyol train --init {out}`."
+backbone = open_backbone({str(out)!r})
+{_features_code(source)}"""
+    init = _fenced("sh", f"fastbyol train --init {shlex.quote(str(out))}")
+    text = (
+        f"With fastbyol:\n\n{_fenced('python', code)}\n\nAs the start of another run, beside its own options:\n\n{init}"
+    )
     plain = ModelConfig()
     if all(getattr(source.config.model, field) == getattr(plain, field) for field in _LAYERS):
         text += f"\n\nWithout fastbyol, since the tensors have timm's names:\n\n{_timm_code(source, out)}"
@@ -407,7 +430,8 @@ import torchvision
 backbone = torchvision.models.{name}({given})
 backbone.{classifier} = torch.nn.Identity()
 backbone.load_state_dict(torch.load({str(out)!r}, weights_only=True))
-backbone.eval()"""
+backbone.eval()
+{_features_code(source)}"""
     return f"Tested with torchvision {torchvision.__version__}:\n\n{_fenced('python', code)}"
 
 
@@ -421,7 +445,7 @@ def _detectron2_code(source: Source, out: Path) -> str:
     mean, std = ([round(255 * v, 3) for v in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
     lines = [
         "MODEL:",
-        f'  WEIGHTS: "{out}"',
+        f"  WEIGHTS: {json.dumps(str(out), ensure_ascii=False)}",
         f"  PIXEL_MEAN: {mean}  # RGB, of values from 0 to 255",
         f"  PIXEL_STD: {std}",
         "  RESNETS:",
@@ -440,10 +464,13 @@ def _detectron2_code(source: Source, out: Path) -> str:
 
 def _onnx_code(source: Source, out: Path) -> str:
     code = f"""\
+import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession({str(out)!r}, providers=["CPUExecutionProvider"])
-(features,) = session.run(None, {{"images": images}})  # numpy float32 (N, 3, {source.size}, {source.size}), any N"""
+images = np.zeros((1, 3, {source.size}, {source.size}), dtype=np.float32)  # any number of them, preprocessed as below
+(features,) = session.run(None, {{"images": images}})
+print(features.shape)"""
     return f"Opset {_ONNX_OPSET}, batch axis dynamic:\n\n{_fenced('python', code)}"
 
 

@@ -1,6 +1,7 @@
 """Optimisers: LARS with the target update folded in, and torch's own for those who prefer them."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ class LARS(torch.optim.Optimizer):
 
     Formulas, source and kernels: kernels/lars_ema.py. All tensors are updated in two passes, without a host sync on a GPU.
 
+    Everything else is as in torch.optim.SGD: closures, schedulers, groups added later, state dicts, copies. A state dict holds no
+    target, tau or loss scale, which belong to the run.
+
     Args:
         params: float32 parameters or groups, on one device; their gradients may be bfloat16 or float16. A group may set
             `adapt=False`: trust ratio 1 (biases and norm layers, which should have weight_decay=0 too).
-        lr: scalar tensor on the parameters' device, or a number. The learning rate may change between steps by
-            writing to the tensor; nothing is recompiled or synchronised.
+        lr: scalar tensor on the parameters' device, or a number, of which every group gets a tensor. The learning rate may change
+            between steps by writing to the tensor; nothing is recompiled or synchronised.
         momentum, weight_decay, trust_coefficient: mu, wd and eta.
         target_pairs: (online, target) tensors; every online tensor must be one of the parameters.
         tau: scalar tensor, the target's decay; needed with target_pairs.
@@ -32,8 +36,9 @@ class LARS(torch.optim.Optimizer):
         found_inf: scalar tensor to use for that.
 
     Raises:
-        ValueError: a parameter is not float32; lr, tau, inv_scale or found_inf is no float32 scalar on its device; a pair's online tensor
-            is not among the parameters; tau is missing.
+        ValueError: a parameter is not float32 or on another device than the first; a hyperparameter is negative or not finite; lr, tau,
+            inv_scale or found_inf is no float32 scalar on the parameters' device; a pair's online tensor is not among the parameters;
+            tau is missing.
     """
 
     moves_target = True
@@ -58,25 +63,16 @@ class LARS(torch.optim.Optimizer):
             "trust_coefficient": trust_coefficient,
             "adapt": True,
         }
+        self._device: torch.device | None = None  # of the first parameter
         super().__init__(params, defaults)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        device = parameters[0].device
-        for group in self.param_groups:
-            if not isinstance(group["lr"], Tensor):
-                group["lr"] = torch.tensor(float(group["lr"]), device=device)
-        scalars = [("lr", group["lr"]) for group in self.param_groups] + [
-            ("tau", tau),
-            ("inv_scale", inv_scale),
-            ("found_inf", found_inf),
-        ]
-        for name, scalar in scalars:
-            if scalar is not None and (scalar.dtype, scalar.device, scalar.ndim) != (torch.float32, device, 0):
-                raise ValueError(f"{name} must be a float32 scalar on {device}, not {scalar!r}")
-        other = {p.dtype for p in parameters} - {torch.float32}
-        if other:
-            raise ValueError(f"LARS keeps float32 parameters (gradients may be of 16 bits), not {other.pop()}")
+        if self._device is None:
+            raise ValueError("LARS got no parameters")
+        device = self._device
+        for name, scalar in (("tau", tau), ("inv_scale", inv_scale), ("found_inf", found_inf)):
+            if scalar is not None:
+                _check_scalar(name, scalar, device)
         self._targets = dict(target_pairs)
-        missing = self._targets.keys() - set(parameters)
+        missing = self._targets.keys() - {p for group in self.param_groups for p in group["params"]}
         if missing:
             raise ValueError(f"{len(missing)} online tensors of target_pairs are not among the optimiser's parameters")
         if self._targets and tau is None:
@@ -86,9 +82,85 @@ class LARS(torch.optim.Optimizer):
         self.found_inf = torch.zeros((), device=device) if found_inf is None else found_inf
         self._update = dispatch.lars_update(device)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Updates the weights and their targets from the gradients; parameters without a gradient stay as they are."""
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters; what it does not set is as in the constructor.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._make_lrs_tensors()
+
+    def _make_lrs_tensors(self) -> None:
+        """Learning rates that are numbers, of the constructor or written to a group since, become tensors."""
+        for group in self.param_groups:
+            if not isinstance(group["lr"], Tensor) and self._device is not None:
+                group["lr"] = torch.tensor(float(group["lr"]), device=self._device)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        device = self._device
+        for p in group["params"]:
+            device = device or p.device
+            if p.dtype != torch.float32:
+                raise ValueError(f"LARS keeps float32 parameters (gradients may be of 16 bits), not {p.dtype}")
+            if p.device != device:
+                raise ValueError(f"LARS keeps all parameters on one device, not on {device} and {p.device}")
+        for name in ("lr", "momentum", "weight_decay", "trust_coefficient"):
+            value = group[name]
+            if not isinstance(value, Tensor) and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}: must be 0 or more, and finite")
+        if isinstance(group["lr"], Tensor) and device is not None:
+            _check_scalar("lr", group["lr"], device)
+        self._device = device
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over momenta and groups of another LARS; learning rates are written to this one's own tensors.
+
+        Raises:
+            ValueError: its groups are not as large as this one's.
+        """
+        self._make_lrs_tensors()
+        own = [group["lr"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        written: dict[int, float] = {}  # groups may share a tensor
+        for group, lr in zip(self.param_groups, own, strict=True):
+            value = float(group["lr"])
+            group["lr"] = lr.fill_(value) if written.setdefault(id(lr), value) == value else torch.full_like(lr, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy and pickle take along: all but the kernels' tables of addresses."""
+        return {name: value for name, value in self.__dict__.items() if name in _COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_update" not in self.__dict__:
+            self._update = dispatch.lars_update(self._device)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates the weights and their targets from the gradients; parameters without a gradient stay as they are.
+
+        Args:
+            closure: computes the gradients anew and returns the loss.
+
+        Returns:
+            what the closure returned; None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        self._make_lrs_tensors()
         rows, groups = [], []
         for k, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -111,6 +183,14 @@ class LARS(torch.optim.Optimizer):
         if self.inv_scale is not None:
             self.found_inf.zero_()
         self._update(rows, groups, hypers, self.tau, inv_scale=self.inv_scale, found_inf=self.found_inf)
+
+
+_COPIED = {"defaults", "state", "param_groups", "tau", "inv_scale", "found_inf", "_targets", "_device"}
+
+
+def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> None:
+    if (scalar.dtype, scalar.device, scalar.ndim) != (torch.float32, device, 0):
+        raise ValueError(f"{name} must be a float32 scalar on {device}, not {scalar!r}")
 
 
 def ema_update_(pairs: Iterable[Pair], tau: Tensor) -> None:

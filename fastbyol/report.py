@@ -14,7 +14,7 @@ from fastbyol import __version__
 from fastbyol.config import Config
 from fastbyol.data import ImageSet, find_images
 from fastbyol.data.native import centre_crops
-from fastbyol.errors import InputError
+from fastbyol.errors import InputError, printable
 from fastbyol.evaluate import PROTOCOLS, is_metric, load_run, read_results
 from fastbyol.evaluate.features import CENTRE_FRACTION, check_splits, extract
 from fastbyol.evaluate.knn import nearest
@@ -173,13 +173,13 @@ def _pictures(config: Config, model: BYOL, say: Callable[[str], None]) -> str:
         parts.append(section("The two views", image(draw_views(config, train))))
         val = find_images(config.data, "val")
         check_splits(train, val)
-        parts.append(section("Nearest neighbours", _neighbours(config, model, train, val)))
+        parts.append(section("Nearest neighbours", _neighbours(config, model, train, val, say)))
     except InputError as error:
         say(f"warning: the report lacks pictures: {error}")
     return "".join(parts)
 
 
-def _neighbours(config: Config, model: BYOL, train: ImageSet, val: ImageSet) -> str:
+def _neighbours(config: Config, model: BYOL, train: ImageSet, val: ImageSet, say: Callable[[str], None]) -> str:
     size, device = config.data.image_size_px, choose_device("auto")
     options = {
         "size": size,
@@ -197,6 +197,9 @@ def _neighbours(config: Config, model: BYOL, train: ImageSet, val: ImageSet) -> 
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
+    for images, features in ((bank, found[0]), (queries, found[1])):
+        for k, reason in features.bad.items():
+            say(printable(f"warning: the report's neighbours lack {images.where(k)}: {reason}"))
     asked, given = _kept(queries, found[1].bad), _kept(bank, found[0].bad)
     for row, (query, axes) in enumerate(zip(asked, grid, strict=True)):
         axes[0].imshow(_thumbnail(queries, query, size))

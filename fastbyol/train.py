@@ -23,6 +23,7 @@ from fastbyol.distributed import ProcessGroup, StopTogether, World, world_from_e
 from fastbyol.errors import HungLoader, InputError, RunError, first_line
 from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
+from fastbyol.evaluate.protocol import shortage
 from fastbyol.files import FolderLock, json_text, read_json_or, write_file
 from fastbyol.kernels import dispatch
 from fastbyol.model import BYOL, BYOLOutput, build_model
@@ -365,10 +366,11 @@ class _Run:
             "knn_best": self.knn["best"],
             "memory_bytes": None if self.memory is None else dataclasses.asdict(self.memory),
             "bad_images": {self.images.name(i): reason for i, reason in sorted(bad.items())},
+            "knn_bad_images": self.knn_bad,
         }
         write_file(self.folder / SUMMARY, json_text(summary))
         if lines:
-            measured = self._val is not None and math.isfinite(self.knn["last"])
+            measured = math.isfinite(self.knn["last"])
             knn = f", kNN {self.knn['last']:.1%} (best {self.knn['best']:.1%})" if measured else ""
             self.log.say(
                 f"{done - self.start} steps in {summary['seconds']:.0f} s: {summary['images_per_s']:.0f} images/s, "
@@ -502,6 +504,7 @@ class _Run:
 
     def _knn_split(self) -> ImageSet | None:
         """The validation split of the online kNN; None, and a line why, where there can be none."""
+        self.knn_bad: dict[str, str] = {}  # images that the online kNN left out: where they lie -> why
         data = self.config.data
         if self.config.knn.every_epochs == 0 or not self.world.first:
             return None
@@ -517,13 +520,18 @@ class _Run:
         """Logs top-1 and top-5 of the online backbone and says whether top-1 is the best so far; rank 0 alone does it."""
         with self.log.pause():
             accuracy = self._knn_accuracy()
+        if accuracy is None:
+            return False
         best = not accuracy["top1"] <= self.knn["best"]  # also true while best is NaN
         self.knn = {"last": accuracy["top1"], "best": accuracy["top1"] if best else self.knn["best"]}
         self.log.knn(done, accuracy)
         return best
 
-    def _knn_accuracy(self) -> dict[str, float]:
-        """Top-1 and top-5 of the online backbone; at most knn.max_bank_images training images vote."""
+    def _knn_accuracy(self) -> dict[str, float] | None:
+        """Top-1 and top-5 of the online backbone; at most knn.max_bank_images training images vote.
+
+        None, and a line why, where no image of a split can be read: the training goes on without kNN.
+        """
         assert self._val is not None
         options = {
             "size": self.config.data.image_size_px,
@@ -531,9 +539,34 @@ class _Run:
             "dtype": self.step.dtype,
             "threads": self.config.data.threads,
         }
-        bank = extract(self.model.online.backbone, self.images.spread(self.config.knn.max_bank_images), **options)
-        val = extract(self.model.online.backbone, self._val, **options)
-        return knn_accuracy(bank, val, k=self.config.knn.k, temperature=self.config.knn.temperature)
+        voters = self.images.spread(self.config.knn.max_bank_images)
+        try:
+            bank, val = (extract(self.model.online.backbone, split, **options) for split in (voters, self._val))
+        except InputError as error:
+            self.log.warn(f"no online kNN from here on: {error}")
+            self._val = None
+            return None
+        self._name_what_knn_left_out(voters, bank.bad, self._val, val.bad)
+        try:
+            return knn_accuracy(bank, val, k=self.config.knn.k, temperature=self.config.knn.temperature)
+        except InputError as error:
+            raise RunError(f"online kNN: {error}; {self._last_good()}") from None
+
+    def _name_what_knn_left_out(
+        self, voters: ImageSet, bad_voters: dict[int, str], val: ImageSet, bad_val: dict[int, str]
+    ) -> None:
+        """Names unreadable images, unless they were when they were to be trained on, and enters them in `knn_bad`."""
+        places = self.images.evenly(len(voters))
+        indices = {voters.where(i): int(places[i]) for i in bad_voters}
+        for split, bad in ((voters, bad_voters), (val, bad_val)):
+            new = {where: reason for i, reason in bad.items() if (where := split.where(i)) not in self.knn_bad}
+            self.knn_bad |= new
+            for where, reason in new.items():
+                if indices.get(where) not in self._named_bad:
+                    self.log.warn(f"skipped {where}: {reason}")
+            if new and (line := shortage(split, bad)) is not None:
+                self.log.warn(f"online kNN: {line}")
+        self._named_bad.update(indices.values())
 
     def _check_finite(self) -> None:
         bad = int(self.world.maximum(self.step.first_bad_step))

@@ -206,10 +206,14 @@ def check_new(path: Path, key: str) -> None:
     """Refuses what `save_backbone` would refuse, before any work is done.
 
     Raises:
-        InputError: `path` exists, or its name has another suffix.
+        InputError: `path` exists, its name has another suffix, or its folder is not there or cannot be written to.
     """
     if path.suffix != SUFFIX:
         raise InputError(f"{key} {path}: the name must end in {SUFFIX}")
+    if not path.parent.is_dir():
+        raise InputError(f"{key} {path}: cannot be written: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{key} {path}: cannot be written: {os.strerror(errno.EACCES)}")
     if path.exists() or path.is_symlink():
         raise InputError(f"{key} {path} exists; it is not overwritten: remove it or name another file")
 
@@ -484,7 +488,9 @@ def _fit(found: _Found, backbone: nn.Module, where: str) -> tuple[int, list[str]
     if fault is not None:
         raise InputError(f"{where}: does not fit the backbone: {fault}; {_remedy(found)}")
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if (
+            not tensor.to(own[name].dtype).isfinite().all()
+        ):  # 64-bit numbers may be too large, 8-bit ones cannot be asked
             raise InputError(f"{where}: {name} holds values that are not finite")
     count = len(tensors)
     backbone.load_state_dict(tensors | {name: torch.zeros_like(own[name]) for name in counters})

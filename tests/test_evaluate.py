@@ -1,13 +1,17 @@
 import base64
+import io
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
 import torch
 from conftest import jpeg
+from rich.console import Console
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -21,8 +25,18 @@ from fastbyol.data.beton import pack
 from fastbyol.data.folder import ImageFolder
 from fastbyol.data.native import random_crops
 from fastbyol.data.shapes import prepare_shapes
-from fastbyol.errors import InputError
-from fastbyol.evaluate import BYOL_ROW, PIXELS_ROW, PROTOCOLS, UNTRAINED_ROW, evaluate, frame_of
+from fastbyol.errors import InputError, RunError
+from fastbyol.evaluate import (
+    BYOL_ROW,
+    PIXELS_ROW,
+    PROTOCOLS,
+    UNTRAINED_ROW,
+    evaluate,
+    frame_of,
+    load_run,
+)
+from fastbyol.evaluate import features as extraction
+from fastbyol.evaluate import protocol as protocols
 from fastbyol.evaluate.features import Features, Splits, calibrate_batchnorm, extract
 from fastbyol.evaluate.fewshot import episode_accuracies, nearest_mean_scores
 from fastbyol.evaluate.finetune import finetune
@@ -35,10 +49,11 @@ from fastbyol.evaluate.linear import (
     linear_accuracy,
     train_probes,
 )
-from fastbyol.evaluate.protocol import Frame
+from fastbyol.evaluate.protocol import Frame, shortage
 from fastbyol.evaluate.robustness import CORRUPTIONS, STRENGTHS, corrupted
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
-from fastbyol.report import write_report
+from fastbyol.report import _neighbours, write_report
+from fastbyol.runlog import read_metrics
 from fastbyol.train import train
 from fastbyol.views import apply_reference, epoch_order, sample
 
@@ -159,7 +174,7 @@ def test_extraction_uses_eval_mode_and_restores_train_mode(photos):
 def test_calibrated_batchnorm_has_the_data_s_statistics(photos):
     folder = open_split(photos, "train")
     network = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    calibrate_batchnorm(network, folder, size=32, device=torch.device("cpu"), threads=2)
+    calibrate_batchnorm(network, folder, frame())
     pixels = extract(None, folder, size=32, **CPU).x.view(72, 3, 32, 32)
     assert (network[0].running_mean - pixels.mean((0, 2, 3))).abs().max() < 1e-3
     assert network[0].momentum == 0.1  # who trains it further goes on with torch's moving average
@@ -186,6 +201,301 @@ def test_every_protocol_reports_byol_untrained_and_pixels(run, protocol):
     assert all(0 <= row["top1"] <= row["top5"] <= 1 for row in result["rows"].values())
     assert len(lines) == 4
     assert lines[-1] == f"wrote {written}"
+
+
+# --- images that cannot be read ---
+
+
+@pytest.fixture
+def damaged(photos, tmp_path):
+    """The photographs, of which one of val/ and one of train/ break off, and one of train/ is empty."""
+    root = tmp_path / "damaged"
+    shutil.copytree(photos, root)
+    spoilt = [sorted((root / split).rglob("*.jpg"))[k] for split, k in (("val", 0), ("train", 1), ("train", 40))]
+    for file in spoilt[:2]:
+        file.write_bytes(file.read_bytes()[:300])
+    spoilt[2].write_bytes(b"")
+    return root, [str(file) for file in spoilt]
+
+
+def skipped(lines):
+    """The file names of lines that say that an image was skipped."""
+    return [line.split("skipped ")[1].split(": ")[0] for line in lines if line.startswith("warning: skipped ")]
+
+
+FEW = {"linear": {"epochs": 2}, "finetune": {"epochs": 2, "batch_size": 24}, "robustness": {"epochs": 2}}
+FEW |= {"fewshot": {"ways": 3, "shots": (1, 2), "queries": 1, "episodes": 10}}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "more"),
+    [
+        *((name, {}) for name in ("knn", "linear", "finetune", "fewshot", "robustness")),
+        ("linear", {"features": "augmented", "batch_size": 24}),
+        ("finetune", {"base_lrs": (0.01, 0.1)}),
+    ],
+)
+def test_every_protocol_names_unreadable_images_once(run, damaged, protocol, more):
+    root, files = damaged
+    lines = []
+    options = EVALUATIONS[protocol](run=str(run), root=str(root), **FEW.get(protocol, {}) | more)
+    result = evaluate(protocol, options, lines.append)
+    assert sorted(skipped(lines)) == sorted(files)
+    assert sorted(result["bad_images"]) == sorted(files)
+    assert json.loads((run / f"eval_{protocol}.json").read_text(), parse_constant=pytest.fail) == result
+    (text,) = {line for line in lines if line.startswith("warning: 1 of 18")}
+    name = Path(files[0]).parent.name
+    assert text == (
+        f"warning: 1 of 18 images of {root}/val cannot be read: results are of the other 17, none is of {name}"
+    )
+
+
+def test_calibration_names_unreadable_images_and_needs_two(damaged, folder_of):
+    root, files = damaged
+    lines = []
+    told = Frame(**{**vars(frame()), "say": lines.append, "bad": {}})
+    calibrate_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), open_split(root, "train"), told)
+    assert sorted(skipped(lines)) == sorted(files[1:])
+    alone = folder_of({"train/a/0.jpg": jpeg(0), "train/b/1.jpg": b"no"})
+    with pytest.raises(
+        InputError, match=r"train: 1 of its images can be read, the statistics of the untrained network"
+    ):
+        calibrate_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), open_split(alone, "train"), told)
+
+
+def test_a_split_of_which_nothing_can_be_read_is_one_line(run, folder_of):
+    root = folder_of({f"{split}/{c}/x.jpg": b"no" for split in ("train", "val") for c in "ab"})
+    for protocol, options in (("knn", {}), ("finetune", {"epochs": 1}), ("linear", {"features": "augmented"})):
+        with pytest.raises(
+            InputError, match=r"^.*files/train: none of the 2 images can be read, for example .*train/a/x.jpg: not an"
+        ):
+            evaluate(protocol, EVALUATIONS[protocol](run=str(run), root=str(root), **options), print)
+
+
+def test_classes_that_lose_their_images_are_not_drawn(damaged, run):
+    root, _ = damaged
+    options = FewshotEval(run=str(run), root=str(root), ways=18, shots=(1,), queries=1)
+    with pytest.raises(
+        InputError, match=r"ways=18: only 17 of 18 classes have readable images: 1 training and 1 valid"
+    ):
+        evaluate("fewshot", options, print)
+
+
+def test_shortage_is_said_from_one_per_cent_on_and_of_classes(folder_of):
+    images = ImageFolder(Path("/d"), [f"{i}.jpg" for i in range(400)], np.arange(400) // 100, ["a", "b", "c", "d"])
+    assert shortage(images, {1: "x", 2: "x", 3: "x", 4: "x"}) is None
+    assert shortage(images, range(5)) == "5 of 400 images of /d cannot be read: results are of the other 395"
+    gone = shortage(images.take(np.array([0, 1, 2, 150, 250, 350])), [3, 5])
+    assert gone == "2 of 6 images of /d cannot be read: results are of the other 4, none is of b, d"
+
+
+def test_online_knn_names_unreadable_images_once_and_its_number_is_of_the_others(damaged, make_config, capsys):
+    root, files = damaged
+    config = make_config(
+        data={"root": str(root), "batch_size": 16, "image_size_px": 32, "threads": 2, "max_bad_fraction": 0.1},
+        optim={"epochs": 2, "warmup_epochs": 0},
+        knn={"every_epochs": 1},
+    )
+    lines = capsys_lines(capsys, lambda: train(config))
+    assert sorted(skipped(lines)) == sorted(files)
+    assert sum("online kNN: 1 of 18 images of" in line for line in lines) == 1
+    assert all(
+        0 <= line["top1"] <= 1 for line in read_metrics(Path(config.runs) / config.name) if line["kind"] == "knn"
+    )
+
+
+def test_images_named_by_the_online_knn_have_the_set_s_indices(photos):
+    images = open_split(photos, "train")
+    for limit in (1, 7, 71, 72, 500):
+        part, places = images.spread(limit), images.evenly(limit)
+        assert [part.where(i) for i in range(len(part))] == [images.where(int(i)) for i in places]
+
+
+def capsys_lines(capsys, work):
+    capsys.readouterr()
+    work()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_validation_split_that_cannot_be_read_ends_the_knn_and_not_the_run(photos, make_config, tmp_path, capsys):
+    root = tmp_path / "half"
+    shutil.copytree(photos, root)
+    for file in (root / "val").rglob("*.jpg"):
+        file.write_bytes(b"no")
+    config = make_config(
+        data={"root": str(root), "batch_size": 16, "image_size_px": 32, "threads": 2},
+        optim={"epochs": 2, "warmup_epochs": 0},
+        knn={"every_epochs": 1},
+    )
+    results = []
+    lines = capsys_lines(capsys, lambda: results.append(train(config)))
+    assert (results[0].step, results[0].stopped_by) == (8, None)
+    (line,) = (line for line in lines if "no online kNN from here on" in line)
+    assert "half/val: none of the 18 images can be read, for example" in line
+    assert not any("nan" in line for line in lines)
+
+
+def test_the_report_names_what_it_has_no_neighbours_of(run, damaged):
+    root, files = damaged
+    config = Config.from_dict(json.loads((run / "config.json").read_text()))
+    _, _, model = load_run(run, print)
+    lines = []
+    _neighbours(config, model, open_split(root, "train"), open_split(root, "val"), lines.append)
+    assert [line.split(": ")[1] for line in lines] == [
+        f"the report's neighbours lack {file}" for file in (*files[1:], files[0])
+    ]
+
+
+# --- progress where there is no terminal ---
+
+
+class Clock:
+    """Seconds that pass only when they are told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(protocols, "clock", lambda: self.now)
+
+    def passes(self, items, seconds):
+        """The items, each of which takes so long to make."""
+        for item in items:
+            self.now += seconds
+            yield item
+
+
+def test_progress_is_a_line_every_ten_seconds(monkeypatch):
+    clock, lines = Clock(monkeypatch), []
+    told = Frame(**{**vars(frame()), "say": lines.append})
+    batches = list(range(-(-50_000 // 256)))
+    assert list(told.track("features", clock.passes(batches, 2.5), 50_000, each=256)) == batches
+    assert lines[:2] == [
+        "features: 1,024 of 50,000 images, 8 min left",
+        "features: 2,048 of 50,000 images, 8 min left",
+    ]
+    assert lines[-1] == "features: 49,152 of 50,000 images, 8 s left"
+    assert len(lines) == 48  # 196 batches, four in ten seconds; none when all is done
+
+
+def test_progress_counts_what_it_is_told_and_says_nothing_of_short_work(monkeypatch):
+    clock, lines = Clock(monkeypatch), []
+    told = Frame(**{**vars(frame()), "say": lines.append})
+    list(told.track("linear probe", clock.passes(range(9), 1), 9, unit="epochs"))
+    assert lines == []
+    list(told.track("linear probe", clock.passes(range(3), 9), 3, unit="epochs"))
+    assert lines == ["linear probe: 2 of 3 epochs, 9 s left"]
+    list(told.track("training", clock.passes(range(3), 40_000), 3, unit="steps"))
+    assert lines[1:] == ["training: 1 of 3 steps, 22.2 h left", "training: 2 of 3 steps, 11.1 h left"]
+
+
+def test_progress_is_a_bar_and_no_line_on_a_terminal(monkeypatch):
+    clock, lines = Clock(monkeypatch), []
+    told = Frame(**{**vars(frame()), "say": lines.append})
+    screen = io.StringIO()
+    monkeypatch.setattr(protocols, "Console", lambda: Console(file=screen, force_terminal=True, width=80))
+    list(told.track("features", clock.passes(range(4), 30), 1000, each=256))
+    assert lines == []
+    assert "features" in screen.getvalue()
+
+
+def test_features_say_how_many_images_are_done(run, photos, monkeypatch):
+    lines, clock = [], Clock(monkeypatch)
+    original = extraction.centre_crops
+    monkeypatch.setattr(
+        extraction,
+        "centre_crops",
+        lambda *args, **options: clock.passes(original(*args, **options | {"batch_size": 20}), 11),
+    )
+    monkeypatch.setattr(
+        extraction.extract_each, "__kwdefaults__", extraction.extract_each.__kwdefaults__ | {"batch_size": 20}
+    )
+    evaluate("knn", KnnEval(run=str(run), baselines=False), lines.append)
+    assert lines[:3] == [
+        f"features: {done} of 72 images, {left} s left" for done, left in ((20, 29), (40, 18), (60, 7))
+    ]
+    assert lines[3].startswith(BYOL_ROW)
+
+
+# --- messages name the cause ---
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "text"),
+    [
+        ("finetune", {"batch_size": 1}, "batch_size=1: the backbone's BatchNorm needs at least 2 images per step"),
+        ("fewshot", {"ways": 19, "shots": (1,), "queries": 1}, "ways=19: .*photos has 18 classes; lower ways"),
+        (
+            "fewshot",
+            {"shots": (500,), "queries": 1},
+            "ways=5: only 0 of 18 classes of .*photos have 500 training and 1",
+        ),
+    ],
+)
+def test_input_that_does_not_suit_is_named(run, protocol, options, text):
+    with pytest.raises(InputError, match=f"^{text}"):
+        evaluate(protocol, EVALUATIONS[protocol](run=str(run), **options), print)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "text"),
+    [
+        ("linear", {"base_lrs": (1e38,)}, r"base_lrs=1e\+38: the classifier became NaN or infinite; choose lower ones"),
+        (
+            "linear",
+            {"base_lrs": (1e38,), "features": "augmented"},
+            r"base_lrs=1e\+38: the classifier became NaN or inf",
+        ),
+        ("robustness", {"base_lrs": (1e38,)}, r"base_lrs=1e\+38: the classifier became NaN or infinite"),
+        (
+            "finetune",
+            {"base_lrs": (1e30,)},
+            r"base_lrs=1e\+30: the network became NaN or infinite while fine-tuning; ch",
+        ),
+        (
+            "finetune",
+            {"base_lrs": (1e30, 1e31)},
+            r"base_lrs=\[1e\+30, 1e\+31\]: the network became NaN or infinite with",
+        ),
+    ],
+)
+def test_rates_that_diverge_are_named(run, protocol, options, text):
+    with pytest.raises(RunError, match=f"^{text}"):
+        evaluate(protocol, EVALUATIONS[protocol](run=str(run), epochs=3, batch_size=24, **options), print)
+
+
+def test_a_rate_that_diverges_leaves_the_others(run):
+    lines = []
+    options = FinetuneEval(run=str(run), epochs=3, batch_size=24, base_lrs=(1e30, 0.01), baselines=False)
+    assert evaluate("finetune", options, lines.append)["rows"][BYOL_ROW]["base_lr"] == 0.01
+    assert lines[0].startswith("warning: base_lrs=1e+30: the network became NaN or infinite while fine-tuning")
+
+
+def test_a_backbone_without_batchnorm_takes_batches_of_one(photos):
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    images = open_split(photos, "train").take(np.arange(3))
+    network = finetune(backbone, images, frame(), base_lr=1.0, epochs=1, batch_size=1)
+    assert not torch.equal(network[0][0].weight, backbone[0].weight)
+
+
+def test_too_few_labels_to_hold_some_out(run, folder_of):
+    root = folder_of({f"{split}/{c}/x.jpg": jpeg(k) for split in ("train", "val") for k, c in enumerate("ab")})
+    options = FinetuneEval(run=str(run), root=str(root), base_lrs=(0.1, 1.0), epochs=1)
+    with pytest.raises(
+        InputError, match=r"train: 2 labelled images are too few to hold some out, .*; raise fraction or"
+    ):
+        evaluate("finetune", options, print)
+    for protocol in ("knn", "linear", "finetune"):  # the fewest that there can be
+        more = {} if protocol == "knn" else {"epochs": 1}
+        rows = evaluate(protocol, EVALUATIONS[protocol](run=str(run), root=str(root), **more), print)["rows"]
+        assert all(0 <= row["top1"] <= row["top5"] == 1 for row in rows.values())
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-4, 1e300])
+def test_votes_at_any_temperature_are_those_of_the_nearest_or_of_all(temperature):
+    """At a low one the weights are too small for float32, but those of the nearest are not."""
+    bank, labels = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [0.0, 1.0]]), torch.tensor([2, 1, 1, 0])
+    scores = knn_scores(bank, labels, torch.tensor([[0.9, 0.3]]), k=3, temperature=temperature, classes=3)
+    assert torch.isfinite(scores).all()
+    assert scores.argmax().item() == (1 if temperature > 1 else 2)
 
 
 def test_every_protocol_has_options_and_the_other_way_round():

@@ -4,6 +4,11 @@ import copy
 import os
 import pickle
 import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,7 +86,7 @@ def written(tmp_path):
             checkpoint=tmp_path / "r" / "checkpoints" / "s.pt", config=config, backbone=backbone.eval(), features=count
         )
         path = tmp_path / f"x{suffix or export.FORMATS[form].suffixes[0]}"
-        return backbone, path, export.write(source, form, path)
+        return backbone, path, export.write(source, form, path, pytest.fail)
 
     return make
 
@@ -341,7 +346,8 @@ def test_onnxruntime_computes_the_same_for_any_batch(written, model, size):
         x = images(size, count)
         with torch.no_grad():
             wanted = backbone(x)
-        got = torch.from_numpy(run_code(code, images=x.numpy())["features"])
+        names = run_code(code)
+        got = torch.from_numpy(names["session"].run(None, {"images": x.numpy()})[0])
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -363,8 +369,98 @@ def test_an_onnx_file_that_computes_otherwise_is_not_kept(written, monkeypatch, 
 
 def test_a_missing_exporter_is_named(written, monkeypatch):
     monkeypatch.setattr(environment, "has_module", lambda name: name == "onnx")
-    with pytest.raises(InputError, match=r"needs onnxscript and onnxruntime: pip install 'fastbyol\[onnx\]'"):
+    with pytest.raises(
+        InputError, match=r"needs onnxscript and onnxruntime: pip install 'onnxscript>=[\d.]+' 'onnxruntime>=[\d.]+'$"
+    ):
         written("onnx", backbone="resnet18", width=0.125)
+
+
+def test_install_commands_name_what_registries_have():
+    """fastbyol is in none, so no command may name an extra of it; versions are pyproject.toml's."""
+    root = Path(__file__).resolve().parent.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert environment.onnx_command(environment.ONNX_PACKAGES) == "pip install " + " ".join(
+        f"'{requirement}'" for requirement in extras["onnx"]
+    )
+    texts = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("fastbyol/**/*.py"), *root.glob("benchmarks/*.py")]
+    for path in texts:
+        assert not re.search(r"install [^\n]*fastbyol\[", path.read_text()), path
+
+
+ODD_NAMES = ["a run", 'it\'s "so" & $HOME `id`', "-größe 模型 back\\slash|pipe ```"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("form", ["timm", "torchvision", "safetensors", "detectron2"])
+def test_every_card_s_code_runs_as_it_stands_whatever_the_path(tmp_path, monkeypatch, capsys, form, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    backbone, card = exported(form, folder, name, relative=True)
+    text = card.read_text(encoding="utf-8")
+    monkeypatch.chdir("/")
+    for code in fences(text, "python"):
+        names = run_code(code)
+        if "backbone" in names:
+            assert torch.equal(names["features"], backbone(torch.zeros(1, 3, 32, 32)))
+            assert capsys.readouterr().out == f"{names['features'].shape}\n"
+    for code in fences(text, "yaml"):
+        with open(yaml.safe_load(code)["MODEL"]["WEIGHTS"], "rb") as file:
+            assert "stem.conv1.weight" in pickle.load(file)["model"]
+    for code in fences(text, "sh"):
+        assert shlex.split(code)[-1] == str(folder / f"{name}.safetensors")
+    assert len(fences(text, "python")) == {"safetensors": 3, "detectron2": 1}.get(form, 2)  # one is the preprocessing
+
+
+def exported(form, folder, name, relative=False):
+    """A small run's backbone, without gradients, and the card beside its file, which has the run's name."""
+    small = {} if form in ("torchvision", "detectron2") else {"width": 0.125}
+    config = configured(32, {"backbone": "resnet18"} | small)
+    config.name = name
+    backbone, count = build_backbone(config.model, 32)
+    randomise(backbone)
+    source = export.Source(
+        checkpoint=folder / "s.pt", config=config, backbone=backbone.eval().requires_grad_(False), features=count
+    )
+    out = Path(f"{name}{export.FORMATS[form].suffixes[0]}")
+    return backbone, folder / export.write(source, form, out if relative else folder / out, pytest.fail)
+
+
+def fences(text, language):
+    return [code for _, code in re.findall(rf"^(`{{3,}}){language}\n(.*?)^\1$", text, re.DOTALL | re.MULTILINE)]
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    backbone, card = exported("torchvision", tmp_path, name)
+    code, _ = fences(card.read_text(encoding="utf-8"), "python")
+    assert torch.equal(run_code(code)["features"], backbone(torch.zeros(1, 3, 32, 32)))
+
+
+@pytest.mark.slow
+def test_every_card_s_code_runs_in_a_process_of_its_own(tmp_path):
+    pytest.importorskip("onnx")
+    for form in export.FORMATS:
+        folder = tmp_path / f"{form}'s $1"
+        folder.mkdir()
+        _, card = exported(form, folder, "a run")
+        code = "\n".join(fences(card.read_text(), "python"))
+        done = subprocess.run(
+            [sys.executable, "-W", "error::SyntaxWarning", "-c", code],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        shapes = (
+            []
+            if form == "detectron2"
+            else ["(1, 64)"]
+            if form == "onnx"
+            else [f"torch.Size([1, {512 if form == 'torchvision' else 64}])"]
+        )
+        assert done.stdout.splitlines() == shapes * (2 if form == "safetensors" else 1)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +489,7 @@ def test_what_a_library_has_not_is_one_line(tmp_path, form, model, message):
     config = configured(32, {"backbone": "resnet18"} | model)
     source = export.Source(checkpoint=tmp_path / "s.pt", config=config, backbone=torch.nn.Identity(), features=1)
     with pytest.raises(InputError, match=f"--format {form}: .*{re.escape(message)}") as caught:
-        export.write(source, form, tmp_path / f"x{export.FORMATS[form].suffixes[0]}")
+        export.write(source, form, tmp_path / f"x{export.FORMATS[form].suffixes[0]}", pytest.fail)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -478,6 +574,7 @@ def test_the_card_says_how_the_backbone_came_about(make_run):
     (folder / "environment.json").write_text('{"fastbyol": "0.1.0 abc1234", "gpu": "H100"}')
     (folder / "eval_knn.json").write_text(
         '{"protocol": "knn", "checkpoint": "runs/r/checkpoints/step_00000005.pt", "root": "/data/photos",'
+        ' "train_images": 72, "val_images": 18, "classes": 18, "settings": {},'
         ' "rows": {"BYOL": {"top1": 0.63444, "top5": 0.9}, "raw pixels": {"top1": 0.25, "note": "few"}}}'
     )
     export.export(folder, "timm", folder / "x.pth", pytest.fail)
@@ -493,8 +590,11 @@ def test_the_card_says_how_the_backbone_came_about(make_run):
     ):
         assert part in text
     (folder / "eval_linear.json").write_text('{"rows": 3}')
-    with pytest.raises(InputError, match=r"eval_linear.json: not a result of"):
-        export.export(folder, "safetensors", None, pytest.fail)
+    lines = []
+    export.export(folder, "safetensors", folder / "y.safetensors", lines.append)
+    assert len(lines) == 1
+    assert "eval_linear.json: not a result of `fastbyol eval`; it is left out" in lines[0]
+    assert "knn, of" in (folder / "y.md").read_text()
 
 
 def test_the_card_s_preprocessing_is_the_evaluation_s(written, folder_of):

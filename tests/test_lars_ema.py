@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import math
+import pickle
 import weakref
 
 import numpy as np
@@ -144,6 +146,201 @@ def test_a_pair_that_the_optimiser_does_not_know_is_refused():
         LARS([p], 0.1, target_pairs=[(nn.Parameter(torch.ones(2)), torch.ones(2))], tau=torch.ones(()))
     with pytest.raises(ValueError, match="need tau"):
         LARS([p], 0.1, target_pairs=[(p, torch.ones(2))])
+
+
+# --- torch's contract of an optimiser, beside torch.optim.SGD's ---
+
+# With trust ratio 1 and no target LARS is SGD with momentum; dampening aside, torch's first momentum is the gradient too.
+PLAIN = {"momentum": 0.9, "weight_decay": 0.1}
+
+
+def twins(lr=0.1, tensor=False, groups=1):
+    """The same parameters under LARS without trust ratios and under SGD."""
+
+    def made(kind, **more):
+        own = [{"params": [nn.Parameter(torch.arange(1.0, 4.0) + k)], **more} for k in range(groups)]
+        return kind(own, torch.tensor(lr) if tensor else lr, **PLAIN)
+
+    return made(LARS, adapt=False), made(torch.optim.SGD)
+
+
+def weights(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def closure_of(optimizer):
+    def closure():
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for p in weights(optimizer))
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def assert_twins(lars, sgd):
+    for ours, theirs in zip(weights(lars), weights(sgd), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_closure_computes_loss_and_gradients_as_for_sgd():
+    lars, sgd = twins(groups=2)
+    for _ in range(5):
+        with torch.no_grad():  # the closure needs gradients all the same
+            ours, theirs = (o.step(closure_of(o)) for o in (lars, sgd))
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+        assert_twins(lars, sgd)
+    assert lars.step() is None
+
+
+def test_a_closure_s_gradients_that_are_not_finite_are_skipped_with_a_loss_scale():
+    p, inv_scale = nn.Parameter(torch.ones(3)), torch.tensor(1 / 8)
+    optimizer = LARS([p], 0.1, inv_scale=inv_scale)
+
+    def closure(factor=torch.inf):
+        optimizer.zero_grad()
+        loss = p.sum()
+        (factor * loss).backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3
+    assert (optimizer.found_inf.item(), p.tolist()) == (1, [1.0] * 3)
+    assert optimizer.step(lambda: closure(8)).item() == 3
+    assert optimizer.found_inf.item() == 0
+    assert (p < 1).all()
+
+
+def test_zero_grad_is_sgd_s():
+    lars, _ = twins()
+    lars.step(closure_of(lars))
+    lars.zero_grad(set_to_none=False)
+    assert torch.equal(weights(lars)[0].grad, torch.zeros(3))
+    lars.zero_grad()
+    assert weights(lars)[0].grad is None
+
+
+@pytest.mark.parametrize("lr", [{}, {"lr": 0.3}, {"lr": torch.tensor(0.3)}], ids=["default", "number", "tensor"])
+def test_a_group_may_come_later(lr):
+    lars, sgd = twins()
+    for optimizer, more in ((lars, {"adapt": False}), (sgd, {})):
+        optimizer.step(closure_of(optimizer))
+        optimizer.add_param_group({"params": [nn.Parameter(torch.full((4,), 2.0))], **lr, **more})
+        for _ in range(3):
+            optimizer.step(closure_of(optimizer))
+    assert_twins(lars, sgd)
+
+
+def test_a_group_that_does_not_suit_is_refused_and_not_kept():
+    lars, _ = twins()
+    for group, text in (
+        ({"params": [nn.Parameter(torch.ones(2).double())]}, "float32 parameters"),
+        ({"params": [nn.Parameter(torch.ones(2, device="meta"))]}, "all parameters on one device, not on cpu and meta"),
+        ({"params": [nn.Parameter(torch.ones(2))], "lr": -1}, "lr=-1: must be 0 or more"),
+        ({"params": [nn.Parameter(torch.ones(2))], "momentum": math.nan}, "momentum=nan: must be 0 or more, and fin"),
+        ({"params": [nn.Parameter(torch.ones(2))], "lr": torch.ones(1)}, "lr must be a float32 scalar on cpu"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            lars.add_param_group(group)
+    assert len(lars.param_groups) == 1
+    with pytest.raises(ValueError, match="LARS got no parameters"):
+        LARS([{"params": []}], 0.1)
+    assert len(LARS([{"params": []}, {"params": weights(lars)}], 0.1).param_groups) == 2
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_state_dict_goes_on_where_it_was_saved(tensor, tmp_path):
+    source, sgd = twins(tensor=tensor, groups=2)
+    for optimizer in (source, sgd):
+        optimizer.step(closure_of(optimizer))
+        optimizer.param_groups[0]["momentum"] = 0.5
+    torch.save(source.state_dict(), tmp_path / "s.pt")
+    lr = torch.tensor(9.0)
+    target = LARS([{"params": [nn.Parameter(p.detach().clone())]} for p in weights(source)], lr)
+    target.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True))
+    assert lr.item() == pytest.approx(0.1)
+    assert all(group["lr"] is lr for group in target.param_groups)  # who writes to it still sets the rate
+    for optimizer in (target, sgd):
+        optimizer.step(closure_of(optimizer))
+    assert_twins(target, sgd)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        twins()[0].load_state_dict(source.state_dict())
+
+
+def test_rates_of_a_state_dict_that_differ_part_the_groups_shared_tensor():
+    source, _ = twins(groups=2)
+    source.param_groups[1]["lr"] = 0.7
+    source.step()
+    target, _ = twins(lr=9.0, tensor=True, groups=2)
+    target.load_state_dict(source.state_dict())
+    assert [group["lr"].item() for group in target.param_groups] == pytest.approx([0.1, 0.7])
+
+
+SCHEDULERS = {
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8),
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda k: 1 / (k + 1), lambda k: 1 / (k + 2)]),
+    "multiplicative": lambda o: torch.optim.lr_scheduler.MultiplicativeLR(o, lambda k: 0.7),
+    "polynomial": lambda o: torch.optim.lr_scheduler.PolynomialLR(o, 6),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 6),
+    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.2, step_size_up=2),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.3, total_steps=8),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3), torch.optim.lr_scheduler.CosineAnnealingLR(o, 3)],
+        [3],
+    ),
+    "by hand": lambda o: ByHand(o),
+}
+
+
+class ByHand:
+    """What training scripts without a scheduler do."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.steps = optimizer, 0
+
+    def step(self):
+        self.steps += 1
+        for k, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = 0.1 / (self.steps + k)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_torch_s_schedulers_set_the_rate(name):
+    lars, sgd = twins(groups=2)
+    schedules_of_both = [SCHEDULERS[name](o) for o in (lars, sgd)]
+    for _ in range(6):
+        for optimizer, schedule in zip((lars, sgd), schedules_of_both, strict=True):
+            optimizer.step(closure_of(optimizer))
+            schedule.step()
+        rates = [[float(group["lr"]) for group in o.param_groups] for o in (lars, sgd)]
+        assert rates[0] == pytest.approx(rates[1], abs=1e-6)
+        assert_twins(lars, sgd)
+
+
+def test_reduce_on_plateau_sets_the_rate():
+    lars, _ = twins(groups=2)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(lars, factor=0.1, patience=0)
+    for loss in (1.0, 2.0, 3.0):
+        schedule.step(loss)
+    assert [group["lr"].item() for group in lars.param_groups] == pytest.approx([0.001, 0.001])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_goes_on_by_itself(copied):
+    p, target = nn.Parameter(torch.ones(3, 2)), torch.zeros(3, 2)
+    lars = LARS([p], torch.tensor(0.1), target_pairs=[(p, target)], tau=torch.tensor(0.5), inv_scale=torch.tensor(1.0))
+    lars.step(closure_of(lars))
+    other, (q, goal) = copied((lars, (p, target)))
+    assert q is weights(other)[0]
+    assert q is not p
+    before = p.detach().clone(), target.clone()
+    other.step(closure_of(other))
+    assert torch.equal(p, before[0]) and torch.equal(target, before[1])
+    lars.step(closure_of(lars))
+    assert not torch.equal(p, before[0])
+    assert torch.equal(p, q) and torch.equal(target, goal)
 
 
 # --- every implementation against float64 ---

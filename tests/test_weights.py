@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import struct
+from pathlib import Path
 
 import huggingface_hub.errors
 import pytest
@@ -24,7 +25,7 @@ from fastbyol.config import Config, DataConfig, ModelConfig
 from fastbyol.errors import InputError
 from fastbyol.layers import convert
 from fastbyol.model import build_backbone, build_model
-from fastbyol.weights import SAME_NAMES, TORCHVISION, load_backbone, open_backbone, save_backbone
+from fastbyol.weights import SAME_NAMES, TORCHVISION, check_new, load_backbone, open_backbone, save_backbone
 
 SMALL = ModelConfig(backbone="resnet18", width=0.125, hidden_dim=8, projection_dim=4)
 
@@ -151,6 +152,10 @@ def test_our_file_of_a_channels_last_backbone_of_another_norm(tmp_path):
 def test_our_file_is_not_overwritten_and_has_its_suffix(ours, donor, tmp_path):
     with pytest.raises(InputError, match=r"save .*donor.safetensors exists; it is not overwritten"):
         save_backbone(ours, donor, SMALL, 32, key="save")
+    with pytest.raises(
+        InputError, match=r"save /nowhere/x.safetensors: cannot be written: there is no folder /nowhere"
+    ):
+        check_new(Path("/nowhere/x.safetensors"), "save")  # before hours of fine-tuning
     with pytest.raises(InputError, match=r"save .*x.pth: the name must end in .safetensors"):
         save_backbone(tmp_path / "x.pth", donor, SMALL, 32, key="save")
     assert [p.name for p in tmp_path.iterdir()] == ["donor.safetensors"]
@@ -344,6 +349,14 @@ def test_groups_count_where_there_are_groups(ours, donor, tmp_path):
             "bn1.bias is of torch.int8, not torch.float32",
         ),
         (lambda t: t["bn1.bias"].fill_(torch.nan), "bn1.bias holds values that are not finite"),
+        (
+            lambda t: t.update({"bn1.bias": torch.full((64,), 1e300, dtype=torch.float64)}),  # infinity in float32
+            "bn1.bias holds values that are not finite",
+        ),
+        (
+            lambda t: t.update({"bn1.bias": torch.full((64,), torch.nan).to(torch.float8_e4m3fn)}),
+            "bn1.bias holds values that are not finite",
+        ),
     ],
 )
 def test_a_state_dict_that_does_not_fit_names_the_tensor(donor, tmp_path, change, message):

@@ -57,6 +57,9 @@ class ImageSet(ABC):
 
     def spread(self, limit: int) -> Self:
         """At most `limit` of the images, evenly spread over the set and so over the classes."""
-        if len(self) <= limit:
-            return self
-        return self.take(np.linspace(0, len(self) - 1, limit).astype(np.int64))
+        return self if len(self) <= limit else self.take(self.evenly(limit))
+
+    def evenly(self, limit: int) -> NDArray[np.int64]:
+        """The indices of the images of `spread`."""
+        n = len(self)
+        return np.arange(n) if n <= limit else np.linspace(0, n - 1, limit).astype(np.int64)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,18 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
     protocol = PROTOCOLS[name]
     path, config, model = load_run(Path(options.run), say)
     out = Path(options.out) if options.out else _run_folder(path) / _result_name(name, path, options, config)
-    if not out.parent.is_dir():  # said before the work is done
+    # Said before the work is done.
+    if not out.parent.is_dir():
         raise InputError(f"out={out}: cannot be written: there is no folder {out.parent}")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        reason = "it is a folder" if out.is_dir() else f"{out.parent} cannot be written"
+        raise InputError(f"out={out}: {reason}; name a JSON file with --out")
     frame = frame_of(config, options, say)
-    data = protocol.open(options, config)
+    data = protocol.open(options, config, frame)
     rows: dict[str, Row] = {}
     for title, backbone in _networks(protocol, model, config, data, frame, baselines=options.baselines):
         rows[title] = protocol.measure(backbone, data, options, frame)
         say(f"{title:<18} {protocol.row_text(rows[title])}")
-    for where, reason in frame.bad.items():
-        say(f"warning: skipped {where}: {reason}")
     result = {
         "protocol": name,
         "checkpoint": str(path),
@@ -71,6 +74,7 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
         "classes": len(data.classes),
         "settings": options.settings,
         "rows": rows,
+        "bad_images": frame.bad,
         "environment": environment.describe(),
     }
     write_json(out, result, f"out={out}")
@@ -172,7 +176,7 @@ def _networks(
         return
     untrained = ready(build_model(config.model, frame.size, config.seed).online.backbone)
     images = protocol.calibration(data).spread(config.knn.max_bank_images)
-    calibrate_batchnorm(untrained, images, size=frame.size, device=frame.device, threads=frame.threads)
+    calibrate_batchnorm(untrained, images, frame)
     yield UNTRAINED_ROW, untrained
     if protocol.takes_pixels:
         yield PIXELS_ROW, None

@@ -6,15 +6,17 @@ Shapes: n images, H x W pixels, C channels of a map.
 import copy
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from fastbyol.config import DetectionEval, SegmentationEval
@@ -22,8 +24,8 @@ from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.folder import ImageFolder
 from fastbyol.data.images import UNLABELLED
 from fastbyol.data.workers import in_order
-from fastbyol.errors import InputError, RunError, first_line
-from fastbyol.evaluate.protocol import Frame
+from fastbyol.errors import InputError, RunError, first_line, printable
+from fastbyol.evaluate.protocol import Frame, among
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 
 T = TypeVar("T")
@@ -133,20 +135,44 @@ def read_pixels(file: Path) -> NDArray[np.uint8]:
         raise RunError(f"{file}: {first_line(error)}; mend it or take it out of the lists") from None
 
 
-def image_size(file: Path) -> tuple[int, int]:
-    """(height, width) of an image as `read_pixels` gives it; its pixels are not decoded.
+def checked_size(file: Path) -> tuple[int, int]:
+    """(height, width) of an image that can be read: it is decoded, since training is too long to end at a file that breaks off.
 
     Raises:
-        InputError: not there or not an image.
+        InputError: it cannot be read or decoded.
     """
     try:
-        with Image.open(file) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 exchange width and height
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except UnidentifiedImageError:
-        raise InputError(f"{file}: not an image file") from None
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror or first_line(error)}") from None
+        height, width, _ = read_pixels(file).shape
+    except RunError as error:
+        raise InputError(str(error)) from None
+    return height, width
+
+
+def spellings(name: str) -> list[str]:
+    """A file's name as a list or an annotation gives it: as it is, and what it means where it is a file: URL or of Windows."""
+    found = [name]
+    if name.lower().startswith("file:"):
+        found.append(unquote(urlsplit(name).path))
+    if "\\" in name:
+        found.append(name.replace("\\", "/"))
+    return found
+
+
+def warn_of_absent(what: str, names: Sequence[str], seen: dict[str, set[int]], frame: Frame, consequence: str) -> None:
+    """Says which classes a split has nothing of, a line per split.
+
+    Args:
+        what: they have none of, in words.
+        names: of the classes 0 .. K - 1.
+        seen: split -> the classes that occur in it.
+    """
+    for split, classes in seen.items():
+        absent = [name for k, name in enumerate(names) if k not in classes]
+        if absent:
+            then = f": {consequence}" if split == "val" else ""
+            frame.say(
+                printable(f"warning: {split} has no {what} of {among(absent)} ({len(absent)} of {len(names)}){then}")
+            )
 
 
 def resize(pixels: NDArray[np.uint8], height: int, width: int, *, labels: bool = False) -> NDArray[np.uint8]:
@@ -162,21 +188,24 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def read_text(file: Path) -> str:
-    """A text file.
+    """A text file in UTF-8, with or without a byte order mark.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"{file}: not a text file") from None
+        raise InputError(f"{file}: not a text file in UTF-8") from None
 
 
-def unlabelled(root: Path, paths: list[str]) -> ImageFolder:
-    """Files of a folder as a set of images without labels."""
+def unlabelled(files: Sequence[Path]) -> ImageFolder:
+    """Files of any folders as a set of images without labels."""
+    absolute = [file.absolute() for file in files]
+    root = Path(os.path.commonpath([file.parent for file in absolute]))
+    paths = [str(file.relative_to(root)) for file in absolute]
     return ImageFolder(root, paths, np.full(len(paths), UNLABELLED, dtype=np.int64), [])
 
 
@@ -204,9 +233,8 @@ def fit(
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, options.lr, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
     warmup = min(_WARMUP_STEPS, steps // 4)
-    loss = torch.zeros(())
     batches = _batches(make, images, batch_size, options, frame)
-    for step, batch in enumerate(frame.track("training", batches, steps)):
+    for step, batch in enumerate(frame.track("training", batches, steps, unit="steps")):
         rise = min(1.0, (step + 1) / (warmup + 1))
         optimizer.param_groups[0]["lr"] = options.lr * rise * (1 + math.cos(math.pi * step / steps)) / 2
         loss = loss_of(batch)
@@ -214,8 +242,8 @@ def fit(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
         optimizer.step()
-    if not math.isfinite(loss.item()):
-        raise RunError(f"lr={options.lr:g}: the loss became NaN or infinite; choose a lower one")
+        if (step + 1) % (images // batch_size) == 0 and not all(torch.isfinite(x).all() for x in (loss, *parameters)):
+            raise RunError(f"lr={options.lr:g}: the loss became NaN or infinite; choose a lower one")
 
 
 def _batches(

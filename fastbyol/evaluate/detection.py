@@ -16,15 +16,15 @@ Images are resized to S, the longer side to at most 1333/800 of it; training ima
 The folder:
 
     annotations/instances_{train,val}.json   or instances_{train,val}2017.json
-    JPEGImages/, {train,val}/, {train,val}2017/ or the folder itself: the first that has the first image of the split
+    JPEGImages/, {train,val}/, {train,val}2017/ or the folder itself: the first that has an image's file_name, if that is relative
 
 Boxes are clipped to their image and left out where nothing remains of them. Training images without objects are left out;
 crowds are not trained on, and a detection on one is not counted.
 """
 
 import json
-import math
-from collections import OrderedDict
+import os
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fastbyol.config import Config, DetectionEval
 from fastbyol.data.workers import in_order
-from fastbyol.errors import InputError, first_line
+from fastbyol.errors import InputError, first_line, printable
 from fastbyol.evaluate import dense
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -57,6 +57,7 @@ _POOL = 7  # side of what a box is pooled to
 _USUAL_SIZE = 800
 _SAMPLES = 2  # per direction and place of a pooled box, at the usual size
 _DIVISIBLE = 32  # torchvision pads images to multiples of it
+_FARTHEST = 2**31  # pixels; also false for NaN
 _BOXES, _PROPOSALS = (32, 512), (256, 2000)  # per image: fewest, and at the usual size
 
 
@@ -80,16 +81,18 @@ class CocoFolder:
     classes: list[str]
 
 
-def open_coco(options: DetectionEval, config: Config) -> CocoFolder:
-    """Both splits of the folder `options.root`; every annotation is checked and every image's size read.
+def open_coco(options: DetectionEval, config: Config, frame: Frame) -> CocoFolder:
+    """Both splits of the folder `options.root`; every annotation is checked and every image decoded once.
+
+    Says which categories a split has no box of, and how many images are in both.
 
     Raises:
-        InputError: a file is missing or malformed.
+        InputError: a file is missing, damaged or malformed, or a split has no objects.
     """
     root = Path(str(options.root))
     if not root.is_dir():
         raise InputError(f"root={root}: there is no such folder")
-    (train, train_classes), (val, classes) = (_read_split(root, split, options.threads) for split in ("train", "val"))
+    (train, train_classes), (val, classes) = (_read_split(root, split, options.threads, frame) for split in _SPLITS)
     if train_classes != classes:
         other = min(set(train_classes.items()) ^ set(classes.items()))
         raise InputError(
@@ -97,8 +100,18 @@ def open_coco(options: DetectionEval, config: Config) -> CocoFolder:
         )
     train = [image for image in train if not image.crowd.all()]
     if not train or all(image.crowd.all() for image in val):
-        raise InputError(f"root={root}: there are no objects in {'val' if train else 'train'}")
-    return CocoFolder(root, train, val, list(classes.values()))
+        raise InputError(
+            f"root={root}: there are no objects in {'val' if train else 'train'}: no box of more than 0 pixels that is not a crowd"
+        )
+    names = list(classes.values())
+    seen = {
+        split: {int(k) - 1 for image in images for k in image.labels[~image.crowd]}
+        for split, images in zip(_SPLITS, (train, val), strict=True)
+    }
+    dense.warn_of_absent("box", names, seen, frame, "mAP is the mean over the others")
+    if both := {image.file.resolve() for image in train} & {image.file.resolve() for image in val}:
+        frame.say(printable(f"warning: {len(both)} image(s) are in train and in val, for example {min(both)}"))
+    return CocoFolder(root, train, val, names)
 
 
 class Pyramid(nn.Module):
@@ -178,7 +191,7 @@ def evaluate_detector(detector: nn.Module, folder: CocoFolder, size: int, frame:
     metric = MeanAveragePrecision(backend="pycocotools")
     chunks = [folder.val[i : i + batch_size] for i in range(0, len(folder.val), batch_size)]
     with torch.no_grad():
-        for images in frame.track("validation", chunks, len(chunks)):
+        for images in frame.track("validation", chunks, len(folder.val), each=batch_size):
             pixels, targets = zip(
                 *in_order(lambda image: _sample(image, size, flip=False), images, frame.threads), strict=True
             )
@@ -251,25 +264,21 @@ def _sample(image: CocoImage, size: int, *, flip: bool, crowds: bool = True) -> 
     }
 
 
-def _read_split(root: Path, split: str, threads: int) -> tuple[list[CocoImage], dict[int, str]]:
+def _read_split(root: Path, split: str, threads: int, frame: Frame) -> tuple[list[CocoImage], dict[int, str]]:
     """The images of a split, in the file's order, and its categories: id -> name, by id."""
     file, images, categories, objects = _read_annotations(root, split)
-    folders = [root / name for name in ("JPEGImages", split, f"{split}2017", ".")]
-    first = images[0]["file_name"]
-    folder = next((f for f in folders if (f / first).is_file()), None)
-    if folder is None:
-        raise InputError(
-            f"{file}: image {first} is neither in JPEGImages/, {split}/ and {split}2017/ of {root} nor in it"
-        )
+    if split == "train":  # the others are not trained on
+        images = [record for record in images if objects[record["id"]]]
     number = {id_: k for k, id_ in enumerate(categories, start=1)}
 
     def make(record: dict[str, Any]) -> CocoImage:
-        path = folder / record["file_name"]
-        height, width = dense.image_size(path)
-        if (record.get("width", width), record.get("height", height)) != (width, height):
+        path = _image_file(root, split, record["file_name"], file)
+        height, width = dense.checked_size(path)
+        said = [record.get(key) for key in ("width", "height")]
+        if any(s is not None and s != is_ for s, is_ in zip(said, (width, height), strict=True)):
             raise InputError(
-                f"{file}: {record['file_name']} is said to have {record.get('width')}x{record.get('height')} pixels, "
-                f"the file has {width}x{height}"
+                f"{file}: {record['file_name']} is said to have a width of {said[0]!r} and a height of {said[1]!r} pixels, "
+                f"the file has {width} and {height}"
             )
         own = objects[record["id"]]
         corners = np.array([a["bbox"] for a in own], dtype=np.float32).reshape(-1, 4)
@@ -280,7 +289,34 @@ def _read_split(root: Path, split: str, threads: int) -> tuple[list[CocoImage], 
         crowd = np.array([bool(a.get("iscrowd", 0)) for a in own], dtype=np.bool_)
         return CocoImage(path, corners[whole], labels[whole], crowd[whole])
 
-    return list(in_order(make, images, threads)), categories
+    made = list(frame.track(f"reading images of {split}", in_order(make, images, threads), len(images)))
+    places: dict[str, int] = {}
+    for k, image in enumerate(made):
+        if (first := places.setdefault(os.path.normpath(image.file), k)) != k:
+            raise InputError(
+                f"{file}: images of id {images[first]['id']} and {images[k]['id']} have the same file, {image.file}; give it once"
+            )
+    return made, categories
+
+
+def _image_file(root: Path, split: str, name: str, annotations: Path) -> Path:
+    """Where an image lies.
+
+    Raises:
+        InputError: nowhere.
+    """
+    folders = [root / inside for inside in ("JPEGImages", split, f"{split}2017", ".")]
+    found = (folder / spelling for spelling in dense.spellings(name) for folder in folders)
+    path = next((path for path in found if path.is_file()), None)
+    if path is not None:
+        return path
+    if "://" in name:
+        raise InputError(f"{annotations}: image {name!r} is an address; file_name must be a file's path")
+    if Path(name).is_absolute():
+        raise InputError(f"{annotations}: there is no image {name}")
+    raise InputError(
+        f"{annotations}: image {name} is neither in JPEGImages/, {split}/ and {split}2017/ of {root} nor in it"
+    )
 
 
 def _read_annotations(
@@ -293,7 +329,7 @@ def _read_annotations(
         raise InputError(f"root={root}: there is neither annotations/{names[0]} nor annotations/{names[1]}")
     try:
         content = json.loads(dense.read_text(file))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not JSON: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: not a COCO file: it must hold images, annotations and categories")
@@ -302,8 +338,9 @@ def _read_annotations(
     objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
     if not images or not categories:
         raise InputError(f"{file}: holds no {'categories' if images else 'images'}")
-    if len(objects) < len(images) or len(categories) < len(content["categories"]):
-        raise InputError(f"{file}: two {'images' if len(objects) < len(images) else 'categories'} have the same id")
+    for key, records in (("images", images), ("categories", content["categories"])):
+        if twice := [id_ for id_, count in Counter(record["id"] for record in records).items() if count > 1]:
+            raise InputError(f"{file}: two {key} have the same id, {twice[0]}")
     for k, found in enumerate(
         _records(file, content, "annotations", {"image_id": int, "category_id": int, "bbox": list})
     ):
@@ -313,10 +350,14 @@ def _read_annotations(
         box = found["bbox"]
         if len(box) != 4 or not all(_is_number(v) for v in box) or min(box[2:]) < 0:
             raise InputError(f"{file}: annotations[{k}]: bbox={box} is not [x, y, width, height] in pixels")
+        if found.get("iscrowd") not in (None, 0, 1):
+            raise InputError(f"{file}: annotations[{k}]: iscrowd={found['iscrowd']!r} is neither 0 nor 1")
         objects[found["image_id"]].append(found)
     return file, images, dict(sorted(categories.items())), objects
 
 
+_SPLITS = ("train", "val")
+_KINDS = {int: "a whole number", str: "text", list: "a list of numbers"}
 _LISTED = {"image_id": "images", "category_id": "categories"}
 
 
@@ -326,22 +367,22 @@ def _records(file: Path, content: dict[str, Any], key: str, fields: dict[str, ty
         raise InputError(f"{file}: not a COCO file: there is no list {key!r}")
     for k, record in enumerate(content[key]):
         for field, kind in fields.items():
-            if not isinstance(record, dict) or not isinstance(record.get(field), kind):
-                raise InputError(f"{file}: {key}[{k}]: {field!r} is missing or not of type {kind.__name__}")
+            value = record.get(field) if isinstance(record, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool):
+                given = "is missing" if value is None else f"is {value!r}"
+                raise InputError(f"{file}: {key}[{k}]: {field!r} {given}, it must be {_KINDS[kind]}")
         yield record
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FARTHEST
 
 
 DETECTION = Protocol(
     name="detection",
     title="Object detection",
     open=open_coco,
-    calibration=lambda folder: dense.unlabelled(
-        folder.root, [str(image.file.relative_to(folder.root)) for image in folder.train]
-    ),
+    calibration=lambda folder: dense.unlabelled([image.file for image in folder.train]),
     measure=_measure,
     takes_pixels=False,
 )

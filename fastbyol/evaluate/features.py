@@ -62,7 +62,7 @@ class Features:
 
 
 def frozen(backbone: nn.Module | None, split: ImageSet, frame: Frame, what: str = "features") -> Features:
-    """Features of a split as a protocol wants them: with a progress bar, unreadable images noted in frame.bad.
+    """Features of a split as a protocol wants them: with a progress bar, unreadable images named.
 
     Raises:
         InputError: no image can be read, or a feature is not finite.
@@ -86,9 +86,9 @@ def frozen_each(
         device=frame.device,
         dtype=frame.dtype,
         threads=frame.threads,
-        track=lambda items, total: frame.track(what, items, total),
+        track=lambda batches, each: frame.track(what, batches, len(split), each=each),
     )
-    frame.bad.update((split.where(index), reason) for index, reason in found[0].bad.items())
+    frame.skipped(split, found[0].bad)
     check_finite(*found)
     return found
 
@@ -118,7 +118,7 @@ def extract_each(
     dtype: torch.dtype,
     threads: int,
     batch_size: int = 256,
-    track: Callable[[Any, int], Any] = lambda items, total: items,
+    track: Callable[[Any, int], Any] = lambda batches, each: batches,
 ) -> list[Features]:
     """Features of all images of a split in index order: centre crop, eval mode, autocast to `dtype`; one for each alteration.
 
@@ -126,7 +126,7 @@ def extract_each(
         backbone: (n, 3, S, S) -> (n, F); None gives raw pixels. Its train/eval mode is restored.
         alters: each (normalised crops (n, 3, S, S), their indices (n,)) -> other crops, before the backbone sees them.
         size: S.
-        track: (batches, their number) -> the batches, beside a progress bar.
+        track: (batches, images in each) -> the batches, beside a progress bar.
 
     Raises:
         InputError: no image of the split can be read.
@@ -143,7 +143,7 @@ def extract_each(
             crops = centre_crops(
                 split, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad=bad
             )
-            for images, indices in track(crops, -(-len(split) // batch_size)):
+            for images, indices in track(crops, batch_size):
                 for mine, alter in zip(rows, alters, strict=True):
                     crops_of_one = alter(images, indices).to(device)
                     mine.append((raw_pixels(crops_of_one) if backbone is None else backbone(crops_of_one)).float())
@@ -152,9 +152,17 @@ def extract_each(
         if backbone is not None:
             backbone.train(training)
     if not kept:
-        raise InputError(f"{split.root}: none of the {len(split)} images can be read")
+        raise none_readable(split, bad)
     labels = torch.from_numpy(split.labels[np.concatenate(kept)]).to(device)
     return [Features(torch.cat(mine), labels, len(split.classes), bad) for mine in rows]
+
+
+def none_readable(images: ImageSet, bad: dict[int, str]) -> InputError:
+    """What to raise where no image of a set is left."""
+    first = min(bad)
+    return InputError(
+        f"{images.root}: none of the {len(images)} images can be read, for example {images.where(first)}: {bad[first]}"
+    )
 
 
 def feature_count(backbone: nn.Module | None, frame: Frame) -> int:
@@ -172,33 +180,40 @@ def feature_count(backbone: nn.Module | None, frame: Frame) -> int:
 def training_batches(
     images: ImageSet, frame: Frame, *, epochs: int, batch_size: int, seed: int, what: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What a classifier is trained on: crops and flips anew every epoch, with a progress bar; unreadable images are noted.
+    """What a classifier is trained on: crops and flips anew every epoch, with a progress bar; unreadable images are named.
 
     Yields:
         crops (n, 3, S, S) and labels (n,) on the device, and the images' indices (n,) on the CPU; n is `batch_size` less unreadable ones.
+
+    Raises:
+        InputError: no image can be read.
     """
-    bad: dict[int, str] = {}
     labels = torch.from_numpy(images.labels)
-    batches = (
-        batch
-        for epoch in range(epochs)
-        for batch in random_crops(
-            images, size=frame.size, seed=seed, epoch=epoch, batch_size=batch_size, threads=frame.threads, bad=bad
-        )
-    )
-    for crops, indices in frame.track(what, batches, epochs * (len(images) // batch_size)):
+    steps_per_epoch = len(images) // batch_size
+
+    def epochs_of_batches() -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        for epoch in range(epochs):
+            bad: dict[int, str] = {}
+            yield from random_crops(
+                images, size=frame.size, seed=seed, epoch=epoch, batch_size=batch_size, threads=frame.threads, bad=bad
+            )
+            if len(bad) >= steps_per_epoch * batch_size:
+                raise none_readable(images, bad)
+            frame.skipped(images, bad)
+
+    for crops, indices in frame.track(what, epochs_of_batches(), epochs * steps_per_epoch, unit="steps"):
         rows = torch.from_numpy(indices)
         yield crops.to(frame.device), labels[rows].to(frame.device), rows
-    frame.bad.update((images.where(index), reason) for index, reason in bad.items())
 
 
-def calibrate_batchnorm(
-    backbone: nn.Module, split: ImageSet, *, size: int, device: torch.device, threads: int, batch_size: int = 256
-) -> None:
-    """Replaces BatchNorm's running statistics by their average over the split's images (float32).
+def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, frame: Frame, *, batch_size: int = 256) -> None:
+    """Replaces BatchNorm's running statistics by their average over the split's images (float32); unreadable ones are named.
 
     An untrained network has none yet; with the initial ones (mean 0, variance 1) it would be a weaker baseline than
     random weights deserve.
+
+    Raises:
+        InputError: fewer than two images can be read.
     """
     norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
@@ -208,12 +223,22 @@ def calibrate_batchnorm(
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
     one_view(backbone).train()
+    bad: dict[int, str] = {}
+    crops = centre_crops(
+        split, size=frame.size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=frame.threads, bad=bad
+    )
+    batches = 0
     with torch.no_grad():
-        for images, _ in centre_crops(
-            split, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad={}
-        ):
-            if len(images) > 1:
-                backbone(images.to(device))
+        for images, _ in frame.track("BatchNorm's statistics", crops, len(split), each=batch_size):
+            if len(images) > 1:  # of one image there may be one value per channel, which has no variance
+                backbone(images.to(frame.device))
+                batches += 1
+    frame.skipped(split, bad)
+    if not batches:
+        raise InputError(
+            f"{split.root}: {len(split) - len(bad)} of its images can be read, the statistics of the untrained network's "
+            "BatchNorm need 2; leave that row out with --baselines false"
+        )
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum  # of who trains it further
 

@@ -18,40 +18,49 @@ from torch import Tensor, nn
 from fastbyol.config import Config, FewshotEval
 from fastbyol.errors import InputError
 from fastbyol.evaluate.features import Features, Splits, frozen, open_splits
-from fastbyol.evaluate.protocol import Frame, Protocol, Row
+from fastbyol.evaluate.protocol import Frame, Protocol, Row, Track
 
 
-def open_episodes(options: FewshotEval, config: Config) -> Splits:
+def open_episodes(options: FewshotEval, config: Config, frame: Frame) -> Splits:
     """Splits with enough images of enough classes.
 
     Raises:
         InputError: they are too few.
     """
     splits = open_splits(options, config)
+    classes, where = len(splits.classes), splits.train.root.parent
+    if options.ways > classes:
+        raise InputError(f"ways={options.ways}: {where} has {classes} classes; lower ways")
+    labels = [split.labels for split in splits]
     for shots in options.shots:
-        count = int(
-            _eligible(*(split.labels for split in splits), len(splits.train.classes), shots, options.queries).sum()
-        )
-        if count < options.ways:
-            raise InputError(
-                f"ways={options.ways}: only {count} of {len(splits.train.classes)} classes of {splits.train.root.parent} have "
-                f"{shots} training and {options.queries} validation images; lower ways, shots or queries"
-            )
+        _classes_with_enough(*labels, classes, shots, options.ways, options.queries, f"classes of {where} have")
     return splits
 
 
 def episode_accuracies(
-    train: Features, val: Features, *, shots: int, ways: int, queries: int, episodes: int, seed: int
+    train: Features,
+    val: Features,
+    *,
+    shots: int,
+    ways: int,
+    queries: int,
+    episodes: int,
+    seed: int,
+    track: Track = lambda episodes, total: episodes,
 ) -> NDArray[np.float64]:
-    """(episodes,) top-1 in [0, 1] of each episode; the draws depend on the seed, the shots and the labels alone."""
+    """(episodes,) top-1 in [0, 1] of each episode; the draws depend on the seed, the shots and the labels alone.
+
+    Raises:
+        InputError: fewer than `ways` classes have enough features.
+    """
     mean = train.x.mean(0)
     x, y = (F.normalize(features.x - mean, dim=1) for features in (train, val))
     labels = train.labels.cpu().numpy(), val.labels.cpu().numpy()
-    eligible = np.flatnonzero(_eligible(*labels, train.classes, shots, queries))
+    eligible = _classes_with_enough(*labels, train.classes, shots, ways, queries, "classes have readable images:")
     members = [[np.flatnonzero(part == c) for c in range(train.classes)] for part in labels]
     truth = torch.arange(ways, device=x.device).repeat_interleave(queries)
-    accuracies = np.empty(episodes)
-    for episode in range(episodes):
+    accuracies = []
+    for episode in track(range(episodes), episodes):
         rng = np.random.default_rng([seed, shots, episode])
         classes = rng.choice(eligible, ways, replace=False)
         support, asked = (
@@ -59,8 +68,8 @@ def episode_accuracies(
             for part, count in zip(members, (shots, queries), strict=True)
         )
         scores = nearest_mean_scores(x[torch.from_numpy(support)], y[torch.from_numpy(asked).flatten()])
-        accuracies[episode] = (scores.argmax(1) == truth).float().mean().item()
-    return accuracies
+        accuracies.append((scores.argmax(1) == truth).float().mean().item())
+    return np.array(accuracies)
 
 
 def nearest_mean_scores(support: Tensor, queries: Tensor) -> Tensor:
@@ -68,11 +77,21 @@ def nearest_mean_scores(support: Tensor, queries: Tensor) -> Tensor:
     return -torch.cdist(queries, support.mean(1))
 
 
-def _eligible(
-    train: NDArray[np.int64], val: NDArray[np.int64], classes: int, shots: int, queries: int
-) -> NDArray[np.bool_]:
-    """(classes,) whether a class has enough images."""
-    return (np.bincount(train, minlength=classes) >= shots) & (np.bincount(val, minlength=classes) >= queries)
+def _classes_with_enough(
+    train: NDArray[np.int64], val: NDArray[np.int64], classes: int, shots: int, ways: int, queries: int, have: str
+) -> NDArray[np.int64]:
+    """Those that have `shots` training and `queries` validation images.
+
+    Raises:
+        InputError: they are fewer than `ways`.
+    """
+    enough = (np.bincount(train, minlength=classes) >= shots) & (np.bincount(val, minlength=classes) >= queries)
+    if enough.sum() < ways:
+        raise InputError(
+            f"ways={ways}: only {enough.sum()} of {classes} {have} {shots} training and {queries} validation images; "
+            "lower ways, shots or queries"
+        )
+    return np.flatnonzero(enough)
 
 
 def _measure(backbone: nn.Module | None, splits: Splits, options: FewshotEval, frame: Frame) -> Row:
@@ -87,6 +106,7 @@ def _measure(backbone: nn.Module | None, splits: Splits, options: FewshotEval, f
             queries=options.queries,
             episodes=options.episodes,
             seed=options.seed,
+            track=lambda episodes, total: frame.track("episodes", episodes, total, unit="episodes"),
         )
         row[f"top1_{shots}shot"] = float(found.mean())
         # Half of the 95 % interval of the mean over episodes, by the normal approximation.

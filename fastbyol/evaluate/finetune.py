@@ -43,7 +43,7 @@ class Labelled(NamedTuple):
         return self.train.classes
 
 
-def open_labelled(options: FinetuneEval, config: Config) -> Labelled:
+def open_labelled(options: FinetuneEval, config: Config, frame: Frame) -> Labelled:
     """Both splits; of the training split the labelled part.
 
     Raises:
@@ -64,22 +64,26 @@ def finetune(
     """A copy of the backbone (n, 3, S, S) -> (n, F) with a linear classifier, trained on all labels of `images`.
 
     Raises:
-        RunError: the loss became NaN or infinite.
+        InputError: batches would be too small for BatchNorm, or no image can be read.
+        RunError: the loss or a weight became NaN or infinite.
     """
+    fewest = 2 if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()) else 1
+    if batch_size < fewest:
+        raise InputError(f"batch_size={batch_size}: the backbone's BatchNorm needs at least {fewest} images per step")
+    if len(images) < fewest:
+        raise InputError(f"{images.root}: {len(images)} labelled image(s) to train on are too few; raise fraction")
     batch_size = min(batch_size, len(images))
-    if batch_size < 2:
-        raise InputError(f"{images.root}: one labelled image is too few to train on; raise fraction")
     head = nn.Linear(feature_count(backbone, frame), len(images.classes), device=frame.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     network = nn.Sequential(copy.deepcopy(backbone), head).train()
     optimizer = torch.optim.SGD(network.parameters(), 1.0, momentum=_MOMENTUM, nesterov=True)
     total = epochs * (len(images) // batch_size)
-    loss = torch.zeros(())
+    loss = None
     what = f"fine-tuning, base lr {base_lr:g}"
     batches = training_batches(images, frame, epochs=epochs, batch_size=batch_size, seed=seed, what=what)
     for step, (x, labels, _) in enumerate(batches):
-        if len(x) < 2:  # BatchNorm needs two
+        if len(x) < fewest:  # the others cannot be read
             continue
         optimizer.param_groups[0]["lr"] = base_lr * batch_size / 256 * (1 + math.cos(math.pi * step / total)) / 2
         with autocast(frame.device, frame.training_dtype):
@@ -87,8 +91,12 @@ def finetune(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    if not math.isfinite(loss.item()):
-        raise RunError(f"base_lrs={base_lr:g}: the loss became NaN or infinite while fine-tuning; choose a lower one")
+    if loss is None:
+        raise InputError(f"{images.root}: no batch had {fewest} images that can be read")
+    if not all(torch.isfinite(value).all() for value in (loss, *network.parameters())):
+        raise RunError(
+            f"base_lrs={base_lr:g}: the network became NaN or infinite while fine-tuning; choose a lower one"
+        )
     return network
 
 
@@ -97,13 +105,24 @@ def _measure(backbone: nn.Module | None, splits: Labelled, options: FinetuneEval
     training = {"epochs": options.epochs, "batch_size": options.batch_size}
     best, extra = options.base_lrs[0], {}
     if len(options.base_lrs) > 1:
+        if len(splits.train) < 4:
+            raise InputError(
+                f"{splits.train.root}: {len(splits.train)} labelled images are too few to hold some out, on which one of "
+                "several base_lrs is picked; raise fraction or name one rate"
+            )
         order = np.random.default_rng(0).permutation(len(splits.train))
         held = max(1, round(_HOLDOUT * len(order)))
         fit, test = splits.train.take(np.sort(order[held:])), splits.train.take(np.sort(order[:held]))
         found = {}
         for base_lr in options.base_lrs:
-            network = finetune(backbone, fit, frame, base_lr=base_lr, **training)
+            try:
+                network = finetune(backbone, fit, frame, base_lr=base_lr, **training)
+            except RunError as error:  # the other rates may do
+                frame.say(f"warning: {error}")
+                continue
             found[base_lr] = _accuracy(network, test, frame)["top1"]
+        if not found:
+            raise RunError(f"base_lrs={list(options.base_lrs)}: the network became NaN or infinite with all of them")
         best = max(found, key=found.__getitem__)
         extra = {"held_out_top1": found[best]}
     network = finetune(backbone, splits.train, frame, base_lr=best, **training)

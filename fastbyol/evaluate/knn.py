@@ -27,18 +27,19 @@ def knn_scores(
         k: neighbours, at most N of them vote.
 
     Returns:
-        (M, classes) float32: the summed weights, each divided by exp(1 / temperature) so that none overflows.
+        (M, classes) float32: the summed weights, of each query divided by its nearest neighbour's: they neither overflow nor all vanish.
     """
     scores = torch.zeros(len(queries), classes, device=queries.device)
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         rows = slice(start, start + _QUERIES_AT_ONCE)
         similarity, index = nearest(bank, queries[rows], k)
-        scores[rows].scatter_add_(1, bank_labels[index], ((similarity - 1) / temperature).exp())
+        distance = (similarity - similarity[:, :1]).double()  # the temperature may be too small for float32
+        scores[rows].scatter_add_(1, bank_labels[index], (distance / temperature).exp().float())
     return scores
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarities (M, k) and indices (M, k) of the k nearest rows of `bank` (N, F) to `queries` (M, F)."""
+    """Cosine similarities (M, k), largest first, and indices (M, k) of the k nearest rows of `bank` (N, F) to `queries` (M, F)."""
     similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
     values, index = similarity.topk(min(k, len(bank)), dim=1)
     return values, index
@@ -74,6 +75,6 @@ def _measure(backbone: nn.Module | None, splits: Splits, options: KnnEval, frame
 KNN = Protocol(
     name="knn",
     title="Weighted kNN on frozen features",
-    open=open_splits,
+    open=lambda options, config, frame: open_splits(options, config),
     measure=_measure,
 )

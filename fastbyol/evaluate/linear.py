@@ -10,7 +10,7 @@ Shapes: L classifiers, N images, B images of a step, F features, C classes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbyol.config import LinearEval
-from fastbyol.errors import InputError
+from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate.features import (
     Features,
     Splits,
@@ -30,7 +30,7 @@ from fastbyol.evaluate.features import (
     training_batches,
 )
 from fastbyol.evaluate.knn import top_accuracies
-from fastbyol.evaluate.protocol import Frame, Protocol, Row
+from fastbyol.evaluate.protocol import Frame, Protocol, Row, Track
 from fastbyol.precision import autocast
 
 CACHED_BASE_LRS = (0.003, 0.01, 0.03, 0.1, 0.3)  # of standardised features
@@ -38,7 +38,6 @@ PAPER_BASE_LRS = (0.05, 0.1, 0.2, 0.3, 0.4)  # of features as they are
 _MOMENTUM = 0.9
 _HOLDOUT = 0.1
 _LEAST_STEPS_PER_EPOCH = 16  # of cached features
-Track = Callable[[Iterable[int], int], Iterable[int]]
 
 
 class Probes:
@@ -71,6 +70,12 @@ class Probes:
         for parameter, moment, gradient in zip((self.weight, self.bias), self._moments, gradients, strict=True):
             moment.mul_(_MOMENTUM).add_(gradient)
             parameter.sub_(lr.view(-1, *[1] * (parameter.ndim - 1)) * (gradient + _MOMENTUM * moment))
+
+    def check_finite(self, which: slice = slice(None)) -> None:
+        """Raises RunError where a weight of one of the classifiers is NaN or infinite."""
+        for base_lr, weight in zip(self._base[which, 0].tolist(), self.weight[which], strict=True):
+            if not torch.isfinite(weight).all():
+                raise RunError(f"base_lrs={base_lr:g}: the classifier became NaN or infinite; choose lower ones")
 
     def scores(self, x: Tensor) -> Tensor:
         """(B, F) -> (L, B, C)."""
@@ -133,6 +138,7 @@ def fit_linear(
 
     Raises:
         InputError: too few images for a held-out part, or a feature is not finite.
+        RunError: the classifier became NaN or infinite.
     """
     check_finite(train)
     mean, std = train.x.mean(0), train.x.std(0)
@@ -145,6 +151,7 @@ def fit_linear(
     probes = train_probes(x[~held], train.labels[~held], train.classes, base_lrs=base_lrs, **options)
     best, accuracy = _best(probes.scores(x[held]), train.labels[held])
     probes = train_probes(x, train.labels, train.classes, base_lrs=base_lrs[best : best + 1], **options)
+    probes.check_finite()
     return LinearClassifier(mean, std, probes, base_lrs[best], accuracy)
 
 
@@ -169,6 +176,7 @@ def augmented_accuracy(
 
     Raises:
         InputError: too few training images, or a feature is not finite.
+        RunError: the classifier became NaN or infinite.
     """
     train = splits.train
     batch_size = min(batch_size, len(train))
@@ -192,6 +200,7 @@ def augmented_accuracy(
         backbone.train(training)
     test = frozen(backbone, train.take(held.nonzero()[:, 0].numpy()), frame)
     best, accuracy = _best(probes.scores(test.x)[len(base_lrs) :], test.labels)
+    probes.check_finite(slice(best, best + 1))
     val = frozen(backbone, splits.val, frame)
     result = top_accuracies(probes.scores(val.x)[best], val.labels)
     return result | {"base_lr": base_lrs[best], "held_out_top1": accuracy}
@@ -214,7 +223,7 @@ def _held_out(count: int, seed: int) -> Tensor:
     """(N,) bool: which training images pick the learning rate."""
     held = max(1, round(_HOLDOUT * count))
     if held >= count:
-        raise InputError(f"{count} training images are too few to hold some out")
+        raise InputError(f"{count} training image(s) are too few: a part is held out to pick the learning rate")
     mask = torch.zeros(count, dtype=torch.bool)
     mask[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:held]] = True
     return mask
@@ -229,7 +238,7 @@ def _measure(backbone: nn.Module | None, splits: Splits, options: LinearEval, fr
         train,
         val,
         base_lrs=options.base_lrs or CACHED_BASE_LRS,
-        track=lambda epochs, total: frame.track("linear probe", epochs, total),
+        track=lambda epochs, total: frame.track("linear probe", epochs, total, unit="epochs"),
         **training,
     )
 
@@ -241,7 +250,7 @@ def _text(row: Row) -> str:
 LINEAR = Protocol(
     name="linear",
     title="Linear probe",
-    open=open_splits,
+    open=lambda options, config, frame: open_splits(options, config),
     measure=_measure,
     row_text=_text,
 )

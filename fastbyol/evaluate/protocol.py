@@ -1,19 +1,27 @@
 """What every protocol of evaluation is and gets."""
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
 from fastbyol.config import Config
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import UNLABELLED, ImageSet
+from fastbyol.errors import printable
 
 T = TypeVar("T")
+Track = Callable[[Iterable[int], int], Iterable[int]]  # (numbers, how many) -> the numbers, beside a progress bar
 Row = dict[str, Any]  # metric -> value; accuracies, mIoU and mAP lie in [0, 1]
+
+SECONDS_BETWEEN_LINES = 10
+LARGEST_SHARE_LOST = 0.01  # of a split: an accuracy may be off by as much
+clock = time.monotonic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +40,68 @@ class Frame:
         """Autocast dtype of protocols that train the network: float32 for float16, which would need a loss scale."""
         return torch.float32 if self.dtype == torch.float16 else self.dtype
 
-    def track(self, what: str, items: Iterable[T], total: int) -> Iterator[T]:
-        """The items, beside a progress bar where there is a terminal."""
+    def track(self, what: str, items: Iterable[T], total: int, *, each: int = 1, unit: str = "images") -> Iterator[T]:
+        """The items, beside a progress bar; where there is no terminal, a line every 10 s of work.
+
+        Args:
+            total: how many images, or whatever `unit` names, all items are.
+            each: how many an item is; the last one may be smaller.
+        """
         console = Console()
         with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-            yield from progress.track(items, total=total, description=what)
+            task = progress.add_task(what, total=total)
+            began = said = clock()
+            for k, item in enumerate(items, start=1):
+                yield item
+                now, done = clock(), min(k * each, total)
+                progress.update(task, completed=done)
+                if not console.is_terminal and now - said >= SECONDS_BETWEEN_LINES and done < total:
+                    left = _duration((now - began) / done * (total - done))
+                    self.say(f"{what}: {done:,} of {total:,} {unit}, {left} left")
+                    said = now
+
+    def skipped(self, images: ImageSet, bad: dict[int, str]) -> None:
+        """Names the unreadable images of a set, each once, and says where they are so many that a number would mislead.
+
+        Args:
+            bad: index -> why.
+        """
+        new = {where: reason for index, reason in bad.items() if (where := images.where(index)) not in self.bad}
+        for where, reason in new.items():
+            self.say(printable(f"warning: skipped {where}: {reason}"))
+        self.bad.update(new)
+        if new and (line := shortage(images, bad)) is not None:
+            self.say(f"warning: {line}")
+
+
+def shortage(images: ImageSet, bad: Iterable[int]) -> str | None:
+    """What to know of a set of which many images, or all of a class, cannot be read; None where they are few.
+
+    Args:
+        bad: their indices.
+    """
+    lost = np.array(sorted(bad), dtype=np.int64)
+    left = np.delete(images.labels, lost)
+    gone = [images.classes[k] for k in np.unique(images.labels[lost]) if k != UNLABELLED and k not in left]
+    if len(lost) <= LARGEST_SHARE_LOST * len(images) and not gone:
+        return None
+    classes = f", none is of {among(gone)}" if gone else ""
+    return printable(
+        f"{len(lost)} of {len(images)} images of {images.root} cannot be read: results are of the other {len(left)}{classes}"
+    )
+
+
+def among(names: Sequence[str], limit: int = 5) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _duration(seconds: float) -> str:
+    """In the largest unit that leaves two digits or less: 40 s, 12 min, 3 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def percentages(row: Row) -> str:
@@ -53,8 +118,8 @@ class Protocol:
 
     name: str  # of `fastbyol eval NAME` and eval_NAME.json
     title: str  # in the report
-    open: Callable[[Any, Config], Any]
-    """(options, config of the run) -> the labelled data; raises InputError where it does not suit.
+    open: Callable[[Any, Config, Frame], Any]
+    """(options, config of the run, frame) -> the labelled data; raises InputError where it does not suit.
 
     Of the data `len(data.train)`, `len(data.val)` and `len(data.classes)` are known to all protocols.
     """

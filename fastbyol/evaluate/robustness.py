@@ -157,7 +157,7 @@ def draw_curves(rows: dict[str, Row]) -> bytes:
 ROBUSTNESS = Protocol(
     name="robustness",
     title="Robustness to corruptions",
-    open=open_splits,
+    open=lambda options, config, frame: open_splits(options, config),
     measure=_measure,
     row_text=_text,
     draw=draw_curves,
