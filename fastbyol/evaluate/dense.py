@@ -14,11 +14,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from fastbyol.config import DetectionEval, SegmentationEval
-from fastbyol.data.decode import BadImage, decode
+from fastbyol.data.decode import BadImage, decode, header_size
 from fastbyol.data.folder import ImageFolder
 from fastbyol.data.images import UNLABELLED
 from fastbyol.data.workers import in_order
@@ -29,6 +29,7 @@ from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 T = TypeVar("T")
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 1e-4
 _WARMUP_STEPS = 50
+_HEADER_BYTES = 1 << 16  # of a JPEG; if a header is longer, the file is decoded
 _MAX_GRADIENT_NORM = 10.0  # far above a usual step's: it only stops the rare one that would end the run
 
 
@@ -130,23 +131,27 @@ def read_pixels(file: Path) -> NDArray[np.uint8]:
     try:
         return decode(file.read_bytes())
     except (OSError, BadImage) as error:
-        raise RunError(f"{file}: {first_line(error)}; mend it or take it out of the lists") from None
+        raise RunError(f"{file}: {reason(error)}; mend it or take it out of the lists") from None
 
 
 def image_size(file: Path) -> tuple[int, int]:
-    """(height, width) of an image as `read_pixels` gives it; its pixels are not decoded.
+    """(height, width) of an image as `read_pixels` gives it; of a JPEG only the header is read.
 
     Raises:
         InputError: not there or not an image.
     """
     try:
-        with Image.open(file) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 exchange width and height
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except UnidentifiedImageError:
-        raise InputError(f"{file}: not an image file") from None
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror or first_line(error)}") from None
+        with file.open("rb") as content:
+            start = content.read(_HEADER_BYTES)
+            size = header_size(start)
+            return size if size is not None else decode(start + content.read()).shape[:2]
+    except (OSError, ValueError, BadImage) as error:  # ValueError: a name that no file can have
+        raise InputError(f"{file}: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be read or decoded, in one line that does not name it."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def resize(pixels: NDArray[np.uint8], height: int, width: int, *, labels: bool = False) -> NDArray[np.uint8]:
