@@ -421,9 +421,11 @@ def _encode(data: bytes | NDArray[np.uint8], mode: Mode, max_side: int | None, q
     if max_side is not None and max(pixels.shape[:2]) > max_side:
         pixels = _reduce(pixels, max_side)
     height, width = pixels.shape[:2]
-    if max(height, width) > 65_535:
-        raise BadImage(f"{width}x{height} pixels: a .beton file holds sides up to 65,535")
-    if mode == "raw" or (mode == "auto" and pixels.nbytes <= AUTO_RAW_BYTES):
+    raw = mode == "raw" or (mode == "auto" and pixels.nbytes <= AUTO_RAW_BYTES)
+    longest = 65_535 if raw else 65_500  # libjpeg's limit
+    if max(height, width) > longest:
+        raise BadImage(f"{width}x{height} pixels: a .beton file holds sides up to {longest:,}; --max-side reduces them")
+    if raw:
         return Sample(RAW, width, height, pixels.tobytes())
     encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality, colorsubsampling="420")
     return Sample(JPEG, width, height, encoded)

@@ -38,7 +38,8 @@ _JPEG, _EXIF, _XMP = b"\xff\xd8", b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_STUB, _PNG_IDAT = _PNG + bytes.fromhex("0000000d49484452000000010000000108000000003a7e9b55"), b"\0\0\0\0IDAT"
 _PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # types or keywords, first come first
-_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 0x0102
+_ORIENTATION, _BITS_PER_SAMPLE, _IMAGE_LENGTH = 0x0112, 0x0102, 0x0101
+_WEBP_SIDE = 16_383  # damaged animations ask for a canvas of up to 16 million, which takes a minute to fill
 _TURNS = {  # orientation: exchange rows and columns, then reverse the order of the rows, of the columns
     2: (False, False, True),
     3: (False, True, True),
@@ -306,6 +307,12 @@ def _load_pillow(data: bytes) -> tuple[Image.Image, int, int]:
             image.load_end = lambda: None  # there Pillow turns the image, and fails on EXIF that it cannot read
             if image.tag_v2.get(_BITS_PER_SAMPLE) == (12,):  # whose mode is I;16
                 bits = 12
+            if max(extents[3] for _, extents, *_ in image.tile) < image.tag_v2[_IMAGE_LENGTH]:  # black to Pillow
+                raise BadImage("it holds too few strips for its height")
+        elif image.format == "WEBP" and max(image.size) > _WEBP_SIDE:
+            raise BadImage(
+                f"{image.width}x{image.height} pixels: no frame of a WebP file has longer sides than {_WEBP_SIDE}"
+            )
         image.load()
         image.info.pop("transparency", None)  # alpha is dropped: nothing need be converted for it
         return image.copy(), orientation, bits  # a TIFF that Pillow would turn has another size than its copy
