@@ -56,7 +56,7 @@ def _by_pillow() -> Iterator[tuple[str, bytes]]:
     yield "frames.mpo", saved(image, "MPO", save_all=True, append_images=[image.copy()])
     for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
         yield f"{compression}.tif", saved(image, "TIFF", compression=compression)
-    for mode in ("1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F"):
+    for mode in ("1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "I", "F"):
         yield f"{mode}.tif", saved(image.convert("L").convert(mode) if mode in "IF" else image.convert(mode), "TIFF")
     yield "16 bits.tif", saved(Image.fromarray(np.asarray(gray).astype(np.uint16) * 257), "TIFF")
     tags = TiffImagePlugin.ImageFileDirectory_v2()
