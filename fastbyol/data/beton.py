@@ -29,7 +29,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastbyol.data.decode import BadImage, decode, is_whole_jpeg, jpeg_size
+from fastbyol.data.decode import BadImage, decode, is_whole_jpeg, jpeg_size, without_metadata
 from fastbyol.data.images import UNLABELLED, ImageSet
 from fastbyol.data.workers import in_order
 from fastbyol.errors import InputError, first_line
@@ -274,8 +274,8 @@ def pack(
 ) -> str:
     """Writes a set of images as one .beton file that ffcv's Loader reads too: fields image and, with labels, label.
 
-    JPEG files that need no change are copied byte for byte. What has an EXIF orientation, is CMYK, has 16 bits or alpha
-    becomes 8-bit RGB, upright.
+    JPEG files that need no change are copied byte for byte, without metadata. What has an EXIF orientation, is CMYK, has 16
+    bits or alpha becomes 8-bit RGB, upright.
 
     Args:
         images: what to write.
@@ -416,14 +416,16 @@ def _encode(data: bytes | NDArray[np.uint8], mode: Mode, max_side: int | None, q
     if isinstance(data, bytes) and size is not None and (max_side is None or max(size) <= max_side):
         height, width = size
         if mode == "jpg" or (mode == "auto" and 3 * height * width > AUTO_RAW_BYTES):
-            return Sample(JPEG, width, height, data)
+            return Sample(JPEG, width, height, without_metadata(data))
     pixels = decode(data)
     if max_side is not None and max(pixels.shape[:2]) > max_side:
         pixels = _reduce(pixels, max_side)
     height, width = pixels.shape[:2]
-    if max(height, width) > 65_535:
-        raise BadImage(f"{width}x{height} pixels: a .beton file holds sides up to 65,535")
-    if mode == "raw" or (mode == "auto" and pixels.nbytes <= AUTO_RAW_BYTES):
+    raw = mode == "raw" or (mode == "auto" and pixels.nbytes <= AUTO_RAW_BYTES)
+    longest = 65_535 if raw else 65_500  # libjpeg's limit
+    if max(height, width) > longest:
+        raise BadImage(f"{width}x{height} pixels: a .beton file holds sides up to {longest:,}; --max-side reduces them")
+    if raw:
         return Sample(RAW, width, height, pixels.tobytes())
     encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality, colorsubsampling="420")
     return Sample(JPEG, width, height, encoded)

@@ -5,8 +5,8 @@ resize is not used: it takes neighbours from outside the crop and repeats the im
 them, and it would write both crops to memory once more than a kernel that reads the decoded image.
 
 What the order of images, their boxes and their views depend on must not change with the decoder. So the readers look at each
-file first: a plain JPEG goes to DALI as it is; anything else (EXIF orientation, CMYK, PNG, raw pixels, a file that was cut off)
-is decoded as the native backend decodes it, and a bad one is replaced by the same neighbour. The look is needed for safety too: a
+file first: a plain JPEG goes to DALI, without its metadata; anything else (EXIF orientation, CMYK, PNG, raw pixels, a file that
+was cut off) is decoded as the native backend decodes it, and a bad one is replaced by the same neighbour. The look is needed for safety too: a
 file that DALI 2.4 cannot even parse makes its CPU decoder end the process now and then (its threads go on with a batch that has
 been given up). One that it parses and then cannot decode costs a new pipeline, and the host decides what becomes of its batch.
 
@@ -28,7 +28,7 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from fastbyol.data.batch import Batch
-from fastbyol.data.decode import DecodeBuffer, decode, is_whole_jpeg, jpeg_size
+from fastbyol.data.decode import DecodeBuffer, decode, is_whole_jpeg, jpeg_size, without_metadata
 from fastbyol.data.native import Boxes, NativeLoader, Pipeline, hung
 from fastbyol.data.workers import Ahead
 from fastbyol.errors import first_line
@@ -263,7 +263,7 @@ def _prepare(
     if isinstance(data, bytes):
         size = jpeg_size(data) if is_whole_jpeg(data) else None
         if size is not None:
-            return size, np.frombuffer(data, dtype=np.uint8), None
+            return size, np.frombuffer(without_metadata(data), dtype=np.uint8), None
     pixels = decode(data)
     height, width = pixels.shape[:2]
     return (height, width), None, pixels

@@ -1,13 +1,24 @@
-"""Bytes of an image file -> uint8 RGB, upright. JPEG by libjpeg-turbo (simplejpeg), everything else by Pillow."""
+"""Bytes of an image file -> uint8 RGB, upright. JPEG by libjpeg-turbo (simplejpeg), everything else by Pillow.
 
+Pixels and metadata are read apart: decoders get files without metadata, so that none of it can make them refuse a picture,
+and of the metadata only the orientation is read. What cannot be read there counts as none.
+"""
+
+import ctypes
 import io
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from fastbyol.errors import first_line
+from fastbyol.errors import first_line, printable
 
 # Formats that Pillow recognises and does not decode by itself: other programs draw EPS and WMF, the rest it only identifies.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -18,7 +29,46 @@ EXTENSIONS = tuple(sorted(e for e, form in Image.registered_extensions().items()
 """Extensions of their files, in lower case with the dot."""
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 0.5 GB of RGB
-_EXIF_SEARCH_BYTES = 65_536
+
+APP1 = 0xE1  # marker of the segments that hold EXIF and XMP
+_APP0, _APP14, _APP15, _COM, _SOS = 0xE0, 0xEE, 0xEF, 0xFE, 0xDA
+_READ_BY_LIBJPEG = {_APP0: 14, _APP14: 12}  # JFIF and Adobe, which say what the colours are, and how long they must be
+HEADER_ENDS = (0, 0xD8, 0xD9, _SOS)  # what ends a JPEG's header: nothing, start and end of an image, start of a scan
+_JPEG, _EXIF, _XMP = b"\xff\xd8", b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_STUB, _PNG_IDAT = _PNG + bytes.fromhex("0000000d49484452000000010000000108000000003a7e9b55"), b"\0\0\0\0IDAT"
+_PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # types or keywords, first come first
+_ORIENTATION, _BITS_PER_SAMPLE, _IMAGE_LENGTH = 0x0112, 0x0102, 0x0101
+_WEBP_SIDE = 16_383  # damaged animations ask for a canvas of up to 16 million, which takes a minute to fill
+_TURNS = {  # orientation: exchange rows and columns, then reverse the order of the rows, of the columns
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+_REMEDY = "save it with 8 bits"
+
+# What Pillow and libtiff have to say of a damaged file is in the BadImage; nothing of it belongs on the console.
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints what nobody listens to
+with suppress(AttributeError):  # a Pillow with a libtiff that cannot be reached goes on printing
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+
+class _ThisThread(threading.local):
+    """In a warning filter's place for the module: matches any, in a thread that is decoding."""
+
+    decoding = False
+
+    def match(self, module: str) -> bool:
+        return self.decoding
+
+
+_this_thread = _ThisThread()
+# warnings.catch_warnings would change the filters of all threads, and two threads could restore them in the wrong order.
+_NO_WARNINGS = ("ignore", None, Warning, _this_thread, 0)
 
 
 class DecodeBuffer:
@@ -41,36 +91,41 @@ class BadImage(Exception):
 def decode(data: bytes | NDArray[np.uint8], buffer: DecodeBuffer | None = None) -> NDArray[np.uint8]:
     """Decodes one image, into `buffer` where one is given: the result is then valid until the buffer's next use.
 
-    What is stored as pixels comes back as it is.
+    What is stored as pixels comes back as it is. Of several frames the first is taken.
 
-    Grayscale, palette, 16-bit, alpha, CMYK and YCCK inputs give RGB; an EXIF orientation is applied.
+    Grayscale, palette, alpha (which is dropped), CMYK and YCCK inputs give RGB. An orientation in EXIF, or else in XMP, is
+    applied, as by PIL.ImageOps.exif_transpose. 16 bits are scaled to 8. Pixels of 32 bits, integer or float, come out as
+    Pillow shows them, if they lie in 0..255; other ranges are refused, because nothing says which value is white.
 
     Returns:
         uint8 (H, W, 3), C-contiguous and writable.
 
     Raises:
-        BadImage: empty, truncated, damaged, too large or not an image.
+        BadImage: empty, truncated, damaged, too large, of an unknown range or not an image.
     """
     if isinstance(data, np.ndarray):
         return data
-    if not data:
-        raise BadImage("the file is empty")
-    if _is_plain_jpeg(data):
-        pixels = _decode_simplejpeg(data, buffer or DecodeBuffer())
-        if pixels is not None:
-            return pixels
-    return _decode_pillow(data)
+    with _one_image():
+        if data.startswith(_JPEG):
+            pixels = _decode_simplejpeg(data, buffer or DecodeBuffer())
+            if pixels is not None:
+                return _upright(pixels, _orientation(data))
+        return _decode_pillow(data)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that `decode_reduced` can decode; None for any other file (damaged, EXIF, CMYK, PNG)."""
-    if not _is_plain_jpeg(data):
+    """(height, width) of a JPEG that `decode_reduced` can decode.
+
+    None for any other file: damaged, with an orientation, CMYK, too large, PNG.
+    """
+    if not data.startswith(_JPEG):
         return None
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except Exception:  # `decode` says what is wrong with it
         return None
-    return (height, width) if colour_space in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS else None
+    good = colour_space in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS and _orientation(data) == 1
+    return (height, width) if good else None
 
 
 def is_whole_jpeg(data: bytes) -> bool:
@@ -98,14 +153,97 @@ def decode_reduced(
     memory = (buffer or DecodeBuffer()).for_pixels(width * height)
     try:
         return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=factor, buffer=memory)
-    except ValueError:  # a libjpeg warning: let Pillow judge, as `decode` does, and keep the size that was promised
-        with Image.fromarray(_decode_pillow(data)) as image:
+    except Exception:  # a libjpeg warning: let Pillow judge, as `decode` does, and keep the size that was promised
+        with _one_image(), Image.fromarray(_decode_pillow(data)) as image:
             return np.array(image.resize((width, height), Image.Resampling.BOX))
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
-    """A JPEG without EXIF data, which could hold an orientation: Pillow reads those."""
-    return data[:2] == b"\xff\xd8" and data.find(b"Exif\x00\x00", 0, _EXIF_SEARCH_BYTES) < 0
+def as_stored(data: bytes) -> Image.Image:
+    """The first frame of a file by Pillow: in its own mode, and not turned.
+
+    Raises:
+        BadImage: as `decode`, but any range of values will do.
+    """
+    with _one_image():
+        return _load_pillow(data)[0]
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A JPEG, PNG or AVIF file without what does not change its stored pixels: EXIF, XMP, ICC profiles, texts.
+
+    Any other file comes back as it is.
+    """
+    if data.startswith(_JPEG):
+        kept, at = [], 0
+        for code, begin, end in _segments(data):
+            needed = code in _READ_BY_LIBJPEG and end - begin >= _READ_BY_LIBJPEG[code]
+            if (_APP0 <= code <= _APP15 or code == _COM) and not needed:
+                kept.append(data[at : begin - 4])  # up to the marker and the segment's length
+                at = end
+        return b"".join((*kept, data[at:])) if kept else data
+    if data.startswith(_PNG):
+        return _PNG + b"".join(chunk for kind, chunk in _png_chunks(data) if kind[:1].isupper())
+    if data[4:8] == b"ftyp":  # Pillow fails on EXIF that it cannot write again, though AVIF's orientation is not there
+        return re.sub(rb"(infe\x02.{7}|infe\x03.{9})Exif", rb"\1skip", data, flags=re.DOTALL)
+    return data
+
+
+def next_segment(data: bytes, at: int) -> tuple[int, int, int]:
+    """The next marker segment of a JPEG from byte `at` on, where libjpeg finds it. FFCV's loader compiles this function.
+
+    Returns:
+        its marker code, or one of HEADER_ENDS if there is no further segment, and where its content begins and ends.
+    """
+    size = len(data)
+    while at + 1 < size:
+        code = data[at + 1]
+        if data[at] != 0xFF or code == 0xFF:  # bytes that belong to no segment, or that fill up
+            at += 1
+        elif code == 0 or code == 0x01 or 0xD0 <= code <= 0xD7:  # no marker, or one without content
+            at += 2
+        elif code in HEADER_ENDS:
+            return code, at + 2, at + 2
+        else:
+            if at + 4 > size:
+                break
+            length = data[at + 2] * 256 + data[at + 3]
+            if length < 2 or at + 2 + length > size:
+                break
+            return code, at + 4, at + 2 + length
+    return 0, size, size
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, nothing that this thread does warns."""
+    if not any(
+        entry is _NO_WARNINGS for entry in warnings.filters[:1]
+    ):  # unless somebody has put filters in front of it
+        warnings.filters.insert(0, _NO_WARNINGS)
+    before, _this_thread.decoding = _this_thread.decoding, True
+    try:
+        yield
+    finally:
+        _this_thread.decoding = before
+
+
+@contextmanager
+def _one_image() -> Iterator[None]:
+    """Within, whatever is raised is BadImage.
+
+    Decoders are many and raise anything on damaged files (struct.error, TypeError, RuntimeError, MemoryError, ...). None
+    of it says more than that this one image is bad, and a run must be able to go on without it.
+    """
+    try:
+        yield
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage("not an image file") from None
+    except Exception as error:
+        text = printable(first_line(error))
+        plain = isinstance(error, OSError | ValueError | SyntaxError | Image.DecompressionBombError)
+        raise BadImage(text if plain or text == type(error).__name__ else f"{type(error).__name__}: {text}") from None
 
 
 def _decode_simplejpeg(data: bytes, buffer: DecodeBuffer) -> NDArray[np.uint8] | None:
@@ -120,24 +258,136 @@ def _decode_simplejpeg(data: bytes, buffer: DecodeBuffer) -> NDArray[np.uint8] |
         if colour_space in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(data, buffer=buffer.for_pixels(width * height))
-    except ValueError:
+    except BadImage:
+        raise
+    except Exception:
         return None
 
 
 def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise BadImage("it has no pixels")
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width}x{height} pixels are more than {MAX_PIXELS}")
 
 
 def _decode_pillow(data: bytes) -> NDArray[np.uint8]:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            _check_size(image.width, image.height)
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16-bit gray: Pillow would clip it to 255 instead of scaling
-                upright = Image.fromarray((np.asarray(upright, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return np.array(upright.convert("RGB"))
-    except UnidentifiedImageError:
-        raise BadImage("not an image file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(first_line(error)) from None
+    image, orientation, bits = _load_pillow(data)
+    if bits > 8:
+        return _upright(_gray_levels(np.asarray(image), bits)[..., None].repeat(3, axis=2), orientation)
+    if image.mode == "La":  # which Pillow converts to LA only
+        image = image.convert("LA")
+    return _upright(np.array(image.convert("RGB")), orientation)
+
+
+def _load_pillow(data: bytes) -> tuple[Image.Image, int, int]:
+    """The first frame as it is stored, its orientation, and the bits of a gray value."""
+    if not data:
+        raise BadImage("the file is empty")
+    with _quiet(), Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS) as image:
+        _check_size(image.width, image.height)
+        orientation = _orientation(data, image)
+        bits = 8
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            bits = 16  # I in PPM, and in old Pillows in PNG
+        elif image.mode in ("I", "F"):
+            bits = 32
+        if image.format == "TIFF":
+            image.load_end = lambda: None  # there Pillow turns the image, and fails on EXIF that it cannot read
+            if image.tag_v2.get(_BITS_PER_SAMPLE) == (12,):  # whose mode is I;16
+                bits = 12
+            if max(extents[3] for _, extents, *_ in image.tile) < image.tag_v2[_IMAGE_LENGTH]:  # black to Pillow
+                raise BadImage("it holds too few strips for its height")
+        elif image.format == "WEBP" and max(image.size) > _WEBP_SIDE:
+            raise BadImage(
+                f"{image.width}x{image.height} pixels: no frame of a WebP file has longer sides than {_WEBP_SIDE}"
+            )
+        image.load()
+        image.info.pop("transparency", None)  # alpha is dropped: nothing need be converted for it
+        return image.copy(), orientation, bits  # a TIFF that Pillow would turn has another size than its copy
+
+
+def _gray_levels(values: NDArray, bits: int) -> NDArray[np.uint8]:
+    """Values (H, W) of more than 8 bits as uint8."""
+    if bits < 32:
+        levels = (values.astype(np.int64) >> bits - 8).clip(0, 255).astype(np.uint8)
+        if values.any() and not levels.any():
+            raise BadImage(f"its {bits}-bit values are {values.max()} at most, so it would be black: {_REMEDY}")
+        return levels
+    if not np.isfinite(values).all():
+        raise BadImage("it holds NaN or infinite values")
+    lowest, highest = values.min(), values.max()
+    if lowest < 0 or highest > 255 or 0 < highest <= 1:
+        raise BadImage(f"its 32-bit values lie in {lowest:g}..{highest:g} and not in 0..255: {_REMEDY}")
+    return values.astype(np.uint8)  # cuts off fractions, as Pillow does
+
+
+def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    if orientation == 1:
+        return pixels
+    exchange, rows, columns = _TURNS[orientation]
+    turned = pixels.swapaxes(0, 1) if exchange else pixels
+    return np.array(turned[:: -1 if rows else 1, :: -1 if columns else 1], order="C")
+
+
+def _orientation(data: bytes, image: Image.Image | None = None) -> int:
+    """1 .. 8 as EXIF or else XMP says, in front of the first scan of a JPEG and anywhere in other files.
+
+    1 where neither says anything or what they hold cannot be read: that is no reason to refuse a picture.
+
+    Args:
+        image: the file opened by Pillow; a JPEG or PNG is read without it.
+    """
+    found = None
+    if data.startswith(_JPEG):
+        exif, xmp = b"", b""
+        for code, begin, end in _segments(data):
+            if code == APP1 and data.startswith(_EXIF, begin):
+                exif += data[begin + len(_EXIF) : end]  # what does not fit into one segment goes on in the next
+            elif code == APP1 and data.startswith(_XMP, begin):
+                xmp = data[begin + len(_XMP) : end]
+        if exif:
+            with _quiet(), suppress(Exception):
+                tags = Image.Exif()
+                tags.load(exif)
+                found = tags.get(_ORIENTATION)
+        if found is None and xmp and (match := re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp)):
+            found = int(match[1])
+    elif data.startswith(_PNG):
+        found = _png_orientation(data)
+    elif image is not None:
+        with _quiet(), suppress(Exception):
+            found = image.getexif().get(_ORIENTATION)
+    return int(found) if found in _TURNS else 1
+
+
+def _png_orientation(data: bytes) -> object:
+    """By Pillow, from PNGs of one pixel that hold no other chunk which could be in the way; None if there is none."""
+    chunks = list(_png_chunks(data))
+    for wanted in _PNG_ORIENTATIONS:
+        for kind, chunk in chunks:
+            if kind == wanted or (kind in (b"tEXt", b"zTXt", b"iTXt") and chunk.startswith(wanted, 8)):
+                stub = io.BytesIO(_PNG_STUB + chunk + _PNG_IDAT)
+                with _quiet(), suppress(Exception), Image.open(stub, formats=["PNG"]) as image:
+                    if (found := image.getexif().get(_ORIENTATION)) is not None:
+                        return found
+    return None
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker code, begin, end) of the contents of a JPEG's segments up to its first scan, or up to where there is none."""
+    code, end = -1, len(_JPEG)
+    while code not in HEADER_ENDS:
+        code, begin, end = next_segment(data, end)
+        yield code, begin, end
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Type and bytes of each chunk of a PNG, up to its end; where they are damaged, the rest of the file as one chunk."""
+    at, kind = len(_PNG), b""
+    while at < len(data) and kind != b"IEND":
+        kind, size = data[at + 4 : at + 8], 12 + int.from_bytes(data[at : at + 4], "big")
+        if not kind.isalpha():
+            kind, size = b"IDAT", len(data) - at
+        yield kind, data[at : at + size]
+        at += size

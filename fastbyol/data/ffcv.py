@@ -6,6 +6,7 @@ ahead, and numba's threads within a batch.
 
 FFCV's own call of libjpeg-turbo asks for the fast inverse DCT, which moves a view's values by up to 9/255 on photographs, and
 ignores what the library reports. The operation calls the same library for the exact one, and looks at what it returns.
+A JPEG with EXIF or XMP, which files of `fastbyol pack` do not hold, is decoded as the native backend does it: it may need a turn.
 
 To read the file through its memory map, FFCV marks numba's one type of one-dimensional bytes as read-only for the whole process,
 which breaks what others have compiled with it. It gets a type of its own here.
@@ -37,7 +38,7 @@ from numpy.typing import NDArray
 
 from fastbyol.data.batch import Batch
 from fastbyol.data.beton import BetonFile
-from fastbyol.data.decode import DecodeBuffer, decode
+from fastbyol.data.decode import APP1, HEADER_ENDS, DecodeBuffer, decode, next_segment
 from fastbyol.data.native import DeviceSlots, Scratch, hand_over, hung
 from fastbyol.data.sequence import Sequenced
 from fastbyol.data.workers import cpu_threads
@@ -137,7 +138,9 @@ class _TwoViews(SimpleRGBImageDecoder):
         memory = (
             AllocationQuery(shape, self._dtype),
             AllocationQuery((VIEWS, augment.COLUMNS), np.dtype(np.float32)),  # parameters, filled in by _Epoch
-            AllocationQuery((1,), np.dtype(np.int32)),  # 0 where libjpeg-turbo had nothing to say
+            AllocationQuery(
+                (1,), np.dtype(np.int32)
+            ),  # 0 where the image is upright and libjpeg-turbo had nothing to say
         )
         return replace(previous_state, jit_mode=True, shape=shape, dtype=self._dtype), memory
 
@@ -179,7 +182,9 @@ class _TwoViews(SimpleRGBImageDecoder):
                     stored = read(field["data_ptr"], storage_state)
                     height, width = np.int64(field["height"]), np.int64(field["width"])
                     image = pixels[: 3 * height * width].reshape(height, width, 3)
-                    if field["mode"] == jpeg:
+                    if field["mode"] == jpeg and _may_need_a_turn(stored):
+                        faults[i, 0] = 1
+                    elif field["mode"] == jpeg:
                         faults[i, 0] = _decompress(
                             decoder, stored.ctypes.data, stored.size, image.ctypes.data, width, 0, height, _RGB, 0
                         )
@@ -210,6 +215,20 @@ def _aligned(count, beyond):  # noqa: ANN001, ANN202
     memory = np.zeros(count + beyond + 16, np.float32)
     skip = -memory.ctypes.data % 64 // 4
     return memory[skip : skip + count]
+
+
+_next_segment = njit(nogil=True, cache=True)(next_segment)
+
+
+@njit(nogil=True, cache=True)
+def _may_need_a_turn(jpeg):  # noqa: ANN001, ANN202
+    """Whether a JPEG holds EXIF or XMP: an APP1 segment in front of its first scan."""
+    code, at = -1, 2
+    while code not in HEADER_ENDS:
+        code, _, at = _next_segment(jpeg, at)
+        if code == APP1:
+            return True
+    return False
 
 
 class _Epoch(EpochIterator):
@@ -243,7 +262,7 @@ class _Epoch(EpochIterator):
         return views, *(t if ours.device.type == "cpu" else t.pin_memory() for t in labels)
 
     def _again(self, index: int, i: int, sampler: Any, rows: NDArray[np.float32], out: NDArray) -> int:
-        """An image of which libjpeg-turbo complained, decoded as the native backend does it, or the one that takes its place."""
+        """An image that libjpeg-turbo alone does not get right, decoded as the native backend does it, or the one that takes its place."""
         ours = self._ours
         found, image = ours.first_good(index, ours.fetch(index), lambda data: decode(data, self._buffer))
         boxes = sampler.boxes(slice(i, i + 1), [image.shape[:2]])[0].tolist()

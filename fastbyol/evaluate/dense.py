@@ -131,8 +131,8 @@ def read_pixels(file: Path) -> NDArray[np.uint8]:
     """
     try:
         return decode(file.read_bytes())
-    except (OSError, BadImage) as error:
-        raise RunError(f"{file}: {first_line(error)}; mend it or take it out of the lists") from None
+    except (OSError, ValueError, BadImage) as error:  # ValueError: a name that no file can have
+        raise RunError(f"{file}: {reason(error)}; mend it or take it out of the lists") from None
 
 
 def checked_size(file: Path) -> tuple[int, int]:
@@ -146,6 +146,11 @@ def checked_size(file: Path) -> tuple[int, int]:
     except RunError as error:
         raise InputError(str(error)) from None
     return height, width
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be read or decoded, in one line that does not name it."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def spellings(name: str) -> list[str]:

@@ -29,16 +29,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from fastbyol.config import Config, SegmentationEval
-from fastbyol.data.decode import EXTENSIONS
+from fastbyol.data.decode import EXTENSIONS, BadImage, as_stored
 from fastbyol.data.shapes import LABELS_FILE, VOID
 from fastbyol.data.workers import in_order
-from fastbyol.errors import InputError, first_line
+from fastbyol.errors import InputError
 from fastbyol.evaluate import dense
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
 from fastbyol.kernels.augment import IMAGENET_MEAN
@@ -140,14 +139,12 @@ def read_mask(file: Path) -> NDArray[np.uint8]:
         InputError: missing, damaged, or not of class ids.
     """
     try:
-        with Image.open(file) as image:
-            if image.mode not in ("P", "L", "1"):
-                raise InputError(f"{file}: its pixels are {image.mode}, not class ids in a palette or gray image")
-            return np.array(image, dtype=np.uint8)
-    except UnidentifiedImageError:
-        raise InputError(f"{file}: not an image file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+        image = as_stored(file.read_bytes())
+    except (OSError, ValueError, BadImage) as error:  # ValueError: a name that no file can have
+        raise InputError(f"{file}: {dense.reason(error)}") from None
+    if image.mode not in ("P", "L", "1"):
+        raise InputError(f"{file}: its pixels are {image.mode}, not class ids in a palette or gray image")
+    return np.array(image, dtype=np.uint8)
 
 
 def _check(one: VocImage, folder: VocFolder) -> set[int]:
