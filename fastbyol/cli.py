@@ -231,7 +231,9 @@ def _pack(args: Namespace) -> int:
 
     options = args.as_dict()
     source = options.pop("source")
-    images = open_split(source.parent, source.name, key="source")
+    images = open_split(source, ".", key="source")
+    for note in images.notes:
+        print(f"warning: {note}")
     print(_with_progress("pack", partial(pack, images, options.pop("out"), **options)))
     return 0
 

@@ -23,7 +23,7 @@ def write_preview(config: Config, out: Path) -> str:
     """Draws the first images that epoch 0 of this config visits, exactly as the run will see them.
 
     Returns:
-        one line saying what was written.
+        one line saying what was written, and one for each note on the images.
 
     Raises:
         InputError: no images, none readable, or `out` cannot be written.
@@ -33,7 +33,8 @@ def write_preview(config: Config, out: Path) -> str:
         out.write_bytes(draw_views(config, folder))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
-    return f"{out}: {IMAGES} images of {folder.root} and both views of each"
+    notes = [f"warning: {note}" for note in folder.notes]
+    return "\n".join([*notes, f"{out}: {IMAGES} images of {folder.root} and both views of each"])
 
 
 def draw_views(config: Config, folder: ImageSet) -> bytes:
