@@ -119,6 +119,14 @@ def _lines(path: Path, where: str) -> list[str]:
     return re.split("\r\n|\n|\r", text)
 
 
+def _resolved(folder: str) -> str:
+    """The folder without links; as it is where the working directory is gone."""
+    try:
+        return os.path.realpath(folder)
+    except FileNotFoundError:
+        return folder
+
+
 class _Places:
     """Finds an image's place in a set by what people and programs call it; -1 where several are called so."""
 
@@ -131,8 +139,8 @@ class _Places:
                 places[form] = -1 if form in places else i
         base = os.path.normpath(images.root.absolute())
         starts = (base, os.path.realpath(base), os.path.relpath(base, root or base))
-        self._starts = [f"{composed(start)}/" for start in starts]
-        self._resolved = functools.cache(os.path.realpath)
+        self._resolved = functools.cache(_resolved)
+        self._starts = ["", *(f"{composed(start)}/" for start in starts)]
 
     def of(self, line: str) -> int | None:
         """The place of the image that a line names, None where none is called so."""
@@ -146,7 +154,14 @@ class _Places:
         path = composed(posixpath.normpath(name))
         if "/" not in name:
             return self._composed.get(path, self._files.get(path))
-        folder, _, file = name.rpartition("/")
-        paths = (path, composed(f"{self._resolved(folder or '/')}/{file}"))
-        below = [p.removeprefix(start) for p in paths for start in ("", *self._starts) if p.startswith(start)]
-        return next((self._composed[p] for p in below if p in self._composed), None)
+        place = self._below(path)
+        if place is None:
+            folder, _, file = name.rpartition("/")
+            place = self._below(composed(f"{self._resolved(folder or '/')}/{file}"))
+        return place
+
+    def _below(self, path: str) -> int | None:
+        for start in self._starts:
+            if path.startswith(start) and (place := self._composed.get(path.removeprefix(start))) is not None:
+                return place
+        return None

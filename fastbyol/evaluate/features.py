@@ -250,7 +250,7 @@ def _lacking(a: ImageSet, b: ImageSet, most: int = 5) -> str:
     if not names:
         return ""
     if not b.classes:
-        return f"{b.root} has none"
+        return f"{len(names)} of {len(a.classes)} in {a.root} are not in {b.root}, which has no classes"
     more = f" (+{len(names) - most} more)" if len(names) > most else ""
     empty = [name for name in names if os.path.lexists(b.root / name)]
     why = f", where the folder {empty[0]} holds no image" if empty else ""
