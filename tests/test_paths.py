@@ -1,6 +1,7 @@
 """What a user's paths mean: ~, data sets that move, and roots that are a split themselves."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 from conftest import jpeg
 
+from fastbyol.cli import main
 from fastbyol.config import EVALUATIONS, Config, DataConfig, FinetuneEval, KnnEval, expanded
 from fastbyol.data import find_images, open_split
 from fastbyol.data.beton import pack
 from fastbyol.data.folder import index_folder
 from fastbyol.errors import InputError
+from fastbyol.evaluate import evaluate
 from fastbyol.evaluate.features import check_splits, open_splits
+from fastbyol.preview import write_preview
+from fastbyol.train import train
 
 
 def config_of(root, **data):
@@ -137,7 +142,7 @@ def test_a_root_without_splits_is_the_training_split(folder_of, names):
     images = find_images(data, "train")
     assert images.paths == list(names)
     assert images.notes == (
-        f"data.root={root} has no train/: it is the training split itself",
+        f"data.root={root} is the training split itself, since it has no train/",
         f"{root}: files left out: 1 .txt",
     )
     with pytest.raises(InputError, match=f"there is no folder {root}/val or file {root}/val.beton"):
@@ -151,7 +156,9 @@ def test_a_root_may_be_a_file(folder_of, tmp_path):
         pack(index_folder(root / "train"), tmp_path / name, mode="jpg")
     file = tmp_path / "x.beton"
     for split in ("train", "."):
-        assert find_images(DataConfig(root=str(file), train_split=split), "train").root == file
+        found = find_images(DataConfig(root=str(file), train_split=split), "train")
+        assert (found.root, len(found)) == (file, 4)
+        assert found.notes == ((f"data.root={file} is the training split itself",) if split == "train" else ())
     with pytest.raises(InputError, match=r"x.beton is one file, the training split; data.val_split names another"):
         find_images(DataConfig(root=str(file)), "val")
     with pytest.raises(InputError, match=r"x.beton: this file is one split: data.train_split=. is the file itself"):
@@ -206,6 +213,29 @@ def test_a_root_that_no_folder_can_be_is_one_line(tmp_path, path):
         find_images(DataConfig(root=str(tmp_path / path)), "train")
     with pytest.raises(InputError, match=r"source=.*(unpack it|there is no folder|File name too long)"):
         open_split(tmp_path / path, ".", key="source")
+
+
+# --- who says what was left out ---
+
+
+def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path, capsys, one_thread):
+    root = tmp_path / "data"
+    shutil.copytree(photos, root)
+    (root / "train/moon/deep").mkdir()
+    (root / "train/moon/deep/1.heic").touch()
+    (root / "val/README").touch()
+    notes = [f"{root}/train: files left out: 1 .heic", f"{root}/val: files left out: 1 without extension"]
+    config = make_config(data={"root": str(root)}, optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 1})
+    folder = train(config).folder
+    out = capsys.readouterr().out
+    assert [out.count(f"warning: {note}\n") for note in notes] == [1, 1]
+    assert json.loads((folder / "config.json").read_text())["data"]["root"] == str(root)
+    said: list[str] = []
+    evaluate("knn", KnnEval(run=str(folder), baselines=False), said.append)
+    assert said[:2] == [f"warning: {note}" for note in notes]
+    assert write_preview(config, tmp_path / "p.png").splitlines()[:-1] == [f"warning: {notes[0]}"]
+    assert main(["pack", str(root / "train"), str(tmp_path / "x.beton"), "--mode", "jpg"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"warning: {notes[0]}"
 
 
 # --- classes of two splits ---

@@ -19,7 +19,7 @@ from fastbyol.data.native import NativeLoader
 from fastbyol.data.subset import only_classes, training_part
 from fastbyol.data.workers import torchs_threads_kept
 from fastbyol.environment import FFCV_COMMAND, dali_command, has_module
-from fastbyol.errors import InputError
+from fastbyol.errors import InputError, printable
 from fastbyol.views import RECIPES
 
 __all__ = ["Batch", "ImageSet", "Loader", "build_loader", "choose_backend", "find_images", "open_split"]
@@ -102,7 +102,8 @@ def _find_split(config: DataConfig, split: Literal["train", "val"], root: str | 
             f"{key}={root}: there is no folder {Path(root) / name}, but {deeper[0]} lies in a split: name the folder that holds "
             f"the splits; {option}=. takes all of {root}"
         )
-    return replace(images, notes=(f"{key}={root} has no {name}/: it is the training split itself", *images.notes))
+    why = "" if is_file else f", since it has no {name}/"
+    return replace(images, notes=(printable(f"{key}={root} is the training split itself{why}"), *images.notes))
 
 
 def _holds_no_splits(root: Path, config: DataConfig) -> bool:
