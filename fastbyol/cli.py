@@ -290,7 +290,9 @@ def _pack(call: Call) -> int:
 
     options = asdict(call.options)
     source = options.pop("source")
-    images = open_split(source.parent, source.name, key="source")
+    images = open_split(source, ".", key="source")
+    for note in images.notes:
+        say(f"warning: {note}")
     say(_with_progress("pack", partial(pack, images, options.pop("out"), **options)))
     return 0
 
@@ -306,7 +308,7 @@ def _with_progress(name: str, work: Callable[..., str]) -> str:
 def _preview(call: Call) -> int:
     from fastbyol.preview import write_preview
 
-    say(write_preview(call.config, call.options.out))
+    say(write_preview(call.config, call.options.out, say))
     return 0
 
 

@@ -6,7 +6,9 @@ key; what depends on the data set (is a batch larger than it?) is checked where 
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fastbyol.settings import Settings
@@ -14,6 +16,28 @@ from fastbyol.settings import require as _require
 
 DEFAULT_WARMUP_EPOCHS = 10
 _MOST_THREADS, _MOST_IMAGES, _MOST_SIDE_PX, _MOST_EPOCHS, _MOST_S = 4096, 10**9, 2**16, 10**6, 10**8
+
+
+def expanded(path: str, key: str) -> str:
+    """The path with a leading ~ or ~user replaced by that home folder; a file named ~x is ./~x.
+
+    Raises:
+        ValueError: the home folder is not known.
+    """
+    full = os.path.expanduser(path)  # noqa: PTH111 - Path would take ./~x for ~x
+    _require(
+        full != path or not path.startswith("~"), key, path, "this home folder is not known; write the path in full"
+    )
+    return full
+
+
+def _absolute(path: str, key: str) -> str:
+    """The path as any working directory finds it. '..' stays, since what it means depends on links."""
+    _require(path != "", key, path, "must not be empty; '.' is the working directory")
+    try:
+        return str(Path(expanded(path, key)).absolute())
+    except FileNotFoundError:
+        raise ValueError(f"{key}={path!r}: the working directory is gone; write the path in full") from None
 
 
 @dataclass(kw_only=True)
@@ -32,11 +56,11 @@ class DataConfig(Settings):
         "timeout_s": _MOST_S,
     }
     root: str | None = None
-    """Folder with the splits, e.g. ROOT/train/CLASS/x.jpg or ROOT/train.beton; `fastbyol prepare` makes such folders."""
+    """Folder with the splits, e.g. ROOT/train/CLASS/x.jpg or ROOT/train.beton, or the training split itself: a folder or .beton file."""
     train_split: str = "train"
-    """Sub-folder or .beton file of `root` to pre-train on; '.' is `root` itself."""
+    """Sub-folder or .beton file of `root` to pre-train on, or a path elsewhere; '.' is `root` itself."""
     val_split: str = "val"
-    """Sub-folder or .beton file of `root` for evaluation; missing is fine, evaluation is then left out."""
+    """Likewise, for evaluation; missing is fine, evaluation is then left out."""
     backend: Literal["auto", "native", "dali", "ffcv"] = "auto"
     """What reads and decodes: auto is dali on a GPU where it is installed, else native; ffcv is FFCV's own loader."""
     classes: list[str] = field(default_factory=list)
@@ -46,7 +70,7 @@ class DataConfig(Settings):
     images_per_class: int = 0
     """So many images of each class of the training split; 0 is all."""
     file_list: str | None = None
-    """Text file with one image of the training split per line: its path or name, in a .beton file the sample's number."""
+    """Text file with an image of the training split per line: its path or unique name, in a .beton file the sample's number."""
     subset_seed: int = 0
     """Which images `fraction` and `images_per_class` take; a smaller part lies within a larger one."""
     batch_size: int | Literal["auto"] = 256
@@ -76,6 +100,13 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Here and not where a run begins, so that whatever stores a config stores what any working directory finds.
+        if self.root is not None:
+            self.root = _absolute(self.root, "data.root")
+        if self.file_list is not None:
+            self.file_list = _absolute(self.file_list, "data.file_list")
+        self.train_split = expanded(self.train_split, "data.train_split")
+        self.val_split = expanded(self.val_split, "data.val_split")
         if self.batch_size != "auto":
             _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "BatchNorm needs at least 2 images")
         _require(8 <= self.image_size_px <= 4096, "data.image_size_px", self.image_size_px, "must lie in 8..4096")
@@ -371,6 +402,8 @@ class Config(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_name(self.name)
+        self.runs, self.init = expanded(self.runs, "runs"), expanded(self.init, "init")
+        self.resume = expanded(self.resume, "resume")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in 0..2^63-1")
         noise = self.model.feature_noise
         _require(
@@ -426,6 +459,10 @@ class EvalConfig(Settings):
     """A run's folder (its newest good checkpoint is taken) or a checkpoint file."""
     root: str | None = None
     """Data set with the run's train and val splits; by default the one it was trained on."""
+    train_split: str | None = None
+    """Training split where it is not the run's data.train_split: sub-folder or .beton file of the data set, or a path elsewhere."""
+    val_split: str | None = None
+    """Likewise in place of data.val_split."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one."""
     threads: int = 0
@@ -437,6 +474,12 @@ class EvalConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.run = expanded(self.run, "run")
+        if self.root is not None:
+            self.root = _absolute(self.root, "root")
+        for key in ("train_split", "val_split", "out"):
+            if (path := getattr(self, key)) is not None:
+                setattr(self, key, expanded(path, key))
         _require(self.threads >= 0, "threads", self.threads, "must be 0 (all cores) or more")
 
     @property
@@ -505,6 +548,8 @@ class FinetuneEval(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.save is not None:
+            self.save = expanded(self.save, "save")
         _check_training(self.epochs, self.batch_size, self.base_lrs)
         _require(bool(self.base_lrs), "base_lrs", self.base_lrs, "name at least one")
         _require(0 < self.fraction <= 1, "fraction", self.fraction, "must lie in (0, 1]")
@@ -566,6 +611,13 @@ class DenseEval(EvalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.root is not None, "root", self.root, f"name the {self._format}-format folder")
+        for key in ("train_split", "val_split"):
+            _require(
+                getattr(self, key) is None,
+                key,
+                getattr(self, key),
+                f"{self._format}'s format says where the splits are",
+            )
         _check_training(self.epochs, self.batch_size, (self.lr,), "lr")
         size = self.image_size_px
         _require(size == 0 or 32 <= size <= 4096, "image_size_px", size, "must be 0 or lie in 32..4096")

@@ -1,5 +1,6 @@
 """A picture of what the recipe does: originals and both views of a few images, with the parameters drawn."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +21,18 @@ IMAGES = 8
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 
 
-def write_preview(config: Config, out: Path) -> str:
+def write_preview(config: Config, out: Path, say: Callable[[str], None]) -> str:
     """Draws the first images that epoch 0 of this config visits, exactly as the run will see them.
 
     Returns:
-        one line saying what was written.
+        one line saying what was written, and one for each note on the images.
 
     Raises:
         InputError: no images, none readable, or `out` cannot be written.
     """
     folder = find_images(config.data, "train")
+    for note in folder.notes:
+        say(f"warning: {note}")
     write_output(out, draw_views(config, folder), f"--out {out}")
     return f"{out}: {IMAGES} images of {folder.root} and both views of each"
 

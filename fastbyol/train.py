@@ -216,7 +216,7 @@ class _Run:
     def announce(self) -> None:
         """What runs here, before the first step."""
         config, total = self.config, self.step.total_steps
-        for note in self._notes:
+        for note in (*self._notes, *self.images.notes, *(self._val.notes if self._val is not None else ())):
             self.log.warn(note)
         for text in self._news:
             self.log.say(text)

@@ -370,7 +370,7 @@ def test_a_split_is_a_folder_or_a_beton_file(corpus, tmp_path):
     assert open_split(root, "val").root == root / "val.beton"
     with pytest.raises(InputError, match=r"there is no folder .*test or file .*test.beton"):
         open_split(root, "test")
-    with pytest.raises(InputError, match=r"there is no folder .*test.beton$"):
+    with pytest.raises(InputError, match=r"there is no folder .*test.beton; there is train, train.beton, val.beton$"):
         open_split(root, "test.beton")
 
 

@@ -519,7 +519,7 @@ def test_pack_writes_one_file_and_says_what_cannot_be(photos, tmp_path, capsys):
     again = tmp_path / "again.beton"
     assert run(capsys, "pack", str(out), str(again), "--mode", "raw")[0] == 0
     for arguments, message in [
-        ((str(photos), str(tmp_path / "y.beton")), "no images"),
+        ((str(photos), str(tmp_path / "y.beton")), "holds splits (train, val), not classes"),
         ((str(tmp_path / "none"), str(tmp_path / "y.beton")), "there is no folder"),
         ((str(photos / "train"), str(out)), "exists; it is not overwritten"),
         ((str(photos / "train"), str(tmp_path / "y.beton"), "--quality", "101"), "--quality 101: must lie in 1..100"),

@@ -1,6 +1,10 @@
 """Decoding and image folders."""
 
+import errno
 import io
+import os
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,9 +13,12 @@ from conftest import jpeg
 from PIL import Image
 
 from fastbyol.data import open_split
-from fastbyol.data.decode import BadImage, decode
+from fastbyol.data.decode import EXTENSIONS, BadImage, decode
+from fastbyol.data.folder import index_folder
 from fastbyol.data.images import UNLABELLED
 from fastbyol.errors import InputError
+
+NFC, NFD = "\u00e9", "e\u0301"  # one letter in Unicode's composed and decomposed form
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -127,8 +134,152 @@ def test_unusable_folders_name_the_key_and_the_path(folder_of, tmp_path):
         open_split(tmp_path / "nowhere", "train")
     with pytest.raises(InputError, match="no images"):
         open_split(folder_of({"train/a/readme.txt": b""}), "train")
-    with pytest.raises(InputError, match="mixes images and class folders"):
+    with pytest.raises(InputError, match=r"mixes images \(2.jpg\) and class folders \(a\)"):
         open_split(folder_of({"train/a/1.jpg": b"", "train/2.jpg": b""}), "train")
+
+
+def test_images_below_a_class_are_its_own(folder_of):
+    names = ["a/1.jpg", "a/x/2.jpg", "a/x/y/3.jpg", "b/z/4.jpg", "b/z.jpg", "c.d/1.jpg", "c/1.jpg"]
+    folder = open_split(folder_of({f"train/{name}": b"" for name in names}), "train")
+    assert folder.classes == ["a", "b", "c", "c.d"]
+    assert folder.paths == ["a/1.jpg", "a/x/2.jpg", "a/x/y/3.jpg", "b/z.jpg", "b/z/4.jpg", "c/1.jpg", "c.d/1.jpg"]
+    assert folder.labels.tolist() == [0, 0, 0, 1, 1, 2, 3]
+    assert folder.read(2) == b""
+    assert folder.notes == ()
+
+
+def test_every_extension_that_is_decoded_is_listed(folder_of):
+    names = [f"{k:03d}{form(e)}" for k, e in enumerate(EXTENSIONS) for form in (str.lower, str.upper)]
+    assert open_split(folder_of(dict.fromkeys(names, b"")), ".").paths == sorted(names)
+
+
+def test_what_is_left_out_is_counted_and_named(folder_of):
+    names = [f"a/{i}.jpg" for i in range(3)] + ["a/1.heic", "b/x/2.HEIC", "b/x/labels.csv", "b/README", "notes.txt"]
+    root = folder_of({f"train/{name}": b"" for name in names})
+    (root / "train/empty/below").mkdir(parents=True)
+    folder = open_split(root, "train")
+    assert folder.paths == names[:3]
+    assert folder.classes == ["a"]
+    assert folder.notes == (
+        f"{root}/train: files left out: 2 .heic, 1 .csv, 1 .txt, 1 without extension; folders without an image: b, empty",
+    )
+    assert folder.take(np.array([1])).relabel(np.array([0]), ["x"]).notes == folder.notes
+
+
+def test_hidden_files_and_folders_are_passed_over(folder_of):
+    names = [".DS_Store", "a/._1.jpg", "a/.git/2.jpg", "__MACOSX/a/3.jpg", "a/@eaDir/4.jpg/thumb.jpg", ".thumbs/5.jpg"]
+    folder = open_split(folder_of({f"train/{name}": b"" for name in ["a/1.jpg", *names]}), "train")
+    assert folder.paths == ["a/1.jpg"]
+    assert folder.notes == ()
+
+
+def test_links_are_followed_once_and_in_no_circle(folder_of):
+    base = folder_of({"train/a/1.jpg": b"", "train/b/2.jpg": b"", "elsewhere/y/3.jpg": b""}) / "train"
+    (base / "a/up").symlink_to("..")
+    (base / "a/self").symlink_to("self")
+    (base / "a/link").symlink_to(base / "a")
+    (base / "a/out").symlink_to(base / "../elsewhere")
+    (base / "a/out again").symlink_to(base / "../elsewhere")
+    (base / "a/file.jpg").symlink_to("1.jpg")
+    (base / "c").symlink_to("b")
+    folder = index_folder(base)
+    assert folder.paths == ["a/1.jpg", "a/file.jpg", "a/out/y/3.jpg", "b/2.jpg", "c/2.jpg"]
+    assert folder.classes == ["a", "b", "c"]
+
+
+def test_a_folder_or_a_pipe_named_like_an_image_is_none(folder_of):
+    root = folder_of({"train/a/1.jpg": b"", "train/a/x.jpg/2.png": b""})
+    os.mkfifo(root / "train/a/3.jpg")
+    folder = open_split(root, "train")
+    assert folder.paths == ["a/1.jpg", "a/x.jpg/2.png"]
+    assert folder.notes == (f"{root}/train: files left out: 1 pipe, socket or device",)
+
+
+def test_folders_beside_the_images_of_a_flat_folder(folder_of):
+    root = folder_of({"train/1.jpg": b"", "train/lists/all.txt": b""})
+    folder = open_split(root, "train")
+    assert (folder.paths, folder.classes) == (["1.jpg"], [])
+    assert folder.notes == (f"{root}/train: files left out: 1 .txt; folders without an image: lists",)
+
+
+def test_a_folder_without_images_says_what_it_holds(folder_of):
+    root = folder_of({"heic/a/1.heic": b"", "heic/a/2.heic": b"", "heic/x.txt": b"", "tar/1.tar": b""})
+    (root / "none").mkdir()
+    for split, text in [
+        ("heic", "they hold 2 .heic, 1 .txt; fastbyol reads JPEG, PNG, .*: convert them"),
+        ("tar", "they hold 1 .tar; .* unpack the archives"),
+        ("none", "they hold no files; name the folder that holds the images"),
+    ]:
+        with pytest.raises(InputError, match=f"no images in .*{split} or its folders: {text}"):
+            open_split(root, split)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_smaller_data_set(folder_of, monkeypatch):
+    root, scandir = folder_of({"train/a/1.jpg": b"", "train/b/x/2.jpg": b""}), os.scandir
+
+    def denied(path):
+        if path.endswith("/x"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(InputError, match="cannot list .*/train/b/x: Permission denied"):
+        open_split(root, "train")
+
+
+@pytest.mark.parametrize(
+    "names", [("train/a/1.jpg", "val/a/1.jpg"), ("train/1.jpg", "Validation/2.jpg"), ("test2017/1.jpg",)]
+)
+def test_splits_are_no_classes(folder_of, names):
+    with pytest.raises(InputError, match=r"holds splits \(.*\), not classes: name one of them"):
+        open_split(folder_of(dict.fromkeys(names, b"")), ".")
+
+
+def test_a_class_may_be_called_like_a_split(folder_of):
+    folder = open_split(folder_of({"trainer/1.jpg": b"", "bus/1.jpg": b"", "train/2.jpg": b""}), ".")
+    assert folder.classes == ["bus", "train", "trainer"]
+
+
+def test_names_without_an_encoding(folder_of):
+    name = os.fsdecode(b"caf\xe9")
+    folder = open_split(folder_of({f"train/{name}/{name}/{name}.jpg": b"x", "train/a/1.jpg": b""}), "train")
+    assert folder.classes == ["a", name]
+    assert folder.read(1) == b"x"
+    assert len(folder.fingerprint()) == 2
+
+
+def test_classes_have_one_number_in_either_unicode_form(folder_of):
+    """\u00e9 sorts behind z, e and an accent of its own before it."""
+    root = folder_of(
+        {f"{split}/{name}/1.jpg": b"" for split, e in (("train", NFD), ("val", NFC)) for name in ("a", e, "z")}
+    )
+    train, val = open_split(root, "train"), open_split(root, "val")
+    assert train.classes == val.classes == ["a", "z", NFC]
+    assert train.paths == ["a/1.jpg", f"{NFD}/1.jpg", "z/1.jpg"]  # in the order of the names as they are
+    assert train.labels.tolist() == [0, 2, 1]
+    assert val.labels.tolist() == [0, 1, 2]
+    both = open_split(folder_of({f"both/{name}/1.jpg": b"" for name in ("a", NFD, NFC)}), "both")
+    assert both.classes == ["a", NFC]
+    assert both.labels.tolist() == [0, 1, 1]
+    assert "names differ in Unicode's normal form only are one class" in both.notes[0]
+
+
+def test_a_fingerprint_tells_which_class_changed(folder_of, tmp_path):
+    root = folder_of(
+        {f"train/{c}/{i}.jpg": b"" for c in "ab" for i in range(3)} | {"flat/1.jpg": b"", "flat/2.jpg": b""}
+    )
+    first = open_split(root, "train")
+    assert {name: count for name, (count, _) in first.fingerprint().items()} == {"a": 3, "b": 3}
+    assert all(re.fullmatch("[0-9a-f]{16}", digest) for _, digest in first.fingerprint().values())
+    assert open_split(root, "flat").fingerprint()[""][0] == 2
+    assert first.take(np.array([0, 1, 2, 5, 4, 3])).fingerprint()["b"] != first.fingerprint()["b"]
+    shutil.move(root, tmp_path / "moved")
+    assert open_split(tmp_path / "moved", "train").fingerprint() == first.fingerprint()
+    (tmp_path / "moved/train/b/2.jpg").rename(tmp_path / "moved/train/b/3.jpg")
+    renamed = open_split(tmp_path / "moved", "train").fingerprint()
+    assert renamed["a"] == first.fingerprint()["a"]
+    assert renamed["b"][0] == 3
+    assert renamed["b"] != first.fingerprint()["b"]
 
 
 def test_spread_keeps_all_classes(folder_of):

@@ -1,8 +1,10 @@
 """Parts of a data set: classes, fractions, so many per class, lists; and the index of a very large one."""
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from fastbyol.config import DataConfig
 from fastbyol.data import find_images, folder, open_split
 from fastbyol.data.beton import pack
 from fastbyol.errors import InputError
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"  # one word in Unicode's composed and decomposed form
 
 
 @pytest.fixture
@@ -101,8 +105,9 @@ def test_a_list_of_paths_and_names(root, tmp_path):
     [
         ("a/x.jpg", r"data.file_list=.*: 'a/x.jpg' is not in .*train"),
         ("# nothing", "it names no image"),
-        ("a00.jpg\na00.jpg", "'a00.jpg' is named twice"),
-        ("a00.jpg\na/a00.jpg", "it names 'a/a00.jpg' twice"),
+        ("a00.jpg\na00.jpg", "line 2: 'a00.jpg' names a/a00.jpg again, after line 1"),
+        ("a00.jpg\n\na/a00.jpg", "line 3: 'a/a00.jpg' names a/a00.jpg again, after line 1"),
+        ("a00.jpg\nx\ny", r"line 2: 'x' is not in .*train \(as 1 more\)"),
     ],
 )
 def test_lists_that_do_not_fit(root, tmp_path, text, message):
@@ -130,6 +135,69 @@ def test_a_beton_file_gives_the_same_parts(photos, tmp_path):
         assert [a.read(i) for i in range(len(a))] == [b.read(i) for i in range(len(b))]
     (tmp_path / "some.txt").write_text("5\n2\n")
     assert part(tmp_path, file_list=str(tmp_path / "some.txt")).samples.tolist() == [2, 5]
+
+
+FORMS = {
+    "as it is": "b/b03.jpg",
+    "dot": "./b/b03.jpg",
+    "dots": "b/../b//b03.jpg",
+    "of the root": "train/b/b03.jpg",
+    "of the root, dot": "./train/b/b03.jpg",
+    "of the working directory": "{relative}/train/b/b03.jpg",
+    "absolute": "{root}/train/b/b03.jpg",
+    "through a link": "{link}/train/b/b03.jpg",
+    "backslashes": "train\\b\\b03.jpg",
+    "spaces": "  b03.jpg\t",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_list_names_images_as_people_and_programs_do(root, tmp_path, monkeypatch, form, end):
+    link = tmp_path / "link"
+    link.symlink_to(root)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    line = FORMS[form].format(root=root, relative=os.path.relpath(root), link=link)
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "list").write_bytes(mark + f"{line}{end}# comment{end}{end}a/a01.jpg{end}".encode())
+        for found in (root, link):
+            assert part(found, file_list=str(tmp_path / "list")).paths == ["a/a01.jpg", "b/b03.jpg"]
+    (tmp_path / "list").write_text(f"{line}\n", encoding="utf-16")
+    assert part(root, file_list=str(tmp_path / "list")).paths == ["b/b03.jpg"]
+
+
+def test_a_list_names_what_no_line_of_text_should(folder_of, tmp_path):
+    """Names with a backslash, with spaces at their ends, in either Unicode form, and without any encoding."""
+    latin = os.fsdecode(b"caf\xe9.jpg")
+    names = ["a/x\\y.jpg", "a/ z.jpg", f"a/{NFD}.jpg", f"b/{NFC}.jpg", f"a/{latin}", "a/#1.jpg", "a/\x85.jpg"]
+    root = folder_of({f"train/{name}": b"" for name in names})
+    listed = tmp_path / "list"
+    listed.write_bytes(os.fsencode("\n".join([names[0], names[1], f"a/{NFC}.jpg", f"b/{NFD}.jpg", *names[4:]])))
+    assert part(root, file_list=str(listed)).paths == sorted(names)
+
+
+def test_a_path_is_not_taken_for_an_image_elsewhere(root, tmp_path):
+    """b03.jpg alone is b/b03.jpg, but another folder's b03.jpg is not."""
+    for line in ("a/b03.jpg", "x/b03.jpg", f"{root}/train/b03.jpg", "../train/b/b03.jpg", "val/b/0.jpg"):
+        (tmp_path / "list").write_text(f"a/a01.jpg\n{line}")
+        with pytest.raises(InputError, match=rf"line 2: '{line}' is not in .*train$"):
+            part(root, file_list=str(tmp_path / "list"))
+
+
+@pytest.mark.parametrize("data", [b"a/a01.jpg\0", b"\xff\xfea", bytes(range(256))])
+def test_what_is_no_list_is_said_to_be_none(root, tmp_path, data):
+    (tmp_path / "list").write_bytes(data)
+    with pytest.raises(InputError, match="data.file_list=.*list: not a text file"):
+        part(root, file_list=str(tmp_path / "list"))
+
+
+def test_classes_are_known_in_either_unicode_form(folder_of):
+    root = folder_of({f"train/{name}/1.jpg": b"" for name in (NFD, "a", "z")})
+    for name in (NFC, NFD):
+        assert part(root, classes=[name, "a"]).classes == ["a", NFC]
+    with pytest.raises(InputError, match="is named twice"):
+        part(root, classes=[NFC, NFD])
 
 
 # --- the index of a large folder ---
@@ -161,6 +229,64 @@ def test_the_index_is_cached(root, cached, monkeypatch):
     assert next((cached / "fastbyol").iterdir()).name.startswith("index-")
 
 
+KINDS = {
+    "flat": ("{}.jpg", "new.jpg"),
+    "classes": ("a/{}.jpg", "a/new.jpg"),
+    "nested": ("a/x/y/{}.jpg", "a/x/y/new.jpg"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_folder_is_cached_with_its_notes(folder_of, tmp_path, monkeypatch, kind):
+    """With the time that a folder needs to settle; the new image lies in a folder that has others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder, "CACHE_FROM_IMAGES", 10)
+    form, new = KINDS[kind]
+    images = [f"train/{form.format(i)}" for i in range(10)]
+    root = folder_of(dict.fromkeys([*images, f"train/{form.format('x')}.heic"], b""))
+    settle(root / "train")
+    first, calls = open_split(root, "train"), listings(monkeypatch)
+    again = open_split(root, "train")
+    assert calls == []
+    assert (again.paths, again.classes, again.labels.tolist()) == (first.paths, first.classes, first.labels.tolist())
+    assert again.notes == first.notes == (f"{root}/train: files left out: 1 .heic",)
+    (root / "train" / new).touch()
+    assert len(open_split(root, "train")) == 11
+    assert calls == [1]
+
+
+def settle(base):
+    """As if no folder had changed for 10 s."""
+    for path in (base, *base.rglob("*")):
+        if path.is_dir():
+            os.utime(path, ns=(time.time_ns() - 10**10,) * 2)
+
+
+def test_a_cache_of_another_version_or_pillow_is_made_again(root, cached, monkeypatch):
+    monkeypatch.setattr(folder, "_FORMAT", "1 .jpg")
+    open_split(root, "train")
+    monkeypatch.undo()
+    monkeypatch.setattr(folder, "CACHE_FROM_IMAGES", 10)
+    monkeypatch.setattr(folder, "_SETTLED_NS", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cached))
+    calls = listings(monkeypatch)
+    for _ in range(2):
+        assert len(open_split(root, "train")) == 128
+    assert calls == [1]
+
+
+def test_without_a_home_there_is_no_cache(root, cached, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    calls = listings(monkeypatch)
+    for _ in range(2):
+        assert len(open_split(root, "train")) == 128
+    assert calls == [1, 1]
+
+
 @pytest.mark.parametrize("change", ["added", "removed", "renamed", "class added", "class removed"])
 def test_a_stale_cache_is_noticed(root, cached, monkeypatch, change):
     before = open_split(root, "train")
@@ -186,7 +312,8 @@ def test_a_damaged_cache_is_made_again(root, cached):
     first = open_split(root, "train")
     (file,) = (cached / "fastbyol").iterdir()
     whole = file.read_bytes()
-    for damaged in (b"", whole[:100], whole[:-200], b"\0" * len(whole)):
+    flipped = bytes(byte ^ (i % 37 == 0) for i, byte in enumerate(whole))
+    for damaged in (b"", whole[:100], whole[:-200], b"\0" * len(whole), flipped):
         file.write_bytes(damaged)
         assert open_split(root, "train").paths == first.paths
         assert file.read_bytes() == whole
@@ -199,28 +326,33 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(root, cached, monkeyp
 
 LARGE = """
 import os, resource, sys
-from pathlib import Path
+from itertools import count
 from types import SimpleNamespace
+from pathlib import Path
 from fastbyol.data import folder
 
-OLD = SimpleNamespace(st_mtime_ns=10**18)
+numbers = count()
+def old():
+    return SimpleNamespace(st_mtime_ns=10**18, st_dev=1, st_ino=next(numbers))
+
+listed = []
 
 def fake_scandir(path):
     class Entry:
         def __init__(self, name): self.name = name
-        def is_dir(self): return True
-        def stat(self): return OLD
+        def is_dir(self): return path.endswith("/imagenet")
+        def is_file(self, follow_symlinks): return not self.is_dir()
     class Entries(list):
         def __enter__(self): return self
         def __exit__(self, *rest): pass
-    return Entries(Entry(f"n{k:08d}") for k in range(1000))
+    listed.append(path)
+    if path.endswith("/imagenet"):
+        return Entries(Entry(f"n{k:08d}") for k in range(1000))
+    return Entries(Entry(f"{Path(path).name}_{i}.JPEG") for i in range(1300))
 
-names = [f"_{i}.JPEG" for i in range(1300)]
 os.scandir = fake_scandir
-listed = []
-os.listdir = lambda path: listed.append(path) or [Path(path).name + name for name in names]
 real = os.stat
-os.stat = lambda path, **kw: OLD if "/imagenet/n" in str(path) else real(path, **kw)
+os.stat = lambda path, **kw: old() if "/imagenet/n" in str(path) else real(path, **kw)
 
 base = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -238,7 +370,7 @@ def test_an_index_of_imagenets_size(tmp_path):
     base.mkdir()
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin", "HOME": str(tmp_path)}
     subprocess.run(["touch", "-d", "2020-01-01", str(base)], check=True)
-    for expected in (1000, 0):
+    for expected in (1001, 0):
         done = subprocess.run(
             [sys.executable, "-c", LARGE, str(base)], capture_output=True, text=True, env=environment, check=True
         )

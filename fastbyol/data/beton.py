@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastbyol.data.decode import BadImage, decode, is_whole_jpeg, jpeg_size, without_metadata
-from fastbyol.data.images import UNLABELLED, ImageSet
+from fastbyol.data.images import UNLABELLED, ImageSet, number_classes
 from fastbyol.data.workers import in_order
 from fastbyol.errors import InputError, first_line
 
@@ -70,6 +70,7 @@ class BetonFile(ImageSet):
     sizes: NDArray[np.int64]  # (N,) in bytes
     fields: tuple[str, ...]  # names of the file's fields, the image's first
     file: IO[bytes]
+    notes: tuple[str, ...] = ()
 
     def read(self, index: int) -> bytes | NDArray[np.uint8]:
         """A JPEG's bytes or a raw image's pixels (H, W, 3), in memory of their own."""
@@ -100,12 +101,16 @@ class BetonFile(ImageSet):
         """The same images with other labels."""
         return replace(self, labels=labels, classes=classes)
 
+    def _contents(self, members: NDArray[np.int64]) -> bytes:
+        columns = (self.samples, self.sizes, self.modes, *self.shapes.T)
+        return np.stack([column[members] for column in columns], axis=1).astype("<i8").tobytes()
+
 
 def open_beton(path: Path) -> BetonFile:
     """Opens a file of ours or of ffcv's with an image field and, if there are labels, an integer field.
 
-    Of several image or integer fields the one named image or label is taken, else the first. Class names are the numbers
-    where the file holds no names.
+    Of several image or integer fields the one named image or label is taken, else the first. Classes are numbered by their
+    names, as in a folder; where the file holds none, the numbers are the names.
 
     Raises:
         BadBeton: missing, not a .beton file, of another version, or damaged.
@@ -153,7 +158,8 @@ class _Parser:
         labels, classes = np.full(n, UNLABELLED, dtype=np.int64), list[str]()
         if label_field is not None:
             labels = rows[f"f{label_field}"].astype(np.int64)
-            classes = self._classes(labels, descriptors[label_field]["arguments"], data_start, table_start)
+            arguments = descriptors[label_field]["arguments"]
+            labels, classes = self._classes(labels, arguments, data_start, table_start)
         return BetonFile(
             root=self.path,
             labels=labels,
@@ -197,13 +203,13 @@ class _Parser:
 
     def _classes(
         self, labels: NDArray[np.int64], arguments: NDArray[np.uint8], data_start: int, table_start: int
-    ) -> list[str]:
+    ) -> tuple[NDArray[np.int64], list[str]]:
         in_range = (labels >= UNLABELLED) & (labels < MAX_CLASSES)
         self._require_all(in_range, f"sample {{}}: its label is not in 0..{MAX_CLASSES - 1}")
         count = int(labels.max()) + 1
         place = arguments[: _CLASSES_AT.itemsize].view(_CLASSES_AT)[0]
         if place["magic"] != _MAGIC:
-            return [str(k) for k in range(count)]
+            return labels, [str(k) for k in range(count)]
         start, size = int(place["start"]), int(place["size"])
         self._require(data_start <= start and start + size <= table_start, "its class names lie outside the file")
         try:
@@ -212,7 +218,8 @@ class _Parser:
             names = None
         well = isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) >= count
         self._require(well, "its class names are damaged")
-        return names
+        classes, numbers = number_classes(names)
+        return np.append(numbers, UNLABELLED)[labels], classes
 
     def _pick(self, kind: int, wanted: str, types: list[int], names: list[str]) -> int | None:
         found = [i for i, t in enumerate(types) if t == kind]
@@ -298,7 +305,7 @@ def pack(
         raise InputError(f"--max-side {max_side}: must be at least 1 pixel")
     if not 1 <= quality <= 100:
         raise InputError(f"--quality {quality}: must lie in 1..100")
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise InputError(f"{out} exists; it is not overwritten: remove it or choose another name")
 
     def encode(index: int) -> Sample | str:

@@ -246,10 +246,12 @@ def _fashion_mnist_source(temporary: Path) -> Path:
 
 def _read_idx(source: Path, name: str, dims: int) -> NDArray[np.uint8]:
     """One idx file of bytes, gzipped or not. Format: 0, 0, type 8, dimensions, then their sizes as big-endian u4."""
-    path = next((p for p in (source / name, source / f"{name}.gz") if p.is_file()), None)
-    if path is None:
-        raise InputError(f"--source {source}: neither {name} nor {name}.gz is there")
+    path = source / name
     try:
+        if not path.is_file():
+            path = source / f"{name}.gz"
+        if not path.is_file():
+            raise InputError(f"--source {source}: neither {name} nor {name}.gz is there")
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
         raise InputError(f"{path}: {first_line(error)}") from None
@@ -264,7 +266,7 @@ def _read_idx(source: Path, name: str, dims: int) -> NDArray[np.uint8]:
 
 def check_free(out: Path) -> None:
     """Raises InputError where `out` exists; the first thing to look at, before anything is read or downloaded."""
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise InputError(f"--out {out} exists; it is not overwritten: remove it or choose another folder")
 
 

@@ -1,5 +1,9 @@
 """Which images of a data set a run uses: classes, a fraction, so many per class, or a list. The same for every backend."""
 
+import functools
+import os
+import posixpath
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config import DataConfig
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import ImageSet, composed
 from fastbyol.errors import InputError
 
 
@@ -17,6 +21,7 @@ def only_classes(images: ImageSet, names: list[str], *, key: str = "data.classes
     Raises:
         InputError: a name is unknown or given twice.
     """
+    names = [composed(name) for name in names]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"{key}: {twice[0]!r} is named twice")
     if unknown := sorted(set(names) - set(images.classes)):
@@ -42,7 +47,7 @@ def training_part(images: ImageSet, data: DataConfig, *, prefix: str = "data.") 
         InputError: a class would be empty or has too few images, or the list names what is not there.
     """
     if data.file_list is not None:
-        return images.take(_listed(images, Path(data.file_list)))
+        return images.take(_listed(images, Path(data.file_list), data.root))
     if data.fraction == 1 and data.images_per_class == 0:
         return images
     groups = [np.flatnonzero(images.labels == k) for k in range(len(images.classes))] or [np.arange(len(images))]
@@ -69,29 +74,94 @@ def _least(count: int) -> str:
     return f"{np.ceil(0.5001 / max(count, 1) * 1e4) / 1e4:g}" if count else "a class that has images"
 
 
-def _listed(images: ImageSet, path: Path) -> NDArray[np.int64]:
-    """Places of the images that a text file names, one per line: path or file name, in a .beton file the sample's number."""
+def _listed(images: ImageSet, path: Path, root: str | None) -> NDArray[np.int64]:
+    """Places of the images that a text file names, one per line: path or unique file name, in a .beton file the sample's number.
+
+    A path may begin at the split, at the data set's `root`, at the working directory or at /.
+    """
+    where = f"data.file_list={path}"
+    lines = {number: line for number, line in enumerate(_lines(path, where), 1) if line.strip()}
+    lines = {number: line for number, line in lines.items() if not line.lstrip().startswith("#")}
+    if not lines:
+        raise InputError(f"{where}: it names no image")
+    places = _Places(images, root)
+    found: dict[int, int] = {}  # place -> number of the line
+    unknown = []
+    for number, line in lines.items():
+        place = places.of(line)
+        if place is None:
+            unknown.append(number)
+        elif place < 0:
+            raise InputError(f"{where}, line {number}: {line!r} is several images of {images.root}: give paths")
+        elif place in found:
+            name = images.name(place)
+            raise InputError(f"{where}, line {number}: {line!r} names {name} again, after line {found[place]}")
+        else:
+            found[place] = number
+    if unknown:
+        more = f" (as {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise InputError(f"{where}, line {unknown[0]}: {lines[unknown[0]]!r} is not in {images.root}{more}")
+    return np.sort(list(found))
+
+
+def _lines(path: Path, where: str) -> list[str]:
+    """A text file's lines without their ends: UTF-8, where other bytes may name files all the same, or UTF-16 with its mark."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        data = path.read_bytes()
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            text = data.decode("utf-16")
+        else:
+            text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise InputError(f"data.file_list={path}: {reason}") from None
-    wanted = [line for line in lines if line and not line.startswith("#")]
-    if not wanted:
-        raise InputError(f"data.file_list={path}: it names no image")
-    if twice := [name for name, count in Counter(wanted).items() if count > 1]:
-        raise InputError(f"data.file_list={path}: {twice[0]!r} is named twice")
-    names = [images.name(i) for i in range(len(images))]
-    short = [name.rpartition("/")[2] for name in names]
-    ambiguous = {name for name, count in Counter(short).items() if count > 1}
-    places = {name: i for i, name in enumerate(short) if name not in ambiguous} | {n: i for i, n in enumerate(names)}
-    for name in wanted:
-        if name not in places:
-            several = f"several images of {images.root}: give paths" if name in ambiguous else f"not in {images.root}"
-            raise InputError(f"data.file_list={path}: {name!r} is {several}")
-    found = np.sort([places[name] for name in wanted])
-    if (found[1:] == found[:-1]).any():
-        raise InputError(
-            f"data.file_list={path}: it names {images.name(int(found[np.argmin(np.diff(found))]))!r} twice"
-        )
-    return found
+        raise InputError(f"{where}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    if "\0" in text:
+        raise InputError(f"{where}: not a text file")
+    return re.split("\r\n|\n|\r", text)
+
+
+def _resolved(folder: str) -> str:
+    """The folder without links; as it is where the working directory is gone."""
+    try:
+        return os.path.realpath(folder)
+    except FileNotFoundError:
+        return folder
+
+
+class _Places:
+    """Finds an image's place in a set by what people and programs call it; -1 where several are called so."""
+
+    def __init__(self, images: ImageSet, root: str | None) -> None:
+        names = [images.name(i) for i in range(len(images))]
+        self._exact = {name: i for i, name in enumerate(names)}
+        self._composed, self._files = dict[str, int](), dict[str, int]()
+        for i, name in enumerate(names):
+            for places, form in ((self._composed, composed(name)), (self._files, composed(name.rpartition("/")[2]))):
+                places[form] = -1 if form in places else i
+        base = os.path.normpath(images.root.absolute())
+        starts = (base, os.path.realpath(base), os.path.relpath(base, root or base))
+        self._resolved = functools.cache(_resolved)
+        self._starts = ["", *(f"{composed(start)}/" for start in starts)]
+
+    def of(self, line: str) -> int | None:
+        """The place of the image that a line names, None where none is called so."""
+        stripped = line.strip()
+        forms = (line, stripped, stripped.replace("\\", "/"))
+        return next((place for form in forms if (place := self._find(form)) is not None), None)
+
+    def _find(self, name: str) -> int | None:
+        if name in self._exact:
+            return self._exact[name]
+        path = composed(posixpath.normpath(name))
+        if "/" not in name:
+            return self._composed.get(path, self._files.get(path))
+        place = self._below(path)
+        if place is None:
+            folder, _, file = name.rpartition("/")
+            place = self._below(composed(f"{self._resolved(folder or '/')}/{file}"))
+        return place
+
+    def _below(self, path: str) -> int | None:
+        for start in self._starts:
+            if path.startswith(start) and (place := self._composed.get(path.removeprefix(start))) is not None:
+                return place
+        return None

@@ -61,6 +61,8 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
         raise InputError(f"out={out}: {reason}; name a JSON file with --out")
     frame = frame_of(config, options, say)
     data = protocol.open(options, config, frame)
+    for note in (note for split in (data.train, data.val) for note in getattr(split, "notes", ())):
+        say(f"warning: {note}")
     rows: dict[str, Row] = {}
     for title, backbone in _networks(protocol, model, config, data, frame, baselines=options.baselines):
         rows[title] = protocol.measure(backbone, data, options, frame)

@@ -1,5 +1,6 @@
 """Labelled splits of a data set, and their frozen features: of a backbone, or its raw pixels."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -41,9 +42,19 @@ def open_splits(options: EvalConfig, config: Config) -> Splits:
     Raises:
         InputError: a split is missing, or the two do not fit each other.
     """
-    whole = replace(config.data, fraction=1.0, images_per_class=0, file_list=None)
-    root = options.root or config.data.root
-    splits = Splits(*(find_images(whole, split, root=root, key="root") for split in ("train", "val")))
+    data = replace(
+        config.data,
+        root=options.root or config.data.root,
+        train_split=options.train_split or config.data.train_split,
+        val_split=options.val_split or config.data.val_split,
+        fraction=1.0,
+        images_per_class=0,
+        file_list=None,
+    )
+    if data.root is not None and not os.path.lexists(data.root):
+        remedy = "" if options.root else "; name it with --root"
+        raise InputError(f"root: the data set {data.root} is not there{remedy}")
+    splits = Splits(*(find_images(data, split, key="root") for split in ("train", "val")))
     check_splits(*splits)
     return splits
 
@@ -252,8 +263,23 @@ def check_splits(train: ImageSet, val: ImageSet) -> None:
     if len(train.classes) < 2:
         raise InputError(f"{train.root} has {len(train.classes)} class(es): a classifier needs at least 2")
     if train.classes != val.classes:
-        extra = sorted(set(train.classes) ^ set(val.classes))
-        raise InputError(f"{train.root} and {val.root} have different classes, for example {extra[0]!r}")
+        differences = [text for a, b in ((train, val), (val, train)) if (text := _lacking(a, b))]
+        order = f"the order of their classes differs ({train.classes[:3]} and {val.classes[:3]}); pack both with fastbyol pack"
+        raise InputError(f"{train.root} and {val.root} have different classes: {'; '.join(differences) or order}")
+
+
+def _lacking(a: ImageSet, b: ImageSet, most: int = 5) -> str:
+    """Which classes of `a` are none of `b`'s; empty where there are none."""
+    known = set(b.classes)
+    names = [name for name in a.classes if name not in known]
+    if not names:
+        return ""
+    if not b.classes:
+        return f"{len(names)} of {len(a.classes)} in {a.root} are not in {b.root}, which has no classes"
+    more = f" (+{len(names) - most} more)" if len(names) > most else ""
+    empty = [name for name in names if os.path.lexists(b.root / name)]
+    why = f", where the folder {empty[0]} holds no image" if empty else ""
+    return f"{len(names)} of {len(a.classes)} in {a.root} are not in {b.root}: {', '.join(names[:most])}{more}{why}"
 
 
 def raw_pixels(images: Tensor) -> Tensor:
