@@ -6,29 +6,15 @@ key; what depends on the data set (is a batch larger than it?) is checked where 
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from fastbyol.settings import Settings
+from fastbyol.settings import Settings, expanded
 from fastbyol.settings import require as _require
 
 DEFAULT_WARMUP_EPOCHS = 10
 _MOST_THREADS, _MOST_IMAGES, _MOST_SIDE_PX, _MOST_EPOCHS, _MOST_S = 4096, 10**9, 2**16, 10**6, 10**8
-
-
-def expanded(path: str, key: str) -> str:
-    """The path with a leading ~ or ~user replaced by that home folder; a file named ~x is ./~x.
-
-    Raises:
-        ValueError: the home folder is not known.
-    """
-    full = os.path.expanduser(path)  # noqa: PTH111 - Path would take ./~x for ~x
-    _require(
-        full != path or not path.startswith("~"), key, path, "this home folder is not known; write the path in full"
-    )
-    return full
 
 
 def _absolute(path: str, key: str) -> str:

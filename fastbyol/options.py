@@ -20,6 +20,7 @@ from fastbyol.settings import (
     BadSetting,
     Settings,
     check,
+    expanded,
     expected,
     leaves,
     nearest,
@@ -199,7 +200,7 @@ class _StoreFile(argparse.Action):
         self._places = places
 
     def __call__(self, parser: Any, namespace: Namespace, word: Any, option_string: str | None = None) -> None:
-        for key, (value, place) in read_yaml(check(str, word, _CONFIG), Config).items():
+        for key, (value, place) in read_yaml(expanded(check(str, word, _CONFIG), _CONFIG), Config).items():
             namespace[key], self._places[key] = value, place
 
 

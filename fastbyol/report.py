@@ -122,9 +122,10 @@ def _result(path: Path, result: dict[str, Any]) -> str:
         for i, (name, row) in enumerate(result["rows"].items())
     )
     picture = path.with_suffix(".png")
+    splits = ", ".join(map(str, result.get("splits") or []))
     return (
         f"<div><h3>{text(protocol.title if protocol else result['protocol'])}</h3>"
-        f"<p class=note>{text(result['root'])}, checkpoint {text(Path(result['checkpoint']).name)}</p>"
+        f"<p class=note>{text(result['root'])}{text(f' ({splits})' if splits else '')}, checkpoint {text(Path(result['checkpoint']).name)}</p>"
         f"<table><tr><th>features</th>{head}<th></th></tr>{rows}</table>"
         f"<p class=note>{text(result['train_images'])} training and {text(result['val_images'])} validation images, "
         f"{text(result['classes'])} classes; {text(settings)}</p>"

@@ -66,6 +66,19 @@ def require(ok: bool, key: str, value: object, need: str) -> None:
         raise BadSetting(key, f"{text}: {need}")
 
 
+def expanded(path: str, key: str) -> str:
+    """The path with a leading ~ or ~user replaced by that home folder; a file named ~x is ./~x.
+
+    Raises:
+        ValueError: the home folder is not known.
+    """
+    full = os.path.expanduser(path)  # noqa: PTH111 - Path would take ./~x for ~x
+    require(
+        full != path or not path.startswith("~"), key, path, "this home folder is not known; write the path in full"
+    )
+    return full
+
+
 @dataclass(kw_only=True)
 class Settings:
     """Base of all dataclasses of settings."""
@@ -197,7 +210,7 @@ def check(kind: Any, value: Any, key: str) -> Any:
                 return option(value)
         elif option in (str, Path) and isinstance(value, str | os.PathLike):
             _check_text(os.fspath(value), key)
-            return option(value)
+            return Path(expanded(value, key)) if option is Path and isinstance(value, str) else option(value)
     raise BadSetting(key, f"{key}={shown(value)}: {wrong}")
 
 

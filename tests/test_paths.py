@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import jpeg
 
-from fastbyol.cli import main
+from fastbyol.cli import COMMANDS, main
 from fastbyol.config import EVALUATIONS, Config, DataConfig, FinetuneEval, KnnEval, expanded
 from fastbyol.data import find_images, open_split
 from fastbyol.data.beton import pack
@@ -17,6 +17,7 @@ from fastbyol.data.folder import index_folder
 from fastbyol.errors import InputError
 from fastbyol.evaluate import evaluate
 from fastbyol.evaluate.features import check_splits, open_splits
+from fastbyol.options import read
 from fastbyol.preview import write_preview
 from fastbyol.train import train
 
@@ -62,6 +63,8 @@ def test_words_that_are_no_paths_stay(home):
     assert expanded("a/~", "key") == "a/~"
     assert expanded("$HOME", "key") == "$HOME"
     assert expanded("~root", "key") == str(Path("~root").expanduser())
+    options = read(["pack", "~/a", "./~b"], COMMANDS).options
+    assert (options.source, options.out) == (Path.home() / "a", Path("./~b"))
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name", "~nobody-of-this-name/x"])

@@ -42,7 +42,7 @@ def test_evaluations_stand_beside_each_other(make_config, photos, tmp_path):
     assert found == sorted([(str(photos), 20), (str(photos), 5), (str(elsewhere), 20)])
     page = write_report(folder, print).read_text()
     for root in (photos, elsewhere):
-        assert f"{root}, checkpoint step_00000004.pt" in page
+        assert f"{root} (train, val), checkpoint step_00000004.pt" in page
     assert page.count("<h3>Weighted kNN on frozen features</h3>") == 3
 
 

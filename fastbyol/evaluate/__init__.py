@@ -71,6 +71,7 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
         "protocol": name,
         "checkpoint": str(path),
         "root": str(options.root or config.data.root),
+        "splits": [options.train_split or config.data.train_split, options.val_split or config.data.val_split],
         "train_images": len(data.train),
         "val_images": len(data.val),
         "classes": len(data.classes),
@@ -93,8 +94,8 @@ def _result_name(protocol: str, checkpoint_file: Path, options: EvalConfig, conf
     key = [
         checkpoint_file.name,
         root,
-        data.train_split,
-        data.val_split,
+        options.train_split or data.train_split,
+        options.val_split or data.val_split,
         data.classes,
         options.settings,
         options.baselines,
