@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import struct
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from fastbyol import __version__, checkpoint
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError, first_line
+from fastbyol.files import replacing
 from fastbyol.model import build_backbone
 
 Tensors = dict[str, Tensor]
@@ -227,22 +227,12 @@ def new_file(path: Path, key: str) -> Iterator[Path]:
     """
     if path.exists() or path.is_symlink():
         raise InputError(f"{key} {path} exists; it is not overwritten: remove it or name another file")
-    temporary = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        temporary = Path(name)
-        os.close(handle)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.rename(temporary, path)
+        with replacing(path) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{key} {path}: cannot be written: {reason}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def write_safetensors(path: Path, tensors: Tensors, config: ModelConfig, image_size: int) -> None:

@@ -18,7 +18,6 @@ file that another process cuts short is a read error, where a map would end the 
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from fastbyol.data.decode import BadImage, decode, is_whole_jpeg, jpeg_size, wit
 from fastbyol.data.images import UNLABELLED, ImageSet, number_classes
 from fastbyol.data.workers import in_order
 from fastbyol.errors import InputError, first_line
+from fastbyol.files import replacing
 
 VERSION = 2
 HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("table", "<u8")])
@@ -316,12 +316,9 @@ def pack(
         except BadImage as error:
             return str(error)
 
-    partial = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{out.name}.partial-", dir=out.parent)
-        partial = Path(name)
-        with open(handle, "w+b") as file:
+        with replacing(out) as partial, open(partial, "w+b") as file:
             writer = _Writer(file, len(images), images.classes)
             skipped = []
             for index, sample in enumerate(in_order(encode, range(len(images)), threads)):
@@ -336,14 +333,8 @@ def pack(
             if writer.count == 0:
                 raise InputError(f"{images.root}: none of the {len(images)} images can be read")
             size = writer.finish()
-            os.fsync(file.fileno())
-        partial.chmod(0o644)
-        os.rename(partial, out)
     except OSError as error:
         raise InputError(f"{out}: {error.strerror or first_line(error)}; nothing was kept") from None
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
     left_out = f"; {len(skipped)} left out, the first: {skipped[0]}" if skipped else ""
     modes = f"{writer.count - writer.raw} JPEG, {writer.raw} raw"
     return f"{out}: {writer.count} images ({modes}), {size / 1e6:.1f} MB{left_out}"

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from fastbyol.data.batch import Batch
 from fastbyol.data.beton import BetonFile
-from fastbyol.data.decode import APP1, HEADER_ENDS, DecodeBuffer, decode, next_segment
+from fastbyol.data.decode import APP1, DecodeBuffer, decode, segments
 from fastbyol.data.native import DeviceSlots, Scratch, hand_over, hung
 from fastbyol.data.sequence import Sequenced
 from fastbyol.data.workers import cpu_threads
@@ -217,18 +217,13 @@ def _aligned(count, beyond):  # noqa: ANN001, ANN202
     return memory[skip : skip + count]
 
 
-_next_segment = njit(nogil=True, cache=True)(next_segment)
+_segments = njit(nogil=True, cache=True)(segments)
 
 
 @njit(nogil=True, cache=True)
 def _may_need_a_turn(jpeg):  # noqa: ANN001, ANN202
     """Whether a JPEG holds EXIF or XMP: an APP1 segment in front of its first scan."""
-    code, at = -1, 2
-    while code not in HEADER_ENDS:
-        code, _, at = _next_segment(jpeg, at)
-        if code == APP1:
-            return True
-    return False
+    return APP1 in _segments(jpeg)[0]
 
 
 class _Epoch(EpochIterator):

@@ -7,7 +7,6 @@ last change of every folder listed, which any added, removed or renamed file cha
 import hashlib
 import os
 import re
-import tempfile
 import time
 import zipfile
 from collections import Counter
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from fastbyol.data.decode import EXTENSIONS
 from fastbyol.data.images import UNLABELLED, ImageSet, number_classes
 from fastbyol.errors import InputError, printable
+from fastbyol.files import replacing
 
 CACHE_FROM_IMAGES = 20_000  # a smaller folder is listed in less than 0.1 s
 _SETTLED_NS = 2_000_000_000  # a folder changed this recently may change again without its time changing: not cached
@@ -234,23 +234,17 @@ def _keep(found: ImageFolder, folders: dict[str, int]) -> None:
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with open(handle, "wb") as out:
-            np.savez(
-                out,
-                format=np.array(_FORMAT),
-                paths=_as_array(found.paths),
-                labels=found.labels,
-                classes=_as_array(found.classes),
-                notes=_as_array(found.notes),
-                folders=_as_array(folders),
-                times=np.array(list(folders.values()), dtype=np.int64),
-            )
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink()
-        raise
+    with replacing(file) as temporary, open(temporary, "wb") as out:
+        np.savez(
+            out,
+            format=np.array(_FORMAT),
+            paths=_as_array(found.paths),
+            labels=found.labels,
+            classes=_as_array(found.classes),
+            notes=_as_array(found.notes),
+            folders=_as_array(folders),
+            times=np.array(list(folders.values()), dtype=np.int64),
+        )
 
 
 def _cached(base: Path) -> ImageFolder | None:

@@ -265,9 +265,18 @@ def _read_idx(source: Path, name: str, dims: int) -> NDArray[np.uint8]:
 
 
 def check_free(out: Path) -> None:
-    """Raises InputError where `out` exists; the first thing to look at, before anything is read or downloaded."""
-    if os.path.lexists(out):
-        raise InputError(f"--out {out} exists; it is not overwritten: remove it or choose another folder")
+    """The first thing to look at, before anything is read or downloaded.
+
+    Raises:
+        InputError: `out` exists, or is a name that no folder can have.
+    """
+    try:
+        os.lstat(out)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be made: {error.strerror}") from None
+    raise InputError(f"--out {out} exists; it is not overwritten: remove it or choose another folder")
 
 
 @contextmanager
