@@ -6,7 +6,6 @@ Errors that a user can mend are one line on stderr: exit code 2 where the input 
 """
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -21,13 +20,10 @@ from rich.progress import Progress
 from fastbyol import __version__, caches
 from fastbyol.config import EVALUATIONS, Config
 from fastbyol.console import say, surviving
-from fastbyol.errors import FastbyolError, RunError, StoppedByAnother, first_line, printable
+from fastbyol.errors import FastbyolError, RunError, StoppedByAnother, exhausted, first_line, printable
 from fastbyol.options import Call, Command, Group, HelpAsked, Options, read
 from fastbyol.settings import require, shown
 
-_EXHAUSTED = (
-    r"out of memory|not enough memory|can't allocate memory|Storage size calculation overflowed|can't start new thread"
-)
 _LOWER = "lower data.batch_size, data.image_size_px, data.threads, the model's width or what else is set high"
 
 
@@ -225,17 +221,12 @@ def _run(given: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
-        if not _exhausted(error):
+        if not exhausted(error):
             raise
         return _fail(str(RunError(f"out of memory or threads: {first_line(error)}; {_LOWER}")), 1)
     except OSError as error:
         where = f"{shown(error.filename)}: " if error.filename is not None else ""
         return _fail(str(RunError(f"{where}{error.strerror or first_line(error)}")), 1)
-
-
-def _exhausted(error: BaseException) -> bool:
-    """Whether the machine has no more memory or threads; torch's CPU allocator and Python's threads say so in words alone."""
-    return isinstance(error, MemoryError) or re.search(_EXHAUSTED, str(error)) is not None
 
 
 def _fail(text: str, code: int) -> int:

@@ -1,5 +1,7 @@
 """Errors that a user caused or has to act on: shown as one line, never as a traceback."""
 
+import re
+
 
 def printable(text: str) -> str:
     """Text for a terminal, a log or a message: control characters, and bytes of names that are not UTF-8, are escaped."""
@@ -40,6 +42,16 @@ class HungLoader(RunError):
     def __init__(self, text: str, stacks: str) -> None:
         super().__init__(text)
         self.stacks = stacks
+
+
+_EXHAUSTED = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|Storage size calculation overflowed|can't start new thread"
+)
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether the machine has no more memory or threads; torch's CPU allocator and Python's threads say so in words alone."""
+    return isinstance(error, MemoryError) or _EXHAUSTED.search(str(error)) is not None
 
 
 def first_line(error: BaseException) -> str:

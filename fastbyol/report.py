@@ -13,8 +13,9 @@ from matplotlib.patches import Rectangle
 from fastbyol import __version__
 from fastbyol.config import Config
 from fastbyol.data import ImageSet, find_images
+from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.native import centre_crops
-from fastbyol.errors import InputError, printable
+from fastbyol.errors import InputError, first_line, printable
 from fastbyol.evaluate import PROTOCOLS, is_metric, load_run, read_results
 from fastbyol.evaluate.features import CENTRE_FRACTION, check_splits, extract
 from fastbyol.evaluate.knn import nearest
@@ -103,11 +104,11 @@ def _summary(run: Path, warn: Callable[[str], None]) -> str:
 
 def _results(run: Path, warn: Callable[[str], None]) -> str:
     """A table for each evaluation: one per protocol, data set, checkpoint and settings."""
-    tables = [_result(path, result) for path, result in read_results(run, warn)]
+    tables = [_result(path, result, warn) for path, result in read_results(run, warn)]
     return section("What the features are worth", f"<div class=columns>{''.join(tables)}</div>") if tables else ""
 
 
-def _result(path: Path, result: dict[str, Any]) -> str:
+def _result(path: Path, result: dict[str, Any], warn: Callable[[str], None]) -> str:
     protocol = PROTOCOLS.get(result["protocol"])
     settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))
     names = list(
@@ -121,7 +122,7 @@ def _result(path: Path, result: dict[str, Any]) -> str:
         + _accuracy_bar(row.get(metrics[0]) if metrics else None, baseline=i > 0)
         for i, (name, row) in enumerate(result["rows"].items())
     )
-    picture = path.with_suffix(".png")
+    picture = _picture(path.with_suffix(".png"), warn) if protocol and protocol.draw else ""
     splits = ", ".join(map(str, result.get("splits") or []))
     return (
         f"<div><h3>{text(protocol.title if protocol else result['protocol'])}</h3>"
@@ -129,8 +130,21 @@ def _result(path: Path, result: dict[str, Any]) -> str:
         f"<table><tr><th>features</th>{head}<th></th></tr>{rows}</table>"
         f"<p class=note>{text(result['train_images'])} training and {text(result['val_images'])} validation images, "
         f"{text(result['classes'])} classes; {text(settings)}</p>"
-        f"{image(picture.read_bytes()) if protocol and protocol.draw and picture.is_file() else ''}</div>"
+        f"{picture}</div>"
     )
+
+
+def _picture(path: Path, warn: Callable[[str], None]) -> str:
+    """What an evaluation drew; nothing where it is missing or damaged."""
+    if not path.is_file():
+        return ""
+    try:
+        png = path.read_bytes()
+        decode(png)
+    except (OSError, BadImage) as error:
+        warn(f"{path}: {first_line(error)}; it is left out")
+        return ""
+    return image(png)
 
 
 def _accuracy_bar(value: Any, *, baseline: bool) -> str:

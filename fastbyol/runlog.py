@@ -54,10 +54,10 @@ class RunLog:
         self._total_steps, self._epochs = total_steps, total_steps // steps_per_epoch
         self._file = self._log = None
         if speaks:
-            _truncate(folder, start)
             # Unbuffered: a line is on its way to the disk when it is written.
-            self._file = open(folder / METRICS, "ab", buffering=0)
             self._log = open(folder / LOG, "ab", buffering=0)
+            _truncate(folder, start, self.warn)
+            self._file = open(folder / METRICS, "ab", buffering=0)
         self._tensorboard = _tensorboard_writer(folder, start) if tensorboard and speaks else None
         self._mark = start, time.perf_counter(), 0.0  # step, clock and waiting time at the last training line
         self._paused_s = 0.0
@@ -253,9 +253,9 @@ def _tensorboard_writer(folder: Path, start: int) -> Any:
     return SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
 
 
-def _truncate(folder: Path, step: int) -> None:
+def _truncate(folder: Path, step: int, warn: Callable[[str], None]) -> None:
     """Keeps the lines of the steps up to `step`; damaged ones, such as a last line cut short by a crash, go too."""
     path = folder / METRICS
     if path.exists():
-        kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
+        kept = [json.dumps(line) + "\n" for line in read_metrics(folder, warn) if line["step"] <= step]
         write_file(path, "".join(kept))

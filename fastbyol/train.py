@@ -20,7 +20,7 @@ from fastbyol.console import say
 from fastbyol.data import Batch, ImageSet, build_loader, choose_backend, find_images
 from fastbyol.data.workers import cpu_threads
 from fastbyol.distributed import ProcessGroup, StopTogether, World, world_from_environment
-from fastbyol.errors import HungLoader, InputError, RunError, first_line
+from fastbyol.errors import HungLoader, InputError, RunError, exhausted, first_line
 from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.evaluate.protocol import shortage
@@ -275,6 +275,13 @@ class _Run:
             raise RunError(
                 f"step.mode={self.step.mode}: the model does not compile here ({first_line(error)}); "
                 "step.mode=eager needs no compiler"
+            ) from None
+        except (MemoryError, RuntimeError) as error:
+            if not exhausted(error):
+                raise
+            raise RunError(
+                f"out of memory or threads: {first_line(error)}; lower data.batch_size, data.image_size_px or data.prefetch_batches; "
+                f"{self._last_good()}"
             ) from None
 
     def log_step(self, step: int, output: BYOLOutput) -> None:

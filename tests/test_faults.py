@@ -167,3 +167,30 @@ except RunError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert "said lost" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 7.45 GiB for an array"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"
+        ),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_memory_that_runs_out_on_a_cpu_is_one_line_with_the_last_checkpoint(make_config, monkeypatch, error):
+    original = step.TrainStep.__call__
+
+    def run_out(self, number, batch):
+        if number == 5:
+            raise error
+        return original(self, number, batch)
+
+    monkeypatch.setattr(step.TrainStep, "__call__", run_out)
+    with pytest.raises(
+        RunError, match=r"^out of memory or threads: .*lower data.batch_size.*checkpoint is .*step_00000004.pt$"
+    ):
+        train(make_config(knn={"every_epochs": 0}))
+    text = (Path(make_config().runs) / "run" / "train.log").read_text()
+    assert "error: out of memory or threads" in text.splitlines()[-1]
