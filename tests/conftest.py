@@ -13,6 +13,7 @@ import simplejpeg
 import torch
 import triton
 
+from fastbyol import cores
 from fastbyol.config import (
     CheckpointConfig,
     Config,
@@ -65,9 +66,10 @@ def compiled_from_the_sources() -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """What a test draws without a generator does not depend on the tests that ran before it in its process."""
+def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test draws and prints does not depend on the tests that ran before it in its process, nor on the load of the machine."""
     torch.manual_seed(0)
+    monkeypatch.setattr(cores, "_others", lambda: (0.0, 0.0))
 
 
 @pytest.fixture(scope="session")

@@ -101,10 +101,13 @@ def test_others_on_the_cores_are_one_warning_with_the_setting(monkeypatch, other
         assert f"OMP_NUM_THREADS={fit} in the environment and --data.threads {fit} fit what is left" in warnings[0]
 
 
+OTHERS = cores._others
+
+
 def test_the_load_of_others_is_what_this_process_has_not_used(monkeypatch):
     monkeypatch.setattr(cores, "_BEGAN", (100.0, 1000.0, 50.0))
     monkeypatch.setattr(cores, "_usage", lambda: (110.0, 1017.0, 55.0))
-    assert cores._others() == (10.0, pytest.approx(1.2))
+    assert OTHERS() == (10.0, pytest.approx(1.2))
 
 
 def test_what_the_kernel_says_of_this_machine_can_be_read():
