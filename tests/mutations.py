@@ -71,7 +71,8 @@ def _by_pillow() -> Iterator[tuple[str, bytes]]:
     yield "p.bmp", saved(image.quantize(16), "BMP")
     yield "x.ppm", saved(image, "PPM")
     yield "1.pbm", saved(image.convert("1"), "PPM")
-    yield "16 bits.pgm", saved(Image.fromarray(np.asarray(gray).astype(np.uint16) * 257), "PPM")
+    values = np.asarray(gray).astype(">u2") * 257
+    yield "16 bits.pgm", b"P5 %d %d 65535 " % gray.size + values.tobytes()
     yield "f.pfm", saved(gray.convert("F"), "PPM")
     yield "rle.tga", saved(image, "TGA", compression="tga_rle")
     yield "dxt.dds", saved(image.convert("RGBA"), "DDS", pixel_format="DXT5")

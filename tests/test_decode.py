@@ -235,7 +235,7 @@ RAMP = np.arange(256).reshape(16, 16)
         (saved(gray(RAMP * 0, np.float32), "TIFF"), RAMP * 0),
         (saved(gray(RAMP * 257, np.uint16), "TIFF"), RAMP),
         (saved(gray(RAMP * 257, np.uint16), "PNG"), RAMP),
-        (saved(gray(RAMP * 257, np.uint16), "PPM"), RAMP),
+        (b"P5 16 16 65535 " + (RAMP * 257).astype(">u2").tobytes(), RAMP),
         (saved(gray(RAMP, np.uint8).convert("LA"), "TIFF"), RAMP),
         (saved(gray(RAMP > 99, np.bool_), "TIFF"), 255 * (RAMP > 99)),
     ],
