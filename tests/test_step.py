@@ -103,7 +103,7 @@ def test_compiled_and_eager_steps_agree_from_fifty_states():
     # At a small rate, freely: 7e-7 to 8.6e-6 over five seeds, and up to 6.5e-4 after fifty steps.
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
     for step in (eager, compiled):
-        step._peak_lr = 0.1
+        step.schedule._peak = 0.1
     gaps = []
     for k in range(50):
         copy_state(eager, compiled)

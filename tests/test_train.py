@@ -376,6 +376,8 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(photos, tmp_path, num
     command += ["--model.backbone", "resnet18", "--model.width", "0.125", "--model.hidden_dim", "32"]
     command += ["--optim.epochs", "500", "--log.log_every_steps", "1", "--log.tensorboard", "false"]
     command += ["--knn.every_epochs", "0", "--checkpoint.every_epochs", "100"]
+    # Whoever runs the tests may ignore the signal, as nohup does, and a child would go on with that.
+    command = ["env", f"--default-signal={number}", *command]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "s" / "metrics.jsonl"
     deadline = time.monotonic() + HANG_S
