@@ -95,6 +95,9 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"{where} is damaged or not a checkpoint: {first_line(error)}") from None
     if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _KEYS.items()):
         raise InputError(f"{where} is not one of fastbyol's")
+    files = state.get("files", {})
+    if not isinstance(files, dict) or any(not isinstance(f, list | tuple) or len(f) != 2 for f in files.values()):
+        raise InputError(f"{where} is damaged: it does not say what images it was made on")
     if state["format"] != FORMAT:
         raise InputError(f"{where} has format {state['format']}, this version reads format {FORMAT}")
     return state
@@ -107,11 +110,13 @@ def listed(folder: Path) -> list[Path]:
 
 def newest_good(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies; `warn` gets one line for each newer one that does not."""
-    for path in reversed(listed(folder)):
+    found = listed(folder)
+    while found:
         try:
-            return path, load(path)
+            return found[-1], load(found[-1])
         except InputError as error:
-            warn(f"{error}; trying the one before")
+            found.pop()
+            warn(f"{error}; trying the one before" if found else str(error))
     return None
 
 

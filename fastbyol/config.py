@@ -420,7 +420,10 @@ def _check_name(name: str) -> None:
         "/" not in name and name not in (".", ".."), "name", name, "must be a non-empty name without '/', not . or .."
     )
     _require(
-        name.isprintable() and name == name.strip(), "name", name, "must hold no control characters or blanks around it"
+        name.isprintable() and name == name.strip(),
+        "name",
+        name,
+        "must be of printable UTF-8 characters, without blanks around it",
     )
     _require(not name.startswith("-"), "name", name, "must not begin with '-'")
     # A file system allows 255 bytes, and what is put beside a folder has its name and some more.

@@ -57,4 +57,6 @@ def exhausted(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an exception's text (its class name if it has none), for one-line messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading says nothing by itself

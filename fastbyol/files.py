@@ -142,6 +142,10 @@ class FolderLock:
     def __enter__(self) -> Self:
         try:
             self._made = [p for p in (self._folder, *self._folder.parents) if not p.exists()]
+            if self._folder.is_symlink() and not self._folder.exists():
+                raise InputError(
+                    f"{self._folder} is a link to a folder that does not exist: make that, or remove the link"
+                )
             self._folder.mkdir(parents=True, exist_ok=True)
             limit = time.monotonic() + self._wait_s
             while (handle := self._try()) is None:

@@ -27,9 +27,8 @@ from fastbyol.precision import compute_dtype
 from fastbyol.preview import draw_views, to_pixels
 from fastbyol.runlog import read_metrics
 from fastbyol.step import choose_device
-from fastbyol.train import ENVIRONMENT, SUMMARY
+from fastbyol.train import ENVIRONMENT, REPORT, SUMMARY
 
-REPORT = "report.html"
 _QUERIES, _NEIGHBOURS = 8, 5
 _NO_METRICS = {"base_lr", "held_out_top1"}  # of a row: how it came about
 
@@ -95,7 +94,7 @@ def _summary(run: Path, warn: Callable[[str], None]) -> str:
             rows.append(("online kNN", f"{values['knn_last']:.1%} at the end, {values['knn_best']:.1%} at best"))
         rows.append(("skipped images", str(len(values["bad_images"]))))
         first = list(values["bad_images"].items())[:50]
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         warn(f"{run / SUMMARY}: not what a run writes; it is left out")
         return ""
     bad = "".join(f"<li>{text(name)}: {text(reason)}</li>" for name, reason in first)

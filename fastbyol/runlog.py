@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -222,15 +223,20 @@ def read_metrics(folder: Path, warn: Callable[[str], None] = lambda text: None) 
     return lines
 
 
+_NUMBERS = {  # of a line of each kind, beside step and epoch
+    "train": ("loss", "lr", "tau", "projection_std", "images_per_s", "wait_share"),
+    "knn": ("top1", "top5"),
+    "probe": ("loss", "top1", "top5"),
+}
+
+
 def _line(text: str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None if it is damaged."""
+    """A line of metrics.jsonl; None if it is damaged or of no kind that a run writes."""
     try:
         line = json.loads(text)
-        sound = isinstance(line["kind"], str) and all(
-            isinstance(v, int | float) for k, v in line.items() if k != "kind"
-        )
-        return line if sound and isinstance(line["step"], int) and "epoch" in line else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = all(math.isfinite(line[key]) for key in ("step", "epoch", *_NUMBERS[line["kind"]]))
+        return line if sound and isinstance(line["step"], int) else None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -28,12 +28,13 @@ from fastbyol.files import FolderLock, json_text, read_json_or, write_file
 from fastbyol.kernels import dispatch
 from fastbyol.model import BYOL, BYOLOutput, build_model
 from fastbyol.probe import OnlineProbe
-from fastbyol.runlog import RunLog, read_metrics
+from fastbyol.runlog import LOG, METRICS, RunLog, read_metrics
 from fastbyol.schedules import Schedule
 from fastbyol.step import TrainStep, choose_device
 from fastbyol.weights import load_backbone
 
 SUMMARY, ENVIRONMENT, CONFIG, CHECKPOINTS = "summary.json", "environment.json", "config.json", "checkpoints"
+REPORT = "report.html"
 STACKS = "stacks.txt"
 _LOCK_WAIT_S = 20.0
 _DIFFERENCES = 3  # between two sets of images, that a message names
@@ -122,7 +123,9 @@ def _find_checkpoint(config: Config, world: World, warn: Callable[[str], None]) 
     damaged: list[str] = []
     found = checkpoint.newest_good(folder, damaged.append)
     if found is None and damaged:
-        raise InputError(f"--resume auto: none of the checkpoints in {folder} is usable: {damaged[-1]}")
+        best = folder / checkpoint.BEST
+        hint = f"; --resume {best} goes on from the best one" if best.exists() else ""
+        raise InputError(f"--resume auto: none of the checkpoints in {folder} is usable: {damaged[-1]}{hint}")
     for text in damaged:
         warn(text)
     return found
@@ -377,7 +380,7 @@ class _Run:
         }
         write_file(self.folder / SUMMARY, json_text(summary))
         if lines:
-            measured = math.isfinite(self.knn["last"])
+            measured = self.config.knn.every_epochs > 0 and math.isfinite(self.knn["last"])
             knn = f", kNN {self.knn['last']:.1%} (best {self.knn['best']:.1%})" if measured else ""
             self.log.say(
                 f"{done - self.start} steps in {summary['seconds']:.0f} s: {summary['images_per_s']:.0f} images/s, "
@@ -503,6 +506,14 @@ class _Run:
         )
 
     def _prepare_folder(self) -> None:
+        for name in (CONFIG, ENVIRONMENT, SUMMARY, METRICS, LOG, STACKS, REPORT):
+            if (
+                self.folder / name
+            ).is_dir():  # it would be found out when the file is written, at the latest after the training
+                raise InputError(f"{self.folder / name} is a folder where the run writes a file: move it away")
+        checkpoints = self.folder / CHECKPOINTS
+        if checkpoints.exists() and not checkpoints.is_dir():
+            raise InputError(f"{checkpoints} is a file where the run makes a folder: move it away")
         try:
             write_file(self.folder / CONFIG, json_text(self.config.to_dict()))
             write_file(self.folder / ENVIRONMENT, json_text(environment.describe()))
@@ -636,6 +647,8 @@ def _other_files(state: dict[str, Any], images: ImageSet) -> str:
             differences.append(f"{where} has {now} images instead of {before}")
         elif digest != other:
             differences.append(f"{where} has other files")
+    if len(differences) > 1 and all(text.endswith("has other files") for text in differences):
+        return "every class has other files (those of a folder and of a .beton file made of it cannot be compared)"
     more = f" (and {len(differences) - _DIFFERENCES} more differences)" if len(differences) > _DIFFERENCES else ""
     return "; ".join(differences[:_DIFFERENCES]) + more
 

@@ -124,7 +124,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["train", "--name", ".."], "name='..': must be"),
         (["train", "--name", ""], "name='': must not be empty"),
         (["train", "--name=-x"], "name='-x': must not begin with '-'"),
-        (["train", "--name", "a\nb"], "name='a.nb': must hold no control characters"),
+        (["train", "--name", "a\nb"], "name='a.nb': must be of printable UTF-8 characters"),
         (["train", "--name", "\ud800"], "name=.*: holds characters that are no text"),
         (["train", "--name", "ü" * 101], "name='ü.*: must have at most 200 bytes in UTF-8"),
         (["eval", "fewshot", "--run", "x", "--shots", "1" + 18 * "0"], "shots=.*: must be at most 1000000"),

@@ -161,16 +161,16 @@ def test_what_is_left_out_is_counted_and_named(folder_of):
     assert folder.paths == names[:3]
     assert folder.classes == ["a"]
     assert folder.notes == (
-        f"{root}/train: files left out: 2 .heic, 1 .csv, 1 .txt, 1 without extension; folders without an image: b, empty",
+        f"{root}/train: left out: 2 .heic, 1 .csv, 1 .txt, 1 without extension; folders without an image: b, empty",
     )
     assert folder.take(np.array([1])).relabel(np.array([0]), ["x"]).notes == folder.notes
 
 
-def test_hidden_files_and_folders_are_passed_over(folder_of):
+def test_hidden_files_and_folders_are_passed_over_and_counted(folder_of):
     names = [".DS_Store", "a/._1.jpg", "a/.git/2.jpg", "__MACOSX/a/3.jpg", "a/@eaDir/4.jpg/thumb.jpg", ".thumbs/5.jpg"]
     folder = open_split(folder_of({f"train/{name}": b"" for name in ["a/1.jpg", *names]}), "train")
     assert folder.paths == ["a/1.jpg"]
-    assert folder.notes == ()
+    assert folder.notes == (f"{folder.root}: left out: 2 hidden, 1 folder @eaDir, 1 folder __MACOSX",)
 
 
 def test_links_are_followed_once_and_in_no_circle(folder_of):
@@ -192,14 +192,14 @@ def test_a_folder_or_a_pipe_named_like_an_image_is_none(folder_of):
     os.mkfifo(root / "train/a/3.jpg")
     folder = open_split(root, "train")
     assert folder.paths == ["a/1.jpg", "a/x.jpg/2.png"]
-    assert folder.notes == (f"{root}/train: files left out: 1 pipe, socket or device",)
+    assert folder.notes == (f"{root}/train: left out: 1 pipe, socket or device",)
 
 
 def test_folders_beside_the_images_of_a_flat_folder(folder_of):
     root = folder_of({"train/1.jpg": b"", "train/lists/all.txt": b""})
     folder = open_split(root, "train")
     assert (folder.paths, folder.classes) == (["1.jpg"], [])
-    assert folder.notes == (f"{root}/train: files left out: 1 .txt; folders without an image: lists",)
+    assert folder.notes == (f"{root}/train: left out: 1 .txt; folders without an image: lists",)
 
 
 def test_a_folder_without_images_says_what_it_holds(folder_of):

@@ -146,7 +146,7 @@ def test_a_root_without_splits_is_the_training_split(folder_of, names):
     assert images.paths == list(names)
     assert images.notes == (
         f"data.root={root} is the training split itself, since it has no train/",
-        f"{root}: files left out: 1 .txt",
+        f"{root}: left out: 1 .txt",
     )
     with pytest.raises(InputError, match=f"there is no folder {root}/val or file {root}/val.beton"):
         find_images(data, "val")
@@ -227,7 +227,7 @@ def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path
     (root / "train/moon/deep").mkdir()
     (root / "train/moon/deep/1.heic").touch()
     (root / "val/README").touch()
-    notes = [f"{root}/train: files left out: 1 .heic", f"{root}/val: files left out: 1 without extension"]
+    notes = [f"{root}/train: left out: 1 .heic", f"{root}/val: left out: 1 without extension"]
     config = make_config(data={"root": str(root)}, optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 1})
     folder = train(config).folder
     out = capsys.readouterr().out

@@ -53,7 +53,9 @@ DAMAGED = {
     "eval_other.json": b'{"rows": 3}',
     "summary.json": b'{"steps": "x"}',
     "environment.json": b"\xff",
-    "metrics.jsonl": b'\n{"kind": "train", "step": 1\nnull\n{"kind": "train", "step": "a", "epoch": 1}\n',
+    "metrics.jsonl": b'\n{"kind": "train", "step": 1\nnull\n{"kind": "train", "step": 1, "epoch": 1}\n{"kind": "x", "step": 1, "epoch": 1}\n',
+    "eval_splits.json": b'{"protocol": "knn", "checkpoint": "c", "root": "r", "train_images": 1, "val_images": 1, "classes": 2, '
+    b'"settings": {}, "rows": {}, "splits": 5}',
 }
 
 

@@ -249,7 +249,7 @@ def test_every_kind_of_folder_is_cached_with_its_notes(folder_of, tmp_path, monk
     again = open_split(root, "train")
     assert calls == []
     assert (again.paths, again.classes, again.labels.tolist()) == (first.paths, first.classes, first.labels.tolist())
-    assert again.notes == first.notes == (f"{root}/train: files left out: 1 .heic",)
+    assert again.notes == first.notes == (f"{root}/train: left out: 1 .heic",)
     (root / "train" / new).touch()
     assert len(open_split(root, "train")) == 11
     assert calls == [1]

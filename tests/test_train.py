@@ -12,12 +12,16 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import BATCH, HANG_S, jpeg, losses
+from PIL import Image
 
 from fastbyol import checkpoint, step
 from fastbyol.config import DataConfig, OptimConfig
+from fastbyol.data import open_split
+from fastbyol.data.beton import pack
 from fastbyol.errors import InputError, RunError
 from fastbyol.files import FolderLock
 from fastbyol.model import BYOLOutput
@@ -469,3 +473,38 @@ def test_a_default_warmup_longer_than_half_of_the_run_is_cut_and_said(make_confi
     assert max(line["lr"] for line in lines if line["kind"] == "train" and line["step"] > 4) == pytest.approx(
         2 * 16 / 256
     )
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl", "train.log", "report.html"])
+def test_a_folder_in_the_place_of_a_file_is_named_before_the_training(make_config, name):
+    folder = Path(make_config().runs) / "run"
+    (folder / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=f"{name} is a folder where the run writes a file: move it away"):
+        train(make_config(**SHORT))
+
+
+def test_a_file_or_a_dangling_link_in_the_place_of_a_folder_is_named(make_config, tmp_path):
+    runs = Path(make_config().runs)
+    (runs / "run").mkdir(parents=True)
+    (runs / "run" / "checkpoints").write_text("")
+    with pytest.raises(InputError, match="checkpoints is a file where the run makes a folder"):
+        train(make_config(**SHORT))
+    (runs / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="link is a link to a folder that does not exist"):
+        train(make_config(name="link", **SHORT))
+
+
+def test_another_packed_data_set_of_equal_size_is_refused(make_config, tmp_path):
+    """Raw images of one size differ in nothing but their pixels."""
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        for k in range(16):
+            path = tmp_path / name / "train" / "ab"[k % 2] / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+        pack(open_split(tmp_path / name, "train"), tmp_path / f"{name}-packed" / "train.beton")
+    options = {"batch_size": 8, "image_size_px": 32}
+    train(make_config(data={"root": str(tmp_path / "one-packed"), **options}, **SHORT))
+    longer = SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}}
+    with pytest.raises(InputError, match="made on other images .*every class has other files"):
+        train(make_config(resume="auto", data={"root": str(tmp_path / "two-packed"), **options}, **longer))

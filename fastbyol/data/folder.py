@@ -127,6 +127,8 @@ class _Listing:
             for entry in entries:
                 name = entry.name
                 if name[0] == ".":
+                    if name != ".DS_Store" and not name.startswith("._"):  # macOS's own, beside every file
+                        self.left_out["hidden"] += 1
                     continue
                 _, dot, extension = name.rpartition(".")
                 is_image = dot and extension.lower() in _READ
@@ -136,6 +138,8 @@ class _Listing:
                 elif _is_folder(entry):
                     if name not in _SYSTEM_FOLDERS:
                         below.append(prefix + name)
+                    else:
+                        self.left_out[f"folder {name}"] += 1
                 elif is_image:
                     self.left_out["pipe, socket or device"] += 1
                 else:
@@ -177,7 +181,7 @@ def _list(base: Path, key: str) -> tuple[ImageFolder, dict[str, int]]:
     labels = np.repeat(numbers, counts) if names else np.full(len(paths), UNLABELLED, dtype=np.int64)
     remarks = list[str]()
     if listing.left_out:
-        remarks.append(f"files left out: {_counted(listing.left_out)}")
+        remarks.append(f"left out: {_counted(listing.left_out)}")
     if empty:
         remarks.append(f"folders without an image: {_some(empty)}")
     if len(classes) < len(names):

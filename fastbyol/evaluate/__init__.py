@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,7 +81,7 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
     }
     write_json(out, result, f"out={out}")
     if protocol.draw is not None:
-        write_output(out.with_suffix(".png"), protocol.draw(rows), f"out={out}")
+        write_output(out.with_suffix(".png"), protocol.draw(rows), f"out={out}: its picture {out.with_suffix('.png')}")
     say(f"wrote {out}")
     return result
 
@@ -127,13 +126,19 @@ def read_results(run: Path, warn: Callable[[str], None]) -> list[tuple[Path, dic
 def _is_result(values: dict[str, Any]) -> bool:
     texts = all(isinstance(values.get(key), str) for key in ("protocol", "checkpoint", "root"))
     counts = {"train_images", "val_images", "classes"} <= values.keys() and isinstance(values.get("settings"), dict)
-    rows = values.get("rows")
-    return texts and counts and isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+    rows, splits = values.get("rows"), values.get("splits", [])
+    return (
+        texts
+        and counts
+        and isinstance(splits, list)
+        and isinstance(rows, dict)
+        and all(isinstance(row, dict) for row in rows.values())
+    )
 
 
 def is_metric(value: object) -> bool:
     """Whether a row's value is a number to be shown."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def frame_of(config: Config, options: EvalConfig, say: Callable[[str], None]) -> Frame:

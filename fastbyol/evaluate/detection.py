@@ -307,7 +307,10 @@ def _image_file(root: Path, split: str, name: str, annotations: Path) -> Path:
     """
     folders = [root / inside for inside in ("JPEGImages", split, f"{split}2017", ".")]
     found = (folder / spelling for spelling in dense.spellings(name) for folder in folders)
-    path = next((path for path in found if path.is_file()), None)
+    try:
+        path = next((path for path in found if path.is_file()), None)
+    except OSError as error:
+        raise InputError(f"{annotations}: image {name[:60]!r}...: {error.strerror}") from None
     if path is not None:
         return path
     if "://" in name:
