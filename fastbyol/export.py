@@ -124,6 +124,12 @@ def export(run: Path, form: str, out: Path | None, say: Callable[[str], None]) -
     backbone.load_state_dict(model.online.backbone.state_dict())
     source = Source(checkpoint=checkpoint, config=config, backbone=backbone.eval(), features=features)
     out = out or _default_name(source, form)
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"--out {out}: its path is not UTF-8, so other libraries cannot open it; give another --out"
+        ) from None
     if form == "onnx":
         say("tracing the network, and comparing onnxruntime's features with torch's: up to some minutes")
     card = write(source, form, out, lambda text: say(f"warning: {text}"))

@@ -405,6 +405,10 @@ def _read_torch(path: Path, where: str) -> Any:
 
 def _read_safetensors(path: Path, where: str) -> _Found:
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: its path is not UTF-8, which safetensors cannot open: rename it") from None
+    try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -30,6 +30,7 @@ from fastbyol.data.native import centre_crops
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate.features import CENTRE_FRACTION
 from fastbyol.model import build_backbone, build_model
+from fastbyol.train import train
 from fastbyol.weights import DETECTRON2, SAME_NAMES, TORCHVISION, load_backbone, open_backbone
 
 HEADS = {"hidden_dim": 8, "projection_dim": 4}
@@ -410,6 +411,18 @@ def test_every_card_s_code_runs_as_it_stands_whatever_the_path(tmp_path, monkeyp
     for code in fences(text, "sh"):
         assert shlex.split(code)[-1] == str(folder / f"{name}.safetensors")
     assert len(fences(text, "python")) == {"safetensors": 3, "detectron2": 1}.get(form, 2)  # one is the preprocessing
+
+
+def test_a_path_that_is_not_utf_8_is_refused_by_name(written, make_config, tmp_path):
+    run = train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
+    backbone, path, _ = written("safetensors")
+    folder = tmp_path / "ex\udce9"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"--out .*its path is not UTF-8, so other libraries cannot open it"):
+        export.export(run, "timm", folder / "x.pth", print)
+    (folder / "x.safetensors").write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match="its path is not UTF-8, which safetensors cannot open: rename it"):
+        load_backbone(str(folder / "x.safetensors"), backbone, "resnet18")
 
 
 def exported(form, folder, name, relative=False):

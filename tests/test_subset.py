@@ -379,3 +379,11 @@ def test_an_index_of_imagenets_size(tmp_path):
         assert float(megabytes) < 400
         assert path.startswith("n00000001/n00000001_")
     assert list((tmp_path / "cache" / "fastbyol").iterdir())
+
+
+def test_a_list_s_relative_paths_may_begin_at_its_own_folder(folder_of, tmp_path, monkeypatch):
+    root = folder_of({f"set/train/{c}/{k}.jpg": b"" for c in "ab" for k in range(2)})
+    (root / "list.txt").write_text("set/train/a/1.jpg\n./set/train/b/0.jpg\n")
+    monkeypatch.chdir(tmp_path)  # as a resume from elsewhere does
+    data = DataConfig(root=str(root / "set"), file_list=str(root / "list.txt"))
+    assert find_images(data, "train").paths == ["a/1.jpg", "b/0.jpg"]

@@ -77,14 +77,14 @@ def _least(count: int) -> str:
 def _listed(images: ImageSet, path: Path, root: str | None) -> NDArray[np.int64]:
     """Places of the images that a text file names, one per line: path or unique file name, in a .beton file the sample's number.
 
-    A path may begin at the split, at the data set's `root`, at the working directory or at /.
+    A path may begin at the split, at the data set's `root`, at the working directory, at the list's own folder or at /.
     """
     where = f"data.file_list={path}"
     lines = {number: line for number, line in enumerate(_lines(path, where), 1) if line.strip()}
     lines = {number: line for number, line in lines.items() if not line.lstrip().startswith("#")}
     if not lines:
         raise InputError(f"{where}: it names no image")
-    places = _Places(images, root)
+    places = _Places(images, root, path.parent)
     found: dict[int, int] = {}  # place -> number of the line
     unknown = []
     for number, line in lines.items():
@@ -130,7 +130,7 @@ def _resolved(folder: str) -> str:
 class _Places:
     """Finds an image's place in a set by what people and programs call it; -1 where several are called so."""
 
-    def __init__(self, images: ImageSet, root: str | None) -> None:
+    def __init__(self, images: ImageSet, root: str | None, beside: Path) -> None:
         names = [images.name(i) for i in range(len(images))]
         self._exact = {name: i for i, name in enumerate(names)}
         self._composed, self._files = dict[str, int](), dict[str, int]()
@@ -140,6 +140,10 @@ class _Places:
         base = os.path.normpath(images.root.absolute())
         starts = (base, os.path.realpath(base), os.path.relpath(base, root or base))
         self._resolved = functools.cache(_resolved)
+        self._folders = (
+            "",
+            str(beside.absolute()),
+        )  # what relative names may begin at: the working directory, the list's folder
         self._starts = ["", *(f"{composed(start)}/" for start in starts)]
 
     def of(self, line: str) -> int | None:
@@ -155,9 +159,10 @@ class _Places:
         if "/" not in name:
             return self._composed.get(path, self._files.get(path))
         place = self._below(path)
-        if place is None:
-            folder, _, file = name.rpartition("/")
-            place = self._below(composed(f"{self._resolved(folder or '/')}/{file}"))
+        folder, _, file = name.rpartition("/")
+        for start in self._folders:
+            if place is None:
+                place = self._below(composed(f"{self._resolved(str(Path(start, folder or '/')))}/{file}"))
         return place
 
     def _below(self, path: str) -> int | None:
