@@ -28,6 +28,9 @@ def prepare() -> None:
         home = None
     cache = os.environ.get("XDG_CACHE_HOME") or (home and home / ".cache")
     if cache is not None and _can_write(Path(cache)):
+        settings = os.environ.get("XDG_CONFIG_HOME") or (home and home / ".config")
+        if settings is None or not _can_write(Path(settings)):  # where matplotlib looks first, and warns
+            os.environ.setdefault("MPLCONFIGDIR", str(Path(cache) / "matplotlib"))
         return
     folder = _fallback()
     if folder is None:

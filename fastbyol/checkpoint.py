@@ -80,6 +80,8 @@ def load(path: Path) -> dict[str, Any]:
         InputError: missing, damaged, not a fastbyol checkpoint, of a newer format, or holding more than plain data.
     """
     where = f"checkpoint {path}"
+    if path.exists() and not path.is_file():
+        raise InputError(f"{where} is no file")
     try:
         with zipfile.ZipFile(path) as archive:
             if (member := archive.testzip()) is not None:

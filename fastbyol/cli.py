@@ -20,8 +20,8 @@ from rich.progress import Progress
 from fastbyol import __version__, caches
 from fastbyol.config import EVALUATIONS, Config
 from fastbyol.console import say, surviving
-from fastbyol.errors import FastbyolError, RunError, StoppedByAnother, exhausted, first_line, printable
-from fastbyol.options import Call, Command, Group, HelpAsked, Options, read
+from fastbyol.errors import FastbyolError, InputError, RunError, StoppedByAnother, exhausted, first_line, printable
+from fastbyol.options import HELP, Call, Command, Group, HelpAsked, Options, read
 from fastbyol.settings import require, shown
 
 _LOWER = "lower data.batch_size, data.image_size_px, data.threads, the model's width or what else is set high"
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
         print(f"fastbyol: warning: standard output cannot be written: {output.lost}", file=sys.stderr)
         printed_only = (
-            not given or given[0] in ("doctor", "plan", "help") or "--help" in given or given[0].startswith("-")
+            not given or given[0] in ("doctor", "plan", "bench") or not {*HELP, "--version"}.isdisjoint(given)
         )
         return max(code, 1) if printed_only else code
 
@@ -205,6 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: Sequence[str]) -> int:
     if caches.fault is not None:
         return _fail(caches.fault, 1)
+    try:
+        os.getcwd()  # noqa: PTH109 - Path.cwd() is the same
+    except FileNotFoundError:  # torch's libraries end the process where there is none
+        return _fail("the working directory is gone: cd to one that exists", 2)
     try:
         if list(given) == ["--version"]:
             print(f"fastbyol {__version__}")
@@ -220,7 +224,7 @@ def _run(given: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError) as error:
         if not exhausted(error):
             raise
         return _fail(str(RunError(f"out of memory or threads: {first_line(error)}; {_LOWER}")), 1)
@@ -262,7 +266,10 @@ def _eval(call: Call) -> int:
     from fastbyol.report import refresh_report
 
     evaluate(call.name, call.options, say)
-    refresh_report(Path(call.options.run), say)
+    try:
+        refresh_report(Path(call.options.run), say)
+    except InputError as error:  # the run's folder may not be ours; the result is written
+        say(f"warning: {error}")
     return 0
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from fastbyol.settings import Settings, expanded
+from fastbyol.settings import BadSetting, Settings, expanded
 from fastbyol.settings import require as _require
 
 DEFAULT_WARMUP_EPOCHS = 10
@@ -23,7 +23,7 @@ def _absolute(path: str, key: str) -> str:
     try:
         return str(Path(expanded(path, key)).absolute())
     except FileNotFoundError:
-        raise ValueError(f"{key}={path!r}: the working directory is gone; write the path in full") from None
+        raise BadSetting(key, f"{key}={path!r}: the working directory is gone; write the path in full") from None
 
 
 @dataclass(kw_only=True)

@@ -99,6 +99,10 @@ def world_from_environment() -> World:
             f"WORLD_SIZE is set but RANK, WORLD_SIZE and LOCAL_RANK are not all numbers ({error}): start with "
             "`torchrun --nproc-per-node N -m fastbyol train ...`, or unset WORLD_SIZE"
         ) from None
+    if not 0 <= rank < size:
+        raise InputError(
+            f"RANK={rank} does not lie in 0..WORLD_SIZE-1={size - 1}: start with torchrun, or unset WORLD_SIZE"
+        )
     return World(rank, size, local, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 

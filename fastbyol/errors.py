@@ -45,7 +45,8 @@ class HungLoader(RunError):
 
 
 _EXHAUSTED = re.compile(
-    r"out of memory|not enough memory|can't allocate memory|Storage size calculation overflowed|can't start new thread"
+    r"out of memory|not enough memory|can't allocate memory|Storage size calculation overflowed|can't start new thread|"
+    r"failed to map segment|cannot allocate memory"
 )
 
 

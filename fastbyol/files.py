@@ -99,6 +99,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
+    if not path.is_file():
+        raise InputError(f"{path}: is no file")
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -188,8 +188,8 @@ class _StoreWord(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Namespace, word: Any, option_string: str | None = None) -> None:
         kind = self._option.field.type
+        self._places.pop(self.dest, None)  # first: what is wrong with this word is no fault of a file's
         namespace[self.dest] = check(kind, True if self._option.flag else parse(kind, word), self._option.key)
-        self._places.pop(self.dest, None)
 
 
 class _StoreFile(argparse.Action):

@@ -18,6 +18,7 @@ from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.plots import title, to_png
 
 IMAGES = 8
+_PNG = b"\x89PNG"
 _OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -30,6 +31,8 @@ def write_preview(config: Config, out: Path, say: Callable[[str], None]) -> str:
     Raises:
         InputError: no images, none readable, or `out` cannot be written.
     """
+    if out.is_file() and out.stat().st_size and not out.read_bytes().startswith(_PNG):
+        raise InputError(f"--out {out}: exists and is no PNG file: it is not overwritten; name another file")
     folder = find_images(config.data, "train")
     for note in folder.notes:
         say(f"warning: {note}")

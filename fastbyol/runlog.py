@@ -21,6 +21,7 @@ from fastbyol.errors import FastbyolError, printable
 from fastbyol.files import write_file
 
 METRICS, LOG = "metrics.jsonl", "train.log"
+_LINE_EVERY_S = 10.0  # at most so long without a line where there is no terminal
 
 
 class RunLog:
@@ -61,7 +62,7 @@ class RunLog:
             self._file = open(folder / METRICS, "ab", buffering=0)
         self._tensorboard = _tensorboard_writer(folder, start) if tensorboard and speaks else None
         self._mark = start, time.perf_counter(), 0.0  # step, clock and waiting time at the last training line
-        self._paused_s = 0.0
+        self._paused_s, self._said = 0.0, time.monotonic()
         self._shown: dict[str, str] = {}
         self._first: tuple[int, float] | None = (
             None  # step and clock of the first step, until a training line knows better
@@ -201,7 +202,8 @@ class RunLog:
             }
         elif kind == "knn":
             self._shown["knn"] = f"{values['top1']:.1%}"
-        if not self.console.is_terminal and kind == "knn":
+        if not self.console.is_terminal and (kind == "knn" or time.monotonic() - self._said >= _LINE_EVERY_S):
+            self._said = time.monotonic()
             self.say(f"{self._epoch_text(step)}  step {step}/{self._total_steps}  {_join(self._shown)}")
 
     def _epoch_text(self, step: int) -> str:

@@ -543,3 +543,36 @@ def test_lists_are_written_with_commas(capsys, words, monkeypatch):
 @pytest.mark.parametrize("kind", [InputError, RunError, lambda text: HungLoader(text, "stacks")])
 def test_an_error_is_one_line_whatever_the_names_in_it(kind):
     assert str(kind("data/a\nb\r\x1b[2J\udcff/\u00fc: unreadable")) == "data/a\\nb\\r\\x1b[2J\\udcff/\u00fc: unreadable"
+
+
+def test_a_wrong_word_is_not_blamed_on_the_file(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {batch_size: 8}\n")
+    code, _, err = run(capsys, "train", "--config", str(tmp_path / "c.yaml"), "--data.batch_size=x")
+    assert code == 2
+    assert err.startswith("fastbyol: error: data.batch_size='x': expected a whole number")
+
+
+def test_what_is_no_output_of_a_command_is_not_overwritten(capsys, photos, tmp_path, make_config):
+    folder = train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
+    before = (folder / "summary.json").read_bytes()
+    code, _, err = run(capsys, "eval", "knn", "--run", str(folder), "--out", str(folder / "summary.json"))
+    assert (code, (folder / "summary.json").read_bytes()) == (2, before)
+    assert "exists and is no result of `fastbyol eval`: it is not overwritten" in err
+    config = tmp_path / "my.yaml"
+    config.write_text("seed: 1\n")
+    words = ["preview", "--config", str(config), "--data.root", str(photos), "--out", str(config)]
+    code, _, err = run(capsys, *words)
+    assert (code, config.read_text()) == (2, "seed: 1\n")
+    assert "exists and is no PNG file: it is not overwritten" in err
+
+
+def test_a_working_directory_that_is_gone_and_devices_are_one_line(capsys, tmp_path, monkeypatch):
+    code, _, err = run(capsys, "plan", "--rates", "/dev/zero")
+    assert (code, err.count("\n")) == (2, 1)
+    code, _, err = run(capsys, "eval", "knn", "--run", "/dev/zero")
+    assert (code, err) == (2, "fastbyol: error: checkpoint /dev/zero is no file\n")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = run(capsys, "preview", "--data.root", "base")
+    assert (code, err) == (2, "fastbyol: error: the working directory is gone: cd to one that exists\n")

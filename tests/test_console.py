@@ -120,9 +120,21 @@ def piped(arguments, shell_end, **options):
     ],
 )
 def test_commands_that_only_print_end_quietly(shell_end, code, message):
-    done = piped("--help", shell_end, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    done = piped("train --help-all", shell_end, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     assert done.stderr.count("\n") == (1 if message else 0)
+
+
+def test_a_run_without_a_terminal_says_how_far_it_is_every_ten_seconds(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
+    values = {"loss": 1.0, "lr": 0.1, "tau": 0.99, "projection_std": 0.1, "wait_s": 0.0}
+    with log(tmp_path) as running:
+        for step, now in enumerate([4.0, 11.0, 12.0, 22.0], 1):
+            clock[0] = now
+            running.train(step, **values)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  loss")[0] for line in lines] == ["epoch 1/2  step 2/4", "epoch 2/2  step 4/4"]

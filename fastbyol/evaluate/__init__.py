@@ -58,6 +58,10 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         reason = "it is a folder" if out.is_dir() else f"{out.parent} cannot be written"
         raise InputError(f"out={out}: {reason}; name a JSON file with --out")
+    if out.is_file() and out.stat().st_size and not _is_result(read_json_or(out, lambda text: None)):
+        raise InputError(
+            f"out={out}: exists and is no result of `fastbyol eval`: it is not overwritten; name another file"
+        )
     frame = frame_of(config, options, say)
     data = protocol.open(options, config, frame)
     for note in (note for split in (data.train, data.val) for note in getattr(split, "notes", ())):
