@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from fastbyol import __version__
-from fastbyol.errors import InputError, RunError, first_line
+from fastbyol.config import Config
+from fastbyol.errors import InputError, RunError, fault_of, first_line
 from fastbyol.files import replacing
 
 FORMAT = 1
@@ -62,11 +63,10 @@ def save(folder: Path, state: dict[str, Any], *, keep_last: int, best: bool) -> 
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else first_line(cause)
         older = listed(folder)
         keep = f"the last good checkpoint is {older[-1]}" if older else "there is no older checkpoint"
         raise RunError(
-            f"checkpoint {path} could not be written ({reason}); {keep}; free some space and resume"
+            f"checkpoint {path} could not be written ({fault_of(cause)}); {keep}; free some space and resume"
         ) from None
     for old in listed(folder)[:-keep_last]:
         old.unlink(missing_ok=True)
@@ -88,7 +88,7 @@ def load(path: Path) -> dict[str, Any]:
                 raise InputError(f"{where} is damaged: {member} fails its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror or first_line(error)}") from None
+        raise InputError(f"{where} cannot be read: {fault_of(error)}") from None
     except (zipfile.BadZipFile, EOFError, NotImplementedError):
         raise InputError(f"{where} is damaged or not a checkpoint") from None
     except pickle.UnpicklingError:
@@ -103,6 +103,18 @@ def load(path: Path) -> dict[str, Any]:
     if state["format"] != FORMAT:
         raise InputError(f"{where} has format {state['format']}, this version reads format {FORMAT}")
     return state
+
+
+def config_of(path: Path, state: dict[str, Any]) -> Config:
+    """The config of the run that wrote a checkpoint.
+
+    Raises:
+        InputError: this version does not know one of its settings or values.
+    """
+    try:
+        return Config.from_dict(state["config"])
+    except ValueError as error:
+        raise InputError(f"checkpoint {path} cannot be used: {first_line(error)}") from None
 
 
 def listed(folder: Path) -> list[Path]:

@@ -20,7 +20,16 @@ from rich.progress import Progress
 from fastbyol import __version__, caches
 from fastbyol.config import EVALUATIONS, Config
 from fastbyol.console import say, surviving
-from fastbyol.errors import FastbyolError, InputError, RunError, StoppedByAnother, exhausted, first_line, printable
+from fastbyol.errors import (
+    FastbyolError,
+    InputError,
+    RunError,
+    StoppedByAnother,
+    exhausted,
+    fault_of,
+    first_line,
+    printable,
+)
 from fastbyol.options import HELP, Call, Command, Group, HelpAsked, Options, read
 from fastbyol.settings import require, shown
 
@@ -230,7 +239,7 @@ def _run(given: Sequence[str]) -> int:
         return _fail(str(RunError(f"out of memory or threads: {first_line(error)}; {_LOWER}")), 1)
     except OSError as error:
         where = f"{shown(error.filename)}: " if error.filename is not None else ""
-        return _fail(str(RunError(f"{where}{error.strerror or first_line(error)}")), 1)
+        return _fail(str(RunError(f"{where}{fault_of(error)}")), 1)
 
 
 def _fail(text: str, code: int) -> int:

@@ -9,6 +9,8 @@ from typing import Any, TextIO
 
 from fastbyol.errors import printable
 
+SECONDS_BETWEEN_LINES = 10  # of long work where there is no terminal to draw a bar on
+
 
 class Output:
     """A text stream that never raises: what it cannot write is dropped, and `lost` says why.

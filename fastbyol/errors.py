@@ -1,6 +1,7 @@
 """Errors that a user caused or has to act on: shown as one line, never as a traceback."""
 
 import re
+from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
@@ -53,6 +54,16 @@ _EXHAUSTED = re.compile(
 def exhausted(error: BaseException) -> bool:
     """Whether the machine has no more memory or threads; torch's CPU allocator and Python's threads say so in words alone."""
     return isinstance(error, MemoryError) or _EXHAUSTED.search(str(error)) is not None
+
+
+def fault_of(error: BaseException) -> str:
+    """Why something cannot be read or written, in one line: the system's own words where it has some."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def among(names: Sequence[str], most: int = 5) -> str:
+    """Names for a message: "a, b, c (+3 more)"."""
+    return ", ".join(names[:most]) + (f" (+{len(names) - most} more)" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:

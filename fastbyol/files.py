@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fastbyol.errors import InputError, first_line
+from fastbyol.errors import InputError, fault_of
 
 LOCK = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
@@ -44,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         os.replace(temporary, target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror or first_line(error), str(path)) from None
+        raise OSError(error.errno, fault_of(error), str(path)) from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -105,8 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         empty = isinstance(error, ValueError) and path.stat().st_size == 0
-        reason = "it is empty" if empty else getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"{path}: cannot be read: {reason}") from None
+        raise InputError(f"{path}: cannot be read: {'it is empty' if empty else fault_of(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no JSON object")
     return values
@@ -159,7 +158,7 @@ class FolderLock:
                 time.sleep(0.2)
         except OSError as error:
             raise InputError(
-                f"{self._folder}: cannot be written: {error.strerror or first_line(error)}; choose another --runs or --name"
+                f"{self._folder}: cannot be written: {fault_of(error)}; choose another --runs or --name"
             ) from None
         self._handle = handle
         return self

@@ -128,10 +128,11 @@ class LARS(torch.optim.Optimizer):
         self._make_lrs_tensors()
         own = [group["lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        written: dict[int, float] = {}  # groups may share a tensor
-        for group, lr in zip(self.param_groups, own, strict=True):
-            value = float(group["lr"])
-            group["lr"] = lr.fill_(value) if written.setdefault(id(lr), value) == value else torch.full_like(lr, value)
+        values = [float(group["lr"]) for group in self.param_groups]
+        for group, lr, value in zip(self.param_groups, own, values, strict=True):
+            # Groups that share a tensor and had different rates get tensors of their own.
+            rates = {v for tensor, v in zip(own, values, strict=True) if tensor is lr}
+            group["lr"] = lr.fill_(value) if len(rates) == 1 else torch.full_like(lr, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copy and pickle take along: all but the kernels' tables of addresses."""

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace
@@ -25,6 +24,7 @@ from fastbyol.settings import (
     leaves,
     nearest,
     parse,
+    parts,
     read_yaml,
     sections,
     shown,
@@ -359,16 +359,10 @@ def _list_options(group: Any, options: Sequence[Option], docs: Mapping[str, str]
         group.add_argument(option.name, help=text.replace("%", "%%"), **how)
 
 
-def _parts(kind: Any) -> list[Any]:
-    """The types of a union, without None."""
-    is_union = get_origin(kind) not in (None, Literal, list, tuple)
-    return [part for part in get_args(kind) if part is not NoneType] if is_union else [kind]
-
-
 def _metavar(option: Option) -> str:
     marks = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: "{true,false}"}
     texts = []
-    for part in _parts(option.field.type):
+    for part in parts(option.field.type):
         if get_origin(part) is Literal:
             choices = ",".join(get_args(part))
             texts.append(f"{{{choices}}}" if "," in choices else choices)
@@ -378,7 +372,7 @@ def _metavar(option: Option) -> str:
 
 
 def _type_note(kind: Any) -> str:
-    return " or ".join({int: "whole number", float: "number"}.get(part, "") for part in _parts(kind)).removesuffix(
+    return " or ".join({int: "whole number", float: "number"}.get(part, "") for part in parts(kind)).removesuffix(
         " or "
     )
 

@@ -31,13 +31,19 @@ def write_preview(config: Config, out: Path, say: Callable[[str], None]) -> str:
     Raises:
         InputError: no images, none readable, or `out` cannot be written.
     """
-    if out.is_file() and out.stat().st_size and not out.read_bytes().startswith(_PNG):
+    if out.is_file() and not _is_ours(out):
         raise InputError(f"--out {out}: exists and is no PNG file: it is not overwritten; name another file")
     folder = find_images(config.data, "train")
     for note in folder.notes:
         say(f"warning: {note}")
     write_output(out, draw_views(config, folder), f"--out {out}")
     return f"{out}: {IMAGES} images of {folder.root} and both views of each"
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a file may be replaced by a picture: it is empty or a PNG."""
+    with out.open("rb") as file:
+        return file.read(len(_PNG)) in (b"", _PNG)
 
 
 def draw_views(config: Config, folder: ImageSet) -> bytes:

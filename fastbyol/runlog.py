@@ -16,12 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fastbyol.console import Output
+from fastbyol.console import SECONDS_BETWEEN_LINES, Output
 from fastbyol.errors import FastbyolError, printable
 from fastbyol.files import write_file
 
 METRICS, LOG = "metrics.jsonl", "train.log"
-_LINE_EVERY_S = 10.0  # at most so long without a line where there is no terminal
 
 
 class RunLog:
@@ -64,9 +63,8 @@ class RunLog:
         self._mark = start, time.perf_counter(), 0.0  # step, clock and waiting time at the last training line
         self._paused_s, self._said = 0.0, time.monotonic()
         self._shown: dict[str, str] = {}
-        self._first: tuple[int, float] | None = (
-            None  # step and clock of the first step, until a training line knows better
-        )
+        # Step and clock of the first step, until a training line knows better.
+        self._first: tuple[int, float] | None = None
         self._progress = Progress(
             TextColumn("{task.fields[epoch]}"),
             BarColumn(bar_width=10),
@@ -202,7 +200,7 @@ class RunLog:
             }
         elif kind == "knn":
             self._shown["knn"] = f"{values['top1']:.1%}"
-        if not self.console.is_terminal and (kind == "knn" or time.monotonic() - self._said >= _LINE_EVERY_S):
+        if not self.console.is_terminal and (kind == "knn" or time.monotonic() - self._said >= SECONDS_BETWEEN_LINES):
             self._said = time.monotonic()
             self.say(f"{self._epoch_text(step)}  step {step}/{self._total_steps}  {_join(self._shown)}")
 

@@ -159,10 +159,16 @@ def _wanted(cls: type[Settings], section: str) -> str:
     return f"expected a section with settings such as {names(cls, section)[0]}"
 
 
+def parts(kind: Any) -> list[Any]:
+    """The types of a union, without None."""
+    is_union = get_origin(kind) in (Union, UnionType)
+    return [part for part in get_args(kind) if part is not NoneType] if is_union else [kind]
+
+
 def expected(kind: Any) -> str:
     """What a type accepts, in plain words."""
     if get_origin(kind) in (Union, UnionType):
-        return " or ".join(expected(part) for part in get_args(kind) if part is not NoneType)
+        return " or ".join(map(expected, parts(kind)))
     if get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
@@ -187,10 +193,7 @@ def check(kind: Any, value: Any, key: str) -> Any:
             return None
         raise BadSetting(key, f"{key}: has no value (blank); expected {expected(kind)}")
     wrong = f"expected {expected(kind)}"
-    options = (
-        [part for part in get_args(kind) if part is not NoneType] if get_origin(kind) in (Union, UnionType) else [kind]
-    )
-    for option in options:
+    for option in parts(kind):
         if get_origin(option) is Literal and isinstance(value, str):
             if value in get_args(option):
                 return value
@@ -229,8 +232,8 @@ def parse(kind: Any, word: Any) -> Any:
         return [parse(_item(kind), item) for item in word]
     if not isinstance(word, str):
         return word
-    options, text = get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind], word.strip()
-    if NoneType in options and text.lower() in _NULL:
+    options, text = parts(kind), word.strip()
+    if NoneType in get_args(kind) and text.lower() in _NULL:
         return None
     if int in options and _WHOLE.fullmatch(text):
         return int(text.replace("_", ""))
@@ -353,9 +356,8 @@ class _Reader:
 
     def __init__(self, path: str, cls: type[Settings]) -> None:
         self._path, self._names = path, names(cls)
-        self._entries: dict[
-            int, dict[str, tuple[yaml.Node, int]]
-        ] = {}  # of a mapping; aliases refer to one node many times
+        # By the id of a mapping's node: aliases refer to one node many times.
+        self._entries: dict[int, dict[str, tuple[yaml.Node, int]]] = {}
 
     def settings(self, node: yaml.MappingNode, cls: type[Settings], prefix: str = "") -> dict[str, tuple[Any, int]]:
         """Full name -> value, line."""

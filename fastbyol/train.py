@@ -20,7 +20,7 @@ from fastbyol.console import say
 from fastbyol.data import Batch, ImageSet, build_loader, choose_backend, find_images
 from fastbyol.data.workers import cpu_threads
 from fastbyol.distributed import ProcessGroup, StopTogether, World, world_from_environment
-from fastbyol.errors import HungLoader, InputError, RunError, exhausted, first_line
+from fastbyol.errors import HungLoader, InputError, RunError, exhausted, fault_of, first_line
 from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.evaluate.protocol import shortage
@@ -72,10 +72,10 @@ def train(config: Config) -> RunResult:
                 last.enter_context(FolderLock(folder, wait_s=_LOCK_WAIT_S if world.restarts else 0, warn=notes.append))
         with world.together():
             found = _find_checkpoint(config, world, notes.append)
-        if found is not None and _is_finished(folder, found, config):
+            finished = None if found is None else _finished_step(folder, found, config)
+        if (done := world.gather(finished)[0]) is not None:  # as the first rank sees it: all leave, or none
             if world.first:
                 say(_already_finished(found, config))
-            done = found[1]["step"]
             return RunResult(folder, done, done, world.first, None, finished_before=True)
         run = _Run(config, world, device, found, notes)
         stop = last.enter_context(_StopSignals())
@@ -131,27 +131,30 @@ def _find_checkpoint(config: Config, world: World, warn: Callable[[str], None]) 
     return found
 
 
-def _total_steps(config: Config, state: dict[str, Any]) -> int:
+def _total_steps(config: Config, found: Found) -> int:
     """Of a run that goes on from a checkpoint with this config."""
-    size = config.data.batch_size if config.data.batch_size != "auto" else state["config"]["data"]["batch_size"]
-    return config.optim.epochs * (state["images"] // size)
+    data = config.data if config.data.batch_size != "auto" else checkpoint.config_of(*found).data
+    return config.optim.epochs * (found[1]["images"] // data.batch_size)
 
 
-def _is_finished(folder: Path, found: Found, config: Config) -> bool:
-    """Whether a checkpoint has done all steps that the config asks for.
+def _finished_step(folder: Path, found: Found, config: Config) -> int | None:
+    """The steps of a checkpoint that has done all that the config asks for; None where something is left to do.
 
     A run that was killed between its own last checkpoint and its summary is still to be closed.
+
+    Raises:
+        InputError: as checkpoint.config_of.
     """
     path, state = found
-    total = _total_steps(config, state)
+    step, total = state["step"], _total_steps(config, found)
     own = path.resolve().parent == (folder / CHECKPOINTS).resolve()
-    closed = read_json_or(folder / SUMMARY, lambda text: None).get("steps") == state["step"]
-    return state["step"] > total or (state["step"] == total and (closed or not own))
+    closed = read_json_or(folder / SUMMARY, lambda text: None).get("steps") == step
+    return step if step > total or (step == total and (closed or not own)) else None
 
 
 def _already_finished(found: Found, config: Config) -> str:
     path, state = found
-    steps_per_epoch = max(_total_steps(config, state) // config.optim.epochs, 1)
+    steps_per_epoch = max(_total_steps(config, found) // config.optim.epochs, 1)
     return (
         f"already finished: checkpoint {path} is of epoch {state['step'] // steps_per_epoch}, optim.epochs={config.optim.epochs}; nothing "
         "was done. A larger optim.epochs goes on from there, with the schedules of the larger number"
@@ -194,8 +197,6 @@ class _Run:
             )
             self.probe = self._build_probe()
             self.start = 0 if found is None else self._load(*found)
-            if found is not None:
-                self._say_new_schedule(found[1])
             if world.first:
                 self._prepare_folder()
         if len(set(world.gather(self.start))) > 1:
@@ -273,7 +274,7 @@ class _Run:
             ) from None
         except OSError as error:
             where = error.filename or self.folder
-            raise RunError(f"{where}: {error.strerror or first_line(error)}; {self._last_good()}") from None
+            raise RunError(f"{where}: {fault_of(error)}; {self._last_good()}") from None
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RunError(
                 f"step.mode={self.step.mode}: the model does not compile here ({first_line(error)}); "
@@ -450,6 +451,7 @@ class _Run:
                 self._news.append(f"checkpoint {path} has no online classifier: it starts anew")
             self.knn = {key: float(state["knn"][key]) for key in ("last", "best")}
             _set_rng_state(state["rng"])
+            self._say_new_schedule(checkpoint.config_of(path, state).optim, state["step"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"checkpoint {path} does not fit this model: {first_line(error)}") from None
         return state["step"]
@@ -458,7 +460,7 @@ class _Run:
         """What must be equal for the run to go on as if it had not been cut is equal; other changes are named."""
         # A default is compared by the number that it means.
         ours = _flat(self.config.to_dict()) | {"optim.warmup_epochs": self.config.optim.warmup}
-        theirs = _flat(state["config"]) | {"optim.warmup_epochs": Config.from_dict(state["config"]).optim.warmup}
+        theirs = _flat(state["config"]) | {"optim.warmup_epochs": checkpoint.config_of(path, state).optim.warmup}
         changed = [key for key in ours if key in theirs and ours[key] != theirs[key]]
         for key in changed:
             if key.startswith("model.") or key in ("optim.name", "data.batch_size", "data.image_size_px"):
@@ -492,17 +494,17 @@ class _Run:
         if named:
             self._notes.append(f"resumed with other settings than the run began with: {', '.join(named)}")
 
-    def _say_new_schedule(self, state: dict[str, Any]) -> None:
+    def _say_new_schedule(self, before: OptimConfig, step: int) -> None:
         """What a changed number of epochs does to the learning rate and tau of the step that comes next."""
-        before, now = OptimConfig(**state["config"]["optim"]), self.config.optim
+        now = self.config.optim
         if (before.epochs, before.warmup) == (now.epochs, now.warmup):
             return
         steps_per_epoch = self.step.total_steps // now.epochs
         old, new = Schedule(before, self.config.data.batch_size, steps_per_epoch), self.step.schedule
         self._news.append(
-            f"optim.epochs {before.epochs} -> {now.epochs}: the schedules span {now.epochs} epochs, so at step {self.start} the "
-            f"learning rate is {new.lr(self.start):.4g} instead of {old.lr(self.start):.4g}, tau {new.tau(self.start):.4g} instead of "
-            f"{old.tau(self.start):.4g}"
+            f"optim.epochs {before.epochs} -> {now.epochs}: the schedules span {now.epochs} epochs, so at step {step} the "
+            f"learning rate is {new.lr(step):.4g} instead of {old.lr(step):.4g}, tau {new.tau(step):.4g} instead of "
+            f"{old.tau(step):.4g}"
         )
 
     def _prepare_folder(self) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from fastbyol import __version__, checkpoint
 from fastbyol.config import ModelConfig
-from fastbyol.errors import InputError, first_line
+from fastbyol.errors import InputError, fault_of, first_line
 from fastbyol.files import replacing
 from fastbyol.model import build_backbone
 
@@ -231,8 +231,7 @@ def new_file(path: Path, key: str) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"{key} {path}: cannot be written: {reason}") from None
+        raise InputError(f"{key} {path}: cannot be written: {fault_of(error)}") from None
 
 
 def write_safetensors(path: Path, tensors: Tensors, config: ModelConfig, image_size: int) -> None:
@@ -398,7 +397,7 @@ def _read_torch(path: Path, where: str) -> Any:
     except OSError as error:
         if error.errno == errno.EINVAL:  # an archive that was cut points before its own beginning
             raise InputError(damaged) from None
-        raise InputError(f"{where}: cannot be read: {error.strerror or first_line(error)}") from None
+        raise InputError(f"{where}: cannot be read: {fault_of(error)}") from None
     except _UNREADABLE:
         raise InputError(damaged) from None
 
@@ -415,7 +414,7 @@ def _read_safetensors(path: Path, where: str) -> _Found:
     except SafetensorError as error:
         raise InputError(f"{where}: damaged or not a {SUFFIX} file: {first_line(error)}") from None
     except OSError as error:
-        raise InputError(f"{where}: cannot be read: {error.strerror or first_line(error)}") from None
+        raise InputError(f"{where}: cannot be read: {fault_of(error)}") from None
     if "fastbyol_format" not in facts:
         return _Found(tensors, str(path))
     if facts["fastbyol_format"] != str(FORMAT):
@@ -482,9 +481,8 @@ def _fit(found: _Found, backbone: nn.Module, where: str) -> tuple[int, list[str]
     if fault is not None:
         raise InputError(f"{where}: does not fit the backbone: {fault}; {_remedy(found)}")
     for name, tensor in tensors.items():
-        if (
-            not tensor.to(own[name].dtype).isfinite().all()
-        ):  # 64-bit numbers may be too large, 8-bit ones cannot be asked
+        # In the backbone's type: 64-bit numbers may be too large for it, 8-bit ones cannot be asked.
+        if not tensor.to(own[name].dtype).isfinite().all():
             raise InputError(f"{where}: {name} holds values that are not finite")
     count = len(tensors)
     backbone.load_state_dict(tensors | {name: torch.zeros_like(own[name]) for name in counters})

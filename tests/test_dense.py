@@ -462,7 +462,7 @@ def test_mean_iou_by_hand(folder):
     rewrite_masks(folder, "val", lambda mask: np.kron(truth, np.ones((16, 16), np.uint8)))
     frame, lines = heard()
     data = open_voc(segmentation(folder), None, frame)
-    assert lines[-1].startswith("warning: val has no pixel of 2, 3, 4, 5, 6 and 1 more (6 of 8): these count in")
+    assert lines[-1].startswith("warning: val has no pixel of 2, 3, 4, 5, 6 (+1 more) (6 of 8): these count in")
 
     class Answer(nn.Module):
         def forward(self, x):

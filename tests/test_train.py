@@ -508,3 +508,30 @@ def test_another_packed_data_set_of_equal_size_is_refused(make_config, tmp_path)
     longer = SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}}
     with pytest.raises(InputError, match="made on other images .*every class has other files"):
         train(make_config(resume="auto", data={"root": str(tmp_path / "two-packed"), **options}, **longer))
+
+
+def altered(folder, change):
+    """The newest checkpoint of a run, written again with other content."""
+    path = checkpoint.listed(folder / "checkpoints")[-1]
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["config"]["optim"].update(nesterov=True), "cannot be used: optim.nesterov: unknown key"),
+        (lambda state: state.update(files=5), "does not say what images it was made on"),
+        (
+            lambda state: state["config"]["optim"].update(epochs="many"),
+            "cannot be used: optim.epochs='many': expected a whole number",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_say_what_it_is_of_is_one_line(make_config, change, message):
+    folder = train(make_config(**SHORT)).folder
+    altered(folder, change)
+    longer = SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}}
+    with pytest.raises(InputError, match=message):
+        train(make_config(resume="auto", **longer))

@@ -31,7 +31,7 @@ from PIL import Image
 from fastbyol.data.decode import BadImage, decode, is_whole_jpeg, jpeg_size, without_metadata
 from fastbyol.data.images import UNLABELLED, ImageSet, number_classes
 from fastbyol.data.workers import in_order
-from fastbyol.errors import InputError, first_line
+from fastbyol.errors import InputError, fault_of
 from fastbyol.files import replacing
 
 VERSION = 2
@@ -129,7 +129,7 @@ def open_beton(path: Path) -> BetonFile:
     except BaseException as error:
         file.close()
         if isinstance(error, OSError):
-            raise BadBeton(f"{path}: {error.strerror or first_line(error)}") from None
+            raise BadBeton(f"{path}: {fault_of(error)}") from None
         raise
 
 
@@ -317,7 +317,7 @@ def pack(
         try:
             return _encode(images.read(index), mode, max_side, quality)
         except OSError as error:
-            return error.strerror or first_line(error)
+            return fault_of(error)
         except BadImage as error:
             return str(error)
 
@@ -339,7 +339,7 @@ def pack(
                 raise InputError(f"{images.root}: none of the {len(images)} images can be read")
             size = writer.finish()
     except OSError as error:
-        raise InputError(f"{out}: {error.strerror or first_line(error)}; nothing was kept") from None
+        raise InputError(f"{out}: {fault_of(error)}; nothing was kept") from None
     left_out = f"; {len(skipped)} left out, the first: {skipped[0]}" if skipped else ""
     modes = f"{writer.count - writer.raw} JPEG, {writer.raw} raw"
     return f"{out}: {writer.count} images ({modes}), {size / 1e6:.1f} MB{left_out}"

@@ -215,9 +215,7 @@ def segments(data: bytes) -> tuple[list[int], list[tuple[int, int]]]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Within, nothing that this thread does warns."""
-    if not any(
-        entry is _NO_WARNINGS for entry in warnings.filters[:1]
-    ):  # unless somebody has put filters in front of it
+    if warnings.filters[:1] != [_NO_WARNINGS]:  # not there yet, or behind somebody's later filters
         warnings.filters.insert(0, _NO_WARNINGS)
     before, _this_thread.decoding = _this_thread.decoding, True
     try:

@@ -138,9 +138,8 @@ class _TwoViews(SimpleRGBImageDecoder):
         memory = (
             AllocationQuery(shape, self._dtype),
             AllocationQuery((VIEWS, augment.COLUMNS), np.dtype(np.float32)),  # parameters, filled in by _Epoch
-            AllocationQuery(
-                (1,), np.dtype(np.int32)
-            ),  # 0 where the image is upright and libjpeg-turbo had nothing to say
+            # 0 where the image is upright and libjpeg-turbo had nothing to say.
+            AllocationQuery((1,), np.dtype(np.int32)),
         )
         return replace(previous_state, jit_mode=True, shape=shape, dtype=self._dtype), memory
 

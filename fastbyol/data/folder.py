@@ -10,7 +10,7 @@ import re
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fastbyol.data.decode import EXTENSIONS
 from fastbyol.data.images import UNLABELLED, ImageSet, number_classes
-from fastbyol.errors import InputError, printable
+from fastbyol.errors import InputError, among, printable
 from fastbyol.files import replacing
 
 CACHE_FROM_IMAGES = 20_000  # a smaller folder is listed in less than 0.1 s
@@ -77,8 +77,8 @@ class ImageFolder(ImageSet):
 def index_folder(base: Path, *, key: str = "data.root") -> ImageFolder:
     """Lists a split's images by class and path, in folders below a class too; no file is opened.
 
-    Links to folders are followed, but no folder is listed twice for a class. Hidden files and folders are passed over; what
-    else is left out is said in the set's notes.
+    Links to folders are followed, but no folder is listed twice for a class. Hidden files and folders are passed over. What is
+    left out is said in the set's notes.
 
     Args:
         base: the split's folder.
@@ -166,11 +166,11 @@ def _list(base: Path, key: str) -> tuple[ImageFolder, dict[str, int]]:
     empty = [name for name, images in inside.items() if not images]
     if top and names:
         raise InputError(
-            f"{key}: {base} mixes images ({_some(sorted(top))}) and class folders ({_some(names)}): move the images into a "
+            f"{key}: {base} mixes images ({among(sorted(top))}) and class folders ({among(names)}): move the images into a "
             "class folder, or the folders elsewhere"
         )
     if names and all(map(is_split_name, names)):
-        raise InputError(f"{key}: {base} holds splits ({_some(names)}), not classes: name one of them")
+        raise InputError(f"{key}: {base} holds splits ({among(names)}), not classes: name one of them")
     paths = sorted(top)
     for images in inside.values():
         paths += images
@@ -183,10 +183,10 @@ def _list(base: Path, key: str) -> tuple[ImageFolder, dict[str, int]]:
     if listing.left_out:
         remarks.append(f"left out: {_counted(listing.left_out)}")
     if empty:
-        remarks.append(f"folders without an image: {_some(empty)}")
+        remarks.append(f"folders without an image: {among(empty)}")
     if len(classes) < len(names):
         several = [name for name, number in zip(names, numbers, strict=True) if (numbers == number).sum() > 1]
-        remarks.append(f"folders whose names differ in Unicode's normal form only are one class: {_some(several)}")
+        remarks.append(f"folders whose names differ in Unicode's normal form only are one class: {among(several)}")
     notes = (printable(f"{base}: {'; '.join(remarks)}"),) if remarks else ()
     return ImageFolder(base, paths, labels, classes, notes), listing.folders
 
@@ -217,11 +217,6 @@ def _counted(left_out: Counter[str], most: int = 5) -> str:
     ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     others = sum(count for _, count in ranked[most:])
     return ", ".join(f"{count} {kind}" for kind, count in ranked[:most]) + (f", {others} others" if others else "")
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    """As "a, b, c (+3 more)"."""
-    return ", ".join(names[:most]) + (f" (+{len(names) - most} more)" if len(names) > most else "")
 
 
 def _cache_file(base: Path) -> Path | None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastbyol.data.decode import BadImage
 from fastbyol.data.images import ImageSet
-from fastbyol.errors import RunError, first_line
+from fastbyol.errors import RunError, fault_of
 from fastbyol.views import Recipe, Sampler, epoch_order
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ class Sequenced:
             content = data if k == 0 else self.fetch(candidate)
             try:
                 if isinstance(content, OSError):
-                    raise BadImage(content.strerror or first_line(content))
+                    raise BadImage(fault_of(content))
                 return candidate, use(content)
             except BadImage as error:
                 self._count_bad(candidate, str(error))

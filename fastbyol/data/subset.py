@@ -140,10 +140,8 @@ class _Places:
         base = os.path.normpath(images.root.absolute())
         starts = (base, os.path.realpath(base), os.path.relpath(base, root or base))
         self._resolved = functools.cache(_resolved)
-        self._folders = (
-            "",
-            str(beside.absolute()),
-        )  # what relative names may begin at: the working directory, the list's folder
+        # What relative names may begin at: the working directory, the list's folder.
+        self._folders = ("", str(beside.absolute()))
         self._starts = ["", *(f"{composed(start)}/" for start in starts)]
 
     def of(self, line: str) -> int | None:

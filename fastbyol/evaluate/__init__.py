@@ -141,7 +141,7 @@ def _is_result(values: dict[str, Any]) -> bool:
 
 
 def is_metric(value: object) -> bool:
-    """Whether a row's value is a number to be shown."""
+    """Whether a row's value is a number to be shown; compared, since a file may hold integers that no float holds."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
@@ -166,8 +166,8 @@ def load_run(run_or_file: Path, say: Callable[[str], None]) -> tuple[Path, Confi
         InputError: missing, damaged, or of a config or model that this version does not know.
     """
     path, state = checkpoint.resolve(run_or_file, lambda text: say(f"warning: {text}"))
+    config = checkpoint.config_of(path, state)
     try:
-        config = Config.from_dict(state["config"])
         model = build_model(config.model, config.data.image_size_px, config.seed)
         model.load_state_dict(state["model"])
     except (ValueError, TypeError, RuntimeError) as error:

@@ -24,8 +24,8 @@ from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.folder import ImageFolder
 from fastbyol.data.images import UNLABELLED
 from fastbyol.data.workers import in_order
-from fastbyol.errors import InputError, RunError, first_line, printable
-from fastbyol.evaluate.protocol import Frame, among
+from fastbyol.errors import InputError, RunError, among, fault_of, first_line, printable
+from fastbyol.evaluate.protocol import Frame
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 
 T = TypeVar("T")
@@ -132,7 +132,7 @@ def read_pixels(file: Path) -> NDArray[np.uint8]:
     try:
         return decode(file.read_bytes())
     except (OSError, ValueError, BadImage) as error:  # ValueError: a name that no file can have
-        raise RunError(f"{file}: {reason(error)}; mend it or take it out of the lists") from None
+        raise RunError(f"{file}: {fault_of(error)}; mend it or take it out of the lists") from None
 
 
 def checked_size(file: Path) -> tuple[int, int]:
@@ -146,11 +146,6 @@ def checked_size(file: Path) -> tuple[int, int]:
     except RunError as error:
         raise InputError(str(error)) from None
     return height, width
-
-
-def reason(error: Exception) -> str:
-    """Why a file cannot be read or decoded, in one line that does not name it."""
-    return getattr(error, "strerror", None) or first_line(error)
 
 
 def spellings(name: str) -> list[str]:

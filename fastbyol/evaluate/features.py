@@ -15,7 +15,7 @@ from fastbyol.config import Config, EvalConfig
 from fastbyol.data import find_images
 from fastbyol.data.images import ImageSet
 from fastbyol.data.native import centre_crops, random_crops
-from fastbyol.errors import InputError
+from fastbyol.errors import InputError, among
 from fastbyol.evaluate.protocol import Frame
 from fastbyol.layers import one_view
 from fastbyol.precision import autocast
@@ -268,7 +268,7 @@ def check_splits(train: ImageSet, val: ImageSet) -> None:
         raise InputError(f"{train.root} and {val.root} have different classes: {'; '.join(differences) or order}")
 
 
-def _lacking(a: ImageSet, b: ImageSet, most: int = 5) -> str:
+def _lacking(a: ImageSet, b: ImageSet) -> str:
     """Which classes of `a` are none of `b`'s; empty where there are none."""
     known = set(b.classes)
     names = [name for name in a.classes if name not in known]
@@ -276,10 +276,9 @@ def _lacking(a: ImageSet, b: ImageSet, most: int = 5) -> str:
         return ""
     if not b.classes:
         return f"{len(names)} of {len(a.classes)} in {a.root} are not in {b.root}, which has no classes"
-    more = f" (+{len(names) - most} more)" if len(names) > most else ""
     empty = [name for name in names if os.path.lexists(b.root / name)]
     why = f", where the folder {empty[0]} holds no image" if empty else ""
-    return f"{len(names)} of {len(a.classes)} in {a.root} are not in {b.root}: {', '.join(names[:most])}{more}{why}"
+    return f"{len(names)} of {len(a.classes)} in {a.root} are not in {b.root}: {among(names)}{why}"
 
 
 def raw_pixels(images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What every protocol of evaluation is and gets."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,14 +12,14 @@ from rich.progress import Progress
 from torch import nn
 
 from fastbyol.config import Config
+from fastbyol.console import SECONDS_BETWEEN_LINES
 from fastbyol.data.images import UNLABELLED, ImageSet
-from fastbyol.errors import printable
+from fastbyol.errors import among, printable
 
 T = TypeVar("T")
 Track = Callable[[Iterable[int], int], Iterable[int]]  # (numbers, how many) -> the numbers, beside a progress bar
 Row = dict[str, Any]  # metric -> value; accuracies, mIoU and mAP lie in [0, 1]
 
-SECONDS_BETWEEN_LINES = 10
 LARGEST_SHARE_LOST = 0.01  # of a split: an accuracy may be off by as much
 clock = time.monotonic
 
@@ -89,12 +89,6 @@ def shortage(images: ImageSet, bad: Iterable[int]) -> str | None:
     return printable(
         f"{len(lost)} of {len(images)} images of {images.root} cannot be read: results are of the other {len(left)}{classes}"
     )
-
-
-def among(names: Sequence[str], limit: int = 5) -> str:
-    """Names for a message: the first few, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _duration(seconds: float) -> str:

@@ -37,7 +37,7 @@ from fastbyol.config import Config, SegmentationEval
 from fastbyol.data.decode import EXTENSIONS, BadImage, as_stored
 from fastbyol.data.shapes import LABELS_FILE, VOID
 from fastbyol.data.workers import in_order
-from fastbyol.errors import InputError
+from fastbyol.errors import InputError, fault_of
 from fastbyol.evaluate import dense
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
 from fastbyol.kernels.augment import IMAGENET_MEAN
@@ -141,7 +141,7 @@ def read_mask(file: Path) -> NDArray[np.uint8]:
     try:
         image = as_stored(file.read_bytes())
     except (OSError, ValueError, BadImage) as error:  # ValueError: a name that no file can have
-        raise InputError(f"{file}: {dense.reason(error)}") from None
+        raise InputError(f"{file}: {fault_of(error)}") from None
     if image.mode not in ("P", "L", "1"):
         raise InputError(f"{file}: its pixels are {image.mode}, not class ids in a palette or gray image")
     return np.array(image, dtype=np.uint8)
