@@ -135,7 +135,7 @@ def config_of(corpus: str, root: Path, seed: int) -> Config:
 def supervised_weights(corpus: str, root: Path, out: Path, seed: int, epochs: int) -> None:
     """A network of the corpus's config trained on its labels from random weights, as a file for --init."""
     config = config_of(corpus, root, seed)
-    options = KnnEval(run="", device="cpu")
+    options = KnnEval(run="x", device="cpu")
     frame, splits = frame_of(config, options, print), open_splits(options, config)
     backbone = _backbone(config)
     torch.manual_seed(seed)
@@ -150,7 +150,7 @@ def evaluate_weights(corpus: str, root: Path, weights: Path, seed: int) -> dict[
     load_backbone(str(weights), backbone, config.model.backbone)
     row = {"command": "the weights that the row below starts from, not trained further", "seconds": "0"}
     for protocol, kind in (("knn", KnnEval), ("linear", LinearEval)):
-        options = kind(run="", device="cpu")
+        options = kind(run="x", device="cpu")
         data, frame = open_splits(options, config), frame_of(config, options, print)
         found = PROTOCOLS[protocol].measure(backbone, data, options, frame)
         row[f"{protocol}_top1"] = f"{found['top1']:.4f}"

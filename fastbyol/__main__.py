@@ -15,9 +15,7 @@ def _say_which_checkout() -> None:
     if installed is not None and installed.origin is not None and os.environ.get("RANK", "0") == "0":
         there = Path(installed.origin).resolve().parent
         if there != here:
-            print(
-                f"fastbyol: note: this runs {here}, of the current folder, not the installed {there}", file=sys.stderr
-            )
+            print(f"fastbyol: note: this runs {here}, not the installed {there}", file=sys.stderr)
 
 
 if __name__ == "__main__":

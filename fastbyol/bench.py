@@ -22,7 +22,7 @@ from fastbyol import environment
 from fastbyol.config import Config
 from fastbyol.data import choose_backend, native
 from fastbyol.errors import InputError
-from fastbyol.files import write_json
+from fastbyol.files import check_output, write_json
 from fastbyol.model import build_backbone
 from fastbyol.precision import autocast
 from fastbyol.profiling import Loop, Training, loader_threads, opened
@@ -55,8 +55,8 @@ def bench(config: Config, *, rounds: int, steps: int, out: Path | None, say: Cal
             raise InputError(f"--{name} {value}: must be at least 1")
 
     def check() -> None:
-        if out is not None and not out.absolute().parent.is_dir():
-            raise InputError(f"--out {out}: there is no folder {out.parent}")
+        if out is not None:
+            check_output(out, f"--out {out}")
 
     with opened(config, check, say) as training:
         measured = _measure(training, rounds, steps)

@@ -30,7 +30,7 @@ from fastbyol.errors import (
     first_line,
     printable,
 )
-from fastbyol.options import HELP, Call, Command, Group, HelpAsked, Options, read
+from fastbyol.options import HELP, VERSION, Call, Command, Group, HelpAsked, Options, read
 from fastbyol.settings import require, shown
 
 _LOWER = "lower data.batch_size, data.image_size_px, data.threads, the model's width or what else is set high"
@@ -205,27 +205,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if output.lost is None or output.reader_left:
             return code
         print(f"fastbyol: warning: standard output cannot be written: {output.lost}", file=sys.stderr)
-        printed_only = (
-            not given or given[0] in ("doctor", "plan", "bench") or not {*HELP, "--version"}.isdisjoint(given)
-        )
+        printed_only = not given or given[0] in ("doctor", "plan", "bench") or not {*HELP, *VERSION}.isdisjoint(given)
         return max(code, 1) if printed_only else code
 
 
 def _run(given: Sequence[str]) -> int:
     if caches.fault is not None:
         return _fail(caches.fault, 1)
+    threads = os.environ.get("NUMBA_NUM_THREADS", "1")
+    if not threads.strip().isdecimal() or int(threads) == 0:  # numba raises where it is imported, or prints a traceback
+        return _fail(f"NUMBA_NUM_THREADS={shown(threads)} in the environment: expected a whole number of at least 1", 2)
     try:
         os.getcwd()  # noqa: PTH109 - Path.cwd() is the same
     except FileNotFoundError:  # torch's libraries end the process where there is none
         return _fail("the working directory is gone: cd to one that exists", 2)
     try:
-        if list(given) == ["--version"]:
+        if len(given) == 1 and given[0] in VERSION:
             print(f"fastbyol {__version__}")
             return 0
-        call = read(given, COMMANDS)
+        try:
+            call = read(given, COMMANDS)
+        except InputError:
+            if not _speaks():
+                raise StoppedByAnother from None
+            raise
+        if "WORLD_SIZE" in os.environ and not call.command.takes_ranks:
+            _refuse_ranks(call)
         return call.command.work(call)
     except HelpAsked as page:
-        print(page)
+        if _speaks():
+            print(page)
         return 0
     except StoppedByAnother as error:
         return error.exit_code
@@ -240,6 +249,24 @@ def _run(given: Sequence[str]) -> int:
     except OSError as error:
         where = f"{shown(error.filename)}: " if error.filename is not None else ""
         return _fail(str(RunError(f"{where}{fault_of(error)}")), 1)
+
+
+def _speaks() -> bool:
+    """Whether this is the process of its machine that says what all of them find in their words: torchrun gives all the same."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _refuse_ranks(call: Call) -> None:
+    """Ends a command that torchrun has started in several processes, which would write the same files."""
+    from fastbyol.distributed import world_from_environment
+
+    world = world_from_environment()
+    if world.size > 1:
+        if not world.first:
+            raise StoppedByAnother
+        raise InputError(
+            f"{call.name} runs in one process, torchrun has started {world.size}: start it without torchrun"
+        )
 
 
 def _fail(text: str, code: int) -> int:
@@ -277,7 +304,7 @@ def _eval(call: Call) -> int:
     evaluate(call.name, call.options, say)
     try:
         refresh_report(Path(call.options.run), say)
-    except InputError as error:  # the run's folder may not be ours; the result is written
+    except FastbyolError as error:  # the run's folder may not be ours; the result is written
         say(f"warning: {error}")
     return 0
 
@@ -363,7 +390,7 @@ def _doctor(call: Call) -> int:
 COMMANDS = Group(
     "BYOL pre-training of vision backbones, as fast as the hardware allows.",
     {
-        "train": Command(_train, text="Pre-train a backbone.", takes_config=True),
+        "train": Command(_train, text="Pre-train a backbone.", takes_config=True, takes_ranks=True),
         "eval": Group(
             "Evaluate the features of a checkpoint.",
             {name: Command(_eval, options) for name, options in EVALUATIONS.items()},
@@ -378,8 +405,8 @@ COMMANDS = Group(
         ),
         "pack": Command(_pack, PackOptions),
         "preview": Command(_preview, PreviewOptions, takes_config=True),
-        "profile": Command(_profile, ProfileOptions, takes_config=True),
-        "bench": Command(_bench, BenchOptions, takes_config=True),
+        "profile": Command(_profile, ProfileOptions, takes_config=True, takes_ranks=True),
+        "bench": Command(_bench, BenchOptions, takes_config=True, takes_ranks=True),
         "plan": Command(_plan, PlanOptions, takes_config=True),
         "report": Command(_report, ReportOptions),
         "export": Command(_export, ExportOptions),

@@ -1,6 +1,6 @@
 """The configuration: typed, documented, checked dataclasses.
 
-cli.py turns them into the command line, `--help` and YAML, so a field's docstring is its help text. Units are part
+options.py turns them into the command line, `--help` and YAML, so a field's docstring is its help text. Units are part
 of a field's name. settings.py checks types; `__post_init__` refuses impossible values with a ValueError that names the
 key; what depends on the data set (is a batch larger than it?) is checked where the data is known.
 """
@@ -591,7 +591,7 @@ class DenseEval(EvalConfig):
     epochs: int
     """Passes over the training images."""
     batch_size: int
-    """Images per step."""
+    """Images per step; at most the number of training images."""
     lr: float
     """Peak learning rate of SGD with momentum 0.9."""
     seed: int = 0
@@ -623,7 +623,7 @@ class SegmentationEval(DenseEval):
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 16
-    """Images per step."""
+    """Images per step; at most the number of training images."""
     lr: float = 0.1
     """Peak learning rate of SGD with momentum 0.9."""
 
@@ -636,7 +636,7 @@ class DetectionEval(DenseEval):
     epochs: int = 12
     """Passes over the training images."""
     batch_size: int = 8
-    """Images per step."""
+    """Images per step; at most the number of training images."""
     lr: float = 0.02
     """Peak learning rate of SGD with momentum 0.9."""
     trainable_stages: int = 0

@@ -40,11 +40,19 @@ def warn_if_shared(threads: int, warn: Callable[[str], None]) -> None:
     mine = available()
     left = len(os.sched_getaffinity(0)) - others
     fit = min(mine, max(1, round(left)))
-    if seconds < _SHORTEST_S or left > mine - _FREE or max(torch.get_num_threads(), threads) <= fit:
+    settings = [
+        text
+        for text, now in (
+            (f"OMP_NUM_THREADS={fit} in the environment", torch.get_num_threads()),
+            (f"--data.threads {fit}", threads),
+        )
+        if now > fit
+    ]
+    if seconds < _SHORTEST_S or left > mine - _FREE or not settings:
         return
     warn(
         f"other processes keep {others:.1f} of {len(os.sched_getaffinity(0))} CPU cores busy: training may be several times slower; "
-        f"OMP_NUM_THREADS={fit} in the environment and --data.threads {fit} fit what is left"
+        f"{' and '.join(settings)} {'fit' if len(settings) > 1 else 'fits'} what is left"
     )
 
 

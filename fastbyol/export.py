@@ -24,7 +24,7 @@ from fastbyol.config import Config, ModelConfig
 from fastbyol.errors import InputError, RunError, first_line, printable
 from fastbyol.evaluate import is_metric, load_run, read_results
 from fastbyol.evaluate.features import CENTRE_FRACTION
-from fastbyol.files import read_json_or
+from fastbyol.files import check_output, read_json_or
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.model import build_backbone
 from fastbyol.train import ENVIRONMENT
@@ -119,6 +119,8 @@ def export(run: Path, form: str, out: Path | None, say: Callable[[str], None]) -
     suffixes = FORMATS[form].suffixes
     if out is not None and out.suffix not in suffixes:
         raise InputError(f"--out {out}: for --format {form} the name must end in {' or '.join(suffixes)}")
+    if out is not None:
+        check_output(out, f"--out {out}")
     checkpoint, config, model = load_run(run, say)
     backbone, features = build_backbone(config.model, config.data.image_size_px)
     backbone.load_state_dict(model.online.backbone.state_dict())

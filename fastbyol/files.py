@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fastbyol.errors import InputError, fault_of
+from fastbyol.errors import InputError, RunError, fault_of
 
 LOCK = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
@@ -61,16 +61,44 @@ def write_file(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(data)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, where they are missing.
+
+    Raises:
+        OSError: it cannot be made; its text names the file that stands in its way.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next((p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir()), path)
+        raise NotADirectoryError(errno.ENOTDIR, f"{file} is no folder", str(path)) from None
+
+
+def check_output(path: Path, key: str) -> None:
+    """Refuses, before any work is done, a path at which no file can be written.
+
+    Raises:
+        InputError: it is a folder, or its folder is missing or cannot be written.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise InputError(f"{key}: is a folder: name a file")
+    if not folder.is_dir():
+        raise InputError(f"{key}: cannot be written: there is no folder {path.parent}")
+    if not os.access(path if path.exists() and not path.is_file() else folder, os.W_OK):
+        raise InputError(f"{key}: cannot be written: {os.strerror(errno.EACCES)}")
+
+
 def write_output(path: Path, content: bytes | str, key: str) -> None:
     """As `write_file`, for what the option `key` names.
 
     Raises:
-        InputError: it cannot be written.
+        RunError: it cannot be written.
     """
     try:
         write_file(path, content)
     except OSError as error:
-        raise InputError(f"{key}: cannot be written: {error.strerror}") from None
+        raise RunError(f"{key}: cannot be written: {error.strerror}") from None
 
 
 def json_text(values: dict[str, Any]) -> str:
@@ -103,9 +131,13 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is no file")
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        empty = isinstance(error, ValueError) and path.stat().st_size == 0
-        raise InputError(f"{path}: cannot be read: {'it is empty' if empty else fault_of(error)}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        line = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(
+            f"{path}: {'is empty' if path.stat().st_size == 0 else f'is damaged: not valid JSON{line}'}"
+        ) from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no JSON object")
     return values
@@ -147,7 +179,7 @@ class FolderLock:
                 raise InputError(
                     f"{self._folder} is a link to a folder that does not exist: make that, or remove the link"
                 )
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             limit = time.monotonic() + self._wait_s
             while (handle := self._try()) is None:
                 if time.monotonic() >= limit:

@@ -1,7 +1,6 @@
 """Words of a command line -> settings, and the help pages.
 
-jsonargparse parses. Every word is compared with the command's own options before, and values are read by settings.py, so that what a user is told
-about a wrong one is said in one voice, and is the same for the command line and for YAML files.
+Values are read by settings.py, so that what a user is told about a wrong one is the same for the command line and for YAML files.
 """
 
 import argparse
@@ -10,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
-
-from jsonargparse import ArgumentParser, Namespace
 
 from fastbyol.config import Config
 from fastbyol.errors import InputError
@@ -32,7 +29,9 @@ from fastbyol.settings import (
 )
 
 HELP = ("-h", "--help", "--help-all")
+VERSION = ("-V", "--version")
 _CONFIG = "--config"
+_REQUIRED = "required"
 _SHORT = {"--batch-size": "--data.batch_size"}
 _COMMON = (  # what --help shows of a config's settings
     *(
@@ -66,6 +65,7 @@ _OF_TRAINING = (
     "probe.enabled",
 )  # other commands' --help goes without
 _HELP_WIDTH = 118
+_DASHES = "-\N{HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"  # what word processors make of --
 
 
 @dataclass(kw_only=True)
@@ -94,6 +94,8 @@ class Command:
     text: str = ""
     """What it does; by default the first line of its options' docstring."""
     takes_config: bool = False
+    takes_ranks: bool = False
+    """Whether torchrun may start it in several processes."""
 
     @property
     def summary(self) -> str:
@@ -135,28 +137,32 @@ def read(words: Sequence[str], group: Group) -> Call:
         word = words.pop(0) if words else ""
         if word in HELP:
             raise HelpAsked(_overview(level, path))
-        if not word:
-            raise InputError(f"{' '.join(path)}: no subcommand given: name one of {', '.join(level.commands)}")
-        if word.startswith("-"):
-            raise InputError(
-                f"unknown option {shown_name(word)}; {' '.join(path)} takes a subcommand first: {', '.join(level.commands)}"
-            )
+        if not word or word.startswith("-"):
+            given = f"unknown option {shown_name(word)}; " if word else ""
+            raise InputError(f"{given}{' '.join(path)} takes a command first: one of {', '.join(level.commands)}")
         if word not in level.commands:
-            near = nearest(word, level.commands)
-            raise InputError(
-                f"unknown command {shown(word)}; "
-                + (f"did you mean '{near}'?" if near else f"one of {', '.join(level.commands)}")
-            )
+            raise InputError(f"unknown command {shown(word)}; {_meant(word, level)}")
         path.append(word)
         level = level.commands[word]
     reader = _Reader(level, " ".join(path))
     try:
         values = reader.read(words)
         own = {f.name: values.pop(f.name) for f in dataclasses.fields(level.options) if f.name in values}
+        reader.require_own(own)
         return Call(path[-1], level, level.options.build(own), Config.build(values))
     except BadSetting as error:
-        place = reader.places.get(error.key)
-        raise InputError(f"{place}: {error}" if place else str(error)) from None
+        raise InputError(reader.placed(error)) from None
+
+
+def _meant(word: str, group: Group) -> str:
+    """A command of the group, or of a group in it, whose name is nearest."""
+    known = dict.fromkeys(group.commands, "")
+    for name, inner in group.commands.items():
+        if isinstance(inner, Group):
+            known = dict.fromkeys(inner.commands, f"{name} ") | known
+    if near := nearest(word, known):
+        return f"did you mean '{known[near]}{near}'?"
+    return f"one of {', '.join(group.commands)}"
 
 
 @dataclass(frozen=True)
@@ -179,31 +185,6 @@ class Option:
         return self.name.startswith("-")
 
 
-class _StoreWord(argparse.Action):
-    """Keeps the value that a word stands for."""
-
-    def __init__(self, *, option: Option, places: dict[str, str], **rest: Any) -> None:
-        super().__init__(**rest)
-        self._option, self._places = option, places
-
-    def __call__(self, parser: Any, namespace: Namespace, word: Any, option_string: str | None = None) -> None:
-        kind = self._option.field.type
-        self._places.pop(self.dest, None)  # first: what is wrong with this word is no fault of a file's
-        namespace[self.dest] = check(kind, True if self._option.flag else parse(kind, word), self._option.key)
-
-
-class _StoreFile(argparse.Action):
-    """Keeps what a YAML file holds, and which line holds it."""
-
-    def __init__(self, *, places: dict[str, str], **rest: Any) -> None:
-        super().__init__(**rest)
-        self._places = places
-
-    def __call__(self, parser: Any, namespace: Namespace, word: Any, option_string: str | None = None) -> None:
-        for key, (value, place) in read_yaml(expanded(check(str, word, _CONFIG), _CONFIG), Config).items():
-            namespace[key], self._places[key] = value, place
-
-
 class _Reader:
     """Reads the words behind a command."""
 
@@ -222,59 +203,75 @@ class _Reader:
             InputError, BadSetting: a word is unknown or a value of the wrong type.
             HelpAsked: for this command.
         """
-        # No option has a type or a default here: settings.py reads values, and only what is given is in the result.
-        parser = ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-        if self._command.takes_config:
-            parser.add_argument(
-                _CONFIG, dest="config", action=_StoreFile, places=self.places, default=argparse.SUPPRESS
-            )
-        for option in (*self._own, *self._config):
-            how: dict[str, Any] = {"dest": option.dest} if option.named else {"nargs": "?"}
-            if option.flag:
-                how["nargs"] = 0
-            how |= {"action": _StoreWord, "option": option, "places": self.places, "default": argparse.SUPPRESS}
-            parser.add_argument(option.name, **how)
-        return parser.parse_args(self._in_one_form(words)).as_dict()
-
-    def _in_one_form(self, words: Sequence[str]) -> list[str]:
-        """--option=value for each, and behind them what has no name."""
-        words, named, unnamed = list(words), [], []
+        given: dict[str, Any] = {}
+        unnamed: list[str] = []
+        words = list(words)
         while words:
             word = words.pop(0)
             if word == "--":
                 unnamed += words
                 break
+            name, equals, value = word.partition("=")
+            if name in HELP:
+                raise HelpAsked(self._help(everything=name == "--help-all"))
             if not word.startswith("-"):
                 unnamed.append(word)
                 continue
-            if word in HELP:
-                raise HelpAsked(self._help(everything=word == "--help-all"))
-            name, equals, value = word.partition("=")
             if self._command.takes_config:
                 name = _SHORT.get(name, name)
-            if name == _CONFIG and self._command.takes_config:
-                takes = "a YAML file"
-            elif name in self._named:
-                option = self._named[name]
-                takes = "" if option.flag else expected(option.field.type)
-            else:
+            option = self._named.get(name)
+            if option is None and not (name == _CONFIG and self._command.takes_config):
                 raise InputError(f"unknown option {shown_name(name)}; {self._meant(name)}")
-            if equals and not takes:
-                raise InputError(f"{name} takes no value")
-            if takes and not equals:
+            if option is not None and option.flag:
+                if equals:
+                    raise InputError(f"{name} takes no value")
+                self._keep(given, option, True)
+                continue
+            if not equals:
                 if not words or words[0].startswith("--"):
-                    raise InputError(f"{name}: needs a value: {takes}")
+                    raise InputError(
+                        f"{name}: needs a value: {expected(option.field.type) if option else 'a YAML file'}"
+                    )
                 value = words.pop(0)
-            named.append(f"{name}={value}" if takes else name)
+            if option is not None:
+                self._keep(given, option, parse(option.field.type, value))
+                continue
+            for key, (setting, place) in read_yaml(expanded(check(str, value, _CONFIG), _CONFIG), Config).items():
+                given[key], self.places[key] = setting, place
         if len(unnamed) > len(self._unnamed):
-            extra = unnamed[len(self._unnamed)]
-            name, equals, _ = extra.partition("=")
-            known = equals and f"--{name}" in self._named
-            hint = f"did you mean --{shown_name(extra)}?" if known else f"see {self._name} --help"
-            raise InputError(f"unexpected argument {shown(extra)}; {hint}")
-        return [*named, "--", *unnamed] if unnamed else named
+            raise InputError(self._unexpected(unnamed[len(self._unnamed)]))
+        for option, word in zip(self._unnamed, unnamed, strict=False):
+            self._keep(given, option, parse(option.field.type, word))
+        return _nested(given)
+
+    def require_own(self, given: Mapping[str, Any]) -> None:
+        """Raises InputError where an option without a default is not among the given ones."""
+        for option in self._own:
+            if _default_note(option.field) == _REQUIRED and option.dest not in given:
+                text = _docs(self._command.options)[option.dest].rstrip(".")
+                raise InputError(f"{option.name} is missing ({expected(option.field.type)}): {text}")
+
+    def placed(self, error: BadSetting) -> str:
+        """The error's text with the place of the setting: a line of a file, or the option's dashes."""
+        text = str(error)
+        if place := self.places.get(error.key):
+            return f"{place}: {text}"
+        return f"--{text}" if f"--{error.key}" in self._named else text
+
+    def _keep(self, given: dict[str, Any], option: Option, value: Any) -> None:
+        self.places.pop(option.dest, None)  # first: what is wrong with this word is no fault of a file's
+        given[option.dest] = check(option.field.type, value, option.key)
+
+    def _unexpected(self, word: str) -> str:
+        """What to say of a word that is no option, and too many without a name."""
+        name = word.partition("=")[0].lstrip(_DASHES)
+        if f"--{name}" in self._named:
+            return f"unexpected argument {shown(word)}; did you mean --{shown_name(word.lstrip(_DASHES))}?"
+        return f"unexpected argument {shown(word)}; see {self._name} --help"
 
     def _meant(self, name: str) -> str:
+        if name in VERSION:
+            return "fastbyol --version shows the version"
         near = nearest(name, [*self._named, *((_CONFIG, *_SHORT) if self._command.takes_config else ())])
         if near:
             return f"did you mean {near}?"
@@ -308,6 +305,18 @@ class _Reader:
                 _list_options(common, first, texts, brief=True)
                 page.epilog = f"{self._name} --help-all shows all {len(self._config)} settings."
         return page.format_help().rstrip()
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"optim.epochs": 3} -> {"optim": {"epochs": 3}}."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        *outer, last = key.split(".")
+        place = result
+        for section in outer:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return result
 
 
 def options_of(cls: type[Settings]) -> Iterator[Option]:
@@ -379,7 +388,7 @@ def _type_note(kind: Any) -> str:
 
 def _default_note(f: dataclasses.Field) -> str:
     if f.default is MISSING and f.default_factory is MISSING:
-        return "required"
+        return _REQUIRED
     value = f.default_factory() if f.default_factory is not MISSING else f.default
     if value is None or value in ((), []):
         return ""

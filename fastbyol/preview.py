@@ -13,7 +13,7 @@ from fastbyol.config import Config
 from fastbyol.data import ImageSet, find_images
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError
-from fastbyol.files import write_output
+from fastbyol.files import check_output, write_output
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.plots import title, to_png
 
@@ -29,8 +29,10 @@ def write_preview(config: Config, out: Path, say: Callable[[str], None]) -> str:
         one line saying what was written, and one for each note on the images.
 
     Raises:
-        InputError: no images, none readable, or `out` cannot be written.
+        InputError: no images, none readable, or no file can be written at `out`.
+        RunError: `out` could not be written in the end.
     """
+    check_output(out, f"--out {out}")
     if out.is_file() and not _is_ours(out):
         raise InputError(f"--out {out}: exists and is no PNG file: it is not overwritten; name another file")
     folder = find_images(config.data, "train")

@@ -41,7 +41,7 @@ from fastbyol.data import ImageSet, build_loader, choose_backend, find_images, n
 from fastbyol.data.batch import Batch, Loader
 from fastbyol.distributed import ProcessGroup, World, world_from_environment
 from fastbyol.errors import InputError
-from fastbyol.files import write_json
+from fastbyol.files import make_folder, write_json
 from fastbyol.kernels import dispatch
 from fastbyol.model import BYOL, build_model
 from fastbyol.roofline import BACKWARD, ONLINE, TARGET, Peaks, Work, count_step, measure_peaks, units
@@ -365,7 +365,7 @@ def profile(config: Config, *, steps: int, out: Path, say: Callable[[str], None]
 
 def _make_folder(out: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         (out / f"{PROFILE}.json").touch()
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None

@@ -19,7 +19,7 @@ from fastbyol.errors import InputError, first_line, printable
 from fastbyol.evaluate import PROTOCOLS, is_metric, load_run, read_results
 from fastbyol.evaluate.features import CENTRE_FRACTION, check_splits, extract
 from fastbyol.evaluate.knn import nearest
-from fastbyol.files import read_json_or
+from fastbyol.files import check_output, read_json_or
 from fastbyol.model import BYOL
 from fastbyol.pages import ACCENT, BAD, GOOD, image, section, table, text, write_page
 from fastbyol.plots import title, to_png
@@ -27,7 +27,7 @@ from fastbyol.precision import compute_dtype
 from fastbyol.preview import draw_views, to_pixels
 from fastbyol.runlog import read_metrics
 from fastbyol.step import choose_device
-from fastbyol.train import ENVIRONMENT, REPORT, SUMMARY
+from fastbyol.train import CHECKPOINTS, ENVIRONMENT, REPORT, SUMMARY
 
 _QUERIES, _NEIGHBOURS = 8, 5
 _NO_METRICS = {"base_lr", "held_out_top1"}  # of a row: how it came about
@@ -54,6 +54,9 @@ def write_report(run: Path, say: Callable[[str], None]) -> Path:
     """
     if not run.is_dir():
         raise InputError(f"--run {run}: there is no such folder")
+    if run.name == CHECKPOINTS and not (run / CHECKPOINTS).exists():
+        raise InputError(f"--run {run}: holds checkpoints; name the run's folder, {run.parent}")
+    check_output(run / REPORT, str(run / REPORT))
     path, config, model = load_run(run, say)
 
     def warn(fault: str) -> None:

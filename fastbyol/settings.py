@@ -20,15 +20,28 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 import yaml
 
-from fastbyol.errors import InputError, first_line
+from fastbyol.errors import InputError
 
 _WHOLE = re.compile(r"[+-]?[0-9][0-9_]{0,99}")
 _NUMBER = re.compile(
     r"[+-]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][+-]?[0-9]{1,9})?|[+-]?\.?(inf|nan)", re.IGNORECASE
 )
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NULL = ("null", "~")
 _LARGEST_WHOLE, _LARGEST = 2**63 - 1, 1e30  # of fields without a limit of their own: what int64 and float32 hold
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255  # Linux
+_YAML_FAULTS = {  # what the parser says -> what to tell
+    "another document": "a second document begins (---): keep one",
+    "'\\t'": "a tab: indent with blanks",
+    "mapping values are not allowed": "a second ':' in a line: quote the text, or indent what belongs to the line above",
+    "could not find expected ':'": "expected KEY: VALUE",
+    "parsing a flow": "a bracket is not closed",
+    "parsing a block": "this does not fit the lines above: check indentation, '-' and brackets",
+    "cannot start any token": "quote a text that begins with this character",
+    "scanning a quoted scalar": "a quote is not closed",
+    "undefined alias": "this name behind * has no & before it",
+}
 _FILE_KIB = 256  # a config has one or two
 _MERGE = "<<"
 
@@ -51,7 +64,9 @@ class _Brief(reprlib.Repr):
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: short, whatever it is."""
+    """A value as a message shows it: short, whatever it is; a tuple as it is given, 1,5,10."""
+    if isinstance(value, tuple) and 0 < len(value) < 10 and all(type(item) in (int, float) for item in value):
+        return ",".join(map(shown, value))
     return _Brief().repr(value)
 
 
@@ -62,16 +77,22 @@ def require(ok: bool, key: str, value: object, need: str) -> None:
         BadSetting: not ok.
     """
     if not ok:
-        text = f"{key} {value}" if key.startswith("--") else f"{key}={shown(value)}"
-        raise BadSetting(key, f"{text}: {need}")
+        raise BadSetting(key, f"{key}: {need}" if value is None else f"{key}={shown(value)}: {need}")
 
 
 def expanded(path: str, key: str) -> str:
     """The path with a leading ~ or ~user replaced by that home folder; a file named ~x is ./~x.
 
     Raises:
-        ValueError: the home folder is not known.
+        BadSetting: it is empty, longer than a file system allows, or of a home folder that is not known.
     """
+    require(path != "", key, path, "must not be empty; '.' is the working directory")
+    long = len(os.fsencode(path)) > _LONGEST_PATH or any(
+        len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")
+    )
+    require(
+        not long, key, path, f"is too long: a path has at most {_LONGEST_PATH} bytes, each name in it {_LONGEST_NAME}"
+    )
     full = os.path.expanduser(path)  # noqa: PTH111 - Path would take ./~x for ~x
     require(
         full != path or not path.startswith("~"), key, path, "this home folder is not known; write the path in full"
@@ -123,11 +144,19 @@ class Settings:
             )
             raise BadSetting(key, f"{at}: {_wanted(cls, key)}")
         for name in values:
+            if (
+                isinstance(name, str)
+                and name not in known
+                and "." in name
+                and f"{key}.{name}".lstrip(".") in names(cls, key)
+            ):
+                outer, _, inner = name.partition(".")
+                raise BadSetting(name, f"{name}: is no key of its own: write {{'{outer}': {{'{inner}': ...}}}}")
             if name not in known:
                 raise unknown(f"{key}.{name}" if key else str(name), "key", names(cls, key))
         for f in dataclasses.fields(cls):
             if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
-                raise BadSetting(cls.key(f.name), f"{cls.key(f.name)}: is not set; expected {expected(f.type)}")
+                raise BadSetting(cls.key(f.name), f"{cls.key(f.name)}: is missing; expected {expected(f.type)}")
         return cls(**values)
 
 
@@ -200,7 +229,10 @@ def check(kind: Any, value: Any, key: str) -> Any:
             near = nearest(value, get_args(option))
             wrong += f"; did you mean {near}?" if near else ""
         elif get_origin(option) in (list, tuple) and isinstance(value, list | tuple):
-            return get_origin(option)(check(get_args(option)[0], item, key) for item in value)
+            other = next((item for item in value if isinstance(item, _Other)), None)
+            if other is None:
+                return get_origin(option)(check(get_args(option)[0], item, key) for item in value)
+            value = other
         elif option is bool and isinstance(value, bool):
             return value
         elif option in (int, float) and isinstance(value, numbers.Real) and not isinstance(value, bool):
@@ -214,6 +246,8 @@ def check(kind: Any, value: Any, key: str) -> Any:
         elif option in (str, Path) and isinstance(value, str | os.PathLike):
             _check_text(os.fspath(value), key)
             return Path(expanded(value, key)) if option is Path and isinstance(value, str) else option(value)
+        elif option is float and isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value.strip()):
+            wrong += f"; write {value.strip().replace(',', '.')}"
     raise BadSetting(key, f"{key}={shown(value)}: {wrong}")
 
 
@@ -253,13 +287,14 @@ def _item(kind: Any) -> Any:
 
 def _items(text: str) -> list[Any]:
     """1,5,10 as well as [1, 5, 10], whose items may be quoted."""
-    if text.startswith("["):
+    if text.startswith(("[", "{")):
         try:
             node = yaml.compose(text, Loader=yaml.BaseLoader)
         except (yaml.YAMLError, RecursionError):
-            return [text]
-        if isinstance(node, yaml.SequenceNode):
+            node = None
+        if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
             return [item.value for item in node.value]
+        return [_Other(shown(text))]
     return [item.strip() for item in text.split(",")] if text else []
 
 
@@ -299,7 +334,7 @@ def unknown(name: str, what: str, among: Iterable[str], more: str = "") -> BadSe
 
 def shown_name(name: str) -> str:
     """A name that a user wrote, cut to a length that fits into a line."""
-    return name if len(name) <= 80 else f"{name[:60]}..."
+    return name if 0 < len(name) <= 80 else f"{name[:60]}..." if name else "''"
 
 
 def read_yaml(path: str, cls: type[Settings]) -> dict[str, tuple[Any, str]]:
@@ -324,11 +359,22 @@ def read_yaml(path: str, cls: type[Settings]) -> dict[str, tuple[Any, str]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{path}{where}: the config is not YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:  # a control character
-        raise InputError(f"{path}: the config is not YAML: {first_line(error)}") from None
+        raise InputError(f"{path}{where}: {_yaml_fault(error)}") from None
+    except yaml.reader.ReaderError as error:
+        raise InputError(
+            f"{path}: the character U+{error.character:04X} is not allowed in a config: remove it"
+        ) from None
     except RecursionError:
         raise InputError(f"{path}: is nested too deeply") from None
+
+
+def _yaml_fault(error: yaml.MarkedYAMLError) -> str:
+    """What is wrong with a file, and what to do, in words of people who write it."""
+    problem = f"{error.context}, {error.problem}"
+    for known, text in _YAML_FAULTS.items():
+        if known in problem:
+            return text
+    return f"the config is not YAML: {error.problem or error.context}"
 
 
 def _read_text(path: str) -> str:
@@ -344,6 +390,8 @@ def _read_text(path: str) -> str:
         raise InputError(f"config={shown_name(path)}: cannot be read: {error.strerror}") from None
     if len(data) > _FILE_KIB * 1024:
         raise InputError(f"{path}: is no config: it has more than {_FILE_KIB} KiB")
+    if b"\0" in data:  # UTF-16, which is valid UTF-8 where it holds ASCII alone
+        raise InputError(f"{path}: is not UTF-8 text; save the file as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

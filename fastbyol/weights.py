@@ -7,7 +7,6 @@ library's, for both directions: export.py writes by it, `load_backbone` reads by
 import dataclasses
 import errno
 import json
-import os
 import pickle
 import re
 import struct
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from fastbyol import __version__, checkpoint
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError, fault_of, first_line
-from fastbyol.files import replacing
+from fastbyol.files import check_output, replacing
 from fastbyol.model import build_backbone
 
 Tensors = dict[str, Tensor]
@@ -210,12 +209,9 @@ def check_new(path: Path, key: str) -> None:
     """
     if path.suffix != SUFFIX:
         raise InputError(f"{key} {path}: the name must end in {SUFFIX}")
-    if not path.parent.is_dir():
-        raise InputError(f"{key} {path}: cannot be written: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{key} {path}: cannot be written: {os.strerror(errno.EACCES)}")
     if path.exists() or path.is_symlink():
         raise InputError(f"{key} {path} exists; it is not overwritten: remove it or name another file")
+    check_output(path, f"{key} {path}")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 import base64
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -68,9 +69,9 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["eval", "knn", "--run", "x", "--k", "0"], "k=0: must be at least 1"),
         (["eval", "knn"], "run"),
         (["eval", "fewshot", "--run", "x", "--shots", "1,x"], "shots.*x"),
-        (["eval", "fewshot", "--run", "x", "--shots", "0"], r"shots=\(0,\): must all be at least 1"),
+        (["eval", "fewshot", "--run", "x", "--shots", "0"], r"shots=0: must all be at least 1"),
         (["eval", "finetune", "--run", "x", "--fraction", "0"], r"fraction=0.0: must lie in \(0, 1\]"),
-        (["eval", "linear", "--run", "x", "--base_lrs=0.1,-1"], r"base_lrs=\(0.1, -1.0\): must be above 0"),
+        (["eval", "linear", "--run", "x", "--base_lrs=0.1,-1"], r"base_lrs=0.1,-1.0: must be above 0"),
         (["train", "--model.norm", "instance"], "model.norm.*instance"),
         (
             ["train", "--data.root", "x", "--model.feature_noise", "1"],
@@ -89,21 +90,21 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["train", "--zebra"], "unknown option --zebra; fastbyol train --help-all lists all"),
         (["train", "optim.epochs=3"], "unexpected argument 'optim.epochs=3'; did you mean --optim.epochs=3?"),
         (["pack", "a", "b", "c"], "unexpected argument 'c'; see fastbyol pack --help"),
-        (["pack", "a"], "out: is not set"),
+        (["pack", "a"], r"out is missing \(a path\): The .beton file to make"),
         (["pack", "a", "b", "--skip-bad=3"], "--skip-bad takes no value"),
-        (["pack", "a", "b", "--threads", "-1"], "--threads -1: must be 0"),
-        (["pack", "a", "b", "--threads", "9" * 18], "--threads 9+: must be at most 4096"),
+        (["pack", "a", "b", "--threads", "-1"], "--threads=-1: must be 0"),
+        (["pack", "a", "b", "--threads", "9" * 18], "--threads=9+: must be at most 4096"),
         (["pack", "a", "b", "--mode", "rw"], "--mode='rw': expected one of jpg, raw, auto; did you mean raw?"),
-        (["prepare", "photos", "--out", "x", "--seed", "-1"], "--seed -1: must be 0 or more"),
-        (["prepare", "shapes", "--out", "x", "--seed", "-1"], "--seed -1: must be 0 or more"),
+        (["prepare", "photos", "--out", "x", "--seed", "-1"], "--seed=-1: must be 0 or more"),
+        (["prepare", "shapes", "--out", "x", "--seed", "-1"], "--seed=-1: must be 0 or more"),
         (["prepare", "photos", "--out", "x", "--images", "-5"], "--images -5: at least 72"),
-        (["prepare", "photos", "--out", "x", "--images", "1" + 12 * "0"], "--images 10+: must be at most 10000000"),
-        (["prepare", "fashion-mnist", "--out", "x", "--val_images", "0"], "--val_images 0: must be at least 1"),
+        (["prepare", "photos", "--out", "x", "--images", "1" + 12 * "0"], "--images=10+: must be at most 10000000"),
+        (["prepare", "fashion-mnist", "--out", "x", "--val_images", "0"], "--val_images=0: must be at least 1"),
         (["bench", "--rounds", "0"], "--rounds 0: must be at least 1"),
         (["bench", "--steps=0"], "--steps 0: must be at least 1"),
         (["profile", "--steps", "-3"], "--steps -3: must be at least 1"),
         (["export", "x", "--format", "tim"], "--format='tim': expected one of timm, .*; did you mean timm?"),
-        (["report"], "--run: is not set; expected a path"),
+        (["report"], r"--run is missing \(a path\): The run.s folder$"),
         (["train", "--data.root"], "--data.root: needs a value: text"),
         (["train", "--data.root", "--name", "x"], "--data.root: needs a value: text"),
         (["train", "--optim.epochs", "three"], "optim.epochs='three': expected a whole number$"),
@@ -118,8 +119,11 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         ),
         (["train", "--data.batch_size", "many"], "data.batch_size='many': expected a whole number or auto$"),
         (["train", "--data.root", "a\0b"], "data.root='a.x00b': holds a NUL character"),
-        (["train", "--config", "a\0b"], "--config a.x00b: holds a NUL character"),
-        (["train", "--config", "x" * 300], "config=x+...: cannot be read: File name too long"),
+        (["train", "--config", "a\0b"], "--config=.a.x00b.: holds a NUL character"),
+        (
+            ["train", "--config", "x" * 300],
+            "--config=.x+.*: is too long: a path has at most 4095 bytes, each name in it 255",
+        ),
         (["train", "--config", "/tmp"], "config=/tmp: cannot be read: Is a directory"),
         (["train", "--name", ".."], "name='..': must be"),
         (["train", "--name", ""], "name='': must not be empty"),
@@ -129,7 +133,28 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["train", "--name", "ü" * 101], "name='ü.*: must have at most 200 bytes in UTF-8"),
         (["eval", "fewshot", "--run", "x", "--shots", "1" + 18 * "0"], "shots=.*: must be at most 1000000"),
         (["eval", "knn", "--run", "x", "--threads", "-1"], "threads=-1: must be 0"),
-        ([], "no subcommand given: name one of train, eval"),
+        (["eval", "knn", "--run", "x", "--k=0"], "error: --k=0: must be at least 1"),
+        (["eval", "knn"], r"--run is missing \(text\): A run's folder .* or a checkpoint file$"),
+        (["eval", "segmentation", "--run", "x"], "--root: name the VOC-format folder"),
+        (["eval", "--run", "x", "knn"], "unknown option --run; fastbyol eval takes a command first: one of knn,"),
+        (["knn"], "unknown command 'knn'; did you mean 'eval knn'?"),
+        (["train", "--version"], "unknown option --version; fastbyol --version shows the version"),
+        (["train", "\N{EN DASH}seed", "3"], "unexpected argument '.seed'; did you mean --seed?"),
+        (["train", "data.root", "x"], "unexpected argument 'data.root'; did you mean --data.root?"),
+        (["train", "--optim.base_lr", "0,45"], "--optim.base_lr='0,45': expected a number; write 0.45"),
+        (["train", "--data.classes=[[a]]"], r"--data.classes='\[\[a\]\]': expected names, such as cat,dog"),
+        (["train", "--data.classes=[a,b"], r"--data.classes='\[a,b': expected names"),
+        (["train", "--data.classes={a: 1}"], "--data.classes='{a: 1}': expected names"),
+        (["train", "--data.train_split="], "--data.train_split='': must not be empty; '.' is the working directory"),
+        (["train", "--runs="], "--runs='': must not be empty"),
+        (["eval", "knn", "--run="], "--run='': must not be empty"),
+        (["eval", "knn", "--run", "x", "--out", ""], "--out='': must not be empty"),
+        (["pack", "", "x"], "source='': must not be empty"),
+        (["prepare", "photos", "--out="], "--out='': must not be empty"),
+        (["plan", "--rates", "x" * 300], "--rates=.*: is too long: .* each name in it 255"),
+        (["plan", "--rates", "x/" * 3000], "--rates=.{,90}: is too long"),
+        (["plan", "--gpus=--"], "--gpus='--': expected a whole number"),
+        ([], "fastbyol takes a command first: one of train, eval"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message):
@@ -147,7 +172,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("data:\n  bach_size: 3\n", "data.bach_size"),
         ("datta:\n  batch_size: 3\n", "datta"),
         ("optim:\n  epochs: three\n", "optim.epochs.*three"),
-        ("model: [1, 2\n", "line 2, column 1: the config is not YAML"),
+        ("model: [1, 2\n", "line 2, column 1: a bracket is not closed"),
         ("model:\n  width: -1\n", "model.width=-1"),
         (
             "seed: 3\noptim:\n  epochs:\n",
@@ -167,17 +192,30 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("seed: 1\nname: a\nseed: 2", "line 3: seed is set twice, on line 1 too"),
         ("optim: {epochs: 1}\noptim.epochs: 2", "line 2: optim.epochs is set twice, on line 1 too"),
         (b"name: a\nseed: 1 # caf\xe9", "line 2: is not UTF-8 text"),
-        (b"\x00\x01", "the config is not YAML"),
+        (b"\x00\x01", "c.yaml: is not UTF-8 text; save the file as UTF-8"),
         ("optim: !!python/object:os.system {epochs: 3}", "line 1: the tag '!!python/object:os.system' is not accepted"),
         ("seed: !!int 3", "line 1: the tag '!!int' is not accepted"),
         ("data: {classes: " + "[" * 5000, "nested too deeply"),
-        ("data: {classes: [a, [b]]}", "line 1: data.classes=a list: expected text"),
-        ("data:\n  classes: &a [*a]", "data.classes=a list: expected text"),
+        ("data: {classes: [a, [b]]}", "line 1: data.classes=a list: expected names"),
+        ("data:\n  classes: &a [*a]", "data.classes=a list: expected names"),
         ("data: {classes: {a: b}}", "data.classes=a mapping: expected names"),
         ("data: {root: [a, b]}", r"data.root=\['a', 'b'\]: expected text"),
         ("knn: &k {k: 3}\nprobe:\n  <<: [" + "*k, " * 9 + "*k]", "line 1: probe.k: unknown key; did you mean knn.k?"),
         ("optim: {base_lr: .inf}", "optim.base_lr=inf: must be finite"),
         ('data: {root: "\\ud800"}', "data.root=.*: holds characters that are no text"),
+        ("name: a\n---\nname: b\n", "line 2, column 1: a second document begins .---.: keep one"),
+        ("optim:\n\tepochs: 1\n", "line 2, column 1: a tab: indent with blanks"),
+        (
+            "optim:\n  epochs: 1\n base_lr: 2\n",
+            "line 3, column 2: this does not fit the lines above: check indentation",
+        ),
+        ("name: a: b\n", "line 1, column 8: a second ':' in a line: quote the text"),
+        ("name: @x\n", "line 1, column 7: quote a text that begins with this character"),
+        ("name: *x\n", "this name behind . has no & before it"),
+        ('name: "x\n', "a quote is not closed"),
+        ("name: x\a\n", r"the character U.0007 is not allowed in a config: remove it"),
+        ("name: x\n".encode("utf-16-le"), "is not UTF-8 text; save the file as UTF-8"),
+        ("? ''\n: 1\n", "line 1: '': unknown key"),
         ("x" * 300_000, "is no config: it has more than 256 KiB"),
     ],
 )
@@ -232,7 +270,7 @@ def test_a_value_that_does_not_fit_names_the_file_unless_the_command_line_gave_i
     assert f"{path}, line 2: optim.warmup_epochs=200.0: must lie between 0 and optim.epochs=100" in err
     assert train_config(["--config", str(path), "--optim.epochs", "300"]).optim.warmup == 200
     _, _, err = run(capsys, "train", "--config", str(path), "--optim.warmup_epochs", "300")
-    assert err.startswith("fastbyol: error: optim.warmup_epochs=300.0: must lie")
+    assert err.startswith("fastbyol: error: --optim.warmup_epochs=300.0: must lie")
 
 
 def test_a_config_that_is_not_there_is_compared_with_its_neighbours(capsys, tmp_path):
@@ -549,7 +587,77 @@ def test_a_wrong_word_is_not_blamed_on_the_file(capsys, tmp_path):
     (tmp_path / "c.yaml").write_text("data: {batch_size: 8}\n")
     code, _, err = run(capsys, "train", "--config", str(tmp_path / "c.yaml"), "--data.batch_size=x")
     assert code == 2
-    assert err.startswith("fastbyol: error: data.batch_size='x': expected a whole number")
+    assert err.startswith("fastbyol: error: --data.batch_size='x': expected a whole number")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (".", "is a folder: name a file"),
+        ("none/x", "cannot be written: there is no folder .*none"),
+        ("file/x", "cannot be written: there is no folder .*file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "bench", "preview", "export"])
+def test_an_output_that_cannot_be_is_refused_before_the_work(
+    capsys, monkeypatch, photos, tmp_path, command, out, message
+):
+    (tmp_path / "file").touch()
+    out = str(tmp_path / out) + (".pth" if command == "export" and out != "." else "")
+    (tmp_path / "x.pth").mkdir()
+    if command == "export" and out == str(tmp_path):
+        out = str(tmp_path / "x.pth")
+    words = {
+        "eval": ["eval", "knn", "--run", "r"],
+        "bench": ["bench", "--data.root", str(photos)],
+        "preview": ["preview", "--data.root", str(photos)],
+        "export": ["export", "r", "--format", "timm"],
+    }[command]
+    monkeypatch.setattr("fastbyol.evaluate.load_run", lambda run, say: (tmp_path / "c.pt", Config(), None))
+    monkeypatch.setattr("fastbyol.export.load_run", lambda run, say: pytest.fail("it went to work"))
+    monkeypatch.setattr("fastbyol.preview.draw_views", lambda config, folder: pytest.fail("it went to work"))
+    monkeypatch.setattr("fastbyol.bench._measure", lambda *args: pytest.fail("it went to work"))
+    code, _, err = run(capsys, *words, "--out", out)
+    assert code == 2
+    assert re.search(f"error: (--)?out[ =].*: {message}", err)
+
+
+def test_an_output_that_fails_after_the_work_is_exit_code_1(capsys, photos, tmp_path):
+    code, _, err = run(capsys, "preview", "--data.root", str(photos), "--data.image_size_px=32", "--out", "/dev/full")
+    assert (code, err) == (1, "fastbyol: error: --out /dev/full: cannot be written: No space left on device\n")
+
+
+def test_a_damaged_value_of_numba_s_threads_is_one_line():
+    for value in ("abc", "0", ""):
+        done = subprocess.run(
+            [sys.executable, "-m", "fastbyol", "doctor"],
+            env=os.environ | {"NUMBA_NUM_THREADS": value},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == (
+            f"fastbyol: error: NUMBA_NUM_THREADS={value!r} in the environment: expected a whole number of at least 1\n"
+        )
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_of_several_processes_one_says_what_all_of_them_find(capsys, monkeypatch, local):
+    for name, value in (("WORLD_SIZE", 2), ("RANK", local), ("LOCAL_RANK", local)):
+        monkeypatch.setenv(name, str(value))
+    lines = 1 - local
+    for words in (["trian"], ["train", "--epochs", "3"], ["eval", "knn", "--run", "x"], ["pack", "a", "b"], ["doctor"]):
+        code, out, err = run(capsys, *words)
+        assert (code != 0, out, err.count("\n")) == (True, "", lines)
+    if local == 0:
+        assert err == "fastbyol: error: doctor runs in one process, torchrun has started 2: start it without torchrun\n"
+    code, out, _ = run(capsys, "train", "--help")
+    assert (code, bool(out)) == (0, local == 0)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    code, _, err = run(capsys, "pack", "a", "b")
+    assert "source=a" in err
 
 
 def test_what_is_no_output_of_a_command_is_not_overwritten(capsys, photos, tmp_path, make_config):

@@ -93,11 +93,11 @@ def folder(tmp_path):
 
 
 def segmentation(root, **options):
-    return SegmentationEval(run="", root=str(root), **options)
+    return SegmentationEval(run="x", root=str(root), **options)
 
 
 def detection(root, **options):
-    return DetectionEval(run="", root=str(root), **options)
+    return DetectionEval(run="x", root=str(root), **options)
 
 
 def edit(root, split, change):

@@ -774,7 +774,7 @@ def test_dense_protocols_go_through_the_same_door(run, tmp_path, protocol, metri
 
 @pytest.mark.parametrize("protocol", ["segmentation", "detection"])
 def test_dense_protocols_want_a_root(protocol):
-    with pytest.raises(ValueError, match=r"root=None: name the (VOC|COCO)-format folder"):
+    with pytest.raises(ValueError, match=r"^root: name the (VOC|COCO)-format folder"):
         EVALUATIONS[protocol](run="x")
 
 

@@ -38,7 +38,7 @@ def test_another_checkout_is_used_whole_and_named(tmp_path):
     done = python("-m", "fastbyol", "--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"fastbyol {fastbyol.__version__}\n")
     assert done.stderr == (
-        f"fastbyol: note: this runs {tmp_path / 'fastbyol'}, of the current folder, not the installed {ROOT / 'fastbyol'}\n"
+        f"fastbyol: note: this runs {tmp_path / 'fastbyol'}, not the installed {ROOT / 'fastbyol'}\n"
     )
     code = "import fastbyol.kernels.crop, fastbyol.cli; print(fastbyol.kernels.crop.__file__, fastbyol.cli.__file__)"
     done = python("-c", code, cwd=tmp_path)

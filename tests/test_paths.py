@@ -125,7 +125,10 @@ def test_evaluation_moves_to_another_root_and_splits(folder_of, tmp_path):
     assert [split.root.name for split in splits] == ["train", "holdout"]
     splits = open_splits(KnnEval(run="x", train_split=f"{moved}/val", val_split=f"{moved}/train", root=moved), config)
     assert [split.root.name for split in splits] == ["val", "train"]
-    with pytest.raises(InputError, match=r"there is no folder .*hold or file .*hold.beton; there is train, val"):
+    with pytest.raises(
+        InputError,
+        match=r"there is no folder .*hold or file .*hold.beton; there is train, val; val_split=PATH names another",
+    ):
         open_splits(KnnEval(run="x", root=moved, val_split="hold"), config)
 
 
@@ -209,12 +212,12 @@ def test_a_validation_split_within_the_root_is_no_class(folder_of, tmp_path):
         assert find_images(data, "train").classes == find_images(data, "val").classes == ["a", "b"]
 
 
-@pytest.mark.parametrize("path", ["x.zip", "x.zip/train", "x" * 300])
+@pytest.mark.parametrize("path", ["x.zip", "x.zip/train"])
 def test_a_root_that_no_folder_can_be_is_one_line(tmp_path, path):
     (tmp_path / "x.zip").write_bytes(b"PK")
-    with pytest.raises(InputError, match=r"data.root=.*(unpack it|there is no folder|File name too long)"):
+    with pytest.raises(InputError, match=r"data.root=.*(unpack it|there is no folder)"):
         find_images(DataConfig(root=str(tmp_path / path)), "train")
-    with pytest.raises(InputError, match=r"source=.*(unpack it|there is no folder|File name too long)"):
+    with pytest.raises(InputError, match=r"source=.*(unpack it|there is no folder)"):
         open_split(tmp_path / path, ".", key="source")
 
 

@@ -355,7 +355,10 @@ def test_advice_names_the_setting_that_helps(make_config):
     [
         (["profile", "--steps", "0"], "--steps 0: must be at least 1"),
         (["bench", "--rounds", "0"], "--rounds 0: must be at least 1"),
-        (["bench", "--out", "/nowhere/b.json"], "--out /nowhere/b.json: there is no folder /nowhere"),
+        (
+            ["bench", "--out", "/nowhere/b.json"],
+            "--out /nowhere/b.json: cannot be written: there is no folder /nowhere",
+        ),
         (["profile", "--out", "/dev/null/p"], "--out /dev/null/p: cannot be written"),
         (["bench", "--data.batch_size", "100"], "72 images"),
     ],

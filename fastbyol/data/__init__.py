@@ -134,8 +134,11 @@ def _missing(root: Path, split: str, option: str) -> str:
     alike = [s for s in stems if s.startswith(wanted)] or difflib.get_close_matches(wanted, stems)
     if alike and option:
         return f"{text}; did you mean {option}={stems[alike[0]]}?"
-    itself = f"; {option}=. takes all of {root}" if option.endswith("train_split") else ""
-    return text + (f"; there is {', '.join(there)}{itself}" if there else "")
+    if there:
+        text += f"; there is {', '.join(there)}"
+    if option.endswith("val_split"):
+        return f"{text}; {option}=PATH names another"
+    return f"{text}; {option}=. takes all of {root}" if there and option else text
 
 
 def choose_backend(config: DataConfig, images: ImageSet, device: torch.device) -> tuple[str, str]:

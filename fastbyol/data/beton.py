@@ -32,7 +32,7 @@ from fastbyol.data.decode import BadImage, decode, is_whole_jpeg, jpeg_size, wit
 from fastbyol.data.images import UNLABELLED, ImageSet, number_classes
 from fastbyol.data.workers import in_order
 from fastbyol.errors import InputError, fault_of
-from fastbyol.files import replacing
+from fastbyol.files import make_folder, replacing
 
 VERSION = 2
 HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("table", "<u8")])
@@ -322,7 +322,7 @@ def pack(
             return str(error)
 
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         with replacing(out) as partial, open(partial, "w+b") as file:
             writer = _Writer(file, len(images), images.classes)
             skipped = []

@@ -19,6 +19,7 @@ from PIL import Image
 
 from fastbyol.data.workers import in_order
 from fastbyol.errors import InputError, fault_of, first_line
+from fastbyol.files import make_folder
 
 Progress = Callable[[int, int], None]  # (images written, images in all)
 
@@ -283,7 +284,7 @@ def check_free(out: Path) -> None:
 def _atomic_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, which is free, that becomes `out` when the block ends well and vanishes when it does not."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be made: {error.strerror}") from None

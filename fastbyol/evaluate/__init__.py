@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from fastbyol.evaluate.linear import LINEAR
 from fastbyol.evaluate.protocol import Frame, Protocol, Row
 from fastbyol.evaluate.robustness import ROBUSTNESS
 from fastbyol.evaluate.segmentation import SEGMENTATION
-from fastbyol.files import read_json_or, write_json, write_output
+from fastbyol.files import check_output, read_json_or, write_json, write_output
 from fastbyol.layers import one_view
 from fastbyol.model import BYOL, build_model
 from fastbyol.precision import compute_dtype, set_float32_precision
@@ -52,12 +51,7 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
     protocol = PROTOCOLS[name]
     path, config, model = load_run(Path(options.run), say)
     out = Path(options.out) if options.out else _run_folder(path) / _result_name(name, path, options, config)
-    # Said before the work is done.
-    if not out.parent.is_dir():
-        raise InputError(f"out={out}: cannot be written: there is no folder {out.parent}")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        reason = "it is a folder" if out.is_dir() else f"{out.parent} cannot be written"
-        raise InputError(f"out={out}: {reason}; name a JSON file with --out")
+    check_output(out, f"out={out}")
     if out.is_file() and out.stat().st_size and not _is_result(read_json_or(out, lambda text: None)):
         raise InputError(
             f"out={out}: exists and is no result of `fastbyol eval`: it is not overwritten; name another file"

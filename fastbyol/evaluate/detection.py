@@ -316,7 +316,7 @@ def _image_file(root: Path, split: str, name: str, annotations: Path) -> Path:
     if "://" in name:
         raise InputError(f"{annotations}: image {name!r} is an address; file_name must be a file's path")
     if Path(name).is_absolute():
-        raise InputError(f"{annotations}: there is no image {name}")
+        raise InputError(f"{annotations}: there is no image {name}; make file_name relative to {root}")
     raise InputError(
         f"{annotations}: image {name} is neither in JPEGImages/, {split}/ and {split}2017/ of {root} nor in it"
     )

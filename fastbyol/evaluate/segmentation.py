@@ -97,6 +97,8 @@ def open_voc(options: SegmentationEval, config: Config, frame: Frame) -> VocFold
     root = Path(str(options.root))
     if not root.is_dir():
         raise InputError(f"root={root}: there is no such folder")
+    if not (root / "ImageSets" / "Segmentation").is_dir():
+        raise InputError(f"root={root}: is no VOC-format folder: it has no ImageSets/Segmentation/")
     files = _Files(root)
     folder = VocFolder(root, _listed(root, "train", files), _listed(root, "val", files), _classes(root))
     both = set(folder.train) & set(folder.val)
