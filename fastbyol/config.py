@@ -60,7 +60,7 @@ class DataConfig(Settings):
     subset_seed: int = 0
     """Which images `fraction` and `images_per_class` take; a smaller part lies within a larger one."""
     batch_size: int | Literal["auto"] = 256
-    """Images per optimiser step, over all ranks and micro-batches; auto takes the largest power of two that fits (--batch-size)."""
+    """Images per optimiser step, over all ranks and micro-batches (short: --batch-size), or auto: the largest power of two that fits."""
     image_size_px: int = 224
     """Side of both views in pixels."""
     recipe: Literal["byol", "torchvision", "none"] = "byol"
@@ -317,7 +317,7 @@ class KnnConfig(Settings):
     PREFIX: ClassVar[str] = "knn."
     MOST: ClassVar[dict[str, float]] = {"k": 10**6}
     every_epochs: int = 1
-    """Epochs between two online kNN evaluations; 0 switches them off."""
+    """Epochs between two online kNN evaluations, 0 for none."""
     k: int = 20
     """Neighbours that vote."""
     max_bank_images: int = 50_000
@@ -339,7 +339,7 @@ class ProbeConfig(Settings):
 
     PREFIX: ClassVar[str] = "probe."
     enabled: bool = False
-    """Train it, and print a line per epoch: `Train Epoch: 1/100  Loss  Top5 Accuracy  Top1 Accuracy`."""
+    """Train a linear classifier beside the run, and print a line per epoch: `Train Epoch: 1/100  Loss  Top5 Accuracy  Top1 Accuracy`."""
     lr: float = 1e-3
     """Learning rate of its Adam."""
 
@@ -365,7 +365,7 @@ class Config(Settings):
     init: str = "none"
     """Weights that the backbone starts from: none, timm:NAME (timm's pre-trained ones), or a file or run of `fastbyol export`."""
     resume: str = "none"
-    """none, auto (continue from the newest good checkpoint, start afresh if there is none) or a checkpoint's path."""
+    """none, auto (continue the run NAME from its newest good checkpoint, or start it) or a checkpoint's path."""
     data: DataConfig = field(default_factory=DataConfig)
     """Where the images are and how they are fed."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -583,7 +583,7 @@ class RobustnessEval(KnnEval, ProbeTraining):
 
 @dataclass(kw_only=True)
 class DenseEval(EvalConfig):
-    """What dense protocols are told; `root` must be given."""
+    """What dense protocols are told."""
 
     _format: ClassVar[str]
     image_size_px: int = 0
@@ -615,7 +615,7 @@ class DenseEval(EvalConfig):
 
 @dataclass(kw_only=True)
 class SegmentationEval(DenseEval):
-    """Semantic segmentation with an FCN head on a VOC-format folder; `root` must be given."""
+    """Semantic segmentation with an FCN head on a VOC-format folder, --root."""
 
     _format: ClassVar[str] = "VOC"
     finetune: bool = False
@@ -630,7 +630,7 @@ class SegmentationEval(DenseEval):
 
 @dataclass(kw_only=True)
 class DetectionEval(DenseEval):
-    """Object detection by torchvision's Faster R-CNN with FPN on COCO-format annotations; `root` must be given."""
+    """Object detection by torchvision's Faster R-CNN with FPN on COCO-format annotations below --root."""
 
     _format: ClassVar[str] = "COCO"
     epochs: int = 12
