@@ -49,6 +49,7 @@ def bench(config: Config, *, rounds: int, steps: int, out: Path | None, say: Cal
 
     Raises:
         InputError: the config does not fit the data or the machine, or `out` cannot be written.
+        RunError: `out` could not be written in the end.
     """
     for name, value in (("rounds", rounds), ("steps", steps)):
         if value < 1:

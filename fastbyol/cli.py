@@ -1,4 +1,4 @@
-"""The command line: sub-commands and their options, no logic.
+"""The command line: sub-commands and their options, and what a process says and returns when one ends.
 
 options.py reads the words; a command's options are a dataclass, and where it takes a config, those of config.py too.
 
@@ -6,9 +6,12 @@ Errors that a user can mend are one line on stderr: exit code 2 where the input 
 """
 
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +36,8 @@ from fastbyol.errors import (
 from fastbyol.options import HELP, VERSION, Call, Command, Group, HelpAsked, Options, read
 from fastbyol.settings import require, shown
 
+_NUMBA_THREADS = re.compile(r"\s*\+?0*[1-9][0-9]{0,5}\s*")
+_WAIT_FOR_TORCHRUN_S = 10
 _LOWER = "lower data.batch_size, data.image_size_px, data.threads, the model's width or what else is set high"
 
 
@@ -199,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     with surviving() as output:
-        if caches.note is not None and os.environ.get("RANK", "0") == "0":
+        if caches.note is not None and _local_rank() == 0:
             print(f"fastbyol: note: {caches.note}", file=sys.stderr)
         code = _run(given)
         if output.lost is None or output.reader_left:
@@ -212,9 +217,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: Sequence[str]) -> int:
     if caches.fault is not None:
         return _fail(caches.fault, 1)
-    threads = os.environ.get("NUMBA_NUM_THREADS", "1")
-    if not threads.strip().isdecimal() or int(threads) == 0:  # numba raises where it is imported, or prints a traceback
-        return _fail(f"NUMBA_NUM_THREADS={shown(threads)} in the environment: expected a whole number of at least 1", 2)
     try:
         os.getcwd()  # noqa: PTH109 - Path.cwd() is the same
     except FileNotFoundError:  # torch's libraries end the process where there is none
@@ -223,17 +225,12 @@ def _run(given: Sequence[str]) -> int:
         if len(given) == 1 and given[0] in VERSION:
             print(f"fastbyol {__version__}")
             return 0
-        try:
+        with _one_speaks():
             call = read(given, COMMANDS)
-        except InputError:
-            if not _speaks():
-                raise StoppedByAnother from None
-            raise
-        if "WORLD_SIZE" in os.environ and not call.command.takes_ranks:
-            _refuse_ranks(call)
+            _check_environment(call)
         return call.command.work(call)
     except HelpAsked as page:
-        if _speaks():
+        if _local_rank() == 0:
             print(page)
         return 0
     except StoppedByAnother as error:
@@ -251,21 +248,35 @@ def _run(given: Sequence[str]) -> int:
         return _fail(str(RunError(f"{where}{fault_of(error)}")), 1)
 
 
-def _speaks() -> bool:
-    """Whether this is the process of its machine that says what all of them find in their words: torchrun gives all the same."""
-    return "WORLD_SIZE" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+def _local_rank() -> int:
+    """Number of this process among those that torchrun has started on the machine; 0 without torchrun."""
+    rank = os.environ.get("LOCAL_RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    return int(rank) if rank.isdecimal() else 0
 
 
-def _refuse_ranks(call: Call) -> None:
-    """Ends a command that torchrun has started in several processes, which would write the same files."""
-    from fastbyol.distributed import world_from_environment
+@contextmanager
+def _one_speaks() -> Iterator[None]:
+    """torchrun gives all its processes the same words: one process of a machine says what is wrong with them."""
+    try:
+        yield
+    except InputError:
+        if _local_rank() == 0:
+            raise
+        time.sleep(_WAIT_FOR_TORCHRUN_S)  # it ends all processes as soon as one has ended: let the one speak first
+        raise StoppedByAnother from None
 
-    world = world_from_environment()
-    if world.size > 1:
-        if not world.first:
-            raise StoppedByAnother
+
+def _check_environment(call: Call) -> None:
+    """Refuses variables that numba answers with a traceback, and torchrun where processes would write the same files."""
+    threads = os.environ.get("NUMBA_NUM_THREADS")
+    if threads is not None and not _NUMBA_THREADS.fullmatch(threads):
         raise InputError(
-            f"{call.name} runs in one process, torchrun has started {world.size}: start it without torchrun"
+            f"NUMBA_NUM_THREADS={shown(threads)} in the environment: expected a whole number of at least 1"
+        )
+    processes = os.environ.get("WORLD_SIZE", "1") if "TORCHELASTIC_RUN_ID" in os.environ else "1"
+    if processes != "1" and not call.command.takes_ranks:
+        raise InputError(
+            f"{call.name} runs in one process, but torchrun started {processes}: start it without torchrun"
         )
 
 
@@ -293,7 +304,10 @@ def _train(call: Call) -> int:
     if result.stopped_by is not None:
         return 130 if result.stopped_by == signal.SIGINT else 0
     if result.first_rank:
-        say(f"report: {write_report(result.folder, say)}")
+        try:
+            say(f"report: {write_report(result.folder, say)}")
+        except InputError as error:  # the run is over: this is no mistake in its input
+            raise RunError(str(error)) from None
     return 0
 
 
@@ -410,6 +424,6 @@ COMMANDS = Group(
         "plan": Command(_plan, PlanOptions, takes_config=True),
         "report": Command(_report, ReportOptions),
         "export": Command(_export, ExportOptions),
-        "doctor": Command(_doctor, text="Say what works on this machine and what mends the rest."),
+        "doctor": Command(_doctor, text="Say what works on this machine and what mends the rest.", takes_ranks=True),
     },
 )

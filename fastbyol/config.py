@@ -19,7 +19,6 @@ _MOST_THREADS, _MOST_IMAGES, _MOST_SIDE_PX, _MOST_EPOCHS, _MOST_S = 4096, 10**9,
 
 def _absolute(path: str, key: str) -> str:
     """The path as any working directory finds it. '..' stays, since what it means depends on links."""
-    _require(path != "", key, path, "must not be empty; '.' is the working directory")
     try:
         return str(Path(expanded(path, key)).absolute())
     except FileNotFoundError:

@@ -52,7 +52,7 @@ def warn_if_shared(threads: int, warn: Callable[[str], None]) -> None:
         return
     warn(
         f"other processes keep {others:.1f} of {len(os.sched_getaffinity(0))} CPU cores busy: training may be several times slower; "
-        f"{' and '.join(settings)} {'fit' if len(settings) > 1 else 'fits'} what is left"
+        f"{' and '.join(settings)} would fit what is left"
     )
 
 

@@ -71,7 +71,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         file = next((p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir()), path)
-        raise NotADirectoryError(errno.ENOTDIR, f"{file} is no folder", str(path)) from None
+        raise NotADirectoryError(errno.ENOTDIR, f"{file} is not a folder", str(path)) from None
 
 
 def check_output(path: Path, key: str) -> None:
@@ -80,12 +80,14 @@ def check_output(path: Path, key: str) -> None:
     Raises:
         InputError: it is a folder, or its folder is missing or cannot be written.
     """
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise InputError(f"{key}: is a folder: name a file")
-    if not folder.is_dir():
-        raise InputError(f"{key}: cannot be written: there is no folder {path.parent}")
-    if not os.access(path if path.exists() and not path.is_file() else folder, os.W_OK):
+    target = os.path.realpath(path)  # a link's target is replaced
+    folder = os.path.dirname(target)  # noqa: PTH120 - of a path that may be in a folder that cannot be searched
+    if os.path.isdir(target):  # noqa: PTH112
+        raise InputError(f"{key}: is a folder; name a file")
+    if not os.path.isdir(folder):  # noqa: PTH112
+        raise InputError(f"{key}: cannot be written: there is no folder {folder}")
+    special = os.path.exists(target) and not os.path.isfile(target)  # noqa: PTH110, PTH113 - such as /dev/null
+    if not os.access(target if special else folder, os.W_OK):
         raise InputError(f"{key}: cannot be written: {os.strerror(errno.EACCES)}")
 
 

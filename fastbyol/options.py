@@ -18,6 +18,7 @@ from fastbyol.settings import (
     check,
     expanded,
     expected,
+    is_required,
     leaves,
     nearest,
     parse,
@@ -31,7 +32,6 @@ from fastbyol.settings import (
 HELP = ("-h", "--help", "--help-all")
 VERSION = ("-V", "--version")
 _CONFIG = "--config"
-_REQUIRED = "required"
 _SHORT = {"--batch-size": "--data.batch_size"}
 _COMMON = (  # what --help shows of a config's settings
     *(
@@ -194,6 +194,7 @@ class _Reader:
         self._own = list(options_of(command.options))
         self._config = list(options_of(Config)) if command.takes_config else []
         self._named = {option.name: option for option in (*self._own, *self._config) if option.named}
+        self._short = (_CONFIG, *_SHORT) if command.takes_config else ()
         self._unnamed = [option for option in self._own if not option.named]
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
@@ -212,6 +213,8 @@ class _Reader:
                 unnamed += words
                 break
             name, equals, value = word.partition("=")
+            if name in (*HELP, *VERSION) and equals:
+                raise InputError(f"{name} takes no value")
             if name in HELP:
                 raise HelpAsked(self._help(everything=name == "--help-all"))
             if not word.startswith("-"):
@@ -247,7 +250,7 @@ class _Reader:
     def require_own(self, given: Mapping[str, Any]) -> None:
         """Raises InputError where an option without a default is not among the given ones."""
         for option in self._own:
-            if _default_note(option.field) == _REQUIRED and option.dest not in given:
+            if is_required(option.field) and option.dest not in given:
                 text = _docs(self._command.options)[option.dest].rstrip(".")
                 raise InputError(f"{option.name} is missing ({expected(option.field.type)}): {text}")
 
@@ -265,14 +268,14 @@ class _Reader:
     def _unexpected(self, word: str) -> str:
         """What to say of a word that is no option, and too many without a name."""
         name = word.partition("=")[0].lstrip(_DASHES)
-        if f"--{name}" in self._named:
+        if f"--{name}" in (*self._named, *self._short):
             return f"unexpected argument {shown(word)}; did you mean --{shown_name(word.lstrip(_DASHES))}?"
         return f"unexpected argument {shown(word)}; see {self._name} --help"
 
     def _meant(self, name: str) -> str:
         if name in VERSION:
             return "fastbyol --version shows the version"
-        near = nearest(name, [*self._named, *((_CONFIG, *_SHORT) if self._command.takes_config else ())])
+        near = nearest(name, [*self._named, *self._short])
         if near:
             return f"did you mean {near}?"
         return f"{self._name} {'--help-all' if self._command.takes_config else '--help'} lists all"
@@ -347,7 +350,7 @@ def _overview(group: Group, path: list[str]) -> str:
 
 def _docs(cls: type[Settings]) -> dict[str, str]:
     """The docstring below each field, inherited ones too."""
-    import docstring_parser  # reads source files: only help pages need it
+    import docstring_parser  # reads source files: only help pages and missing options need it
 
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     found = {p.arg_name: p.description for base in bases for p in docstring_parser.parse_from_object(base).params}
@@ -387,8 +390,8 @@ def _type_note(kind: Any) -> str:
 
 
 def _default_note(f: dataclasses.Field) -> str:
-    if f.default is MISSING and f.default_factory is MISSING:
-        return _REQUIRED
+    if is_required(f):
+        return "required"
     value = f.default_factory() if f.default_factory is not MISSING else f.default
     if value is None or value in ((), []):
         return ""

@@ -27,7 +27,7 @@ def write_page(out: Path, title: str, parts: list[str]) -> Path:
         the file written.
 
     Raises:
-        InputError: it cannot be written.
+        RunError: it cannot be written.
     """
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(title)}</title>"
     page += f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"

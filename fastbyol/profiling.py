@@ -336,6 +336,7 @@ def profile(config: Config, *, steps: int, out: Path, say: Callable[[str], None]
 
     Raises:
         InputError: the config does not fit the data or the machine, or `out` cannot be written.
+        RunError: `out` could not be written in the end.
     """
     if steps < 1:
         raise InputError(f"--steps {steps}: must be at least 1")

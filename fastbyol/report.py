@@ -50,7 +50,8 @@ def write_report(run: Path, say: Callable[[str], None]) -> Path:
         the file written.
 
     Raises:
-        InputError: the folder holds no run, or the file cannot be written.
+        InputError: the folder holds no run, or no file can be written there.
+        RunError: the file could not be written in the end.
     """
     if not run.is_dir():
         raise InputError(f"--run {run}: there is no such folder")

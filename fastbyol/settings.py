@@ -33,10 +33,10 @@ _LARGEST_WHOLE, _LARGEST = 2**63 - 1, 1e30  # of fields without a limit of their
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # Linux
 _YAML_FAULTS = {  # what the parser says -> what to tell
     "another document": "a second document begins (---): keep one",
-    "'\\t'": "a tab: indent with blanks",
-    "mapping values are not allowed": "a second ':' in a line: quote the text, or indent what belongs to the line above",
+    "'\\t'": "a tab: indent with spaces",
+    "mapping values are not allowed": "this ':' does not fit: quote text that holds ': ', or check the indentation and the ':' of the line above",
     "could not find expected ':'": "expected KEY: VALUE",
-    "parsing a flow": "a bracket is not closed",
+    "parsing a flow": "a comma is missing or a bracket is not closed",
     "parsing a block": "this does not fit the lines above: check indentation, '-' and brackets",
     "cannot start any token": "quote a text that begins with this character",
     "scanning a quoted scalar": "a quote is not closed",
@@ -86,13 +86,14 @@ def expanded(path: str, key: str) -> str:
     Raises:
         BadSetting: it is empty, longer than a file system allows, or of a home folder that is not known.
     """
-    require(path != "", key, path, "must not be empty; '.' is the working directory")
-    long = len(os.fsencode(path)) > _LONGEST_PATH or any(
-        len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")
-    )
-    require(
-        not long, key, path, f"is too long: a path has at most {_LONGEST_PATH} bytes, each name in it {_LONGEST_NAME}"
-    )
+    require(path != "", key, path, "must not be empty")
+    try:
+        parts = os.fsencode(path).split(b"/")
+    except UnicodeEncodeError as error:
+        raise BadSetting(key, f"{key}={shown(path)}: paths are {error.encoding} here; set LC_ALL=C.UTF-8") from None
+    long = sum(map(len, parts)) + len(parts) > _LONGEST_PATH or max(map(len, parts)) > _LONGEST_NAME
+    need = f"is too long: a path has at most {_LONGEST_PATH} bytes, each name in it {_LONGEST_NAME}"
+    require(not long, key, path, need)
     full = os.path.expanduser(path)  # noqa: PTH111 - Path would take ./~x for ~x
     require(
         full != path or not path.startswith("~"), key, path, "this home folder is not known; write the path in full"
@@ -151,13 +152,20 @@ class Settings:
                 and f"{key}.{name}".lstrip(".") in names(cls, key)
             ):
                 outer, _, inner = name.partition(".")
-                raise BadSetting(name, f"{name}: is no key of its own: write {{'{outer}': {{'{inner}': ...}}}}")
+                raise BadSetting(
+                    name, f"{name}: dotted keys are not accepted here: write {{'{outer}': {{'{inner}': ...}}}}"
+                )
             if name not in known:
                 raise unknown(f"{key}.{name}" if key else str(name), "key", names(cls, key))
         for f in dataclasses.fields(cls):
-            if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
+            if is_required(f) and f.name not in values:
                 raise BadSetting(cls.key(f.name), f"{cls.key(f.name)}: is missing; expected {expected(f.type)}")
         return cls(**values)
+
+
+def is_required(f: dataclasses.Field) -> bool:
+    """Whether a field has no default."""
+    return f.default is MISSING and f.default_factory is MISSING
 
 
 def sections(cls: type[Settings]) -> dict[str, type[Settings]]:
@@ -294,7 +302,8 @@ def _items(text: str) -> list[Any]:
             node = None
         if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
             return [item.value for item in node.value]
-        return [_Other(shown(text))]
+        if text.startswith("[") or isinstance(node, yaml.MappingNode):
+            return [_Other(shown(text))]
     return [item.strip() for item in text.split(",")] if text else []
 
 

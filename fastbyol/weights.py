@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fastbyol import __version__, checkpoint
 from fastbyol.config import ModelConfig
-from fastbyol.errors import InputError, fault_of, first_line
+from fastbyol.errors import InputError, RunError, fault_of, first_line
 from fastbyol.files import check_output, replacing
 from fastbyol.model import build_backbone
 
@@ -219,7 +219,8 @@ def new_file(path: Path, key: str) -> Iterator[Path]:
     """Gives a temporary path beside `path`; when the body has succeeded the file is synced and takes the name, else it is removed.
 
     Raises:
-        InputError: `path` exists, or cannot be written.
+        InputError: `path` exists.
+        RunError: it cannot be written.
     """
     if path.exists() or path.is_symlink():
         raise InputError(f"{key} {path} exists; it is not overwritten: remove it or name another file")
@@ -227,7 +228,7 @@ def new_file(path: Path, key: str) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{key} {path}: cannot be written: {fault_of(error)}") from None
+        raise RunError(f"{key} {path}: cannot be written: {fault_of(error)}") from None
 
 
 def write_safetensors(path: Path, tensors: Tensors, config: ModelConfig, image_size: int) -> None:

@@ -358,6 +358,11 @@ def test_a_voc_folder_without_names_has_voc_s(folder):
     assert decode(images.read(0)).shape == (64, 64, 3)
 
 
+def test_a_folder_of_another_kind_is_no_voc_folder(photos):
+    with pytest.raises(InputError, match=r"root=.*: is not a VOC-format folder: it has no ImageSets/Segmentation/"):
+        open_voc(segmentation(photos), None, FRAME)
+
+
 def test_what_a_voc_folder_may_not_hold(folder):
     def refused(text):
         with pytest.raises(InputError, match=text) as caught:
@@ -675,7 +680,10 @@ def test_names_and_places_of_coco_2017(folder, place):
             "images of id 0 and 1 have the same file, .*val0.jpg",
         ),
         (lambda c: c["images"][1].update(file_name="http://x.org/a/val1.jpg"), "'http://x.org/a/val1.jpg' is an addr"),
-        (lambda c: c["images"][1].update(file_name="/nowhere/x.jpg"), "there is no image /nowhere/x.jpg"),
+        (
+            lambda c: c["images"][1].update(file_name="/nowhere/x.jpg"),
+            "there is no image /nowhere/x.jpg; make file_name relative to ",
+        ),
         (lambda c: c["images"][1].update(file_name=""), "image  is neither in JPEGImages/"),
         (lambda c: c["categories"].clear(), "holds no categories"),
         (lambda c: c["images"][1].update(file_name="gone.jpg"), "image gone.jpg is neither in JPEGImages/, val/ and"),

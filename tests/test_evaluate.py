@@ -515,7 +515,7 @@ def test_evaluation_without_labels_or_with_other_classes(run, folder_of, photos)
         evaluate("knn", KnnEval(run=str(run), root=str(other)), print)
     with pytest.raises(InputError, match="root: the data set /nowhere is not there"):
         evaluate("knn", KnnEval(run=str(run), root="/nowhere"), print)
-    with pytest.raises(InputError, match=r"out=/nowhere/x.json: cannot be written"):
+    with pytest.raises(InputError, match=r"--out /nowhere/x.json: cannot be written"):
         evaluate("knn", KnnEval(run=str(run), out="/nowhere/x.json", baselines=False), print)
 
 

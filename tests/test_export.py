@@ -536,7 +536,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(make_run, tmp_pat
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"--out .*x.safetensors: cannot be written: No space left on device"):
+    with pytest.raises(RunError, match=r"--out .*x.safetensors: cannot be written: No space left on device"):
         export.export(folder, "timm", out, pytest.fail)
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 

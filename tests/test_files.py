@@ -13,7 +13,17 @@ import pytest
 
 from fastbyol import files
 from fastbyol.errors import InputError
-from fastbyol.files import LOCK, FolderLock, json_text, read_json, read_json_or, replacing, write_file
+from fastbyol.files import (
+    LOCK,
+    FolderLock,
+    check_output,
+    json_text,
+    make_folder,
+    read_json,
+    read_json_or,
+    replacing,
+    write_file,
+)
 
 
 def no_warning(text):
@@ -62,12 +72,21 @@ def test_json_has_no_nan():
     }
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe", b"[1, 2]", b"[" * 100_000])
-def test_a_damaged_json_file_is_named_and_blocks_nothing(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "is empty"),
+        (b'{"a":\n 1', r"is damaged: not valid JSON \(line 2\)"),
+        (b"\xff\xfe", "is damaged: not valid JSON"),
+        (b"[1, 2]", "holds no JSON object"),
+        (b"[" * 100_000, "is damaged: not valid JSON$"),
+    ],
+)
+def test_a_damaged_json_file_is_named_and_blocks_nothing(tmp_path, content, fault):
     path = tmp_path / "x.json"
     assert read_json(path) == {}
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"x.json: (is empty|is damaged: not valid JSON|holds no JSON object)"):
+    with pytest.raises(InputError, match=f"x.json: {fault}"):
         read_json(path)
     warnings = []
     assert read_json_or(path, warnings.append) == {}
@@ -136,5 +155,34 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written: .* is no folder; choose another"):
+    with pytest.raises(InputError, match="cannot be written: .* is not a folder; choose another"):
         FolderLock(tmp_path / "file" / "run", warn=no_warning).__enter__()
+
+
+def test_a_folder_is_not_made_where_a_file_or_a_dangling_link_stands(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("file", "link"):
+        with pytest.raises(OSError, match=f"{name} is not a folder"):
+            make_folder(tmp_path / name / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_where_a_file_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "new")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone" / "new")
+    for path in (tmp_path / "x", tmp_path / "link", Path("/dev/null"), Path("x")):
+        check_output(path, "--out")
+    with pytest.raises(InputError, match=r"^--out: cannot be written: there is no folder .*gone$"):
+        check_output(tmp_path / "dangling", "--out")
+    # A link's target is replaced, so its folder has to be writable; of a device the device itself.
+    writable = {str(tmp_path), "/dev/null"}
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) in writable)
+    check_output(tmp_path / "x", "--out")
+    check_output(Path("/dev/null"), "--out")
+    for path in (tmp_path / "link", tmp_path / "there" / "x", Path("/dev/zero")):
+        with pytest.raises(InputError, match=r"^--out: cannot be written: Permission denied$"):
+            check_output(path, "--out")

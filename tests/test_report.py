@@ -14,6 +14,7 @@ from PIL import Image
 from fastbyol import plots
 from fastbyol.config import KnnEval
 from fastbyol.data import find_images
+from fastbyol.errors import InputError
 from fastbyol.evaluate import evaluate, read_results
 from fastbyol.pages import text
 from fastbyol.preview import draw_views
@@ -76,6 +77,16 @@ def test_damaged_files_are_named_and_block_no_report(make_config):
 
 
 NAMES = ["a$b_$", "$x^{", "<b>&amp;", "[red]x", ":smile:", "中文", "tab\there", "new\nline", "x" * 200]
+
+
+def test_what_no_report_can_be_written_of_is_said_before_the_work(make_config, monkeypatch):
+    folder = train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
+    with pytest.raises(InputError, match=rf"checkpoints: holds checkpoints; name the run's folder, {folder}$"):
+        write_report(folder / "checkpoints", fail)
+    (folder / "report.html").mkdir()
+    monkeypatch.setattr("fastbyol.report.load_run", lambda run, say: pytest.fail("it went to work"))
+    with pytest.raises(InputError, match=r"report.html: is a folder; name a file"):
+        write_report(folder, fail)
 
 
 def test_every_name_is_drawn(folder_of, make_config):

@@ -36,7 +36,7 @@ from fastbyol.settings import leaves, nearest
         ({"optim": {"warmup_epochs": 101}}, "optim.warmup_epochs=101: must lie between 0 and optim.epochs=100"),
         ({"optim": {"epoch": 3}}, "optim.epoch: unknown key; did you mean optim.epochs?"),
         ({"epochs": 3}, "epochs: unknown key; did you mean optim.epochs?"),
-        ({"optim.epochs": 3}, "optim.epochs: is no key of its own: write {'optim': {'epochs': ...}}"),
+        ({"optim.epochs": 3}, "optim.epochs: dotted keys are not accepted here: write {'optim': {'epochs': ...}}"),
         ({"": 3}, "'': unknown key"),
         ({"optm": {}}, "optm: unknown key; did you mean optim?"),
         ({3: 4}, "3: unknown key"),

@@ -31,7 +31,7 @@ from PIL import Image
 from fastbyol.data.decode import BadImage, decode, is_whole_jpeg, jpeg_size, without_metadata
 from fastbyol.data.images import UNLABELLED, ImageSet, number_classes
 from fastbyol.data.workers import in_order
-from fastbyol.errors import InputError, fault_of
+from fastbyol.errors import InputError, RunError, fault_of
 from fastbyol.files import make_folder, replacing
 
 VERSION = 2
@@ -304,7 +304,8 @@ def pack(
         one line saying what was written.
 
     Raises:
-        InputError: `out` exists or cannot be written, or an image is unreadable.
+        InputError: `out` exists or its folder cannot be made, or an image is unreadable.
+        RunError: `out` could not be written.
     """
     if max_side is not None and max_side < 1:
         raise InputError(f"--max-side {max_side}: must be at least 1 pixel")
@@ -323,6 +324,9 @@ def pack(
 
     try:
         make_folder(out.parent)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made: {error.strerror}") from None
+    try:
         with replacing(out) as partial, open(partial, "w+b") as file:
             writer = _Writer(file, len(images), images.classes)
             skipped = []
@@ -339,7 +343,7 @@ def pack(
                 raise InputError(f"{images.root}: none of the {len(images)} images can be read")
             size = writer.finish()
     except OSError as error:
-        raise InputError(f"{out}: {fault_of(error)}; nothing was kept") from None
+        raise RunError(f"{out}: {fault_of(error)}; nothing was kept") from None
     left_out = f"; {len(skipped)} left out, the first: {skipped[0]}" if skipped else ""
     modes = f"{writer.count - writer.raw} JPEG, {writer.raw} raw"
     return f"{out}: {writer.count} images ({modes}), {size / 1e6:.1f} MB{left_out}"

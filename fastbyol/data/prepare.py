@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastbyol.data.workers import in_order
-from fastbyol.errors import InputError, fault_of, first_line
+from fastbyol.errors import InputError, RunError, fault_of, first_line
 from fastbyol.files import make_folder
 
 Progress = Callable[[int, int], None]  # (images written, images in all)
@@ -295,5 +295,5 @@ def _atomic_folder(out: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
-            raise InputError(f"--out {out}: {fault_of(error)}; nothing was kept") from None
+            raise RunError(f"--out {out}: {fault_of(error)}; nothing was kept") from None
         raise

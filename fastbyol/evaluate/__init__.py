@@ -46,15 +46,16 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
         what is written as JSON: protocol, checkpoint, facts of the data, settings, environment, and one row per kind of features.
 
     Raises:
-        InputError: the checkpoint, its config or the data set cannot be used.
+        InputError: the checkpoint, its config or the data set cannot be used, or no file can be written at `options.out`.
+        RunError: the result could not be written in the end.
     """
     protocol = PROTOCOLS[name]
     path, config, model = load_run(Path(options.run), say)
     out = Path(options.out) if options.out else _run_folder(path) / _result_name(name, path, options, config)
-    check_output(out, f"out={out}")
+    check_output(out, f"--out {out}")
     if out.is_file() and out.stat().st_size and not _is_result(read_json_or(out, lambda text: None)):
         raise InputError(
-            f"out={out}: exists and is no result of `fastbyol eval`: it is not overwritten; name another file"
+            f"--out {out}: exists and is no result of `fastbyol eval`: it is not overwritten; name another file"
         )
     frame = frame_of(config, options, say)
     data = protocol.open(options, config, frame)
@@ -77,9 +78,11 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
         "bad_images": frame.bad,
         "environment": environment.describe(),
     }
-    write_json(out, result, f"out={out}")
+    write_json(out, result, f"--out {out}")
     if protocol.draw is not None:
-        write_output(out.with_suffix(".png"), protocol.draw(rows), f"out={out}: its picture {out.with_suffix('.png')}")
+        write_output(
+            out.with_suffix(".png"), protocol.draw(rows), f"--out {out}: its picture {out.with_suffix('.png')}"
+        )
     say(f"wrote {out}")
     return result
 

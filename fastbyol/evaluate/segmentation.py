@@ -98,7 +98,7 @@ def open_voc(options: SegmentationEval, config: Config, frame: Frame) -> VocFold
     if not root.is_dir():
         raise InputError(f"root={root}: there is no such folder")
     if not (root / "ImageSets" / "Segmentation").is_dir():
-        raise InputError(f"root={root}: is no VOC-format folder: it has no ImageSets/Segmentation/")
+        raise InputError(f"root={root}: is not a VOC-format folder: it has no ImageSets/Segmentation/")
     files = _Files(root)
     folder = VocFolder(root, _listed(root, "train", files), _listed(root, "val", files), _classes(root))
     both = set(folder.train) & set(folder.val)
