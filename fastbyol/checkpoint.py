@@ -10,6 +10,7 @@ A file is a zip archive whose members carry a CRC-32; `load` checks them all, so
 recognised before a value of it is used.
 """
 
+import errno
 import os
 import pickle
 import re
@@ -27,7 +28,9 @@ from fastbyol.files import replacing
 
 FORMAT = 1
 BEST = "best.pt"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"step_(\d{8})\.pt")
+_MOST_STEPS = 10**15
 _KEYS = {
     "format": int,
     "step": int,
@@ -55,7 +58,8 @@ def save(folder: Path, state: dict[str, Any], *, keep_last: int, best: bool) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*.partial"):  # of a process that was killed while it wrote
-            leftover.unlink()
+            if not leftover.is_dir():
+                leftover.unlink()
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, "version": __version__, **state}, file)
         if best:
@@ -65,10 +69,10 @@ def save(folder: Path, state: dict[str, Any], *, keep_last: int, best: bool) -> 
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         older = listed(folder)
         keep = f"the last good checkpoint is {older[-1]}" if older else "there is no older checkpoint"
-        raise RunError(
-            f"checkpoint {path} could not be written ({fault_of(cause)}); {keep}; free some space and resume"
-        ) from None
-    for old in listed(folder)[:-keep_last]:
+        remedy = "free some space and resume" if getattr(cause, "errno", None) in _FULL else "mend that and resume"
+        raise RunError(f"checkpoint {path} could not be written ({fault_of(cause)}); {keep}; {remedy}") from None
+    # Later ones are damaged: the run goes on from before them.
+    for old in [old for old in listed(folder) if old.name <= path.name][:-keep_last]:
         old.unlink(missing_ok=True)
     return path
 
@@ -97,12 +101,28 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"{where} is damaged or not a checkpoint: {first_line(error)}") from None
     if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _KEYS.items()):
         raise InputError(f"{where} is not one of fastbyol's")
-    files = state.get("files", {})
-    if not isinstance(files, dict) or any(not isinstance(f, list | tuple) or len(f) != 2 for f in files.values()):
-        raise InputError(f"{where} is damaged: it does not say what images it was made on")
     if state["format"] != FORMAT:
         raise InputError(f"{where} has format {state['format']}, this version reads format {FORMAT}")
+    if (fault := _fault(state)) is not None:
+        raise InputError(f"{where} is damaged: {fault}")
     return state
+
+
+def _fault(state: dict[str, Any]) -> str | None:
+    """Which of a checkpoint's values no run writes."""
+    if not 0 <= state["step"] < _MOST_STEPS:
+        return f"its step is {state['step']}"
+    files = state.get("files", {})
+    known = isinstance(files, dict) and all(isinstance(name, str) and _is_entry(e) for name, e in files.items())
+    if not known or state["images"] < 1:
+        return "it does not say what images it was made on"
+    if not all(isinstance(values, dict) for values in state["optimizer"].values()):
+        return "its optimiser state is none"
+    return None
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and list(map(type, entry)) == [int, str]
 
 
 def config_of(path: Path, state: dict[str, Any]) -> Config:
@@ -111,10 +131,17 @@ def config_of(path: Path, state: dict[str, Any]) -> Config:
     Raises:
         InputError: this version does not know one of its settings or values.
     """
+    if missing := {"data", "model", "optim"} - state["config"].keys():
+        raise InputError(f"checkpoint {path} cannot be used: its config has no {min(missing)}")
     try:
         return Config.from_dict(state["config"])
     except ValueError as error:
         raise InputError(f"checkpoint {path} cannot be used: {first_line(error)}") from None
+
+
+def step_of(path: Path) -> int:
+    """The optimiser steps that a numbered checkpoint has done, by its name."""
+    return int(path.stem.removeprefix("step_"))
 
 
 def listed(folder: Path) -> list[Path]:
@@ -144,7 +171,9 @@ def resolve(run_or_file: Path, warn: Callable[[str], None]) -> tuple[Path, dict[
         for folder in (run_or_file / "checkpoints", run_or_file):
             if (found := newest_good(folder, warn)) is not None:
                 return found
-        raise InputError(f"{run_or_file}: no usable checkpoint in {run_or_file / 'checkpoints'}")
+        best = run_or_file / "checkpoints" / BEST
+        hint = f"; {best} is there" if best.exists() else ""
+        raise InputError(f"{run_or_file}: no usable checkpoint in {run_or_file / 'checkpoints'}{hint}")
     return run_or_file, load(run_or_file)
 
 

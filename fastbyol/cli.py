@@ -34,7 +34,7 @@ from fastbyol.errors import (
     printable,
 )
 from fastbyol.options import HELP, VERSION, Call, Command, Group, HelpAsked, Options, read
-from fastbyol.settings import require, shown
+from fastbyol.settings import expanded, require, shown
 
 _NUMBA_THREADS = re.compile(r"\s*\+?0*[1-9][0-9]{0,5}\s*")
 _WAIT_FOR_TORCHRUN_S = 10
@@ -185,6 +185,13 @@ class ReportOptions(Options):
 
     run: Path
     """The run's folder."""
+    root: str | None = None
+    """Data set that the pictures are taken from, where it is not where the run had it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.root is not None:
+            self.root = expanded(self.root, "--root")
 
 
 @dataclass(kw_only=True)
@@ -317,7 +324,7 @@ def _eval(call: Call) -> int:
 
     evaluate(call.name, call.options, say)
     try:
-        refresh_report(Path(call.options.run), say)
+        refresh_report(Path(call.options.run), say, root=call.options.root)
     except FastbyolError as error:  # the run's folder may not be ours; the result is written
         say(f"warning: {error}")
     return 0
@@ -384,7 +391,7 @@ def _plan(call: Call) -> int:
 def _report(call: Call) -> int:
     from fastbyol.report import write_report
 
-    say(write_report(call.options.run, say))
+    say(write_report(call.options.run, say, root=call.options.root))
     return 0
 
 

@@ -121,7 +121,7 @@ def export(run: Path, form: str, out: Path | None, say: Callable[[str], None]) -
         raise InputError(f"--out {out}: for --format {form} the name must end in {' or '.join(suffixes)}")
     if out is not None:
         check_output(out, f"--out {out}")
-    checkpoint, config, model = load_run(run, say)
+    checkpoint, config, model, _ = load_run(run, say)
     backbone, features = build_backbone(config.model, config.data.image_size_px)
     backbone.load_state_dict(model.online.backbone.state_dict())
     source = Source(checkpoint=checkpoint, config=config, backbone=backbone.eval(), features=features)
@@ -275,7 +275,7 @@ def model_card(source: Source, form: str, out: Path, warn: Callable[[str], None]
     config, run = source.config, source.folder
     trained = read_json_or(run / ENVIRONMENT, warn)
     parts = [
-        printable(f"# {config.name}: {source.name} for {form}"),
+        f"# {_cell(config.name)}: {source.name} for {form}",
         f"The online backbone of a BYOL pre-training (Grill et al. 2020) by fastbyol {__version__}, without heads and "
         f"classifier. It takes normalised images (N, 3, {source.size}, {source.size}) and gives features "
         f"(N, {source.features}), float32, in eval mode.",
@@ -322,8 +322,8 @@ def _table(rows: list[tuple[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value inside a markdown table."""
-    return printable(str(value)).replace("|", "\\|")
+    """A name or value as markdown: what has a meaning in it is escaped."""
+    return re.sub(r"([\\`*<\[|])", r"\\\1", printable(str(value)))
 
 
 def _part(config: Config) -> str:
@@ -347,7 +347,7 @@ def _results(run: Path, warn: Callable[[str], None]) -> str:
         for name, row in rows.items():
             lines.append(f"| {_cell(name)} | {' | '.join(f'{row[m]:.4g}' if m in row else '' for m in metrics)} |")
         title = f"{result['protocol']}, of {result['checkpoint']} on {result['root']}:"
-        tables.append(f"{printable(title)}\n\n" + "\n".join(lines))
+        tables.append(f"{_cell(title)}\n\n" + "\n".join(lines))
     return "\n\n".join(tables) or "None yet: `fastbyol eval knn --run RUN` makes some."
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -208,11 +209,25 @@ class FolderLock:
         os.close(self._handle)
         self._handle = None
 
+    def renew(self) -> bool:
+        """Takes the lock of a new folder where the old one was moved or removed; whether it was.
+
+        Raises:
+            InputError: as on entering.
+        """
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if self._handle is None or os.path.samestat(os.fstat(self._handle), (self._folder / LOCK).stat()):
+                return False
+        os.close(self._handle)
+        self._handle = None
+        self.__enter__()
+        return True
+
     def _try(self) -> int | None:
         """The locked file; None while another process has it."""
         path = self._folder / LOCK
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = _open_plain(path)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -228,6 +243,25 @@ class FolderLock:
                     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                     return handle
             os.close(handle)  # its owner has removed it meanwhile: the lock would be on a file without a name
+
+
+def _open_plain(path: Path) -> int:
+    """Opens a lock file, which is made where it is missing; a link is not followed, since its target would be overwritten.
+
+    Raises:
+        InputError: something else stands there.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        handle = None
+    if handle is not None and stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    if handle is not None:
+        os.close(handle)
+    raise InputError(f"{path} is not a plain file, which a run uses as its lock: remove it")
 
 
 def _read_owner(path: Path) -> str:

@@ -1,6 +1,7 @@
 """report.html of a run: one self-contained file with settings, curves, pictures and results."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from fastbyol.precision import compute_dtype
 from fastbyol.preview import draw_views, to_pixels
 from fastbyol.runlog import read_metrics
 from fastbyol.step import choose_device
-from fastbyol.train import CHECKPOINTS, ENVIRONMENT, REPORT, SUMMARY
+from fastbyol.train import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, SUMMARY
 
 _QUERIES, _NEIGHBOURS = 8, 5
 _NO_METRICS = {"base_lr", "held_out_top1"}  # of a row: how it came about
@@ -43,8 +44,11 @@ _CURVES = (  # kind, key, title, unit
 )
 
 
-def write_report(run: Path, say: Callable[[str], None]) -> Path:
+def write_report(run: Path, say: Callable[[str], None], *, root: str | None = None) -> Path:
     """Writes RUN/report.html from what the run and its evaluations left in the folder.
+
+    Args:
+        root: the data set that the pictures are taken from; by default the run's.
 
     Returns:
         the file written.
@@ -58,7 +62,7 @@ def write_report(run: Path, say: Callable[[str], None]) -> Path:
     if run.name == CHECKPOINTS and not (run / CHECKPOINTS).exists():
         raise InputError(f"--run {run}: holds checkpoints; name the run's folder, {run.parent}")
     check_output(run / REPORT, str(run / REPORT))
-    path, config, model = load_run(run, say)
+    path, config, model, _ = load_run(run, say)
 
     def warn(fault: str) -> None:
         say(f"warning: {fault}")
@@ -71,17 +75,25 @@ def write_report(run: Path, say: Callable[[str], None]) -> Path:
         _summary(run, warn),
         _results(run, warn),
         section("Curves", image(_draw_curves(lines, config))) if lines else "",
-        _pictures(config, model, say),
+        _pictures(config, model, root, say),
         section("Settings", f"<pre>{'<br>'.join(map(text, settings))}</pre>"),
         _environment(run, warn),
     ]
     return write_page(run / REPORT, config.name, parts)
 
 
-def refresh_report(run_or_file: Path, say: Callable[[str], None]) -> None:
-    """Writes the report again after an evaluation, where a whole run was evaluated that has one."""
-    if (run_or_file / REPORT).exists():
-        say(f"report: {write_report(run_or_file, say)}")
+def refresh_report(run_or_file: Path, say: Callable[[str], None], *, root: str | None = None) -> None:
+    """Writes the report again after an evaluation, where a whole run was evaluated that has one.
+
+    Args:
+        root: the data set of the evaluation, which pictures are taken from where the run's has been moved.
+    """
+    if not (run_or_file / REPORT).exists():
+        return
+    data = read_json_or(run_or_file / CONFIG, lambda text: None).get("data")
+    own = data.get("root") if isinstance(data, dict) else None
+    moved = isinstance(own, str) and not os.path.lexists(own)
+    say(f"report: {write_report(run_or_file, say, root=root if moved else None)}")
 
 
 def _summary(run: Path, warn: Callable[[str], None]) -> str:
@@ -127,9 +139,10 @@ def _result(path: Path, result: dict[str, Any], warn: Callable[[str], None]) -> 
     )
     picture = _picture(path.with_suffix(".png"), warn) if protocol and protocol.draw else ""
     splits = ", ".join(map(str, result.get("splits") or []))
+    step = f", step {result['step']}" if "step" in result else ""
     return (
         f"<div><h3>{text(protocol.title if protocol else result['protocol'])}</h3>"
-        f"<p class=note>{text(result['root'])}{text(f' ({splits})' if splits else '')}, checkpoint {text(Path(result['checkpoint']).name)}</p>"
+        f"<p class=note>{text(result['root'])}{text(f' ({splits})' if splits else '')}, checkpoint {text(Path(result['checkpoint']).name + step)}</p>"
         f"<table><tr><th>features</th>{head}<th></th></tr>{rows}</table>"
         f"<p class=note>{text(result['train_images'])} training and {text(result['val_images'])} validation images, "
         f"{text(result['classes'])} classes; {text(settings)}</p>"
@@ -183,13 +196,13 @@ def _draw_curves(lines: list[dict[str, Any]], config: Config) -> bytes:
     return to_png(figure)
 
 
-def _pictures(config: Config, model: BYOL, say: Callable[[str], None]) -> str:
+def _pictures(config: Config, model: BYOL, root: str | None, say: Callable[[str], None]) -> str:
     """View grid and nearest neighbours; a data set that is gone by now costs the pictures, not the report."""
     parts: list[str] = []
     try:
-        train = find_images(config.data, "train")
+        train = find_images(config.data, "train", root=root)
         parts.append(section("The two views", image(draw_views(config, train))))
-        val = find_images(config.data, "val")
+        val = find_images(config.data, "val", root=root)
         check_splits(train, val)
         parts.append(section("Nearest neighbours", _neighbours(config, model, train, val, say)))
     except InputError as error:

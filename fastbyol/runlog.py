@@ -20,7 +20,7 @@ from fastbyol.console import SECONDS_BETWEEN_LINES, Output
 from fastbyol.errors import FastbyolError, printable
 from fastbyol.files import write_file
 
-METRICS, LOG = "metrics.jsonl", "train.log"
+METRICS, LOG, TENSORBOARD = "metrics.jsonl", "train.log", "tensorboard"
 
 
 class RunLog:
@@ -76,6 +76,13 @@ class RunLog:
             disable=not self.console.is_terminal,
         )
         self._task = self._progress.add_task("train", total=total_steps, completed=start, epoch=self._epoch_text(start))
+
+    def reopen(self) -> None:
+        """Goes on in new files, where the folder has been made anew."""
+        for file in (self._file, self._log):
+            if file is not None:
+                file.close()
+        self._log, self._file = (open(self._folder / name, "ab", buffering=0) for name in (LOG, METRICS))
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -256,7 +263,7 @@ def _join(values: dict[str, str]) -> str:
 def _tensorboard_writer(folder: Path, start: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # a second of imports that only runs with TensorBoard pay
 
-    return SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
+    return SummaryWriter(folder / TENSORBOARD, purge_step=start + 1 if start else None)
 
 
 def _truncate(folder: Path, step: int, warn: Callable[[str], None]) -> None:

@@ -185,7 +185,7 @@ class TrainStep:
         """Inverse of `state_dict`; a loss scale that this precision does not use, or lacks, is left out.
 
         Raises:
-            ValueError: a name or a shape does not fit the model.
+            ValueError: a name or a shape does not fit the model, or a value is no tensor.
         """
         parameters = dict(self.model.named_parameters())
         for name, values in state["optimizer"].items():
@@ -193,6 +193,8 @@ class TrainStep:
                 raise ValueError(f"optimiser state of an unknown parameter {name}")
             p = parameters[name]
             for key, value in values.items():
+                if not isinstance(value, Tensor):
+                    raise ValueError(f"optimiser state {key} of {name} is {value!r}")
                 if value.ndim and value.shape != p.shape:
                     raise ValueError(f"optimiser state {key} of {name} has shape {tuple(value.shape)}")
             self.optimizer.state[p] = {

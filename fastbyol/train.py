@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from fastbyol.files import FolderLock, json_text, read_json_or, write_file
 from fastbyol.kernels import dispatch
 from fastbyol.model import BYOL, BYOLOutput, build_model
 from fastbyol.probe import OnlineProbe
-from fastbyol.runlog import LOG, METRICS, RunLog, read_metrics
+from fastbyol.runlog import LOG, METRICS, TENSORBOARD, RunLog, read_metrics
 from fastbyol.schedules import Schedule
 from fastbyol.step import TrainStep, choose_device
 from fastbyol.weights import load_backbone
@@ -68,8 +69,10 @@ def train(config: Config) -> RunResult:
     # Signals are heeded until the process group has said why a run ends: torchrun sends SIGTERM to those who lost a rank.
     with ExitStack() as last, ProcessGroup(world, config.distributed, device):
         with world.together():
+            lock = None
             if world.first:  # workers that torchrun starts anew may come before the old ones are gone
-                last.enter_context(FolderLock(folder, wait_s=_LOCK_WAIT_S if world.restarts else 0, warn=notes.append))
+                lock = FolderLock(folder, wait_s=_LOCK_WAIT_S if world.restarts else 0, warn=notes.append)
+                last.enter_context(lock)
         with world.together():
             found = _find_checkpoint(config, world, notes.append)
             finished = None if found is None else _finished_step(folder, found, config)
@@ -77,7 +80,7 @@ def train(config: Config) -> RunResult:
             if world.first:
                 say(_already_finished(found, config))
             return RunResult(folder, done, done, world.first, None, finished_before=True)
-        run = _Run(config, world, device, found, notes)
+        run = _Run(config, world, device, found, notes, lock)
         stop = last.enter_context(_StopSignals())
         with closing(run.step), run.log, run.one_line_for_faults(), StopTogether(world) as together:
             run.announce()
@@ -113,18 +116,26 @@ def _find_checkpoint(config: Config, world: World, warn: Callable[[str], None]) 
     """
     run = Path(config.runs) / config.name
     folder = run / CHECKPOINTS
-    resume = "auto" if world.restarts and config.resume == "none" else config.resume
+    own = checkpoint.listed(folder)
+    resume = "auto" if world.restarts and (own or config.resume == "none") else config.resume
     if resume == "none":
-        if checkpoint.listed(folder):
+        if own:
             raise InputError(f"{run} already holds a run: continue it with --resume auto, or choose another --name")
         return None
     if resume != "auto":
-        return checkpoint.resolve(Path(resume), warn)
+        found = checkpoint.resolve(Path(resume), warn)
+        inside = found[0].resolve().parent == folder.resolve()
+        if own and not (inside and found[1]["step"] >= checkpoint.step_of(own[-1])):
+            raise InputError(
+                f"--resume {resume}: {run} already holds a run up to {own[-1].name}: continue it with --resume auto, or go on from "
+                f"{found[0].name} with another --name"
+            )
+        return found
     damaged: list[str] = []
     found = checkpoint.newest_good(folder, damaged.append)
     if found is None and damaged:
         best = folder / checkpoint.BEST
-        hint = f"; --resume {best} goes on from the best one" if best.exists() else ""
+        hint = f"; --resume {best} with another --name goes on from the best one" if best.exists() else ""
         raise InputError(f"--resume auto: none of the checkpoints in {folder} is usable: {damaged[-1]}{hint}")
     for text in damaged:
         warn(text)
@@ -155,9 +166,11 @@ def _finished_step(folder: Path, found: Found, config: Config) -> int | None:
 def _already_finished(found: Found, config: Config) -> str:
     path, state = found
     steps_per_epoch = max(_total_steps(config, found) // config.optim.epochs, 1)
+    run = Path(config.runs) / config.name
+    report = "" if (run / REPORT).exists() else f"; `fastbyol report --run {run}` writes the report, which is missing"
     return (
         f"already finished: checkpoint {path} is of epoch {state['step'] // steps_per_epoch}, optim.epochs={config.optim.epochs}; nothing "
-        "was done. A larger optim.epochs goes on from there, with the schedules of the larger number"
+        "was done. A larger optim.epochs goes on from there, with the schedules of the larger number" + report
     )
 
 
@@ -165,13 +178,20 @@ class _Run:
     """Everything around the loop: set-up, resume, logging, evaluation, saving."""
 
     def __init__(
-        self, config: Config, world: World, device: torch.device, found: Found | None, notes: list[str]
+        self,
+        config: Config,
+        world: World,
+        device: torch.device,
+        found: Found | None,
+        notes: list[str],
+        lock: FolderLock | None,
     ) -> None:
-        self.world, self.folder = world, Path(config.runs) / config.name
+        self.world, self.folder, self._lock = world, Path(config.runs) / config.name, lock
         self._notes, self._news = notes, list[str]()  # warnings, and news, for when the log is open
         self.knn: dict[str, float] = {"last": math.nan, "best": math.nan}
         with world.together():
             self.images = find_images(config.data, "train")
+            self._files, self._sample = self.images.fingerprint(), self.images.sample_digest()
             fits = 0
             if config.data.batch_size == "auto":
                 dispatch.compile_cpu_kernels(self._news.append)  # the trial steps need them
@@ -346,7 +366,8 @@ class _Run:
             "step": done,
             "config": self.config.to_dict(),
             "images": len(self.images),
-            "files": self.images.fingerprint(),
+            "files": self._files,
+            "sample": self._sample,
             "model": self.model.state_dict(),
             **self.step.state_dict(),
             "rng": _rng_state(),
@@ -354,8 +375,26 @@ class _Run:
         }
         if self.probe is not None:
             state["probe"] = self.probe.state_dict()
+        self._keep_folder()
         with self.log.pause():
             checkpoint.save(self.folder / CHECKPOINTS, state, keep_last=self.config.checkpoint.keep_last, best=best)
+
+    def _keep_folder(self) -> None:
+        """Goes on in a new folder where the run's was moved or removed while it trained.
+
+        Raises:
+            RunError: another run writes there by now.
+        """
+        assert self._lock is not None
+        try:
+            if self._lock.renew():
+                self._prepare_folder()
+                self.log.reopen()
+                self.log.warn(
+                    f"{self.folder} was moved or removed while the run wrote into it: it goes on in a new one"
+                )
+        except InputError as error:
+            raise RunError(f"{error} (this run's own was moved or removed); {self._last_good()}") from None
 
     def summarise(self, done: int) -> None:
         """The closing lines, and summary.json."""
@@ -444,6 +483,8 @@ class _Run:
         """
         try:
             self.model.load_state_dict(state["model"])
+            if state["step"] and not state["optimizer"] and self.config.optim.momentum:
+                raise ValueError("it holds no momenta")
             self.step.load_state_dict(state)
             if self.probe is not None and "probe" in state:
                 self.probe.load_state_dict(state["probe"])
@@ -468,7 +509,10 @@ class _Run:
                     f"checkpoint {path} was made with {key}={theirs[key]}, this run has {key}={ours[key]}: "
                     "use the same value, or another --name"
                 )
-        if changes := _other_files(state, self.images):
+        changes = _other_files(state, self._files, len(self.images))
+        if not changes and state.get("sample", self._sample) != self._sample:
+            changes = "files of the same names hold other images"
+        if changes:
             raise InputError(
                 f"checkpoint {path} was made on other images than those of {self.images.root}: {changes}; resume with the same "
                 "images, or start anew with another --name (--init takes over the backbone)"
@@ -478,7 +522,6 @@ class _Run:
             "runs",
             "name",
             "device",
-            "data.root",
             "data.threads",
             "data.prefetch_batches",
             "data.timeout_s",
@@ -508,14 +551,19 @@ class _Run:
         )
 
     def _prepare_folder(self) -> None:
-        for name in (CONFIG, ENVIRONMENT, SUMMARY, METRICS, LOG, STACKS, REPORT):
-            if (
-                self.folder / name
-            ).is_dir():  # it would be found out when the file is written, at the latest after the training
-                raise InputError(f"{self.folder / name} is a folder where the run writes a file: move it away")
+        # What stands in the way would be found out when a file is written, at the latest after the training.
         checkpoints = self.folder / CHECKPOINTS
-        if checkpoints.exists() and not checkpoints.is_dir():
-            raise InputError(f"{checkpoints} is a file where the run makes a folder: move it away")
+        names = (CONFIG, ENVIRONMENT, SUMMARY, METRICS, LOG, STACKS, REPORT)
+        for path in (
+            *(self.folder / name for name in names),
+            checkpoints / checkpoint.BEST,
+            *checkpoint.listed(checkpoints),
+        ):
+            if os.path.lexists(path) and not (path.is_file() or path.is_char_device()):
+                raise InputError(f"{path} is no file, but the run writes one there: move it away")
+        for path in (checkpoints, self.folder / TENSORBOARD):
+            if os.path.lexists(path) and not path.is_dir():
+                raise InputError(f"{path} is no folder, but the run writes into one there: move it away")
         try:
             write_file(self.folder / CONFIG, json_text(self.config.to_dict()))
             write_file(self.folder / ENVIRONMENT, json_text(environment.describe()))
@@ -636,11 +684,11 @@ class _StopSignals:
             signal.signal(number, self._old[self.received])
 
 
-def _other_files(state: dict[str, Any], images: ImageSet) -> str:
+def _other_files(state: dict[str, Any], ours: dict[str, list[int | str]], images: int) -> str:
     """What of the images is not what the checkpoint was made on; empty if they are the same. Old checkpoints hold their number only."""
-    theirs, ours = state.get("files"), images.fingerprint()
+    theirs = state.get("files")
     if theirs is None:
-        return "" if state["images"] == len(images) else f"{len(images)} images instead of {state['images']}"
+        return "" if state["images"] == images else f"{images} images instead of {state['images']}"
     differences = []
     for name in sorted(theirs.keys() | ours.keys()):
         (before, digest), (now, other) = theirs.get(name, (0, "")), ours.get(name, (0, ""))

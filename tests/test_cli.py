@@ -619,7 +619,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(
         "preview": ["preview", "--data.root", str(photos)],
         "export": ["export", "r", "--format", "timm"],
     }[command]
-    monkeypatch.setattr("fastbyol.evaluate.load_run", lambda run, say: (tmp_path / "c.pt", Config(), None))
+    monkeypatch.setattr("fastbyol.evaluate.load_run", lambda run, say: (tmp_path / "c.pt", Config(), None, 3))
     monkeypatch.setattr("fastbyol.export.load_run", lambda run, say: pytest.fail("it went to work"))
     monkeypatch.setattr("fastbyol.preview.draw_views", lambda config, folder: pytest.fail("it went to work"))
     monkeypatch.setattr("fastbyol.bench._measure", lambda *args: pytest.fail("it went to work"))
@@ -710,7 +710,7 @@ def test_words_behind_two_dashes_are_no_options(capsys):
 
 
 def test_what_fails_behind_the_work_is_exit_code_1(capsys, monkeypatch, tmp_path):
-    def fails(*args):
+    def fails(*args, **options):
         raise RunError("report.html: cannot be written: it is full")
 
     monkeypatch.setattr("fastbyol.evaluate.evaluate", lambda *args: None)

@@ -187,6 +187,15 @@ def test_links_are_followed_once_and_in_no_circle(folder_of):
     assert folder.classes == ["a", "b", "c"]
 
 
+def test_a_link_to_a_pipe_is_a_bad_image_and_nobody_waits_for_its_writer(folder_of):
+    root = folder_of({"train/a/1.jpg": jpeg(1)})
+    os.mkfifo(root / "pipe")
+    (root / "train/a/2.jpg").symlink_to(root / "pipe")
+    images = open_split(root, "train")
+    assert images.read(1) == b""
+    assert images.read(0) == jpeg(1)
+
+
 def test_a_folder_or_a_pipe_named_like_an_image_is_none(folder_of):
     root = folder_of({"train/a/1.jpg": b"", "train/a/x.jpg/2.png": b""})
     os.mkfifo(root / "train/a/3.jpg")

@@ -103,6 +103,34 @@ def test_odd_exif_does_not_hide_an_orientation(content):
             assert is_turned(decode(data))
 
 
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+RAW_PROFILE = b"\nexif\n%8d\n%s\n" % (len(ifd(TURN)) + 6, (b"Exif\0\0" + ifd(TURN)).hex().encode())
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["in front of the pixels", "behind them"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        chunk(b"tEXt", b"Raw profile type exif\0" + RAW_PROFILE),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW_PROFILE)),
+        chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<rdf:Description tiff:Orientation="6"/>'),
+    ],
+    ids=["text", "compressed text", "XMP"],
+)
+def test_the_orientation_of_a_png_is_found_in_its_texts(text, behind):
+    """As ImageMagick and Adobe's programs write it."""
+    plain = saved(picture(), "PNG")
+    at = len(plain) - 12 if behind else 33
+    data = plain[:at] + text + plain[at:]
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert is_turned(expected)
+    assert np.array_equal(decode(data), expected)
+
+
 @pytest.mark.parametrize(
     "content",
     [b"Exif\0\0", b"Exif\0\0II", b"Exif\0\0" + b"\xff" * 30, ifd(TURN)[:20], ifd((0x0112, 2, 2, b"6\0\0\0"))],
@@ -234,12 +262,23 @@ RAMP = np.arange(256).reshape(16, 16)
         (saved(gray(RAMP * 0.5, np.float32), "TIFF"), RAMP // 2),
         (saved(gray(RAMP * 0, np.float32), "TIFF"), RAMP * 0),
         (saved(gray(RAMP * 257, np.uint16), "TIFF"), RAMP),
+        (saved(gray(RAMP // 15 * 256, np.uint16), "TIFF"), RAMP // 15),
         (saved(gray(RAMP * 257, np.uint16), "PNG"), RAMP),
         (b"P5 16 16 65535 " + (RAMP * 257).astype(">u2").tobytes(), RAMP),
         (saved(gray(RAMP, np.uint8).convert("LA"), "TIFF"), RAMP),
         (saved(gray(RAMP > 99, np.bool_), "TIFF"), 255 * (RAMP > 99)),
     ],
-    ids=["int32", "float", "black float", "16-bit TIFF", "16-bit PNG", "16-bit PGM", "alpha", "1 bit"],
+    ids=[
+        "int32",
+        "float",
+        "black float",
+        "16-bit TIFF",
+        "dark 16-bit TIFF",
+        "16-bit PNG",
+        "16-bit PGM",
+        "alpha",
+        "1 bit",
+    ],
 )
 def test_values_of_other_types(data, expected):
     assert np.array_equal(decode(data), np.repeat(np.asarray(expected)[..., None], 3, axis=2))
@@ -255,9 +294,22 @@ def test_values_of_other_types(data, expected):
         (RAMP > 9, np.int32, r"0\.\.1 and"),
         (RAMP * np.nan, np.float32, "NaN or infinite"),
         (np.where(RAMP, RAMP, np.inf), np.float32, "NaN or infinite"),
+        (RAMP * 4, np.uint16, "16-bit values are 1020 at most, so it would be black"),
+        (RAMP * 16, np.uint16, "16-bit values are 4080 at most, so it would be black"),
         (RAMP // 2, np.uint16, "16-bit values are 127 at most, so it would be black: save it with 8 bits"),
     ],
-    ids=["large", "negative", "0..1", "below 1", "0 and 1", "NaN", "infinite", "small 16 bits"],
+    ids=[
+        "large",
+        "negative",
+        "0..1",
+        "below 1",
+        "0 and 1",
+        "NaN",
+        "infinite",
+        "10 of 16 bits",
+        "12 of 16 bits",
+        "small 16 bits",
+    ],
 )
 def test_values_of_unknown_range_are_refused(values, dtype, why):
     with pytest.raises(BadImage, match=why):

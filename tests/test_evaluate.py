@@ -339,7 +339,7 @@ def test_a_validation_split_that_cannot_be_read_ends_the_knn_and_not_the_run(pho
 def test_the_report_names_what_it_has_no_neighbours_of(run, damaged):
     root, files = damaged
     config = Config.from_dict(json.loads((run / "config.json").read_text()))
-    _, _, model = load_run(run, print)
+    model = load_run(run, print).model
     lines = []
     _neighbours(config, model, open_split(root, "train"), open_split(root, "val"), lines.append)
     assert [line.split(": ")[1] for line in lines] == [

@@ -610,6 +610,13 @@ def test_the_card_says_how_the_backbone_came_about(make_run):
     assert "knn, of" in (folder / "y.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["<b>x", "a*b*", "`x`", "[x](y)", "a|b", "a\\*b", "<!-- x"])
+def test_names_have_no_meaning_in_a_card_s_markdown(name):
+    escaped = export._cell(name)
+    assert re.search(r"(?<!\\)(\\\\)*[`*<\[|]", escaped) is None
+    assert re.sub(r"\\(.)", r"\1", escaped) == name
+
+
 def test_the_card_s_preprocessing_is_the_evaluation_s(written, folder_of):
     """Ours and Pillow's bicubic kernels differ by rounding: within 1/255 in the mean."""
     y, x = np.mgrid[:160, :200]

@@ -132,6 +132,19 @@ def test_the_lock_is_waited_for_where_workers_start_anew(tmp_path, monkeypatch):
         pass
 
 
+def test_a_lock_does_not_follow_a_link_and_names_what_stands_in_its_place(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("my notes")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for make in (lambda p: p.symlink_to(precious), lambda p: p.symlink_to("nowhere"), Path.mkdir, os.mkfifo):
+        make(folder / LOCK)
+        with pytest.raises(InputError, match=r"\.lock is not a plain file, which a run uses as its lock: remove it"):
+            FolderLock(folder, warn=no_warning).__enter__()
+        (folder / LOCK).rmdir() if (folder / LOCK).is_dir() else (folder / LOCK).unlink()
+    assert precious.read_text() == "my notes"
+
+
 def test_a_folder_made_for_nothing_goes_again(tmp_path):
     with FolderLock(tmp_path / "runs" / "a", warn=no_warning):
         assert (tmp_path / "runs" / "a").is_dir()

@@ -60,7 +60,7 @@ def machine(monkeypatch, tmp_path):
         def no_home():
             raise RuntimeError("Could not determine home directory.")
 
-        for name in ("XDG_CACHE_HOME", "TRITON_HOME", "MPLCONFIGDIR", "LOGNAME", "HOME"):
+        for name in ("XDG_CACHE_HOME", "TRITON_HOME", "MPLCONFIGDIR", "LOGNAME", "HOME", *caches._VARIABLES):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("TMPDIR", str(tmp_path))
         monkeypatch.setattr(caches.getpass, "getuser", nobody if user is None else lambda: user)
@@ -93,6 +93,35 @@ def test_a_home_that_cannot_be_written_stays_the_home(machine, tmp_path):
     assert note.startswith("/read-only/.cache cannot be written: caches are kept in ")
     assert "HOME" not in changed
     assert changed["XDG_CACHE_HOME"] == str(tmp_path / f"fastbyol-{os.getuid()}")
+
+
+@pytest.mark.parametrize(
+    "place", [".cache/numba", ".cache/numba/kernels_1", ".cache/fastbyol", ".triton", ".triton/cache"]
+)
+def test_a_part_of_the_caches_that_cannot_be_written_is_noticed(machine, monkeypatch, tmp_path, place):
+    """As one run by sudo leaves it."""
+    home = tmp_path / "home"
+    (home / place).mkdir(parents=True)
+    note, _, changed = machine(home=home, writable=str(tmp_path))
+    assert (note, changed) == (None, {})
+    monkeypatch.setattr(caches, "_can_write", lambda folder: home / place not in (folder, *folder.parents))
+    monkeypatch.setattr(caches, "_fallback", lambda: tmp_path / "instead")
+    monkeypatch.setattr(caches, "note", None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    caches.prepare()
+    assert caches.note.startswith(str(home / place))
+    assert os.environ["XDG_CACHE_HOME"] == os.environ["TRITON_HOME"] == str(tmp_path / "instead")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path / "instead"))
+
+
+@pytest.mark.parametrize("variable", sorted(caches._VARIABLES))
+def test_a_variable_that_names_a_folder_which_cannot_be_written_is_replaced(machine, monkeypatch, tmp_path, variable):
+    original = monkeypatch.delenv
+    monkeypatch.setattr(monkeypatch, "delenv", lambda name, **how: None if name == variable else original(name, **how))
+    monkeypatch.setenv(variable, "/read-only/x")
+    note, _, changed = machine(home=tmp_path / "home", writable=str(tmp_path))
+    assert note.startswith("/read-only/x cannot be written: caches are kept in ")
+    assert changed[variable].startswith(changed["XDG_CACHE_HOME"])
 
 
 def test_a_folder_that_others_could_write_is_not_trusted(machine, tmp_path):

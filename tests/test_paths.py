@@ -121,6 +121,10 @@ def test_evaluation_moves_to_another_root_and_splits(folder_of, tmp_path):
     with pytest.raises(InputError, match="^root: the data set /nowhere is not there$"):
         open_splits(KnnEval(run="x", root="/nowhere"), config)
     moved = str(tmp_path / "moved")
+    splits = open_splits(KnnEval(run="x", train_split=f"{moved}/val", val_split=f"{moved}/train"), config)
+    assert [split.root.name for split in splits] == ["val", "train"]
+    with pytest.raises(InputError, match="; name it with --root$"):
+        open_splits(KnnEval(run="x", train_split=f"{moved}/val"), config)
     splits = open_splits(KnnEval(run="x", root=moved, val_split="holdout"), config)
     assert [split.root.name for split in splits] == ["train", "holdout"]
     splits = open_splits(KnnEval(run="x", train_split=f"{moved}/val", val_split=f"{moved}/train", root=moved), config)
@@ -167,10 +171,14 @@ def test_a_root_may_be_a_file(folder_of, tmp_path):
         assert found.notes == ((f"data.root={file} is the training split itself",) if split == "train" else ())
     with pytest.raises(InputError, match=r"x.beton is one file, the training split; data.val_split names another"):
         find_images(DataConfig(root=str(file)), "val")
-    with pytest.raises(InputError, match=r"x.beton: this file is one split: data.train_split=. is the file itself"):
+    with pytest.raises(
+        InputError, match=r"x.beton: this file is one split, and there is no .*other beside it; data.train_split=. is"
+    ):
         find_images(DataConfig(root=str(file), train_split="other"), "train")
-    splits = open_splits(KnnEval(run="x", root=str(file), val_split=str(tmp_path / "y.beton")), config_of(root))
-    assert [split.root.name for split in splits] == ["x.beton", "y.beton"]
+    for val in (str(tmp_path / "y.beton"), "y.beton", "y"):  # a path in full, or beside the file
+        splits = open_splits(KnnEval(run="x", root=str(file), val_split=val), config_of(root))
+        assert [split.root.name for split in splits] == ["x.beton", "y.beton"]
+        assert find_images(DataConfig(root=str(file), val_split=val), "val").root.name == "y.beton"
     with pytest.raises(InputError, match=r"^root=.*x.beton is one file, the training split; val_split names another"):
         open_splits(KnnEval(run="x", root=str(file)), config_of(root))
 

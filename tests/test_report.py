@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import warnings
 
 import numpy as np
@@ -12,13 +13,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastbyol import plots
+from fastbyol.cli import main
 from fastbyol.config import KnnEval
 from fastbyol.data import find_images
 from fastbyol.errors import InputError
 from fastbyol.evaluate import evaluate, read_results
 from fastbyol.pages import text
 from fastbyol.preview import draw_views
-from fastbyol.report import write_report
+from fastbyol.report import refresh_report, write_report
 from fastbyol.train import train
 
 SHORT = {"optim": {"epochs": 1, "warmup_epochs": 0}, "knn": {"every_epochs": 0}}
@@ -58,6 +60,36 @@ DAMAGED = {
     "eval_splits.json": b'{"protocol": "knn", "checkpoint": "c", "root": "r", "train_images": 1, "val_images": 1, "classes": 2, '
     b'"settings": {}, "rows": {}, "splits": 5}',
 }
+
+
+def test_a_damaged_result_is_written_anew_unless_it_was_named(make_config):
+    folder = train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
+    options = {"run": str(folder), "baselines": False}
+    evaluate("knn", KnnEval(**options), lambda line: None)
+    (path,) = folder.glob("eval_knn_*.json")
+    whole = path.read_text()
+    for damaged in (whole[:50], "[]", "null", '{"protocol": "knn"}', ""):
+        path.write_text(damaged)
+        lines = []
+        evaluate("knn", KnnEval(**options), lines.append)
+        assert json.loads(path.read_text())["rows"] == json.loads(whole)["rows"]
+        assert any("is damaged; it is written anew" in line for line in lines) == bool(damaged)
+        path.write_text(damaged or "[]")
+        with pytest.raises(InputError, match=r"is no result of `fastbyol eval`: it is not overwritten"):
+            evaluate("knn", KnnEval(**options, out=str(path)), lines.append)
+
+
+def test_evaluations_of_best_checkpoints_of_other_steps_stand_beside_each_other(make_config):
+    folder = train(make_config(optim={"epochs": 2, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
+    best = folder / "checkpoints" / "best.pt"
+    for step in (4, 8):
+        best.unlink(missing_ok=True)
+        best.hardlink_to(folder / "checkpoints" / f"step_{step:08d}.pt")
+        evaluate("knn", KnnEval(run=str(best), baselines=False), lambda line: None)
+    assert len(list(folder.glob("eval_knn_*.json"))) == 2
+    page = write_report(folder, fail).read_text()
+    assert "checkpoint best.pt, step 4<" in page
+    assert "checkpoint best.pt, step 8<" in page
 
 
 def test_damaged_files_are_named_and_block_no_report(make_config):
@@ -121,3 +153,24 @@ def test_a_dollar_is_drawn_as_one_and_a_missing_glyph_by_its_number(monkeypatch)
 )
 def test_a_name_as_html(name, shown):
     assert text(name) == shown
+
+
+def test_pictures_come_from_where_the_data_has_been_moved(make_config, photos, tmp_path):
+    root = tmp_path / "here"
+    shutil.copytree(photos, root)
+    short = {"optim": {"epochs": 1, "warmup_epochs": 0}, "knn": {"every_epochs": 0}}
+    folder = train(make_config(data={"root": str(root)}, **short)).folder
+    assert "The two views" in write_report(folder, fail).read_text()
+    root.rename(tmp_path / "there")
+    lines = []
+    refresh_report(folder, lines.append, root=str(tmp_path / "there"))
+    assert lines == [f"report: {folder / 'report.html'}"]
+    assert "The two views" in (folder / "report.html").read_text()
+    assert main(["report", "--run", str(folder), "--root", str(tmp_path / "there")]) == 0
+    assert "The two views" in (folder / "report.html").read_text()
+    (tmp_path / "there").rename(root)  # another data set's evaluation changes no pictures
+    refresh_report(folder, fail_but_report, root="/nowhere")
+
+
+def fail_but_report(line):
+    assert line.startswith("report: ")

@@ -170,10 +170,21 @@ def test_a_list_names_images_as_people_and_programs_do(root, tmp_path, monkeypat
 def test_a_list_names_what_no_line_of_text_should(folder_of, tmp_path):
     """Names with a backslash, with spaces at their ends, in either Unicode form, and without any encoding."""
     latin = os.fsdecode(b"caf\xe9.jpg")
-    names = ["a/x\\y.jpg", "a/ z.jpg", f"a/{NFD}.jpg", f"b/{NFC}.jpg", f"a/{latin}", "a/#1.jpg", "a/\x85.jpg"]
+    names = [
+        "a/x\\y.jpg",
+        "a/ z.jpg",
+        f"a/{NFD}.jpg",
+        f"b/{NFC}.jpg",
+        f"a/{latin}",
+        "a/#1.jpg",
+        "a/\x85.jpg",
+        "a/#2.jpg",
+    ]
     root = folder_of({f"train/{name}": b"" for name in names})
     listed = tmp_path / "list"
-    listed.write_bytes(os.fsencode("\n".join([names[0], names[1], f"a/{NFC}.jpg", f"b/{NFD}.jpg", *names[4:]])))
+    listed.write_bytes(
+        os.fsencode("\n".join([names[0], names[1], f"a/{NFC}.jpg", f"b/{NFD}.jpg", *names[4:7], "#2.jpg"]))
+    )
     assert part(root, file_list=str(listed)).paths == sorted(names)
 
 
@@ -183,6 +194,26 @@ def test_a_path_is_not_taken_for_an_image_elsewhere(root, tmp_path):
         (tmp_path / "list").write_text(f"a/a01.jpg\n{line}")
         with pytest.raises(InputError, match=rf"line 2: '{line}' is not in .*train$"):
             part(root, file_list=str(tmp_path / "list"))
+
+
+@pytest.mark.parametrize("line", ["a/a01.jpg,0", "a/a01.jpg 0", "a/a01.jpg\t1", '"a/a01.jpg"', "a/a01.jpg;cat"])
+def test_a_list_with_more_than_paths_is_told_so(root, tmp_path, line):
+    (tmp_path / "list").write_text(f"{line}\n")
+    with pytest.raises(InputError, match=r"line 1: .* is not in .*train: write one path a line, and nothing else$"):
+        part(root, file_list=str(tmp_path / "list"))
+
+
+def test_a_line_of_any_length_is_told_in_short(root, tmp_path):
+    (tmp_path / "list").write_text("x" * 100_000)
+    with pytest.raises(InputError, match=r"line 1: 'x{300}\.\.\.' is not in") as caught:
+        part(root, file_list=str(tmp_path / "list"))
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_list_may_begin_at_the_home_folder(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(root))
+    (tmp_path / "list").write_text("~/train/b/b03.jpg\n")
+    assert part(root, file_list=str(tmp_path / "list")).paths == ["b/b03.jpg"]
 
 
 @pytest.mark.parametrize("data", [b"a/a01.jpg\0", b"\xff\xfea", bytes(range(256))])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from fastbyol import checkpoint, step
 from fastbyol.config import DataConfig, OptimConfig
 from fastbyol.data import open_split
 from fastbyol.data.beton import pack
+from fastbyol.distributed import World
 from fastbyol.errors import InputError, RunError
 from fastbyol.files import FolderLock
 from fastbyol.model import BYOLOutput
-from fastbyol.runlog import RunLog
+from fastbyol.runlog import RunLog, read_metrics
 from fastbyol.train import _StopSignals, train
 
 STEPS = 16  # 4 epochs of 4 batches
@@ -368,7 +370,7 @@ def test_a_full_disk_while_saving(make_config, monkeypatch):
 
 def test_a_run_folder_that_cannot_be_made(make_config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/run: cannot be written: Not a directory; choose another --runs"):
+    with pytest.raises(InputError, match=r"file/run: cannot be written: .*file is not a folder; choose another --runs"):
         train(make_config(runs=str(tmp_path / "file")))
 
 
@@ -475,11 +477,27 @@ def test_a_default_warmup_longer_than_half_of_the_run_is_cut_and_said(make_confi
     )
 
 
-@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl", "train.log", "report.html"])
-def test_a_folder_in_the_place_of_a_file_is_named_before_the_training(make_config, name):
+def _folder(path):
+    path.mkdir()
+
+
+def _pipe(path):
+    os.mkfifo(path)
+
+
+def _dangling(path):
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make", [_folder, _pipe, _dangling])
+@pytest.mark.parametrize(
+    "name", ["config.json", "summary.json", "metrics.jsonl", "train.log", "report.html", "checkpoints/best.pt"]
+)
+def test_what_is_in_a_file_s_place_is_named_before_the_training(make_config, name, make):
     folder = Path(make_config().runs) / "run"
-    (folder / name).mkdir(parents=True)
-    with pytest.raises(InputError, match=f"{name} is a folder where the run writes a file: move it away"):
+    (folder / name).parent.mkdir(parents=True)
+    make(folder / name)
+    with pytest.raises(InputError, match=f"{name} is no file, but the run writes one there: move it away"):
         train(make_config(**SHORT))
 
 
@@ -487,11 +505,120 @@ def test_a_file_or_a_dangling_link_in_the_place_of_a_folder_is_named(make_config
     runs = Path(make_config().runs)
     (runs / "run").mkdir(parents=True)
     (runs / "run" / "checkpoints").write_text("")
-    with pytest.raises(InputError, match="checkpoints is a file where the run makes a folder"):
+    with pytest.raises(InputError, match="checkpoints is no folder, but the run writes into one there: move it away"):
         train(make_config(**SHORT))
     (runs / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="link is a link to a folder that does not exist"):
         train(make_config(name="link", **SHORT))
+
+
+def test_a_link_in_the_place_of_a_folder_is_named(make_config):
+    folder = Path(make_config().runs) / "run"
+    folder.mkdir(parents=True)
+    for name in ("checkpoints", "tensorboard"):
+        (folder / name).symlink_to("nowhere")
+        with pytest.raises(InputError, match=f"{name} is no folder, but the run writes into one there: move it away"):
+            train(make_config(**SHORT))
+        (folder / name).unlink()
+
+
+def test_other_images_under_the_same_names_are_refused(make_config, photos, tmp_path, capsys):
+    train(make_config(**SHORT))
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)
+    longer = {"knn": {"every_epochs": 0}, "optim": {"epochs": 2, "warmup_epochs": 0}}
+    config = make_config(resume="auto", data={"root": str(copy)}, **longer)
+    images = sorted((copy / "train").rglob("*.jpg"))
+    whole = images[-1].read_bytes()
+    images[-1].write_bytes(images[0].read_bytes())
+    with pytest.raises(InputError, match="made on other images .*: files of the same names hold other images"):
+        train(config)
+    images[-1].write_bytes(whole)
+    assert train(config).step == 8
+    assert f"data.root {photos} -> {copy}" in capsys.readouterr().out
+
+
+def test_going_back_in_a_run_is_refused_and_works_under_another_name(make_config):
+    first = train(make_config(**SHORT | {"optim": {"epochs": 3, "warmup_epochs": 0}}))
+    early = first.folder / "checkpoints" / "step_00000004.pt"
+    before = contents(first.folder)
+    again = make_config(resume=str(early), **SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
+    with pytest.raises(
+        InputError, match=r"already holds a run up to step_00000012.pt: continue it with --resume auto, or"
+    ):
+        train(again)
+    assert contents(first.folder) == before
+    second = train(dataclasses.replace(again, name="back"))
+    assert [p.name for p in checkpoint.listed(second.folder / "checkpoints")] == ["step_00000008.pt"]
+    # Nor does another run's checkpoint go into a folder that holds a run, nor the newest one count as going back.
+    with pytest.raises(InputError, match=r"already holds a run up to step_00000008.pt"):
+        train(dataclasses.replace(again, name="back", resume=str(first.folder)))
+    newest = str(second.folder / "checkpoints" / "step_00000008.pt")
+    longer = OptimConfig(epochs=4, warmup_epochs=0)
+    assert train(dataclasses.replace(again, name="back", resume=newest, optim=longer)).step == 16
+
+
+def test_workers_that_are_started_anew_go_on_from_what_they_saved(make_config, monkeypatch):
+    first = train(make_config(**SHORT))
+    early = str(first.folder / "checkpoints" / "step_00000004.pt")
+    config = make_config(name="other", resume=early, **SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
+    train(config)
+    monkeypatch.setattr("fastbyol.train.world_from_environment", lambda: World(restarts=1))
+    third = train(dataclasses.replace(config, optim=OptimConfig(epochs=3, warmup_epochs=0)))
+    assert json.loads((third.folder / "summary.json").read_text())["steps"] == 12
+    assert [m["step"] for m in read_metrics(third.folder) if m["kind"] == "train"][:1] == [5]  # of its first attempt
+
+
+def test_new_checkpoints_stay_beside_damaged_later_ones(make_config):
+    folder = train(make_config(**SHORT | {"optim": {"epochs": 4, "warmup_epochs": 0}})).folder / "checkpoints"
+    for path in checkpoint.listed(folder)[1:]:
+        path.write_bytes(b"")
+    keep = {"checkpoint": {"keep_last": 1}}
+    stopped = make_config(resume="auto", **SHORT | {"optim": {"epochs": 3, "warmup_epochs": 0}}, **keep)
+    assert train(stopped).step == 12
+    assert checkpoint.load(folder / "step_00000012.pt")["step"] == 12
+
+
+@pytest.mark.parametrize("gone", ["moved", "removed", "taken"])
+def test_a_run_whose_folder_goes_away_while_it_trains(make_config, monkeypatch, capsys, gone):
+    config = make_config(**SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
+    folder, elsewhere = Path(config.runs) / "run", Path(config.runs) / "elsewhere"
+    original = step.TrainStep.__call__
+    with ExitStack() as stack:
+
+        def stepping(self, number, batch):
+            if number == 5:
+                folder.rename(elsewhere)
+                if gone == "removed":
+                    shutil.rmtree(elsewhere)
+                elif gone == "taken":
+                    stack.enter_context(FolderLock(folder, warn=print))
+            return original(self, number, batch)
+
+        monkeypatch.setattr(step.TrainStep, "__call__", stepping)
+        if gone == "taken":
+            with pytest.raises(RunError, match=r"another run writes into it .*this run's own was moved or removed"):
+                train(config)
+            assert [p.name for p in folder.iterdir()] == [".lock"]
+            return
+        assert train(config).step == 8
+    assert "was moved or removed while the run wrote into it: it goes on in a new one" in capsys.readouterr().out
+    assert [p.name for p in checkpoint.listed(folder / "checkpoints")] == ["step_00000008.pt"]
+    assert {"config.json", "summary.json", "train.log", "metrics.jsonl"} <= {p.name for p in folder.iterdir()}
+    if gone == "moved":
+        assert [p.name for p in checkpoint.listed(elsewhere / "checkpoints")] == ["step_00000004.pt"]
+    monkeypatch.undo()
+    assert train(dataclasses.replace(config, resume="auto")).finished_before
+
+
+def test_a_finished_run_without_its_report_says_how_to_write_it(make_config, capsys):
+    folder = train(make_config(**SHORT)).folder
+    capsys.readouterr()
+    train(make_config(resume="auto", **SHORT))
+    assert f"; `fastbyol report --run {folder}` writes the report, which is missing" in capsys.readouterr().out
+    (folder / "report.html").touch()
+    train(make_config(resume="auto", **SHORT))
+    assert "fastbyol report" not in capsys.readouterr().out
 
 
 def test_another_packed_data_set_of_equal_size_is_refused(make_config, tmp_path):
@@ -506,7 +633,7 @@ def test_another_packed_data_set_of_equal_size_is_refused(make_config, tmp_path)
     options = {"batch_size": 8, "image_size_px": 32}
     train(make_config(data={"root": str(tmp_path / "one-packed"), **options}, **SHORT))
     longer = SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}}
-    with pytest.raises(InputError, match="made on other images .*every class has other files"):
+    with pytest.raises(InputError, match="made on other images .*: files of the same names hold other images"):
         train(make_config(resume="auto", data={"root": str(tmp_path / "two-packed"), **options}, **longer))
 
 
@@ -523,6 +650,19 @@ def altered(folder, change):
     [
         (lambda state: state["config"]["optim"].update(nesterov=True), "cannot be used: optim.nesterov: unknown key"),
         (lambda state: state.update(files=5), "does not say what images it was made on"),
+        (lambda state: state.update(files={1: ["x", 2]}), "does not say what images it was made on"),
+        (lambda state: state.update(files={"a": [[1], {}]}), "does not say what images it was made on"),
+        (lambda state: state.update(images=0), "does not say what images it was made on"),
+        (lambda state: state.update(step=-5), "is damaged: its step is -5"),
+        (lambda state: state.update(step=10**30), "is damaged: its step is 10+$"),
+        (lambda state: state.update(config={}), "cannot be used: its config has no data"),
+        (lambda state: state.update(optimizer={}), "does not fit this model: it holds no momenta"),
+        (lambda state: state.update(optimizer=dict.fromkeys(state["optimizer"], 1)), "its optimiser state is none"),
+        (
+            lambda state: state.update(optimizer={name: {"momentum_buffer": 1} for name in state["optimizer"]}),
+            "does not fit this model: optimiser state momentum_buffer of .* is 1$",
+        ),
+        (lambda state: state.update(model={}), "does not fit this model: .{,500}$"),
         (
             lambda state: state["config"]["optim"].update(epochs="many"),
             "cannot be used: optim.epochs='many': expected a whole number",

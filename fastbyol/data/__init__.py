@@ -28,7 +28,7 @@ BETON = ".beton"
 
 
 def open_split(root: str | Path | None, split: str, *, key: str = "data.root", option: str = "") -> ImageSet:
-    """All images of a split: the folder ROOT/SPLIT, or the file ROOT/SPLIT or ROOT/SPLIT.beton.
+    """All images of a split: the folder ROOT/SPLIT, or the file ROOT/SPLIT or ROOT/SPLIT.beton; beside ROOT where that is a file.
 
     Args:
         root: the data set's folder.
@@ -41,8 +41,8 @@ def open_split(root: str | Path | None, split: str, *, key: str = "data.root", o
     """
     if root is None:
         raise InputError(f"{key} is not set: name the folder that holds {split}/ or {split}{BETON}")
-    base = Path(root) / split
     try:
+        base = _place(Path(root), split)
         if base.is_dir():
             return index_folder(base, key=f"{key}={root}")
         for file in (base, Path(f"{base}{BETON}")):
@@ -120,11 +120,17 @@ def _splits(root: Path) -> list[str]:
         return sorted(e.name for e in entries if e.name.endswith(BETON) or (is_split_name(e.name) and e.is_dir()))
 
 
+def _place(root: Path, split: str) -> Path:
+    """Where a split lies: below `root`, or beside it where that is a file."""
+    return root.parent / split if split != "." and root.is_file() else root / split
+
+
 def _missing(root: Path, split: str, option: str) -> str:
     """Why there is no such split, and what there is instead."""
-    base = root / split
+    base = _place(root, split)
     if root.is_file() and root.suffix == BETON:
-        return f"this file is one split: {option or 'the split'}=. is the file itself, a path in full names another"
+        itself = f"; {option}=. is the file itself" if option.endswith("train_split") else ""
+        return f"this file is one split, and there is no {base} beside it{itself}"
     if root.is_file():
         return f"this is a file, not a folder or a {BETON} file; if it is an archive, unpack it"
     text = f"there is no folder {base}" + (f" or file {base}{BETON}" if base.suffix != BETON else "")

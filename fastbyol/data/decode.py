@@ -35,7 +35,6 @@ _APP0, _APP14, _APP15, _COM, _SOS = 0xE0, 0xEE, 0xEF, 0xFE, 0xDA
 _READ_BY_LIBJPEG = {_APP0: 14, _APP14: 12}  # JFIF and Adobe, which say what the colours are, and how long they must be
 _JPEG, _EXIF, _XMP = b"\xff\xd8", b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_STUB, _PNG_IDAT = _PNG + bytes.fromhex("0000000d49484452000000010000000108000000003a7e9b55"), b"\0\0\0\0IDAT"
 _PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # types or keywords, first come first
 _ORIENTATION, _BITS_PER_SAMPLE, _IMAGE_LENGTH = 0x0112, 0x0102, 0x0101
 _WEBP_SIDE = 16_383  # damaged animations ask for a canvas of up to 16 million, which takes a minute to fill
@@ -49,6 +48,11 @@ _TURNS = {  # orientation: exchange rows and columns, then reverse the order of 
     8: (True, True, False),
 }
 _REMEDY = "save it with 8 bits"
+_BLACK = 16  # of 255: a picture without a brighter pixel shows nothing
+
+_pixel = io.BytesIO()
+Image.new("L", (1, 1)).save(_pixel, "PNG")
+_PNG_HEAD, _PNG_TAIL = _pixel.getvalue()[:33], _pixel.getvalue()[33:]  # signature and IHDR; IDAT and IEND
 
 # What Pillow and libtiff have to say of a damaged file is in the BadImage; nothing of it belongs on the console.
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints what nobody listens to
@@ -308,7 +312,7 @@ def _gray_levels(values: NDArray, bits: int) -> NDArray[np.uint8]:
     """Values (H, W) of more than 8 bits as uint8."""
     if bits < 32:
         levels = (values.astype(np.int64) >> bits - 8).clip(0, 255).astype(np.uint8)
-        if values.any() and not levels.any():
+        if values.any() and levels.max() < _BLACK:  # 10 or 12 bits in a file of 16, say
             raise BadImage(f"its {bits}-bit values are {values.max()} at most, so it would be black: {_REMEDY}")
         return levels
     if not np.isfinite(values).all():
@@ -364,7 +368,7 @@ def _png_orientation(data: bytes) -> object:
     for wanted in _PNG_ORIENTATIONS:
         for kind, chunk in chunks:
             if kind == wanted or (kind in (b"tEXt", b"zTXt", b"iTXt") and chunk.startswith(wanted, 8)):
-                stub = io.BytesIO(_PNG_STUB + chunk + _PNG_IDAT)
+                stub = io.BytesIO(_PNG_HEAD + chunk + _PNG_TAIL)
                 with _quiet(), suppress(Exception), Image.open(stub, formats=["PNG"]) as image:
                     if (found := image.getexif().get(_ORIENTATION)) is not None:
                         return found

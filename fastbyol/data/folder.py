@@ -48,7 +48,8 @@ class ImageFolder(ImageSet):
         Raises:
             OSError: it cannot be read.
         """
-        handle = os.open(f"{self.root}/{self.paths[index]}", os.O_RDONLY)
+        # A link may lead to a pipe, for whose writer a plain open would wait; it reads as an empty file.
+        handle = os.open(f"{self.root}/{self.paths[index]}", os.O_RDONLY | os.O_NONBLOCK)
         try:
             size = os.fstat(handle).st_size
             data = os.read(handle, size + 1)

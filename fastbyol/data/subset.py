@@ -14,6 +14,8 @@ from fastbyol.config import DataConfig
 from fastbyol.data.images import ImageSet, composed
 from fastbyol.errors import InputError
 
+_LONGEST_SHOWN = 300  # characters of a list's line in a message
+
 
 def only_classes(images: ImageSet, names: list[str], *, key: str = "data.classes") -> ImageSet:
     """The images of the classes `names`, labelled 0 .. len(names) - 1 in the set's own order of classes.
@@ -81,10 +83,10 @@ def _listed(images: ImageSet, path: Path, root: str | None) -> NDArray[np.int64]
     """
     where = f"data.file_list={path}"
     lines = {number: line for number, line in enumerate(_lines(path, where), 1) if line.strip()}
-    lines = {number: line for number, line in lines.items() if not line.lstrip().startswith("#")}
+    places = _Places(images, root, path.parent)
+    lines = {n: line for n, line in lines.items() if not line.lstrip().startswith("#") or places.of(line) is not None}
     if not lines:
         raise InputError(f"{where}: it names no image")
-    places = _Places(images, root, path.parent)
     found: dict[int, int] = {}  # place -> number of the line
     unknown = []
     for number, line in lines.items():
@@ -92,16 +94,23 @@ def _listed(images: ImageSet, path: Path, root: str | None) -> NDArray[np.int64]
         if place is None:
             unknown.append(number)
         elif place < 0:
-            raise InputError(f"{where}, line {number}: {line!r} is several images of {images.root}: give paths")
+            raise InputError(f"{where}, line {number}: {_shown(line)} is several images of {images.root}: give paths")
         elif place in found:
             name = images.name(place)
-            raise InputError(f"{where}, line {number}: {line!r} names {name} again, after line {found[place]}")
+            raise InputError(f"{where}, line {number}: {_shown(line)} names {name} again, after line {found[place]}")
         else:
             found[place] = number
     if unknown:
         more = f" (as {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise InputError(f"{where}, line {unknown[0]}: {lines[unknown[0]]!r} is not in {images.root}{more}")
+        line = lines[unknown[0]]
+        known = places.of(re.split(r"[,;\s]", line.strip())[0].strip("\"'")) is not None
+        hint = ": write one path a line, and nothing else" if known else ""
+        raise InputError(f"{where}, line {unknown[0]}: {_shown(line)} is not in {images.root}{more}{hint}")
     return np.sort(list(found))
+
+
+def _shown(line: str) -> str:
+    return repr(line if len(line) <= _LONGEST_SHOWN else f"{line[:_LONGEST_SHOWN]}...")
 
 
 def _lines(path: Path, where: str) -> list[str]:
@@ -147,7 +156,7 @@ class _Places:
     def of(self, line: str) -> int | None:
         """The place of the image that a line names, None where none is called so."""
         stripped = line.strip()
-        forms = (line, stripped, stripped.replace("\\", "/"))
+        forms = (line, stripped, stripped.replace("\\", "/"), os.path.expanduser(stripped))  # noqa: PTH111
         return next((place for form in forms if (place := self._find(form)) is not None), None)
 
     def _find(self, name: str) -> int | None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -50,13 +50,15 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
         RunError: the result could not be written in the end.
     """
     protocol = PROTOCOLS[name]
-    path, config, model = load_run(Path(options.run), say)
-    out = Path(options.out) if options.out else _run_folder(path) / _result_name(name, path, options, config)
+    path, config, model, step = load_run(Path(options.run), say)
+    out = Path(options.out) if options.out else _run_folder(path) / _result_name(name, path, step, options, config)
     check_output(out, f"--out {out}")
     if out.is_file() and out.stat().st_size and not _is_result(read_json_or(out, lambda text: None)):
-        raise InputError(
-            f"--out {out}: exists and is no result of `fastbyol eval`: it is not overwritten; name another file"
-        )
+        if options.out:
+            raise InputError(
+                f"--out {out}: exists and is no result of `fastbyol eval`: it is not overwritten; name another file"
+            )
+        say(f"warning: {out}: is damaged; it is written anew")
     frame = frame_of(config, options, say)
     data = protocol.open(options, config, frame)
     for note in (note for split in (data.train, data.val) for note in getattr(split, "notes", ())):
@@ -68,6 +70,7 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
     result = {
         "protocol": name,
         "checkpoint": str(path),
+        "step": step,
         "root": str(options.root or config.data.root),
         "splits": [options.train_split or config.data.train_split, options.val_split or config.data.val_split],
         "train_images": len(data.train),
@@ -87,12 +90,13 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
     return result
 
 
-def _result_name(protocol: str, checkpoint_file: Path, options: EvalConfig, config: Config) -> str:
+def _result_name(protocol: str, checkpoint_file: Path, step: int, options: EvalConfig, config: Config) -> str:
     """eval_PROTOCOL_KEY.json: another data set, checkpoint or setting has another key, the same evaluation again the same one."""
     data = config.data
     root = str(Path(options.root or data.root or "").resolve())
     key = [
         checkpoint_file.name,
+        step,  # best.pt is not always the same
         root,
         options.train_split or data.train_split,
         options.val_split or data.val_split,
@@ -156,7 +160,16 @@ def frame_of(config: Config, options: EvalConfig, say: Callable[[str], None]) ->
     )
 
 
-def load_run(run_or_file: Path, say: Callable[[str], None]) -> tuple[Path, Config, BYOL]:
+class Loaded(NamedTuple):
+    """A checkpoint's file and what it holds."""
+
+    path: Path
+    config: Config
+    model: BYOL
+    step: int  # optimiser steps done
+
+
+def load_run(run_or_file: Path, say: Callable[[str], None]) -> Loaded:
     """The model of a run's newest good checkpoint or of a checkpoint file, with the config it was trained with.
 
     Raises:
@@ -169,7 +182,7 @@ def load_run(run_or_file: Path, say: Callable[[str], None]) -> tuple[Path, Confi
         model.load_state_dict(state["model"])
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"checkpoint {path} cannot be used: {first_line(error)}") from None
-    return path, config, model
+    return Loaded(path, config, model, state["step"])
 
 
 def _networks(

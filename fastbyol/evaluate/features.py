@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +52,8 @@ def open_splits(options: EvalConfig, config: Config) -> Splits:
         images_per_class=0,
         file_list=None,
     )
-    if data.root is not None and not os.path.lexists(data.root):
+    elsewhere = Path(data.train_split).is_absolute() and Path(data.val_split).is_absolute()
+    if data.root is not None and not elsewhere and not os.path.lexists(data.root):
         remedy = "" if options.root else "; name it with --root"
         raise InputError(f"root: the data set {data.root} is not there{remedy}")
     splits = Splits(*(find_images(data, split, key="root") for split in ("train", "val")))

@@ -107,7 +107,7 @@ def test_an_exported_backbone_gives_the_run_s_features(trained, tmp_path, form):
         backbone.fc = torch.nn.Identity()
         backbone.load_state_dict(torch.load(out, weights_only=True))
     images = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    _, _, model = load_run(trained.folder, silent)
+    model = load_run(trained.folder, silent).model
     expected = one_view(model.online.backbone).eval()(images)
     for device in {DEVICE, torch.device("cpu")}:
         actual = backbone.eval().to(device)(images.to(device)).cpu()
