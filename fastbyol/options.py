@@ -141,7 +141,7 @@ def read(words: Sequence[str], group: Group) -> Call:
             given = f"unknown option {shown_name(word)}; " if word else ""
             raise InputError(f"{given}{' '.join(path)} takes a command first: one of {', '.join(level.commands)}")
         if word not in level.commands:
-            raise InputError(f"unknown command {shown(word)}; {_meant(word, level)}")
+            raise InputError(f"unknown command {shown(word)}; {_instead(word, level)}")
         path.append(word)
         level = level.commands[word]
     reader = _Reader(level, " ".join(path))
@@ -154,7 +154,7 @@ def read(words: Sequence[str], group: Group) -> Call:
         raise InputError(reader.placed(error)) from None
 
 
-def _meant(word: str, group: Group) -> str:
+def _instead(word: str, group: Group) -> str:
     """A command of the group, or of a group in it, whose name is nearest."""
     known = dict.fromkeys(group.commands, "")
     for name, inner in group.commands.items():
