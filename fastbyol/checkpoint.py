@@ -114,6 +114,8 @@ def _fault(state: dict[str, Any]) -> str | None:
         return f"its step is {state['step']}"
     files = state.get("files", {})
     known = isinstance(files, dict) and all(isinstance(name, str) and _is_entry(e) for name, e in files.items())
+    sample = state.get("sample", [])
+    known = known and isinstance(sample, list) and all(isinstance(digest, str) for digest in sample)
     if not known or state["images"] < 1:
         return "it does not say what images it was made on"
     if not all(isinstance(values, dict) for values in state["optimizer"].values()):

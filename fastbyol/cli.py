@@ -9,12 +9,14 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import ClassVar, Literal
 
 from rich.console import Console
@@ -210,14 +212,16 @@ class ExportOptions(Options):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    with surviving() as output:
+    with surviving() as output, _signals_unwind():
         if caches.note is not None and _local_rank() == 0:
             print(f"fastbyol: note: {caches.note}", file=sys.stderr)
         code = _run(given)
         if output.lost is None or output.reader_left:
             return code
         print(f"fastbyol: warning: standard output cannot be written: {output.lost}", file=sys.stderr)
-        printed_only = not given or given[0] in ("doctor", "plan", "bench") or not {*HELP, *VERSION}.isdisjoint(given)
+        printed_only = (
+            not given or given[0] in ("doctor", "plan", "bench", "help") or not {*HELP, *VERSION}.isdisjoint(given)
+        )
         return max(code, 1) if printed_only else code
 
 
@@ -246,6 +250,8 @@ def _run(given: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except _Ended as signalled:
+        return _fail(f"ended by {signalled.number.name}", 128 + signalled.number)
     except (MemoryError, RuntimeError, ImportError) as error:
         if not exhausted(error):
             raise
@@ -253,6 +259,33 @@ def _run(given: Sequence[str]) -> int:
     except OSError as error:
         where = f"{shown(error.filename)}: " if error.filename is not None else ""
         return _fail(str(RunError(f"{where}{fault_of(error)}")), 1)
+
+
+class _Ended(BaseException):
+    """A signal asks the program to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that what is half written is removed; a training saves besides."""
+    mine = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if mine and signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+    raise _Ended(number)
 
 
 def _local_rank() -> int:

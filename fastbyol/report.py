@@ -59,6 +59,8 @@ def write_report(run: Path, say: Callable[[str], None], *, root: str | None = No
     """
     if not run.is_dir():
         raise InputError(f"--run {run}: there is no such folder")
+    if root is not None and not os.path.lexists(root):
+        raise InputError(f"--root {root}: there is no such data set")
     if run.name == CHECKPOINTS and not (run / CHECKPOINTS).exists():
         raise InputError(f"--run {run}: holds checkpoints; name the run's folder, {run.parent}")
     check_output(run / REPORT, str(run / REPORT))

@@ -4,9 +4,10 @@ import errno
 import json
 import math
 import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +60,7 @@ class RunLog:
             self._log = open(folder / LOG, "ab", buffering=0)
             _truncate(folder, start, self.warn)
             self._file = open(folder / METRICS, "ab", buffering=0)
-        self._tensorboard = _tensorboard_writer(folder, start) if tensorboard and speaks else None
+        self._tensorboard = _Events(folder / TENSORBOARD, start) if tensorboard and speaks else None
         self._mark = start, time.perf_counter(), 0.0  # step, clock and waiting time at the last training line
         self._paused_s, self._said = 0.0, time.monotonic()
         self._shown: dict[str, str] = {}
@@ -83,6 +84,8 @@ class RunLog:
             if file is not None:
                 file.close()
         self._log, self._file = (open(self._folder / name, "ab", buffering=0) for name in (LOG, METRICS))
+        if self._tensorboard is not None:
+            self._tensorboard = _Events(self._folder / TENSORBOARD, 0)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -195,8 +198,11 @@ class RunLog:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._folder / METRICS)) from None
         if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            try:
+                self._tensorboard.write(step, {f"{kind}/{name}": value for name, value in values.items()})
+            except OSError as error:
+                self._tensorboard = None
+                self.warn(f"TensorBoard's events cannot be written: {error.strerror}; the run goes on without them")
         if kind == "train":
             self._shown |= {
                 "loss": f"{values['loss']:.3f}",
@@ -260,10 +266,41 @@ def _join(values: dict[str, str]) -> str:
     return "  ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _tensorboard_writer(folder: Path, start: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # a second of imports that only runs with TensorBoard pay
+class _Events:
+    """An event file of TensorBoard's. Each line is written at once: a thread, such as SummaryWriter's, would fail beside the run.
 
-    return SummaryWriter(folder / TENSORBOARD, purge_step=start + 1 if start else None)
+    Args:
+        folder: made where it is missing.
+        start: steps done before; TensorBoard drops the events of later ones.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._file = open(folder / name, "ab", buffering=0)
+        self._records = RecordWriter(self._file)
+        self._add(file_version="brain.Event:2")
+        if start:
+            self._add(step=start + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Scalars of a step, by tag.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._add(step=step, summary=self._summary(value=scalars))
+
+    def _add(self, **values: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **values).SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _truncate(folder: Path, step: int, warn: Callable[[str], None]) -> None:

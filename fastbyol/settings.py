@@ -31,16 +31,24 @@ _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _NULL = ("null", "~")
 _LARGEST_WHOLE, _LARGEST = 2**63 - 1, 1e30  # of fields without a limit of their own: what int64 and float32 hold
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # Linux
-_YAML_FAULTS = {  # what the parser says -> what to tell
-    "another document": "a second document begins (---): keep one",
-    "'\\t'": "a tab: indent with spaces",
-    "mapping values are not allowed": "this ':' does not fit: quote text that holds ': ', or check the indentation and the ':' of the line above",
-    "could not find expected ':'": "expected KEY: VALUE",
-    "parsing a flow": "a comma is missing or a bracket is not closed",
-    "parsing a block": "this does not fit the lines above: check indentation, '-' and brackets",
-    "cannot start any token": "quote a text that begins with this character",
-    "scanning a quoted scalar": "a quote is not closed",
-    "undefined alias": "this name behind * has no & before it",
+# What the parser says -> what to tell, and whether that is of the place where what it reads begins, not of where it gives up.
+_YAML_FAULTS = {
+    "another document": ("a second document begins (---): keep one", False),
+    "'<document start>'": ("the lines above are indented more than this one: begin them all at column 1", False),
+    "'\\t'": ("a tab: write spaces", False),
+    "mapping values are not allowed": (
+        "this ':' does not fit: quote text that holds ': ', or check the indentation and the ':' of the line above",
+        False,
+    ),
+    "could not find expected ':'": ("expected KEY: VALUE, with a blank after the colon", True),
+    "parsing a flow": ("a comma is missing or a bracket that begins here is not closed", True),
+    "parsing a block": ("this does not fit the lines above: check indentation, '-' and brackets", False),
+    "cannot start any token": ("quote a text that begins with this character", False),
+    "mapping keys are not allowed": ("quote a text that begins with ?", False),
+    "sequence entries are not allowed": ("an item of a list, '- x', begins a line of its own", False),
+    "scanning a block scalar": ("quote a text that begins with > or |", True),
+    "scanning a quoted scalar": ("a quote that begins here is not closed", True),
+    "undefined alias": ("this name behind * has no & before it", False),
 }
 _FILE_KIB = 256  # a config has one or two
 _MERGE = "<<"
@@ -366,24 +374,24 @@ def read_yaml(path: str, cls: type[Settings]) -> dict[str, tuple[Any, str]]:
             for key, (value, line) in _Reader(path, cls).settings(node, cls).items()
         }
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{path}{where}: {_yaml_fault(error)}") from None
+        raise InputError(f"{path}{_yaml_fault(error)}") from None
     except yaml.reader.ReaderError as error:
-        raise InputError(
-            f"{path}: the character U+{error.character:04X} is not allowed in a config: remove it"
-        ) from None
+        line = text.count("\n", 0, error.position) + 1
+        shown_character = f"the character U+{error.character:04X}"
+        raise InputError(f"{path}, line {line}: {shown_character} is not allowed in a config: remove it") from None
     except RecursionError:
         raise InputError(f"{path}: is nested too deeply") from None
 
 
 def _yaml_fault(error: yaml.MarkedYAMLError) -> str:
-    """What is wrong with a file, and what to do, in words of people who write it."""
-    problem = f"{error.context}, {error.problem}"
-    for known, text in _YAML_FAULTS.items():
+    """Where a file is wrong and what to do, in words of people who write it."""
+    problem, mark = f"{error.context}, {error.problem}", error.problem_mark or error.context_mark
+    text = f"the config is not YAML: {error.problem or error.context}"
+    for known, (told, at_its_begin) in _YAML_FAULTS.items():
         if known in problem:
-            return text
-    return f"the config is not YAML: {error.problem or error.context}"
+            text, mark = told, (error.context_mark if at_its_begin else None) or mark
+            break
+    return f", line {mark.line + 1}, column {mark.column + 1}: {text}" if mark else f": {text}"
 
 
 def _read_text(path: str) -> str:
@@ -399,7 +407,7 @@ def _read_text(path: str) -> str:
         raise InputError(f"config={shown_name(path)}: cannot be read: {error.strerror}") from None
     if len(data) > _FILE_KIB * 1024:
         raise InputError(f"{path}: is no config: it has more than {_FILE_KIB} KiB")
-    if b"\0" in data:  # UTF-16, which is valid UTF-8 where it holds ASCII alone
+    if data.count(b"\0") > len(data) / 4:  # UTF-16, which is valid UTF-8 where it holds ASCII alone
         raise InputError(f"{path}: is not UTF-8 text; save the file as UTF-8")
     try:
         return data.decode("utf-8-sig")

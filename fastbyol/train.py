@@ -122,6 +122,8 @@ def _find_checkpoint(config: Config, world: World, warn: Callable[[str], None]) 
         if own:
             raise InputError(f"{run} already holds a run: continue it with --resume auto, or choose another --name")
         return None
+    if Path(resume).is_dir() and Path(resume).resolve() in (run.resolve(), folder.resolve()):
+        resume = "auto"
     if resume != "auto":
         found = checkpoint.resolve(Path(resume), warn)
         inside = found[0].resolve().parent == folder.resolve()
@@ -159,7 +161,8 @@ def _finished_step(folder: Path, found: Found, config: Config) -> int | None:
     path, state = found
     step, total = state["step"], _total_steps(config, found)
     own = path.resolve().parent == (folder / CHECKPOINTS).resolve()
-    closed = read_json_or(folder / SUMMARY, lambda text: None).get("steps") == step
+    summed_up = read_json_or(folder / SUMMARY, lambda text: None).get("steps")
+    closed = isinstance(summed_up, int) and summed_up >= step
     return step if step > total or (step == total and (closed or not own)) else None
 
 
@@ -167,7 +170,8 @@ def _already_finished(found: Found, config: Config) -> str:
     path, state = found
     steps_per_epoch = max(_total_steps(config, found) // config.optim.epochs, 1)
     run = Path(config.runs) / config.name
-    report = "" if (run / REPORT).exists() else f"; `fastbyol report --run {run}` writes the report, which is missing"
+    closed = (run / REPORT).exists() or not (run / SUMMARY).exists()
+    report = "" if closed else f"; `fastbyol report --run {run}` writes the report, which is missing"
     return (
         f"already finished: checkpoint {path} is of epoch {state['step'] // steps_per_epoch}, optim.epochs={config.optim.epochs}; nothing "
         "was done. A larger optim.epochs goes on from there, with the schedules of the larger number" + report
@@ -191,7 +195,7 @@ class _Run:
         self.knn: dict[str, float] = {"last": math.nan, "best": math.nan}
         with world.together():
             self.images = find_images(config.data, "train")
-            self._files, self._sample = self.images.fingerprint(), self.images.sample_digest()
+            self._files, self._sample = self.images.fingerprint(), self.images.sample()
             fits = 0
             if config.data.batch_size == "auto":
                 dispatch.compile_cpu_kernels(self._news.append)  # the trial steps need them
@@ -387,7 +391,7 @@ class _Run:
         """
         assert self._lock is not None
         try:
-            if self._lock.renew():
+            if self._lock.renew() and not (self.folder / CONFIG).exists():  # else the lock alone was removed
                 self._prepare_folder()
                 self.log.reopen()
                 self.log.warn(
@@ -510,8 +514,14 @@ class _Run:
                     "use the same value, or another --name"
                 )
         changes = _other_files(state, self._files, len(self.images))
-        if not changes and state.get("sample", self._sample) != self._sample:
+        pairs = [pair for pair in zip(state.get("sample", []), self._sample, strict=False) if all(pair)]
+        others = sum(before != now for before, now in pairs)
+        if not changes and others > len(pairs) / 2:
             changes = "files of the same names hold other images"
+        elif not changes and others:
+            self._notes.append(
+                f"{others} of {len(pairs)} images that were compared are not what they were when the run began"
+            )
         if changes:
             raise InputError(
                 f"checkpoint {path} was made on other images than those of {self.images.root}: {changes}; resume with the same "
@@ -681,7 +691,7 @@ class _StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         if number != signal.SIGHUP:
-            signal.signal(number, self._old[self.received])
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else self._old[self.received])
 
 
 def _other_files(state: dict[str, Any], ours: dict[str, list[int | str]], images: int) -> str:

@@ -3,6 +3,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("data:\n  bach_size: 3\n", "data.bach_size"),
         ("datta:\n  batch_size: 3\n", "datta"),
         ("optim:\n  epochs: three\n", "optim.epochs.*three"),
-        ("model: [1, 2\n", "line 2, column 1: a comma is missing or a bracket is not closed"),
+        ("model: [1, 2\n", "line 1, column 8: a comma is missing or a bracket that begins here is not closed"),
         ("model:\n  width: -1\n", "model.width=-1"),
         (
             "seed: 3\noptim:\n  epochs:\n",
@@ -199,6 +200,13 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("optim: {epochs: 1}\noptim.epochs: 2", "line 2: optim.epochs is set twice, on line 1 too"),
         (b"name: a\nseed: 1 # caf\xe9", "line 2: is not UTF-8 text"),
         (b"\x00\x01", "c.yaml: is not UTF-8 text; save the file as UTF-8"),
+        ("seed: 1\nname: a\0b\n", r"line 2: the character U.0000 is not allowed in a config: remove it"),
+        ("seed: 1\t# c\n", "line 1, column 8: a tab: write spaces"),
+        ("  name: x\ndata: {}\n", "line 2, column 1: the lines above are indented more than this one"),
+        ("seed: 1\nname\nruns: x\n", "line 2, column 1: expected KEY: VALUE, with a blank after the colon"),
+        ("name: > x\n", "line 1, column 7: quote a text that begins with > or"),
+        ("name: ? x\n", "line 1, column 7: quote a text that begins with ."),
+        ("data: - 3\n", "line 1, column 7: an item of a list, '- x', begins a line of its own"),
         ("optim: !!python/object:os.system {epochs: 3}", "line 1: the tag '!!python/object:os.system' is not accepted"),
         ("seed: !!int 3", "line 1: the tag '!!int' is not accepted"),
         ("data: {classes: " + "[" * 5000, "nested too deeply"),
@@ -210,7 +218,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("optim: {base_lr: .inf}", "optim.base_lr=inf: must be finite"),
         ('data: {root: "\\ud800"}', "data.root=.*: holds characters that are no text"),
         ("name: a\n---\nname: b\n", "line 2, column 1: a second document begins .---.: keep one"),
-        ("optim:\n\tepochs: 1\n", "line 2, column 1: a tab: indent with spaces"),
+        ("optim:\n\tepochs: 1\n", "line 2, column 1: a tab: write spaces"),
         (
             "optim:\n  epochs: 1\n base_lr: 2\n",
             "line 3, column 2: this does not fit the lines above: check indentation",
@@ -218,8 +226,8 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("name: a: b\n", "line 1, column 8: this ':' does not fit: quote text that holds ': '"),
         ("name: @x\n", "line 1, column 7: quote a text that begins with this character"),
         ("name: *x\n", "this name behind . has no & before it"),
-        ('name: "x\n', "a quote is not closed"),
-        ("name: x\a\n", r"the character U.0007 is not allowed in a config: remove it"),
+        ('name: "x\n', "line 1, column 7: a quote that begins here is not closed"),
+        ("name: x\a\n", r"line 1: the character U.0007 is not allowed in a config: remove it"),
         ("name: x\n".encode("utf-16-le"), "is not UTF-8 text; save the file as UTF-8"),
         ("? ''\n: 1\n", "line 1: '': unknown key"),
         ("x" * 300_000, "is no config: it has more than 256 KiB"),
@@ -696,6 +704,38 @@ def test_a_command_for_one_process_is_refused_in_several(capsys, torchrun, monke
     monkeypatch.setenv("WORLD_SIZE", "4")  # as some clusters set it, without torchrun
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert "source=a" in run(capsys, "pack", "a", "b")[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_with_a_line_and_removes_what_is_half_written(photos, tmp_path, number):
+    code = f"""
+import os, signal, sys
+from fastbyol.cli import main
+from fastbyol.data import beton
+encode, calls = beton._encode, []
+
+def slowly(*args):
+    calls.append(0)
+    if len(calls) == 20:
+        os.kill(os.getpid(), {number})
+    return encode(*args)
+
+beton._encode = slowly
+sys.exit(main(["pack", {str(photos / "train")!r}, {str(tmp_path / "x.beton")!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr == f"fastbyol: error: ended by {signal.Signals(number).name}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_signals_are_left_as_they_were(capsys):
+    before = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)]
+    try:
+        assert run(capsys, "--version")[0] == 0
+        assert [signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGTERM)] == [signal.SIG_IGN, before[1]]
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
 
 
 def test_help_is_printed_by_one_process_of_a_machine(capsys, torchrun):

@@ -170,7 +170,9 @@ def test_hidden_files_and_folders_are_passed_over_and_counted(folder_of):
     names = [".DS_Store", "a/._1.jpg", "a/.git/2.jpg", "__MACOSX/a/3.jpg", "a/@eaDir/4.jpg/thumb.jpg", ".thumbs/5.jpg"]
     folder = open_split(folder_of({f"train/{name}": b"" for name in ["a/1.jpg", *names]}), "train")
     assert folder.paths == ["a/1.jpg"]
-    assert folder.notes == (f"{folder.root}: left out: 2 hidden, 1 folder @eaDir, 1 folder __MACOSX",)
+    assert folder.notes == (
+        f"{folder.root}: left out: 1 folder @eaDir, 1 folder __MACOSX, 1 hidden folder .git, 1 hidden folder .thumbs",
+    )
 
 
 def test_links_are_followed_once_and_in_no_circle(folder_of):

@@ -372,7 +372,7 @@ def test_what_a_voc_folder_may_not_hold(folder):
     mask, image, labels = folder / "SegmentationClass/val1.png", folder / "JPEGImages/val1.jpg", folder / "labels.txt"
     good = mask.read_bytes()
     Image.new("RGB", (64, 64)).save(mask)
-    refused("val1.png: its pixels are RGB, not class ids in a palette or gray image")
+    refused("val1.png: its pixels are RGB, not class numbers; save it as a palette or gray image")
     mask.write_bytes(b"text")
     refused("val1.png: not an image file")
     mask.write_bytes(good[: len(good) // 2])
@@ -681,12 +681,16 @@ def test_names_and_places_of_coco_2017(folder, place):
         ),
         (lambda c: c["images"][1].update(file_name="http://x.org/a/val1.jpg"), "'http://x.org/a/val1.jpg' is an addr"),
         (
+            lambda c: [a.update(bbox=[v / 64 for v in a["bbox"]]) for a in c["annotations"]],
+            "no box is larger than 1 pixel; bbox is .* in pixels, not in shares",
+        ),
+        (
             lambda c: c["images"][1].update(file_name="/nowhere/x.jpg"),
             "there is no image /nowhere/x.jpg; make file_name relative to ",
         ),
-        (lambda c: c["images"][1].update(file_name=""), "image  is neither in JPEGImages/"),
+        (lambda c: c["images"][1].update(file_name=""), "image '' is neither in JPEGImages/"),
         (lambda c: c["categories"].clear(), "holds no categories"),
-        (lambda c: c["images"][1].update(file_name="gone.jpg"), "image gone.jpg is neither in JPEGImages/, val/ and"),
+        (lambda c: c["images"][1].update(file_name="gone.jpg"), "image 'gone.jpg' is neither in JPEGImages/, val/ and"),
         (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], "there are no objects in val"),
         (lambda c: c["annotations"].clear(), "there are no objects in val"),
     ],

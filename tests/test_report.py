@@ -174,3 +174,11 @@ def test_pictures_come_from_where_the_data_has_been_moved(make_config, photos, t
 
 def fail_but_report(line):
     assert line.startswith("report: ")
+
+
+def test_a_root_that_is_not_there_costs_no_pictures(make_config, photos):
+    short = {"optim": {"epochs": 1, "warmup_epochs": 0}, "knn": {"every_epochs": 0}}
+    folder = train(make_config(**short)).folder
+    with pytest.raises(InputError, match="--root /nowhere: there is no such data set"):
+        write_report(folder, fail, root="/nowhere")
+    assert not (folder / "report.html").exists()

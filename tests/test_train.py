@@ -19,9 +19,9 @@ import torch
 from conftest import BATCH, HANG_S, jpeg, losses
 from PIL import Image
 
-from fastbyol import checkpoint, step
+from fastbyol import checkpoint, runlog, step
 from fastbyol.config import DataConfig, OptimConfig
-from fastbyol.data import open_split
+from fastbyol.data import find_images, open_split
 from fastbyol.data.beton import pack
 from fastbyol.distributed import World
 from fastbyol.errors import InputError, RunError
@@ -523,19 +523,83 @@ def test_a_link_in_the_place_of_a_folder_is_named(make_config):
 
 
 def test_other_images_under_the_same_names_are_refused(make_config, photos, tmp_path, capsys):
-    train(make_config(**SHORT))
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy)
-    longer = {"knn": {"every_epochs": 0}, "optim": {"epochs": 2, "warmup_epochs": 0}}
-    config = make_config(resume="auto", data={"root": str(copy)}, **longer)
     images = sorted((copy / "train").rglob("*.jpg"))
-    whole = images[-1].read_bytes()
-    images[-1].write_bytes(images[0].read_bytes())
+    whole = [image.read_bytes() for image in images]
+    images[0].write_bytes(whole[0][:300])  # unreadable, and repaired later
+    train(make_config(data={"root": str(copy), "max_bad_fraction": 0.1}, **SHORT))
+    images[0].write_bytes(whole[0])
+    shutil.move(copy, tmp_path / "moved")
+    images = sorted((tmp_path / "moved" / "train").rglob("*.jpg"))
+    longer = {"knn": {"every_epochs": 0}, "optim": {"epochs": 2, "warmup_epochs": 0}}
+    config = make_config(resume="auto", data={"root": str(tmp_path / "moved")}, **longer)
+    for image, data in zip(images, whole[1:] + whole[:1], strict=True):
+        image.write_bytes(data)
     with pytest.raises(InputError, match="made on other images .*: files of the same names hold other images"):
         train(config)
-    images[-1].write_bytes(whole)
+    for image, data in zip(images, whole, strict=True):
+        image.write_bytes(data)
+    capsys.readouterr()
     assert train(config).step == 8
-    assert f"data.root {photos} -> {copy}" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"data.root {copy} -> {tmp_path / 'moved'}" in out
+    assert "1 of 64 images that were compared are not what they were when the run began" in out
+
+
+def test_images_that_cannot_be_read_are_not_compared(make_config, photos, monkeypatch):
+    def unreadable(self, index):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastbyol.data.folder.ImageFolder.read", unreadable)
+        assert set(find_images(make_config().data, "train").sample()) == {""}
+
+
+class _Full:
+    """A file on a disk that is full after some bytes."""
+
+    def __init__(self, file, left):
+        self._file, self._left = file, left
+
+    def write(self, data):
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(28, os.strerror(28))
+        return self._file.write(data)
+
+    def close(self):
+        self._file.close()
+
+
+def test_tensorboard_s_events_are_read_by_tensorboard_and_end_no_run(make_config, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def losses_of(folder):
+        events = EventAccumulator(str(folder / "tensorboard"))
+        events.Reload()
+        return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+    options = {"log": {"tensorboard": True}} | SHORT
+    folder = train(make_config(**options)).folder
+    assert losses_of(folder) == [(k, pytest.approx(loss)) for k, loss in losses(folder).items()]
+    longer = options | {"optim": {"epochs": 3, "warmup_epochs": 0}}
+    stop_after(monkeypatch, 2)
+    train(make_config(resume="auto", **longer))
+    monkeypatch.undo()
+    train(make_config(resume="auto", **longer))
+    assert [step for step, _ in losses_of(folder)] == list(range(1, 13))
+    original = runlog._Events.__init__
+
+    def full(self, *args):
+        original(self, *args)
+        self._records._writer = _Full(self._file, 300)
+
+    monkeypatch.setattr(runlog._Events, "__init__", full)
+    capsys.readouterr()
+    result = train(make_config(name="full", **options))
+    assert result.step == 4
+    assert "TensorBoard's events cannot be written: No space left on device; the run goes on" in capsys.readouterr().out
 
 
 def test_going_back_in_a_run_is_refused_and_works_under_another_name(make_config):
@@ -581,7 +645,7 @@ def test_new_checkpoints_stay_beside_damaged_later_ones(make_config):
 
 @pytest.mark.parametrize("gone", ["moved", "removed", "taken"])
 def test_a_run_whose_folder_goes_away_while_it_trains(make_config, monkeypatch, capsys, gone):
-    config = make_config(**SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
+    config = make_config(log={"tensorboard": True}, **SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
     folder, elsewhere = Path(config.runs) / "run", Path(config.runs) / "elsewhere"
     original = step.TrainStep.__call__
     with ExitStack() as stack:
@@ -604,11 +668,45 @@ def test_a_run_whose_folder_goes_away_while_it_trains(make_config, monkeypatch, 
         assert train(config).step == 8
     assert "was moved or removed while the run wrote into it: it goes on in a new one" in capsys.readouterr().out
     assert [p.name for p in checkpoint.listed(folder / "checkpoints")] == ["step_00000008.pt"]
-    assert {"config.json", "summary.json", "train.log", "metrics.jsonl"} <= {p.name for p in folder.iterdir()}
+    names = {"config.json", "summary.json", "train.log", "metrics.jsonl", "tensorboard"}
+    assert names <= {p.name for p in folder.iterdir()}
     if gone == "moved":
         assert [p.name for p in checkpoint.listed(elsewhere / "checkpoints")] == ["step_00000004.pt"]
     monkeypatch.undo()
     assert train(dataclasses.replace(config, resume="auto")).finished_before
+
+
+def test_a_lock_that_is_removed_is_made_anew_without_a_word(make_config, monkeypatch, capsys):
+    config = make_config(**SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
+    folder = Path(config.runs) / "run"
+    original = step.TrainStep.__call__
+
+    def stepping(self, number, batch):
+        if number == 5:
+            (folder / ".lock").unlink()
+        return original(self, number, batch)
+
+    monkeypatch.setattr(step.TrainStep, "__call__", stepping)
+    assert train(config).step == 8
+    assert "was moved" not in capsys.readouterr().out
+    assert len(checkpoint.listed(folder / "checkpoints")) == 2
+    assert (folder / ".lock").exists()
+
+
+def test_a_finished_run_whose_newest_checkpoint_is_damaged_stays_as_it_is(make_config, capsys):
+    folder = train(make_config(**SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})).folder
+    (folder / "checkpoints" / "step_00000008.pt").write_bytes(b"")
+    before = (folder / "summary.json").read_bytes()
+    for resume in ("auto", str(folder), str(folder / "checkpoints")):
+        assert train(make_config(resume=resume, **SHORT)).finished_before
+        assert (folder / "summary.json").read_bytes() == before
+
+
+def test_another_run_that_is_finished_has_no_report_to_write(make_config, capsys):
+    folder = train(make_config(**SHORT)).folder
+    capsys.readouterr()
+    assert train(make_config(name="other", resume=str(folder), **SHORT)).finished_before
+    assert "fastbyol report" not in capsys.readouterr().out
 
 
 def test_a_finished_run_without_its_report_says_how_to_write_it(make_config, capsys):
@@ -633,7 +731,7 @@ def test_another_packed_data_set_of_equal_size_is_refused(make_config, tmp_path)
     options = {"batch_size": 8, "image_size_px": 32}
     train(make_config(data={"root": str(tmp_path / "one-packed"), **options}, **SHORT))
     longer = SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}}
-    with pytest.raises(InputError, match="made on other images .*: files of the same names hold other images"):
+    with pytest.raises(InputError, match="made on other images .*every class has other files"):
         train(make_config(resume="auto", data={"root": str(tmp_path / "two-packed"), **options}, **longer))
 
 

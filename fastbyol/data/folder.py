@@ -129,7 +129,7 @@ class _Listing:
                 name = entry.name
                 if name[0] == ".":
                     if name != ".DS_Store" and not name.startswith("._"):  # macOS's own, beside every file
-                        self.left_out["hidden"] += 1
+                        self.left_out[f"hidden folder {name}" if _is_folder(entry) else "hidden"] += 1
                     continue
                 _, dot, extension = name.rpartition(".")
                 is_image = dot and extension.lower() in _READ

@@ -4,7 +4,6 @@ import hashlib
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -64,14 +63,15 @@ class ImageSet(ABC):
             if name or len(members)
         }
 
-    def sample_digest(self) -> str:
-        """16 hex digits of a few images as they are stored, evenly spread: sets whose `fingerprint` is the same may hold other images."""
-        digest = hashlib.blake2b(digest_size=8)
-        for index in self.evenly(_SAMPLED).tolist():
-            with suppress(OSError):  # one that cannot be read now counts as empty
-                digest.update(self.read(index))
-            digest.update(b"\0")
-        return digest.hexdigest()
+    def sample(self) -> list[str]:
+        """16 hex digits of each of a few images as they are stored, evenly spread; empty for one that cannot be read."""
+        return [self._digest(index) for index in self.evenly(_SAMPLED).tolist()]
+
+    def _digest(self, index: int) -> str:
+        try:
+            return hashlib.blake2b(self.read(index), digest_size=8).hexdigest()
+        except OSError:
+            return ""
 
     def where(self, index: int) -> str:
         """Where an image lies, for messages."""

@@ -318,7 +318,7 @@ def _image_file(root: Path, split: str, name: str, annotations: Path) -> Path:
     if Path(name).is_absolute():
         raise InputError(f"{annotations}: there is no image {name}; make file_name relative to {root}")
     raise InputError(
-        f"{annotations}: image {name} is neither in JPEGImages/, {split}/ and {split}2017/ of {root} nor in it"
+        f"{annotations}: image {name!r} is neither in JPEGImages/, {split}/ and {split}2017/ of {root} nor in it"
     )
 
 
@@ -356,6 +356,11 @@ def _read_annotations(
         if found.get("iscrowd") not in (None, 0, 1):
             raise InputError(f"{file}: annotations[{k}]: iscrowd={found['iscrowd']!r} is neither 0 nor 1")
         objects[found["image_id"]].append(found)
+    sides = [max(found["bbox"][2:]) for own in objects.values() for found in own]
+    if sides and max(sides) <= 1:
+        raise InputError(
+            f"{file}: no box is larger than 1 pixel; bbox is [x, y, width, height] in pixels, not in shares"
+        )
     return file, images, dict(sorted(categories.items())), objects
 
 

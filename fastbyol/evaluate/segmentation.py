@@ -145,7 +145,9 @@ def read_mask(file: Path) -> NDArray[np.uint8]:
     except (OSError, ValueError, BadImage) as error:  # ValueError: a name that no file can have
         raise InputError(f"{file}: {fault_of(error)}") from None
     if image.mode not in ("P", "L", "1"):
-        raise InputError(f"{file}: its pixels are {image.mode}, not class ids in a palette or gray image")
+        raise InputError(
+            f"{file}: its pixels are {image.mode}, not class numbers; save it as a palette or gray image of 0, 1, 2, ..."
+        )
     return np.array(image, dtype=np.uint8)
 
 
@@ -159,7 +161,7 @@ def _check(one: VocImage, folder: VocFolder) -> set[int]:
     if highest > len(folder.classes):
         raise InputError(
             f"{one.mask}: holds class {highest} but there are {len(folder.classes)} classes; name all of them in "
-            f"{folder.root / LABELS_FILE}, one per line, and write 1 to K for the classes, {VOID} for void"
+            f"{folder.root / LABELS_FILE}, one per line, and write 1 to K for the classes, {VOID} for void, not levels of gray"
         )
     return held
 
