@@ -583,11 +583,9 @@ def test_tensorboard_s_events_are_read_by_tensorboard_and_end_no_run(make_config
     options = {"log": {"tensorboard": True}} | SHORT
     folder = train(make_config(**options)).folder
     assert losses_of(folder) == [(k, pytest.approx(loss)) for k, loss in losses(folder).items()]
-    longer = options | {"optim": {"epochs": 3, "warmup_epochs": 0}}
-    stop_after(monkeypatch, 2)
-    train(make_config(resume="auto", **longer))
-    monkeypatch.undo()
-    train(make_config(resume="auto", **longer))
+    train(make_config(resume="auto", **options | {"optim": {"epochs": 2, "warmup_epochs": 0}}))
+    (folder / "checkpoints" / "step_00000008.pt").unlink()  # steps 5 to 8 are done again
+    train(make_config(resume="auto", **options | {"optim": {"epochs": 3, "warmup_epochs": 0}}))
     assert [step for step, _ in losses_of(folder)] == list(range(1, 13))
     original = runlog._Events.__init__
 
@@ -599,7 +597,8 @@ def test_tensorboard_s_events_are_read_by_tensorboard_and_end_no_run(make_config
     capsys.readouterr()
     result = train(make_config(name="full", **options))
     assert result.step == 4
-    assert "TensorBoard's events cannot be written: No space left on device; the run goes on" in capsys.readouterr().out
+    warning = "TensorBoard's events cannot be written: No space left on device; the run goes on"
+    assert capsys.readouterr().out.count(warning) == 1
 
 
 def test_going_back_in_a_run_is_refused_and_works_under_another_name(make_config):
