@@ -271,8 +271,11 @@ class _Ended(BaseException):
 
 @contextmanager
 def _signals_unwind() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that what is half written is removed; a training saves besides."""
-    mine = threading.current_thread() is threading.main_thread()
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that what is half written is removed; a training saves besides.
+
+    Not under torchrun: a process that waits for one which is gone could not be ended so.
+    """
+    mine = threading.current_thread() is threading.main_thread() and "TORCHELASTIC_RUN_ID" not in os.environ
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if mine and signal.getsignal(n) == signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, _end)

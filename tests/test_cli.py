@@ -712,6 +712,7 @@ def test_a_signal_ends_a_command_with_a_line_and_removes_what_is_half_written(ph
 import os, signal, sys
 from fastbyol.cli import main
 from fastbyol.data import beton
+signal.signal({number}, signal.SIG_DFL)  # a parent such as nohup may have ignored it
 encode, calls = beton._encode, []
 
 def slowly(*args):
@@ -727,6 +728,15 @@ sys.exit(main(["pack", {str(photos / "train")!r}, {str(tmp_path / "x.beton")!r}]
     assert (done.returncode, done.stdout) == (128 + number, "")
     assert done.stderr == f"fastbyol: error: ended by {signal.Signals(number).name}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_under_torchrun_signals_are_not_caught(capsys, torchrun, monkeypatch):
+    found = []
+    monkeypatch.setattr("fastbyol.doctor.diagnose", lambda say: found.append(signal.getsignal(signal.SIGTERM)) or 0)
+    run(capsys, "doctor")
+    torchrun(0)
+    run(capsys, "doctor")
+    assert found == [cli._end, signal.SIG_DFL]
 
 
 def test_signals_are_left_as_they_were(capsys):

@@ -185,7 +185,7 @@ def test_activations_are_those_that_a_step_keeps(stages):
             "--rates /nowhere.json: holds no rates of `fastbyol bench --out`: there is no such file",
         ),
         (["--rates", "/"], "/: is no file"),
-        (["--rates", "/etc/hostname"], "/etc/hostname: cannot be read"),
+        (["--rates", "/etc/hostname"], "/etc/hostname: is damaged: not valid JSON"),
         (["--gpu", "h100", "--cores", "-1"], "--cores -1: must be at least 0"),
     ],
 )
