@@ -18,8 +18,8 @@ KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -r
 
 help:
 	@echo "make demo   set up, prepare photographs, pre-train on them, evaluate, write runs/demo/report.html (5 minutes)"
-	@echo "make test   set up, ruff, the fast tests (4 minutes after set-up)"
-	@echo "make test-slow   the others: compilers, the interpreter, several ranks, whole runs (12 minutes)"
+	@echo "make test   set up, ruff, the fast tests (5 minutes after set-up)"
+	@echo "make test-slow   the others: compilers, the interpreter, several ranks, whole runs (12 to 20 minutes)"
 	@echo "make lint   ruff alone"
 	@echo "make bench  everything against everyone on this CPU: kernels, loader, step, training, accuracy; runs/bench/against_cpu.md (20 minutes)"
 	@echo "make bench-loader   the loader against lightly, torchvision, DALI and FFCV, in an environment of its own"

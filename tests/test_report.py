@@ -79,7 +79,7 @@ def test_a_damaged_result_is_written_anew_unless_it_was_named(make_config):
             evaluate("knn", KnnEval(**options, out=str(path)), lines.append)
 
 
-def test_evaluations_of_best_checkpoints_of_other_steps_stand_beside_each_other(make_config):
+def test_evaluations_of_best_checkpoints_of_other_steps_stand_beside_each_other(make_config, monkeypatch):
     folder = train(make_config(optim={"epochs": 2, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
     best = folder / "checkpoints" / "best.pt"
     for step in (4, 8):
@@ -87,6 +87,7 @@ def test_evaluations_of_best_checkpoints_of_other_steps_stand_beside_each_other(
         best.hardlink_to(folder / "checkpoints" / f"step_{step:08d}.pt")
         evaluate("knn", KnnEval(run=str(best), baselines=False), lambda line: None)
     assert len(list(folder.glob("eval_knn_*.json"))) == 2
+    monkeypatch.setattr("fastbyol.report._pictures", lambda *args: "")
     page = write_report(folder, fail).read_text()
     assert "checkpoint best.pt, step 4<" in page
     assert "checkpoint best.pt, step 8<" in page
@@ -155,7 +156,9 @@ def test_a_name_as_html(name, shown):
     assert text(name) == shown
 
 
-def test_pictures_come_from_where_the_data_has_been_moved(make_config, photos, tmp_path):
+def test_pictures_come_from_where_the_data_has_been_moved(make_config, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastbyol.report._neighbours", lambda *args: "")
+    monkeypatch.setattr("fastbyol.report.draw_views", lambda config, folder: folder.read(0))
     root = tmp_path / "here"
     shutil.copytree(photos, root)
     short = {"optim": {"epochs": 1, "warmup_epochs": 0}, "knn": {"every_epochs": 0}}
