@@ -1,18 +1,17 @@
 """`python -m fastbyol` is the same program as the `fastbyol` command."""
 
-import os
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from fastbyol.cli import main
+from fastbyol.cli import local_rank, main
 
 
 def _say_which_checkout() -> None:
     """With -m, a checkout in the current folder comes before the installed package: a line says so."""
     installed = PathFinder.find_spec("fastbyol", sys.path[1:])
     here = Path(__file__).resolve().parent
-    if installed is not None and installed.origin is not None and os.environ.get("RANK", "0") == "0":
+    if installed is not None and installed.origin is not None and local_rank() == 0:
         there = Path(installed.origin).resolve().parent
         if there != here:
             print(f"fastbyol: note: this runs {here}, not the installed {there}", file=sys.stderr)

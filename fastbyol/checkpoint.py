@@ -2,7 +2,8 @@
 
 A checkpoint is a dict of plain values and tensors:
 
-    format, version, step (optimiser steps done), config (nested dict), images (in the training split),
+    format, version, step (optimiser steps done), config (nested dict), images (in the training split), files and
+    sample (what tells them from other images: ImageSet.fingerprint and ImageSet.sample),
     model (state dict with plain names), optimizer (state by parameter name), rng (torch's generators),
     knn (last and best online accuracy)
 
@@ -69,7 +70,7 @@ def save(folder: Path, state: dict[str, Any], *, keep_last: int, best: bool) -> 
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         older = listed(folder)
         keep = f"the last good checkpoint is {older[-1]}" if older else "there is no older checkpoint"
-        remedy = "free some space and resume" if getattr(cause, "errno", None) in _FULL else "mend that and resume"
+        remedy = "free some space and resume" if getattr(cause, "errno", None) in _FULL else "fix that and resume"
         raise RunError(f"checkpoint {path} could not be written ({fault_of(cause)}); {keep}; {remedy}") from None
     # Later ones are damaged: the run goes on from before them.
     for old in [old for old in listed(folder) if old.name <= path.name][:-keep_last]:
@@ -85,7 +86,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     where = f"checkpoint {path}"
     if path.exists() and not path.is_file():
-        raise InputError(f"{where} is no file")
+        raise InputError(f"{where} is not a file")
     try:
         with zipfile.ZipFile(path) as archive:
             if (member := archive.testzip()) is not None:
@@ -112,14 +113,13 @@ def _fault(state: dict[str, Any]) -> str | None:
     """Which of a checkpoint's values no run writes."""
     if not 0 <= state["step"] < _MOST_STEPS:
         return f"its step is {state['step']}"
-    files = state.get("files", {})
-    known = isinstance(files, dict) and all(isinstance(name, str) and _is_entry(e) for name, e in files.items())
-    sample = state.get("sample", [])
-    known = known and isinstance(sample, list) and all(isinstance(digest, str) for digest in sample)
-    if not known or state["images"] < 1:
+    files, sample = state.get("files", {}), state.get("sample", [])
+    named = isinstance(files, dict) and all(isinstance(name, str) and _is_entry(e) for name, e in files.items())
+    sampled = isinstance(sample, list) and all(isinstance(digest, str) for digest in sample)
+    if not (named and sampled and state["images"] >= 1):
         return "it does not say what images it was made on"
     if not all(isinstance(values, dict) for values in state["optimizer"].values()):
-        return "its optimiser state is none"
+        return "its optimiser state is not one dict per parameter"
     return None
 
 

@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     with surviving() as output, _signals_unwind():
-        if caches.note is not None and _local_rank() == 0:
+        if caches.note is not None and local_rank() == 0:
             print(f"fastbyol: note: {caches.note}", file=sys.stderr)
         code = _run(given)
         if output.lost is None or output.reader_left:
@@ -241,7 +241,7 @@ def _run(given: Sequence[str]) -> int:
             _check_environment(call)
         return call.command.work(call)
     except HelpAsked as page:
-        if _local_rank() == 0:
+        if local_rank() == 0:
             print(page)
         return 0
     except StoppedByAnother as error:
@@ -291,7 +291,7 @@ def _end(number: int, frame: FrameType | None) -> None:
     raise _Ended(number)
 
 
-def _local_rank() -> int:
+def local_rank() -> int:
     """Number of this process among those that torchrun has started on the machine; 0 without torchrun."""
     rank = os.environ.get("LOCAL_RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     return int(rank) if rank.isdecimal() else 0
@@ -303,7 +303,7 @@ def _one_speaks() -> Iterator[None]:
     try:
         yield
     except InputError:
-        if _local_rank() == 0:
+        if local_rank() == 0:
             raise
         time.sleep(_WAIT_FOR_TORCHRUN_S)  # it ends all processes as soon as one has ended: let the one speak first
         raise StoppedByAnother from None

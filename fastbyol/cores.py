@@ -40,14 +40,11 @@ def warn_if_shared(threads: int, warn: Callable[[str], None]) -> None:
     mine = available()
     left = len(os.sched_getaffinity(0)) - others
     fit = min(mine, max(1, round(left)))
-    settings = [
-        text
-        for text, now in (
-            (f"OMP_NUM_THREADS={fit} in the environment", torch.get_num_threads()),
-            (f"--data.threads {fit}", threads),
-        )
-        if now > fit
-    ]
+    settings = []
+    if torch.get_num_threads() > fit:
+        settings.append(f"OMP_NUM_THREADS={fit} in the environment")
+    if threads > fit:
+        settings.append(f"--data.threads {fit}")
     if seconds < _SHORTEST_S or left > mine - _FREE or not settings:
         return
     warn(

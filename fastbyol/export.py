@@ -117,9 +117,9 @@ def export(run: Path, form: str, out: Path | None, say: Callable[[str], None]) -
         RunError: the ONNX file does not compute what the network does.
     """
     suffixes = FORMATS[form].suffixes
-    if out is not None and out.suffix not in suffixes:
-        raise InputError(f"--out {out}: for --format {form} the name must end in {' or '.join(suffixes)}")
     if out is not None:
+        if out.suffix not in suffixes:
+            raise InputError(f"--out {out}: for --format {form} the name must end in {' or '.join(suffixes)}")
         check_output(out, f"--out {out}")
     checkpoint, config, model, _ = load_run(run, say)
     backbone, features = build_backbone(config.model, config.data.image_size_px)

@@ -131,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     if not path.is_file():
-        raise InputError(f"{path}: is no file")
+        raise InputError(f"{path}: is not a file")
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:

@@ -80,7 +80,7 @@ class RunLog:
 
     def reopen(self) -> None:
         """Goes on in new files, where the folder has been made anew."""
-        for file in (self._file, self._log):
+        for file in (self._file, self._log, self._tensorboard):
             if file is not None:
                 file.close()
         self._log, self._file = (open(self._folder / name, "ab", buffering=0) for name in (LOG, METRICS))
@@ -201,6 +201,7 @@ class RunLog:
             try:
                 self._tensorboard.write(step, {f"{kind}/{name}": value for name, value in values.items()})
             except OSError as error:
+                self._tensorboard.close()
                 self._tensorboard = None
                 self.warn(f"TensorBoard's events cannot be written: {error.strerror}; the run goes on without them")
         if kind == "train":

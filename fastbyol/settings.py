@@ -31,7 +31,7 @@ _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _NULL = ("null", "~")
 _LARGEST_WHOLE, _LARGEST = 2**63 - 1, 1e30  # of fields without a limit of their own: what int64 and float32 hold
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # Linux
-# What the parser says -> what to tell, and whether that is of the place where what it reads begins, not of where it gives up.
+# What the parser says -> what to tell, and whether the fault lies where the construct begins (True) or where the parser stops.
 _YAML_FAULTS = {
     "another document": ("a second document begins (---): keep one", False),
     "'<document start>'": ("the lines above are indented more than this one: begin them all at column 1", False),
@@ -40,15 +40,15 @@ _YAML_FAULTS = {
         "this ':' does not fit: quote text that holds ': ', or check the indentation and the ':' of the line above",
         False,
     ),
-    "could not find expected ':'": ("expected KEY: VALUE, with a blank after the colon", True),
-    "parsing a flow": ("a comma is missing or a bracket that begins here is not closed", True),
+    "could not find expected ':'": ("expected KEY: VALUE, with a space after the colon", True),
+    "parsing a flow": ("a bracket opened here is not closed, or a comma is missing", True),
     "parsing a block": ("this does not fit the lines above: check indentation, '-' and brackets", False),
     "cannot start any token": ("quote a text that begins with this character", False),
     "mapping keys are not allowed": ("quote a text that begins with ?", False),
-    "sequence entries are not allowed": ("an item of a list, '- x', begins a line of its own", False),
+    "sequence entries are not allowed": ("a list item, '- x', starts on its own line", False),
     "scanning a block scalar": ("quote a text that begins with > or |", True),
-    "scanning a quoted scalar": ("a quote that begins here is not closed", True),
-    "undefined alias": ("this name behind * has no & before it", False),
+    "scanning a quoted scalar": ("a quote opened here is not closed", True),
+    "undefined alias": ("the alias behind * has no anchor (&) before it", False),
 }
 _FILE_KIB = 256  # a config has one or two
 _MERGE = "<<"
@@ -153,12 +153,7 @@ class Settings:
             )
             raise BadSetting(key, f"{at}: {_wanted(cls, key)}")
         for name in values:
-            if (
-                isinstance(name, str)
-                and name not in known
-                and "." in name
-                and f"{key}.{name}".lstrip(".") in names(cls, key)
-            ):
+            if isinstance(name, str) and name not in known and f"{key}.{name}".lstrip(".") in names(cls, key):
                 outer, _, inner = name.partition(".")
                 raise BadSetting(
                     name, f"{name}: dotted keys are not accepted here: write {{'{outer}': {{'{inner}': ...}}}}"
@@ -351,7 +346,9 @@ def unknown(name: str, what: str, among: Iterable[str], more: str = "") -> BadSe
 
 def shown_name(name: str) -> str:
     """A name that a user wrote, cut to a length that fits into a line."""
-    return name if 0 < len(name) <= 80 else f"{name[:60]}..." if name else "''"
+    if not name:
+        return "''"
+    return name if len(name) <= 80 else f"{name[:60]}..."
 
 
 def read_yaml(path: str, cls: type[Settings]) -> dict[str, tuple[Any, str]]:
@@ -387,9 +384,9 @@ def _yaml_fault(error: yaml.MarkedYAMLError) -> str:
     """Where a file is wrong and what to do, in words of people who write it."""
     problem, mark = f"{error.context}, {error.problem}", error.problem_mark or error.context_mark
     text = f"the config is not YAML: {error.problem or error.context}"
-    for known, (told, at_its_begin) in _YAML_FAULTS.items():
+    for known, (told, at_begin) in _YAML_FAULTS.items():
         if known in problem:
-            text, mark = told, (error.context_mark if at_its_begin else None) or mark
+            text, mark = told, (error.context_mark if at_begin else None) or mark
             break
     return f", line {mark.line + 1}, column {mark.column + 1}: {text}" if mark else f": {text}"
 

@@ -570,10 +570,10 @@ class _Run:
             *checkpoint.listed(checkpoints),
         ):
             if os.path.lexists(path) and not (path.is_file() or path.is_char_device()):
-                raise InputError(f"{path} is no file, but the run writes one there: move it away")
+                raise InputError(f"{path} is not a file, but the run writes one there: move it away")
         for path in (checkpoints, self.folder / TENSORBOARD):
             if os.path.lexists(path) and not path.is_dir():
-                raise InputError(f"{path} is no folder, but the run writes into one there: move it away")
+                raise InputError(f"{path} is not a folder, but the run writes into one there: move it away")
         try:
             write_file(self.folder / CONFIG, json_text(self.config.to_dict()))
             write_file(self.folder / ENVIRONMENT, json_text(environment.describe()))

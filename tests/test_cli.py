@@ -179,7 +179,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("data:\n  bach_size: 3\n", "data.bach_size"),
         ("datta:\n  batch_size: 3\n", "datta"),
         ("optim:\n  epochs: three\n", "optim.epochs.*three"),
-        ("model: [1, 2\n", "line 1, column 8: a comma is missing or a bracket that begins here is not closed"),
+        ("model: [1, 2\n", "line 1, column 8: a bracket opened here is not closed, or a comma is missing"),
         ("model:\n  width: -1\n", "model.width=-1"),
         (
             "seed: 3\noptim:\n  epochs:\n",
@@ -203,10 +203,10 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("seed: 1\nname: a\0b\n", r"line 2: the character U.0000 is not allowed in a config: remove it"),
         ("seed: 1\t# c\n", "line 1, column 8: a tab: write spaces"),
         ("  name: x\ndata: {}\n", "line 2, column 1: the lines above are indented more than this one"),
-        ("seed: 1\nname\nruns: x\n", "line 2, column 1: expected KEY: VALUE, with a blank after the colon"),
+        ("seed: 1\nname\nruns: x\n", "line 2, column 1: expected KEY: VALUE, with a space after the colon"),
         ("name: > x\n", "line 1, column 7: quote a text that begins with > or"),
         ("name: ? x\n", "line 1, column 7: quote a text that begins with ."),
-        ("data: - 3\n", "line 1, column 7: an item of a list, '- x', begins a line of its own"),
+        ("data: - 3\n", "line 1, column 7: a list item, '- x', starts on its own line"),
         ("optim: !!python/object:os.system {epochs: 3}", "line 1: the tag '!!python/object:os.system' is not accepted"),
         ("seed: !!int 3", "line 1: the tag '!!int' is not accepted"),
         ("data: {classes: " + "[" * 5000, "nested too deeply"),
@@ -225,8 +225,8 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ),
         ("name: a: b\n", "line 1, column 8: this ':' does not fit: quote text that holds ': '"),
         ("name: @x\n", "line 1, column 7: quote a text that begins with this character"),
-        ("name: *x\n", "this name behind . has no & before it"),
-        ('name: "x\n', "line 1, column 7: a quote that begins here is not closed"),
+        ("name: *x\n", "the alias behind . has no anchor .&. before it"),
+        ('name: "x\n', "line 1, column 7: a quote opened here is not closed"),
         ("name: x\a\n", r"line 1: the character U.0007 is not allowed in a config: remove it"),
         ("name: x\n".encode("utf-16-le"), "is not UTF-8 text; save the file as UTF-8"),
         ("? ''\n: 1\n", "line 1: '': unknown key"),
@@ -794,7 +794,7 @@ def test_a_working_directory_that_is_gone_and_devices_are_one_line(capsys, tmp_p
     code, _, err = run(capsys, "plan", "--rates", "/dev/zero")
     assert (code, err.count("\n")) == (2, 1)
     code, _, err = run(capsys, "eval", "knn", "--run", "/dev/zero")
-    assert (code, err) == (2, "fastbyol: error: checkpoint /dev/zero is no file\n")
+    assert (code, err) == (2, "fastbyol: error: checkpoint /dev/zero is not a file\n")
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()

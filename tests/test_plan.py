@@ -184,7 +184,7 @@ def test_activations_are_those_that_a_step_keeps(stages):
             ["--rates", "/nowhere.json"],
             "--rates /nowhere.json: holds no rates of `fastbyol bench --out`: there is no such file",
         ),
-        (["--rates", "/"], "/: is no file"),
+        (["--rates", "/"], "/: is not a file"),
         (["--rates", "/etc/hostname"], "/etc/hostname: is damaged: not valid JSON"),
         (["--gpu", "h100", "--cores", "-1"], "--cores -1: must be at least 0"),
     ],

@@ -73,7 +73,7 @@ def test_a_damaged_result_is_written_anew_unless_it_was_named(make_config):
         lines = []
         evaluate("knn", KnnEval(**options), lines.append)
         assert json.loads(path.read_text())["rows"] == json.loads(whole)["rows"]
-        assert any("is damaged; it is written anew" in line for line in lines) == bool(damaged)
+        assert any("is damaged; it will be replaced" in line for line in lines) == bool(damaged)
         path.write_text(damaged or "[]")
         with pytest.raises(InputError, match=r"is no result of `fastbyol eval`: it is not overwritten"):
             evaluate("knn", KnnEval(**options, out=str(path)), lines.append)

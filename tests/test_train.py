@@ -497,7 +497,7 @@ def test_what_is_in_a_file_s_place_is_named_before_the_training(make_config, nam
     folder = Path(make_config().runs) / "run"
     (folder / name).parent.mkdir(parents=True)
     make(folder / name)
-    with pytest.raises(InputError, match=f"{name} is no file, but the run writes one there: move it away"):
+    with pytest.raises(InputError, match=f"{name} is not a file, but the run writes one there: move it away"):
         train(make_config(**SHORT))
 
 
@@ -505,7 +505,9 @@ def test_a_file_or_a_dangling_link_in_the_place_of_a_folder_is_named(make_config
     runs = Path(make_config().runs)
     (runs / "run").mkdir(parents=True)
     (runs / "run" / "checkpoints").write_text("")
-    with pytest.raises(InputError, match="checkpoints is no folder, but the run writes into one there: move it away"):
+    with pytest.raises(
+        InputError, match="checkpoints is not a folder, but the run writes into one there: move it away"
+    ):
         train(make_config(**SHORT))
     (runs / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="link is a link to a folder that does not exist"):
@@ -517,7 +519,9 @@ def test_a_link_in_the_place_of_a_folder_is_named(make_config):
     folder.mkdir(parents=True)
     for name in ("checkpoints", "tensorboard"):
         (folder / name).symlink_to("nowhere")
-        with pytest.raises(InputError, match=f"{name} is no folder, but the run writes into one there: move it away"):
+        with pytest.raises(
+            InputError, match=f"{name} is not a folder, but the run writes into one there: move it away"
+        ):
             train(make_config(**SHORT))
         (folder / name).unlink()
 
@@ -730,7 +734,7 @@ def test_another_packed_data_set_of_equal_size_is_refused(make_config, tmp_path)
     options = {"batch_size": 8, "image_size_px": 32}
     train(make_config(data={"root": str(tmp_path / "one-packed"), **options}, **SHORT))
     longer = SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}}
-    with pytest.raises(InputError, match="made on other images .*every class has other files"):
+    with pytest.raises(InputError, match="made on other images .*files of the same names hold other images"):
         train(make_config(resume="auto", data={"root": str(tmp_path / "two-packed"), **options}, **longer))
 
 
@@ -754,7 +758,10 @@ def altered(folder, change):
         (lambda state: state.update(step=10**30), "is damaged: its step is 10+$"),
         (lambda state: state.update(config={}), "cannot be used: its config has no data"),
         (lambda state: state.update(optimizer={}), "does not fit this model: it holds no momenta"),
-        (lambda state: state.update(optimizer=dict.fromkeys(state["optimizer"], 1)), "its optimiser state is none"),
+        (
+            lambda state: state.update(optimizer=dict.fromkeys(state["optimizer"], 1)),
+            "its optimiser state is not one dict per parameter",
+        ),
         (
             lambda state: state.update(optimizer={name: {"momentum_buffer": 1} for name in state["optimizer"]}),
             "does not fit this model: optimiser state momentum_buffer of .* is 1$",

@@ -45,7 +45,6 @@ _BYTES = np.dtype([("start", "<u8"), ("size", "<u8")])
 ROW_PARTS = {0: "<f8", INTEGER_TYPE: "<i8", IMAGE_TYPE: IMAGE, 3: _BYTES, 4: "<u8", 5: _BYTES, 6: "<u8"}
 JPEG, RAW = 0, 1
 PAGE_SIZE = 1 << 23  # ffcv's own default
-_SAMPLED = 4  # images of each class whose bytes tell a file from another
 MAX_CLASSES = 10_000_000  # a larger label is no class number, and one name per class would fill the memory
 _CLASSES_AT = np.dtype([("magic", "S16"), ("start", "<u8"), ("size", "<u8")])  # in the label's arguments
 _MAGIC = b"fastbyol classes"
@@ -104,11 +103,7 @@ class BetonFile(ImageSet):
 
     def _contents(self, members: NDArray[np.int64]) -> bytes:
         columns = (self.samples, self.sizes, self.modes, *self.shapes.T)
-        numbers = np.stack([column[members] for column in columns], axis=1).astype("<i8").tobytes()
-        # Raw images of one size differ in none of these: the bytes of a few stand for all.
-        few = members[np.linspace(0, len(members) - 1, min(_SAMPLED, len(members))).astype(np.int64)]
-        parts = (os.pread(self.file.fileno(), int(self.sizes[i]), int(self.starts[i])) for i in few)
-        return b"".join((numbers, *parts))
+        return np.stack([column[members] for column in columns], axis=1).astype("<i8").tobytes()
 
 
 def open_beton(path: Path) -> BetonFile:

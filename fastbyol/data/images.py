@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 UNLABELLED = -1
-_SAMPLED = 64
+_SAMPLED = 64  # images that are read to tell a set from another: reading all takes as long as an epoch
 
 
 class ImageSet(ABC):

@@ -58,7 +58,7 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
             raise InputError(
                 f"--out {out}: exists and is no result of `fastbyol eval`: it is not overwritten; name another file"
             )
-        say(f"warning: {out}: is damaged; it is written anew")
+        say(f"warning: {out}: is damaged; it will be replaced")
     frame = frame_of(config, options, say)
     data = protocol.open(options, config, frame)
     for note in (note for split in (data.train, data.val) for note in getattr(split, "notes", ())):
