@@ -23,7 +23,7 @@ help:
 	@echo "make lint   ruff alone"
 	@echo "make bench  everything against everyone on this CPU: kernels, loader, step, training, accuracy; runs/bench/against_cpu.md (20 minutes)"
 	@echo "make bench-loader   the loader against lightly, torchvision, DALI and FFCV, in an environment of its own"
-	@echo "make bench-kernels  optimiser, target and augmentation on the CPU against other people's, in that environment"
+	@echo "make bench-kernels  optimizer, target and augmentation on the CPU against other people's, in that environment"
 	@echo "make bench-step     one training step against lightly's, byol-pytorch's and plain torch's, in that environment"
 	@echo "make bench-train    whole training, loader and step, against lightly's loop, in that environment"
 	@echo "make bench-accuracy whole runs on Fashion-MNIST, time and accuracy, against lightly's, in that environment"

@@ -155,9 +155,9 @@ def picture(found: list[Comparison]) -> str:
             label = f"{_figure(median(each.values[name].values()))} {each.unit}"
             label += "" if name == OURS else f", {times:.2f} times as long"
             middle, bar = y + _ROW - 5, _BAR / times
-            colour = "#1f6feb" if name == OURS else "#9aa5b1"
+            color = "#1f6feb" if name == OURS else "#9aa5b1"
             shapes.append(f'<text x="{_NAME - 8}" y="{middle}" text-anchor="end">{name}</text>')
-            shapes.append(f'<rect x="{_NAME}" y="{y + 2}" width="{bar:.1f}" height="{_ROW - 4}" fill="{colour}"/>')
+            shapes.append(f'<rect x="{_NAME}" y="{y + 2}" width="{bar:.1f}" height="{_ROW - 4}" fill="{color}"/>')
             shapes.append(f'<text x="{_NAME + bar + 6:.1f}" y="{middle}">{label}</text>')
             y += _ROW
         y += 6

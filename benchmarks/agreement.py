@@ -21,19 +21,19 @@ from typing import Any
 import results_csv
 from bench_step import Work
 
-from fastbyol import environment
-from fastbyol.bench import bench
 from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig
-from fastbyol.data.prepare import prepare_photos
-from fastbyol.plan import plan
-from fastbyol.profiling import profile
+from fastbyol.runtime import environment
+from fastbyol.tools.bench import bench
+from fastbyol.tools.corpora import prepare_photos
+from fastbyol.tools.plan import plan
+from fastbyol.tools.profiling import profile
 
 RESULT = results_csv.FOLDER / "agreement.csv"
 SETS = ["R18 96 px, batch 32", "R18 128 px, batch 32", "R50 96 px, batch 16"]
 IMAGES = 512
 
 
-def config_of(work: Work, root: Path) -> Config:
+def checkpoint_config(work: Work, root: Path) -> Config:
     """Of a set, far enough from the end of its schedules."""
     return Config(
         data=DataConfig(root=str(root), batch_size=work.batch, image_size_px=work.size),
@@ -97,7 +97,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare_photos(folder / "photos", IMAGES, seed=0)
-        configs = {str(work): config_of(work, folder / "photos") for work in args.sets}
+        configs = {str(work): checkpoint_config(work, folder / "photos") for work in args.sets}
         for k in range(args.rounds):
             found = measure(configs, args.steps, folder, lambda text: None)
             rows += [{"round": k, **row, **facts} for row in rows_of(found, configs, folder)]

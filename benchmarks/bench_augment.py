@@ -1,4 +1,4 @@
-"""Colour, blur, solarise, normalise of a batch of crops: fastbyol against other people's ways, and against a plain copy.
+"""Color, blur, solarize, normalize of a batch of crops: fastbyol against other people's ways, and against a plain copy.
 
     make bench-kernels                  # in the peers' environment, on the CPU and, where there is one, the GPU
 
@@ -25,12 +25,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from timing import measure
 from torch import Tensor
 
+from fastbyol.data.views import sample
 from fastbyol.kernels import augment
-from fastbyol.views import sample
 
 SIZE = 224
 VIEWS = {"cpu": 32, "cuda": 512}
-BLUR, SOLARISE = (1.0, 0.1), (0.0, 0.2)
+BLUR, SOLARIZE = (1.0, 0.1), (0.0, 0.2)
 
 
 def inputs(device: str, n: int) -> tuple[Tensor, np.ndarray]:
@@ -46,7 +46,7 @@ def inputs(device: str, n: int) -> tuple[Tensor, np.ndarray]:
 def fastbyol(device: str, n: int) -> Callable[[], object]:
     crops, rows = inputs(device, n)
     if device == "cuda":
-        from fastbyol.kernels.gpu.augment import augment_views
+        from fastbyol.kernels.triton.augment import augment_views
 
         parameters = torch.from_numpy(rows).to(device)
         return lambda: augment_views(crops, parameters, torch.bfloat16)
@@ -75,7 +75,7 @@ def reference(device: str, n: int) -> Callable[[], object]:
         views = [
             augment.augment_reference(c.permute(2, 0, 1).float() / 255, r) for c, r in zip(crops, rows, strict=True)
         ]
-        return augment.normalise_reference(torch.stack(views)).bfloat16()
+        return augment.normalize_reference(torch.stack(views)).bfloat16()
 
     return run
 
@@ -90,7 +90,7 @@ def torchvision(device: str, n: int) -> Callable[[], object]:
                 v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
                 v2.RandomGrayscale(p=0.2),
                 v2.RandomApply([v2.GaussianBlur(23, sigma=(0.1, 2.0))], p=BLUR[v]),
-                v2.RandomSolarize(128, p=SOLARISE[v]),
+                v2.RandomSolarize(128, p=SOLARIZE[v]),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD),
                 v2.ToDtype(torch.bfloat16),
@@ -110,7 +110,7 @@ def kornia(device: str, n: int) -> Callable[[], object]:
             k.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
             k.RandomGrayscale(p=0.2),
             k.RandomGaussianBlur((23, 23), (0.1, 2.0), p=BLUR[v]),
-            k.RandomSolarize(0.0, 0.0, p=SOLARISE[v]),
+            k.RandomSolarize(0.0, 0.0, p=SOLARIZE[v]),
             k.Normalize(torch.tensor(augment.IMAGENET_MEAN), torch.tensor(augment.IMAGENET_STD)),
         )
         for v in range(2)

@@ -67,7 +67,7 @@ def captured(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         step()
 
-    def replay(_: Callable[[], None] = step) -> None:  # keeps the optimiser, whose momenta the graph writes
+    def replay(_: Callable[[], None] = step) -> None:  # keeps the optimizer, whose momenta the graph writes
         graph.replay()
 
     return replay

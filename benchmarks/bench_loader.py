@@ -45,7 +45,7 @@ import results_csv
 import torch
 from turns import Turns, result_of
 
-from fastbyol import environment
+from fastbyol.runtime import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = Path(os.environ.get("FASTBYOL_CORPUS", ROOT / "data" / "photos-500px"))
@@ -122,7 +122,7 @@ def torchvision_v2(size: int) -> Iterator[int]:
     from torchvision.io import ImageReadMode, decode_jpeg, read_file
     from torchvision.transforms import v2
 
-    def view(blur_p: float, solarise_p: float) -> v2.Compose:
+    def view(blur_p: float, solarize_p: float) -> v2.Compose:
         radius = int(size / 10 / 2)
         return v2.Compose(
             [
@@ -132,7 +132,7 @@ def torchvision_v2(size: int) -> Iterator[int]:
                 v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
                 v2.RandomGrayscale(0.2),
                 v2.RandomApply([v2.GaussianBlur(2 * radius + 1, (0.1, 2.0))], blur_p),
-                v2.RandomSolarize(0.5, solarise_p),
+                v2.RandomSolarize(0.5, solarize_p),
                 v2.Normalize(MEAN, STD),
             ]
         )
@@ -157,16 +157,16 @@ def dali(size: int) -> Iterator[int]:
         def coin(p: float):
             return fn.random.coin_flip(probability=p, dtype=types.BOOL)
 
-        def view(blur_p: float, solarise_p: float):
+        def view(blur_p: float, solarize_p: float):
             x = fn.random_resized_crop(
                 images, size=[size, size], random_area=[0.08, 1.0], interp_type=types.INTERP_CUBIC, antialias=False
             )
             jitter = coin(0.8)
             gray = coin(0.2)
 
-            def drawn(half: float, centre: float):
-                value = fn.random.uniform(range=[centre - half, centre + half])
-                return jitter * value + (1.0 - jitter) * centre
+            def drawn(half: float, center: float):
+                value = fn.random.uniform(range=[center - half, center + half])
+                return jitter * value + (1.0 - jitter) * center
 
             x = fn.brightness_contrast(x, brightness=drawn(0.4, 1.0), contrast=drawn(0.4, 1.0))
             x = fn.hsv(x, hue=36.0 * drawn(1.0, 0.0), saturation=(1.0 - gray) * drawn(0.2, 1.0))
@@ -174,8 +174,8 @@ def dali(size: int) -> Iterator[int]:
             blur = coin(blur_p)
             window = 2 * int(size / 10 / 2) + 1
             x = fn.gaussian_blur(x, sigma=blur * sigma + (1.0 - blur) * 0.01, window_size=window)
-            solarise = coin(solarise_p) * (x >= 128)
-            x = solarise * (255 - x) + (True ^ solarise) * x
+            solarize = coin(solarize_p) * (x >= 128)
+            x = solarize * (255 - x) + (True ^ solarize) * x
             return fn.crop_mirror_normalize(
                 fn.cast(x, dtype=types.UINT8),
                 dtype=types.FLOAT,
@@ -369,7 +369,7 @@ def main() -> int:
         measure(args.measure, sizes[0], args.seconds)
     names = args.only or list(SETS[args.set])
     for module, title, command in (
-        ("nvidia.dali", "DALI", environment.dali_command()),
+        ("nvidia.dali", "DALI", environment.dali_install_command()),
         ("ffcv", "FFCV", environment.FFCV_COMMAND),
         ("lightly", "lightly", "make bench-setup"),
     ):

@@ -6,7 +6,7 @@
 The contenders take turns (A B C A B C ...). A turn builds its contender, does the warm-up steps, times the next ones and drops
 everything again, so that one network at a time lies in memory. On a CPU a turn is a process of its own, since fastbyol tells malloc
 to keep memory and its peers do not; on a GPU, where a process takes long to warm up, torch's switches that a contender sets
-are set back before the next. A contender that raises is named and has no further turns. Every contender does all of an optimiser step (forward passes, loss, backward pass, weights,
+are set back before the next. A contender that raises is named and has no further turns. Every contender does all of an optimizer step (forward passes, loss, backward pass, weights,
 target) on random views of its own dtype and memory format. On a GPU its queue is waited for before and after the timed calls, and
 peers' float32 is torch's default there: convolutions in TF32, matrix products exact.
 
@@ -61,12 +61,12 @@ import torchvision
 from torch import Tensor, nn
 from turns import LeftOut, Turns, one_line
 
-from fastbyol import environment
-from fastbyol.bench import BOUND, CLASSES, supervised_step
 from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepConfig
 from fastbyol.data import Batch
 from fastbyol.model import build_model
+from fastbyol.runtime import environment
 from fastbyol.step import TrainStep
+from fastbyol.tools.bench import BOUND, CLASSES, supervised_step
 
 SETS = {
     "cpu": ["R18 96 px, batch 32", "R50 224 px, batch 8"],
@@ -380,7 +380,7 @@ def own_turn(device: torch.device) -> Iterator[None]:
 def timed_ms(step: Callable[[], Tensor], device: torch.device) -> list[float]:
     """Milliseconds per step, one value per measurement, after the warm-up."""
 
-    def synchronise() -> None:
+    def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -388,11 +388,11 @@ def timed_ms(step: Callable[[], Tensor], device: torch.device) -> list[float]:
         step()
     values = []
     for _ in range(REPEATS[device.type]):
-        synchronise()
+        synchronize()
         began = time.perf_counter()
         for _ in range(CALLS[device.type]):
             step()
-        synchronise()
+        synchronize()
         values.append(1e3 * (time.perf_counter() - began) / CALLS[device.type])
     return values
 

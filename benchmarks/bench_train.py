@@ -36,7 +36,7 @@ import torch
 import turns
 from bench_step import Work
 
-from fastbyol import environment
+from fastbyol.runtime import environment
 
 SETS = {"cpu": ["R18 96 px, batch 32"], "cuda": ["R50 224 px, batch 256"]}
 WARM_UP = {"cpu": 8, "cuda": 40}  # steps
@@ -92,21 +92,21 @@ CONTENDERS: dict[str, Callable[[Work, torch.device], Loop]] = {
 def measure(contender: str, work: Work, device: torch.device, seconds: float) -> None:
     """Runs one contender in this process and prints a line of JSON."""
 
-    def synchronise() -> None:
+    def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     batches, step = CONTENDERS[contender](work, device)
     for _ in range(WARM_UP[device.type]):
         step(next(batches))
-    synchronise()
+    synchronize()
     steps, waited, began = 0, 0.0, time.perf_counter()
     while (now := time.perf_counter()) - began < seconds or steps < MIN_STEPS:
         batch = next(batches)
         waited += time.perf_counter() - now
         step(batch)
         steps += 1
-    synchronise()
+    synchronize()
     elapsed = time.perf_counter() - began
     print(json.dumps({"steps": steps, "seconds": elapsed, "waited_s": waited}), flush=True)
     os._exit(0)  # workers and threads are not waited for

@@ -10,7 +10,7 @@ import pytest
 import results_csv
 import torch
 
-from fastbyol import environment
+from fastbyol.runtime import environment
 
 ROUNDS = 5
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -12,7 +12,7 @@ Contenders:
 Both with channels-last weights and views, under bfloat16 autocast.
 
 Counted are the operands of each kernel, once per kernel: a cache may serve some, and a library call may launch several kernels and
-use a workspace. Convolutions and matrix products are library calls, all else is Triton's. Optimiser, target update and
+use a workspace. Convolutions and matrix products are library calls, all else is Triton's. Optimizer, target update and
 augmentation are not part of the two graphs. Kept is what forward holds for backward, beyond its own inputs.
 
 `--out` writes a row per contender: commit and versions with it, since another torch fuses otherwise.
@@ -37,10 +37,10 @@ import bench_step
 import results_csv
 import torch
 
-from fastbyol import environment
 from fastbyol.config import Config, DataConfig, ModelConfig
 from fastbyol.errors import FastbyolError, InputError, RunError
-from fastbyol.roofline import meta_model
+from fastbyol.runtime import environment
+from fastbyol.tools.roofline import meta_model
 
 CONTENDERS = ["fastbyol", "plain"]
 STUB = Path(__file__).with_name("cuda_stub.c")

@@ -3,7 +3,7 @@
     python benchmarks/dct_scaling.py
 
 Runs the loader with and without the option over the same images of the loader benchmark's corpus and compares the views
-before normalisation, in 255ths. Writes benchmarks/results/dct_scaling.csv.
+before normalization, in 255ths. Writes benchmarks/results/dct_scaling.csv.
 """
 
 import subprocess
@@ -13,10 +13,10 @@ from pathlib import Path
 import results_csv
 import torch
 
-from fastbyol import environment
 from fastbyol.config import DataConfig
 from fastbyol.data import build_loader, open_split
 from fastbyol.kernels.augment import IMAGENET_STD
+from fastbyol.runtime import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).parent / "results" / "dct_scaling.csv"

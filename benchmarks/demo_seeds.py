@@ -16,7 +16,7 @@ from pathlib import Path
 
 import results_csv
 
-from fastbyol import environment
+from fastbyol.runtime import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).parent / "results" / "demo_seeds.csv"

@@ -18,7 +18,7 @@ import results_csv
 import variants
 from demo_seeds import fastbyol
 
-from fastbyol import environment
+from fastbyol.runtime import environment
 
 RESULT = results_csv.FOLDER / "dense.csv"
 METRICS = {"segmentation": "miou", "detection": "map"}

@@ -14,11 +14,11 @@ from typing import Any
 
 import results_csv
 
-from fastbyol import environment
-from fastbyol.bench import BOUND
 from fastbyol.config import Config, DataConfig, ModelConfig
-from fastbyol.plan import BACKWARD_SHARE, GPUS, GRADIENT_BYTES, LATENCY_US, NODE, Counts, Gpu, count, exchange
-from fastbyol.roofline import meta_model
+from fastbyol.runtime import environment
+from fastbyol.tools.bench import BOUND
+from fastbyol.tools.plan import BACKWARD_SHARE, GPUS, GRADIENT_BYTES, LATENCY_US, NODE, Counts, Gpu, count, exchange
+from fastbyol.tools.roofline import meta_model
 
 RESULT = results_csv.FOLDER / "exchange.csv"
 
@@ -38,7 +38,7 @@ def estimate(
     gradient_dtype: str,
     latency_us: tuple[float, float] = LATENCY_US,
 ) -> dict[str, Any]:
-    """A row: bytes and times of one optimiser step, per GPU.
+    """A row: bytes and times of one optimizer step, per GPU.
 
     Args:
         gpus: n, in one ring.
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="pixels")
-    parser.add_argument("--batch", type=int, default=4096, help="images of an optimiser step over all GPUs")
+    parser.add_argument("--batch", type=int, default=4096, help="images of an optimizer step over all GPUs")
     parser.add_argument("--gpu", nargs="+", choices=list(GPUS), default=["a100-80", "h100"])
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument(

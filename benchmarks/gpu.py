@@ -147,7 +147,7 @@ def parts(work: Path, out: Path) -> dict[str, list[Part]]:
         pytest(
             "memcheck", "tests/gpu/test_kernels.py", "-k", "not twenty_steps", under=sanitizer, expected_s=15, limit_s=240
         ),
-        Part(name="kernels' report", command=[PYTHON, "-m", "fastbyol.kernels.report"], expected_s=30, limit_s=120),
+        Part(name="kernels' report", command=[PYTHON, "-m", "fastbyol.kernels.triton.resources"], expected_s=30, limit_s=120),
         # torchvision sends about a hundred kernels a view.
         benchmark(
             "slow augmenters", augment, "--rounds", "1", "--views", "16", results=out / "16_views", expected_s=60, limit_s=180
@@ -227,7 +227,7 @@ def _tests_that_ran(report: Path) -> int:
 
 
 def _lines(log: Path, start: int) -> list[str]:
-    """What a part printed, without colours and empty lines; of a line that was written over, the last state."""
+    """What a part printed, without colors and empty lines; of a line that was written over, the last state."""
     with open(log, "rb") as file:
         file.seek(start)
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.read().decode(errors="replace"))
@@ -306,7 +306,7 @@ def facts() -> int:
     )
     import torch
 
-    from fastbyol.environment import describe
+    from fastbyol.runtime.environment import describe
 
     for name, fact in describe().items():
         print(f"{name:<20} {fact}")

@@ -338,7 +338,7 @@ def exchange() -> str:
     rates = dict.fromkeys(f"{row['gpu']} {row['images_per_s_per_gpu']}: {row['rate_source']}" for row in rows)
     note = (
         f"Estimates, nothing measured: {first['backbone']}, {first['size_px']} px, batch {first['batch']} over all GPUs; bytes that "
-        f"each GPU sends (and receives) per optimiser step in a ring, counted on the model. Links one way, per GPU: {', '.join(links.values())} "
+        f"each GPU sends (and receives) per optimizer step in a ring, counted on the model. Links one way, per GPU: {', '.join(links.values())} "
         f"(NVIDIA's data sheets). Assumed latency of a collective: {', '.join(f'{v} us over {k}' for k, v in latency.items())}. Computing, "
         f"images/s: {'; '.join(rates)}. Commit {first['fastbyol'].split()[-1]}. Source: benchmarks/results/exchange.csv "
         "(`python benchmarks/exchange.py`)."

@@ -35,18 +35,18 @@ import torch
 from bench_step import LightlyBYOL
 from torch import nn
 
-from fastbyol import environment
 from fastbyol.cli import train_config
 from fastbyol.config import Config
 from fastbyol.data import open_split
-from fastbyol.data.prepare import prepare_fashion_mnist
-from fastbyol.distributed import World
 from fastbyol.evaluate.features import extract
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.layers import one_view
 from fastbyol.model import build_backbone
-from fastbyol.profiling import build
+from fastbyol.runtime import environment
+from fastbyol.runtime.distributed import World
 from fastbyol.schedules import target_decay
+from fastbyol.tools.corpora import prepare_fashion_mnist
+from fastbyol.tools.profiling import build
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = results_csv.FOLDER / "accuracy.csv"
@@ -56,7 +56,7 @@ BASE_LRS = {"fastbyol": 4.0, "lightly": 0.6}
 Trained = tuple[nn.Module, float]  # backbone, seconds
 
 
-def config_of(root: Path, seed: int, epochs: int, base_lr: float) -> Config:
+def checkpoint_config(root: Path, seed: int, epochs: int, base_lr: float) -> Config:
     """configs/fashion_mnist.yaml with these values."""
     words = ["--config", str(ROOT / "configs" / "fashion_mnist.yaml"), "--data.root", str(root), "--seed", str(seed)]
     return train_config([*words, "--optim.epochs", str(epochs), "--optim.base_lr", str(base_lr)])
@@ -155,7 +155,7 @@ def main() -> None:
     args = parser.parse_args()
     base_lrs = dict(zip(CONTENDERS, args.base_lrs, strict=True))
     if args.measure:
-        measure(args.measure, config_of(args.root, args.seeds[0], args.epochs, base_lrs[args.measure]))
+        measure(args.measure, checkpoint_config(args.root, args.seeds[0], args.epochs, base_lrs[args.measure]))
     with tempfile.TemporaryDirectory() as temporary:
         root = args.root or Path(temporary) / "fashion-mnist"
         if args.root is None:

@@ -21,14 +21,15 @@ from typing import Any
 import results_csv
 import torch
 
-from fastbyol import cli, environment
+from fastbyol import cli
 from fastbyol.config import Config, KnnEval, LinearEval
-from fastbyol.evaluate import PROTOCOLS, UNTRAINED_ROW, frame_of
+from fastbyol.evaluate import TASKS, UNTRAINED_ROW, eval_context
 from fastbyol.evaluate.features import open_splits
 from fastbyol.evaluate.finetune import finetune
 from fastbyol.layers import one_view
 from fastbyol.model import build_model
-from fastbyol.weights import load_backbone, save_backbone
+from fastbyol.runtime import environment
+from fastbyol.weights.load import load_backbone, save_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = results_csv.FOLDER / "variants.csv"
@@ -49,11 +50,11 @@ VARIANTS: dict[str, str] = {
     "BatchNorm of each rank, 2 ranks": "--distributed.sync_bn_ranks 1",
     "LayerNorm": "--model.norm layer",
     "GroupNorm": "--model.norm group",
-    "GroupNorm, weight standardisation": "--model.norm group --model.weight_standardisation true",
+    "GroupNorm, weight standardization": "--model.norm group --model.weight_standardization true",
     "Euclidean distance": "--model.loss euclidean",
     "mean squared error": "--model.loss mse",
     "hinge on the distance": "--model.loss hinge",
-    "feature noise": "--model.feature_noise 0.5 --data.recipe none",
+    "feature noise": "--model.feature_noise 0.5 --data.augmentation none",
     "linear heads": "--model.heads linear",
     "SimSiam: no moving target": "--model.target online",
     "contrastive term, beta 0.5": "--model.contrastive_weight 0.5",
@@ -64,7 +65,7 @@ VARIANTS: dict[str, str] = {
 }
 
 UNTRAINED = {"untrained network": "BYOL"} | {
-    f"untrained network, {name}": name for name in ("LayerNorm", "GroupNorm", "GroupNorm, weight standardisation")
+    f"untrained network, {name}": name for name in ("LayerNorm", "GroupNorm", "GroupNorm, weight standardization")
 }  # title -> the variant whose run starts from it
 
 
@@ -128,15 +129,15 @@ def untrained(corpus: str, title: str, seed: int, runs: Path) -> dict[str, str]:
     return row
 
 
-def config_of(corpus: str, root: Path, seed: int) -> Config:
+def checkpoint_config(corpus: str, root: Path, seed: int) -> Config:
     return cli.train_config(arguments(corpus, "BYOL", seed, str(root), ""))
 
 
 def supervised_weights(corpus: str, root: Path, out: Path, seed: int, epochs: int) -> None:
     """A network of the corpus's config trained on its labels from random weights, as a file for --init."""
-    config = config_of(corpus, root, seed)
+    config = checkpoint_config(corpus, root, seed)
     options = KnnEval(run="x", device="cpu")
-    frame, splits = frame_of(config, options, print), open_splits(options, config)
+    frame, splits = eval_context(config, options, print), open_splits(options, config)
     backbone = _backbone(config)
     torch.manual_seed(seed)
     network = finetune(backbone, splits.train, frame, base_lr=0.1, epochs=epochs, batch_size=64, seed=seed)
@@ -145,14 +146,14 @@ def supervised_weights(corpus: str, root: Path, out: Path, seed: int, epochs: in
 
 def evaluate_weights(corpus: str, root: Path, weights: Path, seed: int) -> dict[str, str]:
     """What the supervised start is worth before BYOL."""
-    config = config_of(corpus, root, seed)
+    config = checkpoint_config(corpus, root, seed)
     backbone = _backbone(config)
     load_backbone(str(weights), backbone, config.model.backbone)
     row = {"command": "the weights that the row below starts from, not trained further", "seconds": "0"}
     for protocol, kind in (("knn", KnnEval), ("linear", LinearEval)):
         options = kind(run="x", device="cpu")
-        data, frame = open_splits(options, config), frame_of(config, options, print)
-        found = PROTOCOLS[protocol].measure(backbone, data, options, frame)
+        data, frame = open_splits(options, config), eval_context(config, options, print)
+        found = TASKS[protocol].measure(backbone, data, options, frame)
         row[f"{protocol}_top1"] = f"{found['top1']:.4f}"
     return row
 

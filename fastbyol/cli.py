@@ -22,21 +22,23 @@ from typing import ClassVar, Literal
 from rich.console import Console
 from rich.progress import Progress
 
-from fastbyol import __version__, caches
+from fastbyol import __version__
 from fastbyol.config import EVALUATIONS, Config
-from fastbyol.console import say, surviving
 from fastbyol.errors import (
     FastbyolError,
     InputError,
+    PeerFailure,
     RunError,
-    StoppedByAnother,
-    exhausted,
-    fault_of,
+    error_reason,
     first_line,
+    is_out_of_memory,
     printable,
 )
-from fastbyol.options import HELP, VERSION, Call, Command, Group, HelpAsked, Options, read
-from fastbyol.settings import expanded, require, shown
+from fastbyol.runtime import caches
+from fastbyol.runtime.console import safe_stdio, say
+from fastbyol.runtime.logging import console_logging
+from fastbyol.settings.base import expand_path, format_value, require
+from fastbyol.settings.options import HELP, VERSION, Call, Command, Group, HelpAsked, Options, read
 
 _NUMBA_THREADS = re.compile(r"\s*\+?0*[1-9][0-9]{0,5}\s*")
 _WAIT_FOR_TORCHRUN_S = 10
@@ -193,7 +195,7 @@ class ReportOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.root is not None:
-            self.root = expanded(self.root, "--root")
+            self.root = expand_path(self.root, "--root")
 
 
 @dataclass(kw_only=True)
@@ -212,7 +214,7 @@ class ExportOptions(Options):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    with surviving() as output, _signals_unwind():
+    with safe_stdio() as output, console_logging(), _signals_unwind():
         if caches.note is not None and local_rank() == 0:
             print(f"fastbyol: note: {caches.note}", file=sys.stderr)
         code = _run(given)
@@ -244,21 +246,21 @@ def _run(given: Sequence[str]) -> int:
         if local_rank() == 0:
             print(page)
         return 0
-    except StoppedByAnother as error:
+    except PeerFailure as error:
         return error.exit_code
     except FastbyolError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except _Ended as signalled:
-        return _fail(f"ended by {signalled.number.name}", 128 + signalled.number)
+    except _Ended as signaled:
+        return _fail(f"ended by {signaled.number.name}", 128 + signaled.number)
     except (MemoryError, RuntimeError, ImportError) as error:
-        if not exhausted(error):
+        if not is_out_of_memory(error):
             raise
         return _fail(str(RunError(f"out of memory or threads: {first_line(error)}; {_LOWER}")), 1)
     except OSError as error:
-        where = f"{shown(error.filename)}: " if error.filename is not None else ""
-        return _fail(str(RunError(f"{where}{fault_of(error)}")), 1)
+        where = f"{format_value(error.filename)}: " if error.filename is not None else ""
+        return _fail(str(RunError(f"{where}{error_reason(error)}")), 1)
 
 
 class _Ended(BaseException):
@@ -306,7 +308,7 @@ def _one_speaks() -> Iterator[None]:
         if local_rank() == 0:
             raise
         time.sleep(_WAIT_FOR_TORCHRUN_S)  # it ends all processes as soon as one has ended: let the one speak first
-        raise StoppedByAnother from None
+        raise PeerFailure from None
 
 
 def _check_environment(call: Call) -> None:
@@ -314,7 +316,7 @@ def _check_environment(call: Call) -> None:
     threads = os.environ.get("NUMBA_NUM_THREADS")
     if threads is not None and not _NUMBA_THREADS.fullmatch(threads):
         raise InputError(
-            f"NUMBA_NUM_THREADS={shown(threads)} in the environment: expected a whole number of at least 1"
+            f"NUMBA_NUM_THREADS={format_value(threads)} in the environment: expected a whole number of at least 1"
         )
     processes = os.environ.get("WORLD_SIZE", "1") if "TORCHELASTIC_RUN_ID" in os.environ else "1"
     if processes != "1" and not call.command.takes_ranks:
@@ -338,7 +340,7 @@ def train_config(words: Sequence[str]) -> Config:
 
 
 def _train(call: Call) -> int:
-    from fastbyol.report import write_report
+    from fastbyol.tools.report import write_report
     from fastbyol.train import train
 
     result = train(call.config)
@@ -356,7 +358,7 @@ def _train(call: Call) -> int:
 
 def _eval(call: Call) -> int:
     from fastbyol.evaluate import evaluate
-    from fastbyol.report import refresh_report
+    from fastbyol.tools.report import refresh_report
 
     evaluate(call.name, call.options, say)
     try:
@@ -367,8 +369,8 @@ def _eval(call: Call) -> int:
 
 
 def _prepare(call: Call) -> int:
-    from fastbyol.data.prepare import prepare_fashion_mnist, prepare_photos
-    from fastbyol.data.shapes import prepare_shapes
+    from fastbyol.tools.corpora import prepare_fashion_mnist, prepare_photos
+    from fastbyol.tools.shapes import prepare_shapes
 
     writers = {"photos": prepare_photos, "fashion-mnist": prepare_fashion_mnist, "shapes": prepare_shapes}
     say(_with_progress(call.name, partial(writers[call.name], **asdict(call.options))))
@@ -397,49 +399,49 @@ def _with_progress(name: str, work: Callable[..., str]) -> str:
 
 
 def _preview(call: Call) -> int:
-    from fastbyol.preview import write_preview
+    from fastbyol.tools.preview import write_preview
 
     say(write_preview(call.config, call.options.out, say))
     return 0
 
 
 def _profile(call: Call) -> int:
-    from fastbyol.profiling import profile
+    from fastbyol.tools.profiling import profile
 
     profile(call.config, **asdict(call.options), say=say)
     return 0
 
 
 def _bench(call: Call) -> int:
-    from fastbyol.bench import bench
+    from fastbyol.tools.bench import bench
 
     bench(call.config, **asdict(call.options), say=say)
     return 0
 
 
 def _plan(call: Call) -> int:
-    from fastbyol.plan import plan
+    from fastbyol.tools.plan import plan
 
     plan(call.config, **asdict(call.options), say=say)
     return 0
 
 
 def _report(call: Call) -> int:
-    from fastbyol.report import write_report
+    from fastbyol.tools.report import write_report
 
     say(write_report(call.options.run, say, root=call.options.root))
     return 0
 
 
 def _export(call: Call) -> int:
-    from fastbyol.export import export
+    from fastbyol.weights.export import export
 
     say(export(call.options.checkpoint, call.options.format, call.options.out, say))
     return 0
 
 
 def _doctor(call: Call) -> int:
-    from fastbyol.doctor import diagnose
+    from fastbyol.tools.doctor import diagnose
 
     return diagnose(say)
 

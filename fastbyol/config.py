@@ -6,21 +6,28 @@ key; what depends on the data set (is a batch larger than it?) is checked where 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from fastbyol.settings import BadSetting, Settings, expanded
-from fastbyol.settings import require as _require
+from fastbyol.settings.base import BadSetting, Settings, expand_path
+from fastbyol.settings.base import require as _require
 
 DEFAULT_WARMUP_EPOCHS = 10
+RENAMED = {
+    "data.recipe": "data.augmentation",
+    "model.weight_standardisation": "model.weight_standardization",
+    "step.checkpoint_stages": "step.activation_checkpointing",
+}
+"""Old name of a setting -> its name now. Config files, command lines and checkpoints with old names still load."""
 _MOST_THREADS, _MOST_IMAGES, _MOST_SIDE_PX, _MOST_EPOCHS, _MOST_S = 4096, 10**9, 2**16, 10**6, 10**8
 
 
 def _absolute(path: str, key: str) -> str:
     """The path as any working directory finds it. '..' stays, since what it means depends on links."""
     try:
-        return str(Path(expanded(path, key)).absolute())
+        return str(Path(expand_path(path, key)).absolute())
     except FileNotFoundError:
         raise BadSetting(key, f"{key}={path!r}: the working directory is gone; write the path in full") from None
 
@@ -59,11 +66,11 @@ class DataConfig(Settings):
     subset_seed: int = 0
     """Which images `fraction` and `images_per_class` take; a smaller part lies within a larger one."""
     batch_size: int | Literal["auto"] = 256
-    """Images per optimiser step, over all ranks and micro-batches (short: --batch-size), or auto: the largest power of two that fits."""
+    """Images per optimizer step, over all ranks and micro-batches (short: --batch-size), or auto: the largest power of two that fits."""
     image_size_px: int = 224
     """Side of both views in pixels."""
-    recipe: Literal["byol", "torchvision", "none"] = "byol"
-    """Views: the paper's recipe, one with torchvision's colour jitter and crop drawing, or twice the centre square as it is."""
+    augmentation: Literal["byol", "torchvision", "none"] = "byol"
+    """Views: the paper's augmentation, one with torchvision's color jitter and crop drawing, or twice the center square as it is."""
     threads: int = 0
     """Threads that decode and augment; 0 takes one per CPU core."""
     prefetch_batches: int = 3
@@ -90,8 +97,8 @@ class DataConfig(Settings):
             self.root = _absolute(self.root, "data.root")
         if self.file_list is not None:
             self.file_list = _absolute(self.file_list, "data.file_list")
-        self.train_split = expanded(self.train_split, "data.train_split")
-        self.val_split = expanded(self.val_split, "data.val_split")
+        self.train_split = expand_path(self.train_split, "data.train_split")
+        self.val_split = expand_path(self.val_split, "data.val_split")
         if self.batch_size != "auto":
             _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "BatchNorm needs at least 2 images")
         _require(8 <= self.image_size_px <= 4096, "data.image_size_px", self.image_size_px, "must lie in 8..4096")
@@ -141,22 +148,22 @@ class ModelConfig(Settings):
     """Norm layers of backbone and heads: BatchNorm (over all ranks, see distributed.sync_bn_ranks), or in their place another."""
     norm_groups: int = 16
     """Groups of channels of norm=group."""
-    weight_standardisation: bool = False
+    weight_standardization: bool = False
     """Every filter of backbone and heads is used with mean 0 and variance 1."""
     heads: Literal["mlp", "linear"] = "mlp"
     """Projector and predictor: the paper's two layers, or one linear layer each."""
     target: Literal["ema", "online"] = "ema"
     """What is predicted: the moving average's projections, or the online network's own without gradient (SimSiam)."""
     loss: Literal["byol", "euclidean", "mse", "hinge"] = "byol"
-    """Of predictions and targets: squared distance of normalised vectors, distance, mean squared error, distance beyond a margin."""
+    """Of predictions and targets: squared distance of normalized vectors, distance, mean squared error, distance beyond a margin."""
     hinge_margin: float = 0.2
-    """Distance of normalised vectors below which loss=hinge is 0."""
+    """Distance of normalized vectors below which loss=hinge is 0."""
     contrastive_weight: float = 0.0
     """beta: weight of the term that drives a prediction away from the rank's other images; 1 gives InfoNCE with negatives."""
     contrastive_temperature: float = 0.1
     """alpha: temperature of that term."""
     feature_noise: float = 0.0
-    """Std of the noise that makes view 2 from the features of view 1, in place of image augmentation (data.recipe=none)."""
+    """Std of the noise that makes view 2 from the features of view 1, in place of image augmentation (data.augmentation=none)."""
     mask_ratio: float = 0.0
     """Share of the patches of each view that the online network does not see."""
     mask_patch_px: int = 16
@@ -183,7 +190,7 @@ class ModelConfig(Settings):
 
 @dataclass(kw_only=True)
 class OptimConfig(Settings):
-    """Optimiser, schedules and target update. The defaults are the paper's 100-epoch preset."""
+    """Optimizer, schedules and target update. The defaults are the paper's 100-epoch preset."""
 
     PREFIX: ClassVar[str] = "optim."
     MOST: ClassVar[dict[str, float]] = {"epochs": _MOST_EPOCHS}
@@ -245,13 +252,18 @@ class StepConfig(Settings):
     """auto is compile on a GPU and eager on a CPU; cuda_graph is compile and one captured graph of the whole step."""
     micro_batches: int = 1
     """Parts of a rank's batch that go through the network one after the other (BatchNorm per part, gradients summed)."""
-    checkpoint_stages: int = 0
+    activation_checkpointing: int = 0
     """The first so many stages of the backbone keep their blocks' inputs only and compute the rest again in the backward pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.micro_batches >= 1, "step.micro_batches", self.micro_batches, "must be at least 1")
-        _require(0 <= self.checkpoint_stages <= 4, "step.checkpoint_stages", self.checkpoint_stages, "must lie in 0..4")
+        _require(
+            0 <= self.activation_checkpointing <= 4,
+            "step.activation_checkpointing",
+            self.activation_checkpointing,
+            "must lie in 0..4",
+        )
 
 
 @dataclass(kw_only=True)
@@ -261,7 +273,7 @@ class DistributedConfig(Settings):
     PREFIX: ClassVar[str] = "distributed."
     MOST: ClassVar[dict[str, float]] = {"sync_bn_ranks": 10**6, "timeout_s": _MOST_S}
     sync_bn_ranks: int = 0
-    """Neighbouring ranks that share BatchNorm statistics; 0 is all of them, as published, 1 is each on its own."""
+    """Neighboring ranks that share BatchNorm statistics; 0 is all of them, as published, 1 is each on its own."""
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"
     """In which gradients travel between ranks; bf16 halves the bytes."""
     timeout_s: float = 1800
@@ -283,7 +295,7 @@ class LogConfig(Settings):
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
     collapse_threshold: float = 0.1
-    """Warn when the std of the normalised projections falls below this share of 1/sqrt(projection_dim)."""
+    """Warn when the std of the normalized projections falls below this share of 1/sqrt(projection_dim)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -318,11 +330,11 @@ class KnnConfig(Settings):
     every_epochs: int = 1
     """Epochs between two online kNN evaluations, 0 for none."""
     k: int = 20
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     max_bank_images: int = 50_000
     """Training images that vote, evenly spread over the split."""
     temperature: float = 0.07
-    """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
+    """A neighbor of cosine similarity s votes with weight exp(s / temperature)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -351,6 +363,7 @@ class ProbeConfig(Settings):
 class Config(Settings):
     """A whole pre-training run."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = RENAMED
     name: str = "byol"
     """The run's name; everything it writes lies under RUNS/NAME."""
     runs: str = "runs"
@@ -370,7 +383,7 @@ class Config(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     """Backbone and heads."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser, schedules and target update."""
+    """Optimizer, schedules and target update."""
     step: StepConfig = field(default_factory=StepConfig)
     """How the training step is carried out."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -387,15 +400,15 @@ class Config(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_name(self.name)
-        self.runs, self.init = expanded(self.runs, "runs"), expanded(self.init, "init")
-        self.resume = expanded(self.resume, "resume")
+        self.runs, self.init = expand_path(self.runs, "runs"), expand_path(self.init, "init")
+        self.resume = expand_path(self.resume, "resume")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in 0..2^63-1")
         noise = self.model.feature_noise
         _require(
-            noise == 0 or self.data.recipe == "none",
+            noise == 0 or self.data.augmentation == "none",
             "model.feature_noise",
             noise,
-            "is in place of image augmentation: set data.recipe=none",
+            "is in place of image augmentation: set data.augmentation=none",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -409,7 +422,7 @@ class Config(Settings):
         Raises:
             ValueError: a key is unknown, or a value impossible or of the wrong type.
         """
-        return cls.build(values)
+        return cls.build(cls.with_current_names(values))
 
 
 def _check_name(name: str) -> None:
@@ -462,12 +475,12 @@ class EvalConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.run = expanded(self.run, "run")
+        self.run = expand_path(self.run, "run")
         if self.root is not None:
             self.root = _absolute(self.root, "root")
         for key in ("train_split", "val_split", "out"):
             if (path := getattr(self, key)) is not None:
-                setattr(self, key, expanded(path, key))
+                setattr(self, key, expand_path(path, key))
         _require(self.threads >= 0, "threads", self.threads, "must be 0 (all cores) or more")
 
     @property
@@ -483,9 +496,9 @@ class KnnEval(EvalConfig):
     """Weighted kNN on frozen features."""
 
     k: int = 20
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     temperature: float = 0.07
-    """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
+    """A neighbor of cosine similarity s votes with weight exp(s / temperature)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -514,7 +527,7 @@ class LinearEval(ProbeTraining):
     """Linear probe on frozen features."""
 
     features: Literal["cached", "augmented"] = "cached"
-    """cached computes the features of one centre crop once; augmented is the paper's protocol: crop and flip anew every epoch."""
+    """cached computes the features of one center crop once; augmented is the paper's protocol: crop and flip anew every epoch."""
 
 
 @dataclass(kw_only=True)
@@ -526,9 +539,9 @@ class FinetuneEval(EvalConfig):
     subset_seed: int = 0
     """Which images `fraction` takes."""
     epochs: int = 30
-    """Passes over the labelled images."""
+    """Passes over the labeled images."""
     batch_size: int = 256
-    """Images per step; at most the number of labelled images."""
+    """Images per step; at most the number of labeled images."""
     base_lrs: tuple[float, ...] = (0.05,)
     """Learning rates per 256 images; of several the best on held-out training images is reported, at the cost of a run each."""
     save: str | None = None
@@ -537,7 +550,7 @@ class FinetuneEval(EvalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.save is not None:
-            self.save = expanded(self.save, "save")
+            self.save = expand_path(self.save, "save")
         _check_training(self.epochs, self.batch_size, self.base_lrs)
         _require(bool(self.base_lrs), "base_lrs", self.base_lrs, "name at least one")
         _require(0 < self.fraction <= 1, "fraction", self.fraction, "must lie in (0, 1]")
@@ -549,7 +562,7 @@ class FewshotEval(EvalConfig):
     """Few-shot episodes on frozen features, by nearest class mean."""
 
     shots: tuple[int, ...] = (1, 5, 10)
-    """Labelled images per class, from the training split."""
+    """Labeled images per class, from the training split."""
     ways: int = 5
     """Classes per episode."""
     queries: int = 15

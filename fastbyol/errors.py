@@ -33,11 +33,11 @@ class RunError(FastbyolError):
     exit_code = 1
 
 
-class StoppedByAnother(FastbyolError):
+class PeerFailure(FastbyolError):
     """Another rank has said why the run ends; this one says nothing."""
 
 
-class HungLoader(RunError):
+class LoaderTimeout(RunError):
     """No batch came for data.timeout_s; `stacks` says where every thread was."""
 
     def __init__(self, text: str, stacks: str) -> None:
@@ -51,17 +51,17 @@ _EXHAUSTED = re.compile(
 )
 
 
-def exhausted(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine has no more memory or threads; torch's CPU allocator and Python's threads say so in words alone."""
     return isinstance(error, MemoryError) or _EXHAUSTED.search(str(error)) is not None
 
 
-def fault_of(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """Why something cannot be read or written, in one line: the system's own words where it has some."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def among(names: Sequence[str], most: int = 5) -> str:
+def join_names(names: Sequence[str], most: int = 5) -> str:
     """Names for a message: "a, b, c (+3 more)"."""
     return ", ".join(names[:most]) + (f" (+{len(names) - most} more)" if len(names) > most else "")
 

@@ -32,7 +32,7 @@ Reduce = Callable[[Tensor], Tensor]  # the mean of a tensor over ranks, differen
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm1d and BatchNorm2d with statistics per view, optionally over several ranks, and with what follows it.
 
-    Evaluation mode is torch's. Training mode takes (V * N, C) or (V * N, C, H, W) and normalises each of the V views with its own
+    Evaluation mode is torch's. Training mode takes (V * N, C) or (V * N, C, H, W) and normalizes each of the V views with its own
     mean and variance; the running statistics take one update per view, in order, as V forward passes would.
     """
 
@@ -184,10 +184,10 @@ def convert(network: nn.Module) -> nn.Module:
     return network
 
 
-def other_norms(network: nn.Module, groups: int, name: str) -> None:
+def replace_batch_norms(network: nn.Module, groups: int, name: str) -> None:
     """Replaces every BatchNorm by GroupNorm with as many groups, in place; one group is LayerNorm over channels and places.
 
-    Source: Wu & He 2018 (arXiv 1803.08494), where layer normalisation of a convolution's output is the case of one group.
+    Source: Wu & He 2018 (arXiv 1803.08494), where layer normalization of a convolution's output is the case of one group.
 
     Args:
         name: of the network, for errors.
@@ -217,11 +217,11 @@ def other_norms(network: nn.Module, groups: int, name: str) -> None:
             setattr(module, child, own)
 
 
-def standardise_weights(network: nn.Module) -> None:
+def standardize_weights(network: nn.Module) -> None:
     """Makes every convolution and linear layer use its filters with mean 0 and variance 1, in place.
 
     Source: Qiao et al. 2019 (arXiv 1903.10520), and in heads Richemond et al. 2020 (arXiv 2010.10241). The factor 1 / sqrt(fan-in) that
-    keeps the output's scale is the business of the norm that follows; the loss normalises what no norm follows.
+    keeps the output's scale is the business of the norm that follows; the loss normalizes what no norm follows.
     """
     for module in network.modules():
         if type(module) is nn.Conv2d:
@@ -231,7 +231,7 @@ def standardise_weights(network: nn.Module) -> None:
             module.__class__ = StdLinear
 
 
-def checkpoint_stages(backbone: nn.Module, stages: int) -> None:
+def activation_checkpointing(backbone: nn.Module, stages: int) -> None:
     """Keeps of the first `stages` stages' blocks only their inputs and computes the rest again in the backward pass.
 
     A ResNet has stages 1 to 4; the first hold most of the activations. Other backbones know all or nothing (timm's
@@ -247,7 +247,7 @@ def checkpoint_stages(backbone: nn.Module, stages: int) -> None:
             backbone.set_grad_checkpointing(True)
         except (AssertionError, AttributeError):
             raise InputError(
-                f"step.checkpoint_stages={stages}: {type(backbone).__name__} has no gradient checkpointing; set it to 0"
+                f"step.activation_checkpointing={stages}: {type(backbone).__name__} has no gradient checkpointing; set it to 0"
             ) from None
         return
     for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)[:stages]:

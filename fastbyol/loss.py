@@ -18,7 +18,7 @@ _EPS = 1e-12  # below the square root of a distance, whose gradient has no bound
 
 
 def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over the batch of |n(q) - n(z')|^2 = 2 - 2 cos(q, z'), n = l2 normalisation.
+    """Mean over the batch of |n(q) - n(z')|^2 = 2 - 2 cos(q, z'), n = l2 normalization.
 
     Args:
         prediction, target: (B, D); the target carries no gradient.
@@ -41,7 +41,7 @@ def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def hinge_loss(prediction: Tensor, target: Tensor, margin: float) -> Tensor:
     """Mean over the batch of max(0, |n(q) - n(z')| - margin): pairs nearer than the margin are near enough.
 
-    The distance of normalised vectors lies in [0, 2]; arguments as for `regression_loss`.
+    The distance of normalized vectors lies in [0, 2]; arguments as for `regression_loss`.
     """
     q = F.normalize(prediction.float(), dim=1)
     z = F.normalize(target.float(), dim=1)

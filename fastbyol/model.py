@@ -16,10 +16,10 @@ from timm.models import ResNet
 from torch import Tensor, nn
 
 from fastbyol.config import ModelConfig
+from fastbyol.data.views import VIEWS
 from fastbyol.errors import InputError, first_line
-from fastbyol.layers import batch_norms, convert, one_view, other_norms, standardise_weights
+from fastbyol.layers import batch_norms, convert, one_view, replace_batch_norms, standardize_weights
 from fastbyol.loss import pair_loss
-from fastbyol.views import VIEWS
 
 
 class BYOLOutput(NamedTuple):
@@ -30,7 +30,7 @@ class BYOLOutput(NamedTuple):
     features: Tensor | None = None  # (B, F) float32 of view 1, for a classifier beside the run
 
 
-class Branch(nn.Module):
+class Encoder(nn.Module):
     """Backbone and projector: the network that online and target share in shape."""
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
@@ -45,7 +45,7 @@ class Branch(nn.Module):
 class BYOL(nn.Module):
     """The online network (branch and predictor) and its target.
 
-    The target has no gradient, runs in train mode with its own batch statistics, and is moved by the optimiser step
+    The target has no gradient, runs in train mode with its own batch statistics, and is moved by the optimizer step
     through `target_pairs`. Without one (model.target=online) the online network predicts its own projections.
 
     Args:
@@ -53,13 +53,13 @@ class BYOL(nn.Module):
     """
 
     def __init__(
-        self, online: Branch, target: Branch | None, predictor: nn.Module, config: ModelConfig | None = None
+        self, online: Encoder, target: Encoder | None, predictor: nn.Module, config: ModelConfig | None = None
     ) -> None:
         super().__init__()
         self.online, self.predictor = online, predictor
         self.target = None if target is None else target.requires_grad_(False)
         self.config = config or ModelConfig()
-        self.gives_features = False
+        self.return_features = False
         """Whether the output holds view 1's features."""
         for norm in batch_norms(self):
             norm.views = VIEWS
@@ -99,7 +99,7 @@ class BYOL(nn.Module):
         return BYOLOutput(
             pair_loss(q1, q2, t1, t2, self.config),
             projection_std(z.chunk(2)[0]),
-            features[: len(q1)].detach().float() if self.gives_features else None,
+            features[: len(q1)].detach().float() if self.return_features else None,
         )
 
     @property
@@ -114,7 +114,7 @@ class BYOL(nn.Module):
         return list(zip(self.online.parameters(), self.target.parameters(), strict=True))
 
     def _masked(self, images: Tensor) -> Tensor:
-        """The images (2B, 3, S, S) with a share of their patches, drawn per image, set to the mean colour (0)."""
+        """The images (2B, 3, S, S) with a share of their patches, drawn per image, set to the mean color (0)."""
         if not self.config.mask_ratio:
             return images
         size, patch = images.shape[-1], self.config.mask_patch_px
@@ -152,7 +152,7 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def projection_std(projection: Tensor) -> Tensor:
-    """Standard deviation over the batch of the l2-normalised projections (B, D), mean over D.
+    """Standard deviation over the batch of the l2-normalized projections (B, D), mean over D.
 
     About 1/sqrt(D) where directions are spread evenly, 0 where all images have collapsed onto one.
     """
@@ -205,23 +205,23 @@ def build_model(config: ModelConfig, image_size: int, seed: int) -> BYOL:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        online = _build_branch(config, image_size)
+        online = _build_encoder(config, image_size)
         predictor = head(config.projection_dim, config.projection_dim, config)
         target = None
         if config.target == "ema":
-            target = copy.deepcopy(online) if config.target_init == "copy" else _build_branch(config, image_size)
+            target = copy.deepcopy(online) if config.target_init == "copy" else _build_encoder(config, image_size)
     return BYOL(convert(online), None if target is None else convert(target), convert(predictor), config).train()
 
 
-def _build_branch(config: ModelConfig, image_size: int) -> Branch:
+def _build_encoder(config: ModelConfig, image_size: int) -> Encoder:
     backbone, features = build_backbone(config, image_size)
-    return Branch(backbone, head(features, config.projection_dim, config))
+    return Encoder(backbone, head(features, config.projection_dim, config))
 
 
 def _with_layers(network: nn.Module, config: ModelConfig, name: str) -> nn.Module:
-    """The network, changed in place: with the configured norms instead of BatchNorm, and standardised weights."""
+    """The network, changed in place: with the configured norms instead of BatchNorm, and standardized weights."""
     if config.norm != "batch":
-        other_norms(network, 1 if config.norm == "layer" else config.norm_groups, name)
-    if config.weight_standardisation:
-        standardise_weights(network)
+        replace_batch_norms(network, 1 if config.norm == "layer" else config.norm_groups, name)
+    if config.weight_standardization:
+        standardize_weights(network)
     return network

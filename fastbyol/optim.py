@@ -1,4 +1,4 @@
-"""Optimisers: LARS with the target update folded in, and torch's own for those who prefer them."""
+"""Optimizers: LARS with the target update folded in, and torch's own for those who prefer them."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ class LARS(torch.optim.Optimizer):
         params: float32 parameters or groups, on one device; their gradients may be bfloat16 or float16. A group may set
             `adapt=False`: trust ratio 1 (biases and norm layers, which should have weight_decay=0 too).
         lr: scalar tensor on the parameters' device, or a number, of which every group gets a tensor. The learning rate may change
-            between steps by writing to the tensor; nothing is recompiled or synchronised.
+            between steps by writing to the tensor; nothing is recompiled or synchronized.
         momentum, weight_decay, trust_coefficient: mu, wd and eta.
         target_pairs: (online, target) tensors; every online tensor must be one of the parameters.
         tau: scalar tensor, the target's decay; needed with target_pairs.
@@ -74,7 +74,7 @@ class LARS(torch.optim.Optimizer):
         self._targets = dict(target_pairs)
         missing = self._targets.keys() - {p for group in self.param_groups for p in group["params"]}
         if missing:
-            raise ValueError(f"{len(missing)} online tensors of target_pairs are not among the optimiser's parameters")
+            raise ValueError(f"{len(missing)} online tensors of target_pairs are not among the optimizer's parameters")
         if self._targets and tau is None:
             raise ValueError("target_pairs need tau")
         self.tau = torch.ones((), device=device) if tau is None else tau
@@ -195,7 +195,7 @@ def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> None:
 
 
 def ema_update_(pairs: Iterable[Pair], tau: Tensor) -> None:
-    """t <- t + (1 - tau) (w - t) in place for all pairs (w, t), for optimisers that do not move the target.
+    """t <- t + (1 - tau) (w - t) in place for all pairs (w, t), for optimizers that do not move the target.
 
     Args:
         pairs: float32 tensors on one device.
@@ -226,7 +226,7 @@ def build_optimizer(
     tau: Tensor,
     loss_scale: LossScale | None = None,
 ) -> torch.optim.Optimizer:
-    """The configured optimiser over the module's trainable parameters.
+    """The configured optimizer over the module's trainable parameters.
 
     Only LARS moves the target itself (`optimizer.moves_target`); with the others the step calls `ema_update_`.
 

@@ -54,7 +54,7 @@ class LossScale(nn.Module):
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device))
 
     def check_and_unscale_(self, grads: list[Tensor]) -> None:
-        """Divides the gradients by the scale and sets `found_inf`; for optimisers that do neither themselves."""
+        """Divides the gradients by the scale and sets `found_inf`; for optimizers that do neither themselves."""
         self.found_inf.zero_()
         torch._amp_foreach_non_finite_check_and_unscale_(grads, self.found_inf, self.inverse)
 

@@ -1,7 +1,7 @@
-"""Schedules of the learning rate and of the target's decay: pure functions of the optimiser step.
+"""Schedules of the learning rate and of the target's decay: pure functions of the optimizer step.
 
 Source: Grill et al. 2020, appendix B, and `byol/utils/schedules.py` of google-deepmind/deepmind-research
-(commit 4822a45). Steps count optimiser steps from 0; the value at step k is used by update k.
+(commit 4822a45). Steps count optimizer steps from 0; the value at step k is used by update k.
 """
 
 import math
@@ -14,8 +14,8 @@ class Schedule:
 
     Args:
         optim: of the run.
-        batch_size: images per optimiser step.
-        steps_per_epoch: optimiser steps in an epoch.
+        batch_size: images per optimizer step.
+        steps_per_epoch: optimizer steps in an epoch.
     """
 
     def __init__(self, optim: OptimConfig, batch_size: int, steps_per_epoch: int) -> None:
@@ -25,7 +25,7 @@ class Schedule:
         self._tau_base = optim.tau_base
 
     def lr(self, step: int) -> float:
-        """Learning rate of optimiser step `step`."""
+        """Learning rate of optimizer step `step`."""
         return learning_rate(
             step,
             peak=self._peak,
@@ -35,7 +35,7 @@ class Schedule:
         )
 
     def tau(self, step: int) -> float:
-        """Target decay of optimiser step `step`."""
+        """Target decay of optimizer step `step`."""
         return target_decay(step, base=self._tau_base, total_steps=self.total_steps)
 
 

@@ -9,29 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbyol import distributed
 from fastbyol.config import Config
 from fastbyol.data import Batch
-from fastbyol.distributed import World
 from fastbyol.errors import InputError
 from fastbyol.kernels import dispatch
-from fastbyol.layers import checkpoint_stages
+from fastbyol.layers import activation_checkpointing
 from fastbyol.model import BYOL, BYOLOutput
 from fastbyol.optim import build_optimizer
+from fastbyol.parallel import data_parallel, sync_batch_norm
 from fastbyol.precision import LossScale, autocast, compute_dtype, set_float32_precision
+from fastbyol.runtime.distributed import World
 from fastbyol.schedules import Schedule
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-_STEPS_BEFORE_CAPTURE = 3  # real steps: they create what a graph must not (optimiser state, compiled code, workspaces)
+_STEPS_BEFORE_CAPTURE = 3  # real steps: they create what a graph must not (optimizer state, compiled code, workspaces)
 
 
 class TrainStep:
-    """Owns the optimiser and the device scalars that it reads; reads no device value itself.
+    """Owns the optimizer and the device scalars that it reads; reads no device value itself.
 
     Args:
         model: the pair, already on `device`.
         config: of the run, with a batch size that is a number.
-        steps_per_epoch: optimiser steps in an epoch.
+        steps_per_epoch: optimizer steps in an epoch.
         world: this process among all.
 
     Raises:
@@ -42,7 +42,7 @@ class TrainStep:
         self, model: BYOL, config: Config, steps_per_epoch: int, device: torch.device, world: World | None = None
     ) -> None:
         self.model, self.device, self.world = model, device, world or World()
-        self.mode = choose_mode(config.step.mode, device, self.world)
+        self.mode = choose_step_mode(config.step.mode, device, self.world)
         self.dtype = compute_dtype(config.precision, device)
         set_float32_precision(config.precision)
         torch.backends.cudnn.benchmark = True  # all batches have one shape: let cuDNN try its algorithms once
@@ -66,18 +66,18 @@ class TrainStep:
         self._before_capture = _STEPS_BEFORE_CAPTURE
         # One stream for all steps before capture: the allocator keeps a pool of memory for each.
         self._side = torch.cuda.Stream(device) if self.mode == "cuda_graph" else None
-        checkpoint_stages(model.online.backbone, config.step.checkpoint_stages)
+        activation_checkpointing(model.online.backbone, config.step.activation_checkpointing)
         self._forward: Any = model.forward
         if self.world.size > 1:
-            distributed.sync_batch_norm(model, config.distributed, self.world)
+            sync_batch_norm(model, config.distributed, self.world)
             if self.mode == "compile":
                 _compile_parts(model)
-            self._forward = distributed.data_parallel(model, config.distributed, device, static_graph=self._parts == 1)
+            self._forward = data_parallel(model, config.distributed, device, static_graph=self._parts == 1)
         elif self.mode != "eager":
             self._forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
 
     def __call__(self, step: int, batch: Batch) -> BYOLOutput:
-        """Optimiser step number `step` (from 0). Its output is valid until the next step."""
+        """Optimizer step number `step` (from 0). Its output is valid until the next step."""
         self.lr.fill_(self.schedule.lr(step))
         self.tau.fill_(self.schedule.tau(step))
         self._number.fill_(step)
@@ -89,7 +89,7 @@ class TrainStep:
         """The whole step, on device values alone: what a CUDA graph captures."""
         outputs = []
         for k, part in enumerate(zip(view1.chunk(self._parts), view2.chunk(self._parts), strict=True)):
-            with self._gradients_stay_here(k < self._parts - 1):
+            with self._no_sync(k < self._parts - 1):
                 with autocast(self.device, self.dtype):
                     output = self._forward(*part)
                 self._backward(output.loss / self._parts)
@@ -112,7 +112,7 @@ class TrainStep:
         moves_target, scale, tau = getattr(self.optimizer, "moves_target", False), self.loss_scale, self.tau
         if scale is not None and not moves_target:
             scale.check_and_unscale_(self._gradients())
-            self.optimizer.found_inf = scale.found_inf  # torch's fused optimisers skip the step by themselves
+            self.optimizer.found_inf = scale.found_inf  # torch's fused optimizers skip the step by themselves
             tau = torch.where(scale.found_inf > 0, 1.0, tau)
         self.optimizer.step()
         if not moves_target and self.pairs:
@@ -130,7 +130,7 @@ class TrainStep:
     def _gradients(self) -> list[Tensor]:
         return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
-    def _gradients_stay_here(self, yes: bool) -> AbstractContextManager[None]:
+    def _no_sync(self, yes: bool) -> AbstractContextManager[None]:
         """Micro-batches before the last add up gradients without telling other ranks."""
         return self._forward.no_sync() if yes and self.world.size > 1 else nullcontext()
 
@@ -171,7 +171,7 @@ class TrainStep:
         gc.collect()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state by parameter name, and the loss scale where there is one.
+        """The optimizer's state by parameter name, and the loss scale where there is one.
 
         {"optimizer": {"online.backbone.conv1.weight": {"momentum_buffer": ...}, ...}, "loss_scale": {"scale": ..., ...}}
         """
@@ -190,13 +190,13 @@ class TrainStep:
         parameters = dict(self.model.named_parameters())
         for name, values in state["optimizer"].items():
             if name not in parameters:
-                raise ValueError(f"optimiser state of an unknown parameter {name}")
+                raise ValueError(f"optimizer state of an unknown parameter {name}")
             p = parameters[name]
             for key, value in values.items():
                 if not isinstance(value, Tensor):
-                    raise ValueError(f"optimiser state {key} of {name} is {value!r}")
+                    raise ValueError(f"optimizer state {key} of {name} is {value!r}")
                 if value.ndim and value.shape != p.shape:
-                    raise ValueError(f"optimiser state {key} of {name} has shape {tuple(value.shape)}")
+                    raise ValueError(f"optimizer state {key} of {name} has shape {tuple(value.shape)}")
             self.optimizer.state[p] = {
                 key: value.to(self.device).to(memory_format=_memory_format(p) if value.ndim else torch.preserve_format)
                 for key, value in values.items()
@@ -225,7 +225,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def choose_mode(mode: str, device: torch.device, world: World) -> str:
+def choose_step_mode(mode: str, device: torch.device, world: World) -> str:
     """eager, compile or cuda_graph: what config.step.mode means on a device.
 
     A CPU's `auto` is eager: the fused kernels (kernels/batch_norm.py) run there alone, and compilation, which takes a minute,

@@ -15,24 +15,25 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from fastbyol import checkpoint, cores, environment, memory
+from fastbyol import batch_size
 from fastbyol.config import DEFAULT_WARMUP_EPOCHS, Config, OptimConfig
-from fastbyol.console import say
 from fastbyol.data import Batch, ImageSet, build_loader, choose_backend, find_images
-from fastbyol.data.workers import cpu_threads
-from fastbyol.distributed import ProcessGroup, StopTogether, World, world_from_environment
-from fastbyol.errors import HungLoader, InputError, RunError, exhausted, fault_of, first_line
+from fastbyol.data.workers import resolve_threads
+from fastbyol.errors import InputError, LoaderTimeout, RunError, error_reason, first_line, is_out_of_memory
 from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
-from fastbyol.evaluate.protocol import shortage
-from fastbyol.files import FolderLock, json_text, read_json_or, write_file
+from fastbyol.evaluate.online_probe import OnlineProbe
+from fastbyol.evaluate.protocol import missing_images_warning
 from fastbyol.kernels import dispatch
 from fastbyol.model import BYOL, BYOLOutput, build_model
-from fastbyol.probe import OnlineProbe
-from fastbyol.runlog import LOG, METRICS, TENSORBOARD, RunLog, read_metrics
+from fastbyol.runtime import checkpoint, cores, environment, memory
+from fastbyol.runtime.console import say
+from fastbyol.runtime.distributed import ProcessGroup, StopConsensus, World, world_from_environment
+from fastbyol.runtime.files import FolderLock, json_text, read_json_or, write_file
+from fastbyol.runtime.runlog import LOG, METRICS, TENSORBOARD, RunLog, read_metrics
 from fastbyol.schedules import Schedule
 from fastbyol.step import TrainStep, choose_device
-from fastbyol.weights import load_backbone
+from fastbyol.weights.load import load_backbone
 
 SUMMARY, ENVIRONMENT, CONFIG, CHECKPOINTS = "summary.json", "environment.json", "config.json", "checkpoints"
 REPORT = "report.html"
@@ -46,7 +47,7 @@ class RunResult:
     """How a run ended."""
 
     folder: Path
-    step: int  # optimiser steps done
+    step: int  # optimizer steps done
     total_steps: int
     first_rank: bool
     stopped_by: signal.Signals | None  # the signal that ended it early
@@ -68,21 +69,21 @@ def train(config: Config) -> RunResult:
     folder, notes = Path(config.runs) / config.name, list[str]()
     # Signals are heeded until the process group has said why a run ends: torchrun sends SIGTERM to those who lost a rank.
     with ExitStack() as last, ProcessGroup(world, config.distributed, device):
-        with world.together():
+        with world.sync_errors():
             lock = None
-            if world.first:  # workers that torchrun starts anew may come before the old ones are gone
+            if world.is_main_process:  # workers that torchrun starts anew may come before the old ones are gone
                 lock = FolderLock(folder, wait_s=_LOCK_WAIT_S if world.restarts else 0, warn=notes.append)
                 last.enter_context(lock)
-        with world.together():
+        with world.sync_errors():
             found = _find_checkpoint(config, world, notes.append)
             finished = None if found is None else _finished_step(folder, found, config)
         if (done := world.gather(finished)[0]) is not None:  # as the first rank sees it: all leave, or none
-            if world.first:
+            if world.is_main_process:
                 say(_already_finished(found, config))
-            return RunResult(folder, done, done, world.first, None, finished_before=True)
+            return RunResult(folder, done, done, world.is_main_process, None, finished_before=True)
         run = _Run(config, world, device, found, notes, lock)
         stop = last.enter_context(_StopSignals())
-        with closing(run.step), run.log, run.one_line_for_faults(), StopTogether(world) as together:
+        with closing(run.step), run.log, run.user_facing_errors(), StopConsensus(world) as consensus:
             run.announce()
             done = run.start
             with closing(run.loader.batches(run.start, run.step.total_steps)) as batches:
@@ -96,13 +97,13 @@ def train(config: Config) -> RunResult:
                         run.log_step(step, output)
                     if done % len(run.loader) == 0:
                         run.end_of_epoch(done)
-                    if together.agree(stop.received is not None):
+                    if consensus.agree(stop.received is not None):
                         break
             run.save(done)
-            run.summarise(done)
+            run.summarize(done)
     total = run.step.total_steps
     stopped_by = (stop.received or signal.SIGTERM) if done < total else None  # another rank may have got the signal
-    return RunResult(run.folder, done, total, world.first, stopped_by)
+    return RunResult(run.folder, done, total, world.is_main_process, stopped_by)
 
 
 Found = tuple[Path, dict[str, Any]]  # a checkpoint's file and content
@@ -116,7 +117,7 @@ def _find_checkpoint(config: Config, world: World, warn: Callable[[str], None]) 
     """
     run = Path(config.runs) / config.name
     folder = run / CHECKPOINTS
-    own = checkpoint.listed(folder)
+    own = checkpoint.list_checkpoints(folder)
     resume = "auto" if world.restarts and (own or config.resume == "none") else config.resume
     if resume == "none":
         if own:
@@ -127,14 +128,14 @@ def _find_checkpoint(config: Config, world: World, warn: Callable[[str], None]) 
     if resume != "auto":
         found = checkpoint.resolve(Path(resume), warn)
         inside = found[0].resolve().parent == folder.resolve()
-        if own and not (inside and found[1]["step"] >= checkpoint.step_of(own[-1])):
+        if own and not (inside and found[1]["step"] >= checkpoint.checkpoint_step(own[-1])):
             raise InputError(
                 f"--resume {resume}: {run} already holds a run up to {own[-1].name}: continue it with --resume auto, or go on from "
                 f"{found[0].name} with another --name"
             )
         return found
     damaged: list[str] = []
-    found = checkpoint.newest_good(folder, damaged.append)
+    found = checkpoint.latest_valid(folder, damaged.append)
     if found is None and damaged:
         best = folder / checkpoint.BEST
         hint = f"; --resume {best} with another --name goes on from the best one" if best.exists() else ""
@@ -146,7 +147,7 @@ def _find_checkpoint(config: Config, world: World, warn: Callable[[str], None]) 
 
 def _total_steps(config: Config, found: Found) -> int:
     """Of a run that goes on from a checkpoint with this config."""
-    data = config.data if config.data.batch_size != "auto" else checkpoint.config_of(*found).data
+    data = config.data if config.data.batch_size != "auto" else checkpoint.checkpoint_config(*found).data
     return config.optim.epochs * (found[1]["images"] // data.batch_size)
 
 
@@ -193,14 +194,14 @@ class _Run:
         self.world, self.folder, self._lock = world, Path(config.runs) / config.name, lock
         self._notes, self._news = notes, list[str]()  # warnings, and news, for when the log is open
         self.knn: dict[str, float] = {"last": math.nan, "best": math.nan}
-        with world.together():
+        with world.sync_errors():
             self.images = find_images(config.data, "train")
             self._files, self._sample = self.images.fingerprint(), self.images.sample()
             fits = 0
             if config.data.batch_size == "auto":
                 dispatch.compile_cpu_kernels(self._news.append)  # the trial steps need them
-                fits = memory.largest_batch(config, device, world) if found is None else -1
-        with world.together():
+                fits = batch_size.find_batch_size(config, device, world) if found is None else -1
+        with world.sync_errors():
             self.config = config = self._with_batch_size(config, found, fits)
             if found is not None:
                 self._check_fits(*found)
@@ -209,7 +210,7 @@ class _Run:
                 self._news.append(self._load_backbone(model, config))
             self.model = model.to(device=device, memory_format=torch.channels_last)
         steps_per_epoch = len(self.images) // config.data.batch_size
-        with world.together():
+        with world.sync_errors():
             self.step = TrainStep(self.model, config, steps_per_epoch, device, world)
             self.loader = build_loader(
                 config.data,
@@ -221,11 +222,11 @@ class _Run:
             )
             self.probe = self._build_probe()
             self.start = 0 if found is None else self._load(*found)
-            if world.first:
+            if world.is_main_process:
                 self._prepare_folder()
         if len(set(world.gather(self.start))) > 1:
             raise InputError(f"the ranks found different checkpoints in {self.folder}: runs must lie on a shared disk")
-        self.memory: memory.Memory | None = None
+        self.memory: memory.MemoryBreakdown | None = None
         self.log = RunLog(
             self.folder,
             start=self.start,
@@ -233,7 +234,7 @@ class _Run:
             steps_per_epoch=steps_per_epoch,
             batch_size=config.data.batch_size,
             tensorboard=config.log.tensorboard,
-            speaks=world.first,
+            speaks=world.is_main_process,
         )
         self._val = self._knn_split()
         self._saved_at = self.start if self.start else -1
@@ -255,7 +256,7 @@ class _Run:
             )
         dispatch.compile_cpu_kernels(self.log.say)
         if self.world.size == 1:  # the other ranks would count as others
-            cores.warn_if_shared(cpu_threads(config.data.threads), self.log.warn)
+            cores.warn_if_shared(resolve_threads(config.data.threads), self.log.warn)
         classes = f" of {len(self.images.classes)} classes" if self.images.classes else ""
         backend, why = choose_backend(config.data, self.images, self.step.device)
         self.log.say(f"{len(self.images)} images{classes} in {self.images.root}, read by {backend}: {why}")
@@ -273,39 +274,39 @@ class _Run:
         device = self.step.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        with memory.SavedBytes(self.model) as saved:
+        with memory.SavedTensorBytes(self.model) as saved:
             output = self.step(step, batch)
-        views = memory.batch_bytes(self.config, len(batch.indices), device, batch.views[0].dtype)
-        self.memory = memory.by_part(self.model, self.step.optimizer, views, device, saved)
+        views = batch_size.batch_bytes(self.config, len(batch.indices), device, batch.views[0].dtype)
+        self.memory = memory.measure_memory(self.model, self.step.optimizer, views, device, saved)
         self.log.say(str(self.memory))
         self.log.first(step + 1, output.loss.item())
         return output
 
     @contextmanager
-    def one_line_for_faults(self) -> Iterator[None]:
+    def user_facing_errors(self) -> Iterator[None]:
         """Turns what can go wrong in the middle of a run into one line that says what to do."""
         try:
             yield
-        except HungLoader as error:
-            path = self.folder / (STACKS if self.world.first else f"rank{self.world.rank}_{STACKS}")
+        except LoaderTimeout as error:
+            path = self.folder / (STACKS if self.world.is_main_process else f"rank{self.world.rank}_{STACKS}")
             write_file(path, error.stacks)
             raise RunError(f"{error}; {path} has the stacks of all threads; {self._last_good()}") from None
         except torch.OutOfMemoryError as error:
             parts = f" ({self.memory})" if self.memory is not None else ""
             raise RunError(
                 f"out of GPU memory: {first_line(error)}{parts}; lower data.batch_size (auto finds the largest), raise "
-                f"step.micro_batches or step.checkpoint_stages, or lower data.image_size_px; {self._last_good()}"
+                f"step.micro_batches or step.activation_checkpointing, or lower data.image_size_px; {self._last_good()}"
             ) from None
         except OSError as error:
             where = error.filename or self.folder
-            raise RunError(f"{where}: {fault_of(error)}; {self._last_good()}") from None
+            raise RunError(f"{where}: {error_reason(error)}; {self._last_good()}") from None
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RunError(
                 f"step.mode={self.step.mode}: the model does not compile here ({first_line(error)}); "
                 "step.mode=eager needs no compiler"
             ) from None
         except (MemoryError, RuntimeError) as error:
-            if not exhausted(error):
+            if not is_out_of_memory(error):
                 raise
             raise RunError(
                 f"out of memory or threads: {first_line(error)}; lower data.batch_size, data.image_size_px or data.prefetch_batches; "
@@ -334,7 +335,7 @@ class _Run:
         threshold = self.config.log.collapse_threshold / math.sqrt(self.config.model.projection_dim)
         if std < threshold and not self._collapse_warned:
             self.log.warn(
-                f"step {step + 1}: std of the normalised projections is {std:.2g}, below {threshold:.2g}: the network is "
+                f"step {step + 1}: std of the normalized projections is {std:.2g}, below {threshold:.2g}: the network is "
                 "collapsing; a lower optim.base_lr or a higher optim.tau_base helps"
             )
         self._collapse_warned = std < threshold
@@ -364,7 +365,7 @@ class _Run:
             return
         self._check_finite()
         self._saved_at = done
-        if not self.world.first:
+        if not self.world.is_main_process:
             return
         state = {
             "step": done,
@@ -400,11 +401,11 @@ class _Run:
         except InputError as error:
             raise RunError(f"{error} (this run's own was moved or removed); {self._last_good()}") from None
 
-    def summarise(self, done: int) -> None:
+    def summarize(self, done: int) -> None:
         """The closing lines, and summary.json."""
         self._name_bad_images()
         bad = self._all_bad_images()
-        if not self.world.first:
+        if not self.world.is_main_process:
             return
         lines = [m for m in read_metrics(self.folder) if m["kind"] == "train"]
         if self.start < done:  # else this attempt had nothing left to do but to close the run
@@ -449,7 +450,7 @@ class _Run:
         if found is not None:
             size = found[1]["config"]["data"]["batch_size"]
         else:
-            size = memory.batch_of_all_ranks(fits, self.images, config, self.world)
+            size = batch_size.global_batch_size(fits, self.images, config, self.world)
             peak = config.optim.base_lr * size / 256
             self._news.append(
                 f"data.batch_size=auto: {size}; the learning rate rises to {peak:.4g} (optim.base_lr * {size} / 256)"
@@ -474,7 +475,7 @@ class _Run:
             return None
         if len(self.images.classes) < 2:
             raise InputError(f"probe.enabled=true: {self.images.root} has fewer than 2 classes; set it to false")
-        self.model.gives_features = True
+        self.model.return_features = True
         return OnlineProbe(
             self.model.features, len(self.images.classes), self.config.probe, self.step.device, self.world
         )
@@ -496,7 +497,7 @@ class _Run:
                 self._news.append(f"checkpoint {path} has no online classifier: it starts anew")
             self.knn = {key: float(state["knn"][key]) for key in ("last", "best")}
             _set_rng_state(state["rng"])
-            self._say_new_schedule(checkpoint.config_of(path, state).optim, state["step"])
+            self._say_new_schedule(checkpoint.checkpoint_config(path, state).optim, state["step"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"checkpoint {path} does not fit this model: {first_line(error)}") from None
         return state["step"]
@@ -505,7 +506,9 @@ class _Run:
         """What must be equal for the run to go on as if it had not been cut is equal; other changes are named."""
         # A default is compared by the number that it means.
         ours = _flat(self.config.to_dict()) | {"optim.warmup_epochs": self.config.optim.warmup}
-        theirs = _flat(state["config"]) | {"optim.warmup_epochs": checkpoint.config_of(path, state).optim.warmup}
+        theirs = _flat(state["config"]) | {
+            "optim.warmup_epochs": checkpoint.checkpoint_config(path, state).optim.warmup
+        }
         changed = [key for key in ours if key in theirs and ours[key] != theirs[key]]
         for key in changed:
             if key.startswith("model.") or key in ("optim.name", "data.batch_size", "data.image_size_px"):
@@ -567,7 +570,7 @@ class _Run:
         for path in (
             *(self.folder / name for name in names),
             checkpoints / checkpoint.BEST,
-            *checkpoint.listed(checkpoints),
+            *checkpoint.list_checkpoints(checkpoints),
         ):
             if os.path.lexists(path) and not (path.is_file() or path.is_char_device()):
                 raise InputError(f"{path} is not a file, but the run writes one there: move it away")
@@ -584,7 +587,7 @@ class _Run:
         """The validation split of the online kNN; None, and a line why, where there can be none."""
         self.knn_bad: dict[str, str] = {}  # images that the online kNN left out: where they lie -> why
         data = self.config.data
-        if self.config.knn.every_epochs == 0 or not self.world.first:
+        if self.config.knn.every_epochs == 0 or not self.world.is_main_process:
             return None
         try:
             val = find_images(data, "val")
@@ -642,7 +645,7 @@ class _Run:
             for where, reason in new.items():
                 if indices.get(where) not in self._named_bad:
                     self.log.warn(f"skipped {where}: {reason}")
-            if new and (line := shortage(split, bad)) is not None:
+            if new and (line := missing_images_warning(split, bad)) is not None:
                 self.log.warn(f"online kNN: {line}")
         self._named_bad.update(indices.values())
 
@@ -655,7 +658,7 @@ class _Run:
             )
 
     def _last_good(self) -> str:
-        saved = checkpoint.listed(self.folder / CHECKPOINTS)
+        saved = checkpoint.list_checkpoints(self.folder / CHECKPOINTS)
         return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
     def _all_bad_images(self) -> dict[int, str]:

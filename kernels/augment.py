@@ -1,15 +1,15 @@
-"""Colour jitter, grayscale, Gaussian blur, solarise and normalise of one view.
+"""Color jitter, grayscale, Gaussian blur, solarize and normalize of one view.
 
 Order and formulas (x in [0, 1], float32), as in `byol/utils/augmentations.py` of google-deepmind/deepmind-research:
 
-    colour, four operations in the drawn order, clip to [0, 1] after each:
+    color, four operations in the drawn order, clip to [0, 1] after each:
         brightness    x + b                                        torchvision: b x
         contrast      (x - mean_c) c + mean_c, mean per channel    torchvision: mean of the gray image
         saturation    S of HSV times s, clipped                    torchvision: s x + (1 - s) gray
         hue           H of HSV plus h turns, mod 1                 torchvision: the same
     grayscale         0.2989 R + 0.587 G + 0.114 B in all channels
     blur              2 int(S / 20) + 1 taps, weights exp(-d^2 / 2 sigma^2) / sum, separable, zero padding
-    solarise          x < 0.5 ? x : 1 - x
+    solarize          x < 0.5 ? x : 1 - x
     clip to [0, 1], then (x - mean) / std of ImageNet
 
 Saturation without HSV: with M = max(R, G, B), C = M - min(R, G, B) and S = C / M, scaling S by s and clipping it
@@ -30,15 +30,15 @@ from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastbyol.kernels.unchecked import LANES, ROWS, aligned_zeros, at, blur_columns, finish_row, put
+from fastbyol.kernels.cpu.intrinsics import LANES, ROWS, aligned_zeros, at, blur_columns, finish_row, put
 
 # Columns of a view's parameter row.
 BOX, FLIP, JITTER, ORDER = 0, 4, 5, 6
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 10, 11, 12, 13
-TORCHVISION, GRAY, SIGMA, SOLARISE = 14, 15, 16, 17  # SIGMA is 0 where there is no blur
+TORCHVISION, GRAY, SIGMA, SOLARIZE = 14, 15, 16, 17  # SIGMA is 0 where there is no blur
 COLUMNS = 18
 
-# The four colour operations, as numbered in the ORDER columns.
+# The four color operations, as numbered in the ORDER columns.
 OP_BRIGHTNESS, OP_CONTRAST, OP_SATURATION, OP_HUE = 0, 1, 2, 3
 
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
@@ -47,12 +47,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def blur_radius(size: int) -> int:
-    """Taps on each side of the centre for views of `size` pixels: 11 at 224, 0 (no blur) below 20."""
+    """Taps on each side of the center for views of `size` pixels: 11 at 224, 0 (no blur) below 20."""
     return size // 20
 
 
 def augment_reference(x: Tensor, p: NDArray[np.float32]) -> Tensor:
-    """All operations but the normalisation.
+    """All operations but the normalization.
 
     Args:
         x: (3, S, S) float32 in [0, 1].
@@ -76,7 +76,7 @@ def augment_reference(x: Tensor, p: NDArray[np.float32]) -> Tensor:
         x = gray_reference(x).expand(3, -1, -1)
     if p[SIGMA] > 0:
         x = blur_reference(x, float(p[SIGMA]))
-    if p[SOLARISE]:
+    if p[SOLARIZE]:
         x = torch.where(x < 0.5, x, 1 - x)
     return x.clamp(0, 1)
 
@@ -142,7 +142,7 @@ def blur_reference(x: Tensor, sigma: float) -> Tensor:
     return torch.nn.functional.conv2d(planes, taps[None, None, None, :], padding=(0, radius))[:, 0]
 
 
-def normalise_reference(x: Tensor) -> Tensor:
+def normalize_reference(x: Tensor) -> Tensor:
     """(..., 3, S, S) in [0, 1] -> zero mean and unit variance over ImageNet."""
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
@@ -185,7 +185,7 @@ def augment_into(
     out: NDArray[np.float32] | NDArray[np.uint16] | NDArray[np.int16],
     scratch: AugmentScratch,
 ) -> None:
-    """`augment_reference` and `normalise_reference` on the CPU, without the GIL.
+    """`augment_reference` and `normalize_reference` on the CPU, without the GIL.
 
     Args:
         planes: (3, S, S) float32 in [0, 1], from `new_planes`; overwritten.
@@ -214,7 +214,7 @@ def _clip(x):
 
 @njit(**_JIT)
 def _operation(operation, r, g, b, p, mean):
-    """One colour operation in place on a block of pixels r, g, b (n,); mean (3,) is used by contrast alone."""
+    """One color operation in place on a block of pixels r, g, b (n,); mean (3,) is used by contrast alone."""
     one, zero = np.float32(1), np.float32(0)
     torchvision = p[TORCHVISION] != 0
     n = len(r)
@@ -332,26 +332,26 @@ _FINISH = {dtype: [finish_row(radius, kind) for radius in _RADII] for dtype, kin
 _PAD = LANES  # zeros on both sides of a row that is to be blurred
 
 
-def _finish_row(source, red, green, blue, radius, taps, solarise, gain, shift, out, place, blocks):
+def _finish_row(source, red, green, blue, radius, taps, solarize, gain, shift, out, place, blocks):
     """`finish_row` of unchecked.py for this radius and this kind of `out`."""
     raise NotImplementedError("only its overload below exists: it is called from compiled code alone")
 
 
 @overload(_finish_row, jit_options=_JIT)
-def _finish_row_overload(source, red, green, blue, radius, taps, solarise, gain, shift, out, place, blocks):
+def _finish_row_overload(source, red, green, blue, radius, taps, solarize, gain, shift, out, place, blocks):
     finish_0, finish_2, finish_4, finish_6, finish_8 = _FINISH[out.dtype]
 
-    def finish(source, red, green, blue, radius, taps, solarise, gain, shift, out, place, blocks):
+    def finish(source, red, green, blue, radius, taps, solarize, gain, shift, out, place, blocks):
         if radius == 0:
-            finish_0(source, red, green, blue, taps, solarise, gain, shift, out, place, blocks)
+            finish_0(source, red, green, blue, taps, solarize, gain, shift, out, place, blocks)
         elif radius == 2:
-            finish_2(source, red, green, blue, taps, solarise, gain, shift, out, place, blocks)
+            finish_2(source, red, green, blue, taps, solarize, gain, shift, out, place, blocks)
         elif radius == 4:
-            finish_4(source, red, green, blue, taps, solarise, gain, shift, out, place, blocks)
+            finish_4(source, red, green, blue, taps, solarize, gain, shift, out, place, blocks)
         elif radius == 6:
-            finish_6(source, red, green, blue, taps, solarise, gain, shift, out, place, blocks)
+            finish_6(source, red, green, blue, taps, solarize, gain, shift, out, place, blocks)
         else:
-            finish_8(source, red, green, blue, taps, solarise, gain, shift, out, place, blocks)
+            finish_8(source, red, green, blue, taps, solarize, gain, shift, out, place, blocks)
 
     return finish
 
@@ -399,15 +399,15 @@ def _blur_wide(planes, i, radius, taps, line, padded):
 
 @njit(**_JIT)
 def _finish(planes, p, split, mean, taps, padded, line, edge, scale, offset, offsets, out):
-    """Second pass, ROWS output rows at a time: the colour operations from contrast on, blur, solarise, clip, normalise.
+    """Second pass, ROWS output rows at a time: the color operations from contrast on, blur, solarize, clip, normalize.
 
-    A row's colours are made just before the first output row that its blur needs, while the rows around it are in cache.
+    A row's colors are made just before the first output row that its blur needs, while the rows around it are in cache.
     planes (3, S, S) -> out (S, S, 3).
 
     Taps whose mass on both sides together is below 1e-4 are left out: a change of at most 1e-4 in [0, 1].
     """
     size = planes.shape[1]
-    solarise = p[SOLARISE] != 0
+    solarize = p[SOLARIZE] != 0
     radius, mass = 0, np.float32(1) - taps[0]
     while radius + 1 < len(taps) and mass > np.float32(1e-4):
         radius += 1
@@ -421,11 +421,11 @@ def _finish(planes, p, split, mean, taps, padded, line, edge, scale, offset, off
     flat, rest = out.reshape(out.size), edge.view(out.dtype)
     blocks = size // LANES
     done = LANES * blocks
-    coloured = 0
+    colored = 0
     for i in range(0, size, ROWS):
-        while coloured < min(i + ROWS + radius, size):
-            _from_contrast(planes, coloured, p, split, mean)
-            coloured += 1
+        while colored < min(i + ROWS + radius, size):
+            _from_contrast(planes, colored, p, split, mean)
+            colored += 1
         if wide:
             _blur_wide(planes, i, radius, taps, line, padded)
         elif radius > 0:
@@ -434,10 +434,10 @@ def _finish(planes, p, split, mean, taps, padded, line, edge, scale, offset, off
             red = k * stride + _PAD if radius > 0 else (i + k) * size
             green, blue = red + plane, red + 2 * plane
             place = 3 * size * (i + k)
-            _finish_row(source, red, green, blue, horizontal, taps, solarise, scale, offset, flat, place, blocks)
+            _finish_row(source, red, green, blue, horizontal, taps, solarize, scale, offset, flat, place, blocks)
             if done < size:
                 red, green, blue, place = red + done, green + done, blue + done, place + 3 * done
-                _finish_row(source, red, green, blue, horizontal, taps, solarise, scale, offset, rest, 0, 1)
+                _finish_row(source, red, green, blue, horizontal, taps, solarize, scale, offset, rest, 0, 1)
                 for j in range(3 * (size - done)):
                     put(flat, place + j, at(rest, j))
 

@@ -17,7 +17,7 @@ In eager mode statistics are exact whatever the mean: sums run over d = x - f, w
 with delta = mean d and s2 = mean d^2 - delta^2; y = d (w i) + (b - delta w i). A mean of 1000 with a standard deviation of 1
 costs no digit. Torch's kernels (`native`) and compiled code use x itself.
 
-Synchronised statistics: `reduce` gives the mean of a tensor over the ranks of a group, all with equal batch sizes. It is given m
+Synchronized statistics: `reduce` gives the mean of a tensor over the ranks of a group, all with equal batch sizes. It is given m
 and s2 + m^2 of this rank in float64, so that s2 can be had back from their means: in float32 a mean of ten standard deviations
 costs two digits, which a training of twenty steps shows. Backward reduces mean g and mean(g xhat); dw and db stay this rank's.
 
@@ -45,8 +45,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastbyol.kernels import threads
-from fastbyol.kernels.vectors import ROWS, bfloat16_at, double_of, doubles, floats, over_rows
+from fastbyol.kernels.cpu import openmp as threads
+from fastbyol.kernels.cpu.simd import ROWS, bfloat16_at, double_of, doubles, floats, over_rows
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -72,7 +72,7 @@ def batch_norm_reference(
     by_view = rows.reshape(views, -1, x.shape[1]).to(wide)
     var, mean = torch.var_mean(by_view, 1, correction=0)
     if reduce is not None:
-        mean, var = _synchronised(mean, var, reduce)
+        mean, var = _synchronized(mean, var, reduce)
     scale = weight * torch.rsqrt(var + eps)
     y = (by_view - mean[:, None]) * scale[:, None] + bias
     y = y.reshape(rows.shape).movedim(-1, 1)
@@ -83,7 +83,7 @@ def batch_norm_reference(
     return y.to(x.dtype), mean.detach(), var.detach()
 
 
-def _synchronised(mean: Tensor, var: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+def _synchronized(mean: Tensor, var: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
     """(V, C) mean and variance of the views on all ranks, from those on this one."""
     wide = mean.double()
     first, second = reduce(torch.stack([wide, var.double() + wide.square()], 1)).unbind(1)
@@ -103,7 +103,7 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = relu(BatchNorm(x) + residual) with the statistics of every view's own images.
 
-    numba on the CPU for bfloat16 and float32; torch's own BatchNorm kernels on a GPU, unless statistics are synchronised; elsewhere
+    numba on the CPU for bfloat16 and float32; torch's own BatchNorm kernels on a GPU, unless statistics are synchronized; elsewhere
     operations of torch, which a compiler fuses.
 
     Args:
@@ -205,7 +205,7 @@ def _forward(
     table = ON_CPU.moments(x, views, weight, bias, eps)
     if reduce is not None:
         first = table[MEAN] - table[DELTA]
-        mean, var = _synchronised(table[MEAN], table[VAR], reduce)
+        mean, var = _synchronized(table[MEAN], table[VAR], reduce)
         table[MEAN], table[VAR], table[DELTA] = mean, var, mean - first
         ON_CPU.affine(table, weight, bias, eps)
     return ON_CPU.apply(x, residual, table, relu), table
@@ -304,7 +304,7 @@ class _InTorch(torch.autograd.Function):
         var, delta = torch.var_mean(d, 1, correction=0)
         mean = delta if first is None else first + delta
         if reduce is not None:
-            mean, var = _synchronised(mean, var, reduce)
+            mean, var = _synchronized(mean, var, reduce)
             delta = mean if first is None else mean - first
         invstd = torch.rsqrt(var + eps)
         y = (d - delta[:, None]) * (weight * invstd)[:, None] + bias

@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastbyol.kernels.unchecked import aligned_zeros, at, clip, data_pointer, put, shuffle, splat, vector_pointer
+from fastbyol.kernels.cpu.intrinsics import aligned_zeros, at, clip, data_pointer, put, shuffle, splat, vector_pointer
 
 _JIT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
 
@@ -64,11 +64,11 @@ def _taps_reference(length: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 @njit(cache=True, error_model="numpy")
-def place_boxes(area, aspect, u, sizes, clamp, low, high, out):
+def random_resized_crop(area, aspect, u, sizes, clamp, low, high, out):
     """Boxes out (n, V, 4) from shares of the area and aspects (n, V, tries), uniforms u (n, V, 2) and sizes (n, 2).
 
     A box has whole sides of at least 1. With `clamp` a side that does not fit is cut to the image's. Without, the first try
-    that fits is taken, and if none does, the largest centred box of an aspect in [low, high]: torchvision's
+    that fits is taken, and if none does, the largest centered box of an aspect in [low, high]: torchvision's
     RandomResizedCrop. Compiled, since a loader calls it for every image, when it has learned the image's size; it takes two
     microseconds and keeps the interpreter lock, which would take longer to give up and get back.
     """
@@ -181,9 +181,9 @@ def _multiply_add_pairs(builder, a, b):
 def _resize_pair(typing_context, row, start0, start1, weights, pair, out, place):
     """Two output pixels: out[8 place : 8 place + 8] = sum over the four taps of weight times R, G, B (and a lane of 0).
 
-    An output pixel's taps are 12 neighbouring bytes, R G B R G B R G B R G B. They are shuffled into pairs of 16-bit numbers
+    An output pixel's taps are 12 neighboring bytes, R G B R G B R G B R G B. They are shuffled into pairs of 16-bit numbers
     (R0 R1, G0 G1, B0 B1 and R2 R3, G2 G3, B2 B3), whose products with the weights' pairs are added within a pair: one
-    multiply-add instruction on x86 (pmaddwd), and LLVM finds the like elsewhere. numba's loop vectoriser makes scalar
+    multiply-add instruction on x86 (pmaddwd), and LLVM finds the like elsewhere. numba's loop vectorizer makes scalar
     code of this gather, so it is written down.
 
     Args (all typed by numba): row uint8 (L,); start0, start1: first byte of each pixel's taps, 16 readable bytes from

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbyol.kernels import augment, batch_norm, crop, lars_ema, max_pool, threads, unchecked, vectors
+from fastbyol.kernels import augment, batch_norm, crop, lars_ema, max_pool
+from fastbyol.kernels.cpu import intrinsics as unchecked
+from fastbyol.kernels.cpu import openmp as threads
+from fastbyol.kernels.cpu import simd as vectors
 
 _ANNOUNCE_S = 1.0  # a start from the cache on disk takes less
 _IN_THREADS = (*threads.KERNELS, *lars_ema.KERNELS, *batch_norm.KERNELS, *max_pool.KERNELS)
-_ENTRY_POINTS = (crop.place_boxes, crop._crop, augment._augment, *_IN_THREADS)
+_ENTRY_POINTS = (crop.random_resized_crop, crop._crop, augment._augment, *_IN_THREADS)
 _INLINED = tuple(Path(inspect.getfile(module)) for module in (unchecked, vectors))  # compiled into other files' kernels
 
 
@@ -26,7 +29,7 @@ def lars_update(device: torch.device) -> Callable[..., None]:
         ModuleNotFoundError: a GPU without Triton, which torch's CUDA builds bring.
     """
     if device.type == "cuda":
-        from fastbyol.kernels.gpu import lars_ema as on_gpu
+        from fastbyol.kernels.triton import lars_ema as on_gpu
 
         return on_gpu.LarsEma()
     return lars_ema.LarsEma()
@@ -35,7 +38,7 @@ def lars_update(device: torch.device) -> Callable[..., None]:
 def ema_update(device: torch.device) -> Callable[..., None]:
     """An `EmaUpdate` for tensors on `device`; raises as `lars_update` does."""
     if device.type == "cuda":
-        from fastbyol.kernels.gpu import lars_ema as on_gpu
+        from fastbyol.kernels.triton import lars_ema as on_gpu
 
         return on_gpu.EmaUpdate()
     return lars_ema.EmaUpdate()
@@ -68,7 +71,7 @@ def compile_cpu_kernels(say: Callable[[str], None]) -> float:
         _drop_stale(_ENTRY_POINTS)
         if not _cached():
             say("compiling the CPU kernels; the result is cached for the next start")
-        crop.place_boxes(share, share, np.zeros((1, 2, 2)), np.full((1, 2), size), True, 0.75, 4 / 3, boxes)
+        crop.random_resized_crop(share, share, np.zeros((1, 2, 2)), np.full((1, 2), size), True, 0.75, 4 / 3, boxes)
         crop.crop_into(image, (0, 0, size, size), False, planes, crop.CropScratch(size))
         for dtype in augment.WRITTEN.values():
             augment.augment_into(planes, p, np.empty((size, size, 3), dtype=dtype), augment.AugmentScratch(size))

@@ -11,7 +11,7 @@ Formulas, per tensor and in float32 (w online weight, g gradient, s loss scale, 
 With a loss scale nothing at all is written where any value of any gradient is infinite or NaN (a skipped step).
 
 Source: You et al. 2017 (arXiv 1708.03888) as in `byol/utils/optimizers.py` of google-deepmind/deepmind-research, and
-Grill et al. 2020, equation 1. Others differ: |g| + wd |w| + eps below the line is a different optimiser.
+Grill et al. 2020, equation 1. Others differ: |g| + wd |w| + eps below the line is a different optimizer.
 
 Two passes over all tensors, whatever their number and sizes, in chunks of a table of addresses:
     norms     per chunk |w|^2 and |u|^2: reads w and g, 8 bytes a parameter (6 with 16-bit gradients)
@@ -34,7 +34,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastbyol.kernels import threads
+from fastbyol.kernels.cpu import openmp as threads
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -468,7 +468,7 @@ KERNELS = (_first_pass, _second_pass, _average)
 class LarsEma:
     """LARS and the target update over many tensors on the CPU; keeps its tables while the tensors stay where they are.
 
-    The same call with the same meaning on a GPU: `fastbyol.kernels.gpu.lars_ema.LarsEma`.
+    The same call with the same meaning on a GPU: `fastbyol.kernels.triton.lars_ema.LarsEma`.
     """
 
     def __init__(self) -> None:
@@ -578,9 +578,9 @@ def _hyper_row(h: Hyper) -> tuple[float, float, float]:
 
 
 class EmaUpdate:
-    """The target update alone over many pairs on the CPU, for optimisers that do not move the target.
+    """The target update alone over many pairs on the CPU, for optimizers that do not move the target.
 
-    The same call with the same meaning on a GPU: `fastbyol.kernels.gpu.lars_ema.EmaUpdate`.
+    The same call with the same meaning on a GPU: `fastbyol.kernels.triton.lars_ema.EmaUpdate`.
     """
 
     def __init__(self) -> None:

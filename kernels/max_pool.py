@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fastbyol.kernels import threads
-from fastbyol.kernels.unchecked import splat
-from fastbyol.kernels.vectors import load, over_channels, store
+from fastbyol.kernels.cpu import openmp as threads
+from fastbyol.kernels.cpu.intrinsics import splat
+from fastbyol.kernels.cpu.simd import load, over_channels, store
 
 
 def max_pool_reference(x: Tensor, kernel_size: int = 3, stride: int = 2, padding: int = 1) -> Tensor:

@@ -1,5 +1,5 @@
 import importlib
-import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg
 import torch
 import triton
+from helpers.common import BATCH, TRAIN_IMAGES
 
-from fastbyol import cores
 from fastbyol.config import (
     CheckpointConfig,
     Config,
@@ -24,12 +23,10 @@ from fastbyol.config import (
     OptimConfig,
     StepConfig,
 )
-from fastbyol.data.prepare import prepare_photos
 from fastbyol.kernels import dispatch
-
-HANG_S = 1500  # what takes so long hangs, on any machine under any load; no verdict depends on a shorter time
-BATCH = 16
-TRAIN_IMAGES = 72  # 4 batches of 16 and 8 images that no batch of an epoch holds
+from fastbyol.runtime import cores
+from fastbyol.runtime.logging import format_record, logger
+from fastbyol.tools.corpora import prepare_photos
 
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     # Inductor's graph cache has no instruction set in its key: code cached for AVX-512 reads out of bounds when AVX2 runs it.
@@ -74,8 +71,8 @@ def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def interpreted() -> Callable[[str], ModuleType]:
-    """Gives a module of fastbyol.kernels.gpu whose kernels run on CPU tensors, in Triton's interpreter."""
-    return lambda name: importlib.import_module(f"fastbyol.kernels.gpu.{name}")
+    """Gives a module of fastbyol.kernels.triton whose kernels run on CPU tensors, in Triton's interpreter."""
+    return lambda name: importlib.import_module(f"fastbyol.kernels.triton.{name}")
 
 
 @pytest.fixture(scope="session")
@@ -139,14 +136,15 @@ def folder_of(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
     return write
 
 
-def jpeg(seed: int = 0, height: int = 40, width: int = 50) -> bytes:
-    """A JPEG of smooth random colours."""
-    coarse = np.random.default_rng(seed).integers(0, 255, size=(4, 5, 3), dtype=np.uint8)
-    image = coarse.repeat(-(-height // 4), 0).repeat(-(-width // 5), 1)[:height, :width]
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=95)
-
-
-def losses(run: Path) -> dict[int, float]:
-    """step -> loss as logged."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """Every record of fastbyol's logger, as the console prints it: "warning: ..." for a warning."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(format_record(record))  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)

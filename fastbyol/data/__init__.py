@@ -17,10 +17,10 @@ from fastbyol.data.folder import index_folder, is_split_name
 from fastbyol.data.images import ImageSet
 from fastbyol.data.native import NativeLoader
 from fastbyol.data.subset import only_classes, training_part
-from fastbyol.data.workers import torchs_threads_kept
-from fastbyol.environment import FFCV_COMMAND, dali_command, has_module
+from fastbyol.data.views import AUGMENTATIONS
+from fastbyol.data.workers import preserve_torch_threads
 from fastbyol.errors import InputError, printable
-from fastbyol.views import RECIPES
+from fastbyol.runtime.environment import FFCV_COMMAND, dali_install_command, has_module
 
 __all__ = ["Batch", "ImageSet", "Loader", "build_loader", "choose_backend", "find_images", "open_split"]
 
@@ -158,9 +158,9 @@ def choose_backend(config: DataConfig, images: ImageSet, device: torch.device) -
             return "native", "the device is the CPU"
         if has_module("nvidia.dali"):
             return "dali", "the GPU decodes"
-        return "native", f"DALI is not installed: {dali_command()}"
+        return "native", f"DALI is not installed: {dali_install_command()}"
     if config.backend == "dali" and not has_module("nvidia.dali"):
-        raise InputError(f"data.backend=dali: DALI is not installed: {dali_command()}")
+        raise InputError(f"data.backend=dali: DALI is not installed: {dali_install_command()}")
     if config.backend == "ffcv":
         if not has_module("ffcv"):
             raise InputError(f"data.backend=ffcv: FFCV is not installed: {FFCV_COMMAND}")
@@ -200,7 +200,7 @@ def build_loader(
         "batch_size": config.batch_size,
         "shard": np.arange(config.batch_size) if shard is None else shard,
         "size": config.image_size_px,
-        "recipe": RECIPES[config.recipe],
+        "augmentation": AUGMENTATIONS[config.augmentation],
         "seed": seed,
         "dtype": dtype,
         "device": device,
@@ -210,7 +210,7 @@ def build_loader(
         "prefetch_batches": config.prefetch_batches,
     }
     if backend == "ffcv":
-        with torchs_threads_kept():
+        with preserve_torch_threads():
             from fastbyol.data.ffcv import FfcvLoader
 
             return FfcvLoader(**options)

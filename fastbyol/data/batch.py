@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One optimiser step's images. Valid until the next batch is asked for: the memory is used again."""
+    """One optimizer step's images. Valid until the next batch is asked for: the memory is used again."""
 
-    views: tuple[Tensor, Tensor]  # each (B, 3, S, S), channels_last, compute dtype, on the device, normalised
+    views: tuple[Tensor, Tensor]  # each (B, 3, S, S), channels_last, compute dtype, on the device, normalized
     labels: Tensor  # (B,) int64, -1 where the data set has none
     indices: Tensor  # (B,) int64, the image's place in the data set
 
 
 class Loader(Protocol):
-    """Endless epochs of N // B batches, addressed by optimiser step: epoch, batch = divmod(step, len(loader)).
+    """Endless epochs of N // B batches, addressed by optimizer step: epoch, batch = divmod(step, len(loader)).
 
     Over R ranks each yields its part of B / R images; B, and with it the epoch, stays the same for any R.
     """

@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastbyol.data.decode import BadImage, decode, is_whole_jpeg, jpeg_size, without_metadata
-from fastbyol.data.images import UNLABELLED, ImageSet, number_classes
-from fastbyol.data.workers import in_order
-from fastbyol.errors import InputError, RunError, fault_of
-from fastbyol.files import make_folder, replacing
+from fastbyol.data.images import UNLABELED, ImageSet, number_classes
+from fastbyol.data.workers import map_in_order
+from fastbyol.errors import InputError, RunError, error_reason
+from fastbyol.runtime.files import atomic_write, make_folder
 
 VERSION = 2
 HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("table", "<u8")])
@@ -124,7 +124,7 @@ def open_beton(path: Path) -> BetonFile:
     except BaseException as error:
         file.close()
         if isinstance(error, OSError):
-            raise BadBeton(f"{path}: {fault_of(error)}") from None
+            raise BadBeton(f"{path}: {error_reason(error)}") from None
         raise
 
 
@@ -155,7 +155,7 @@ class _Parser:
         label_field = self._pick(INTEGER_TYPE, "label", types, names)
         images = rows[f"f{image_field}"]
         sizes = self._sizes(images, data_start, table_start)
-        labels, classes = np.full(n, UNLABELLED, dtype=np.int64), list[str]()
+        labels, classes = np.full(n, UNLABELED, dtype=np.int64), list[str]()
         if label_field is not None:
             labels = rows[f"f{label_field}"].astype(np.int64)
             arguments = descriptors[label_field]["arguments"]
@@ -204,7 +204,7 @@ class _Parser:
     def _classes(
         self, labels: NDArray[np.int64], arguments: NDArray[np.uint8], data_start: int, table_start: int
     ) -> tuple[NDArray[np.int64], list[str]]:
-        in_range = (labels >= UNLABELLED) & (labels < MAX_CLASSES)
+        in_range = (labels >= UNLABELED) & (labels < MAX_CLASSES)
         self._require_all(in_range, f"sample {{}}: its label is not in 0..{MAX_CLASSES - 1}")
         count = int(labels.max()) + 1
         place = arguments[: _CLASSES_AT.itemsize].view(_CLASSES_AT)[0]
@@ -219,7 +219,7 @@ class _Parser:
         well = isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) >= count
         self._require(well, "its class names are damaged")
         classes, numbers = number_classes(names)
-        return np.append(numbers, UNLABELLED)[labels], classes
+        return np.append(numbers, UNLABELED)[labels], classes
 
     def _pick(self, kind: int, wanted: str, types: list[int], names: list[str]) -> int | None:
         found = [i for i, t in enumerate(types) if t == kind]
@@ -313,7 +313,7 @@ def pack(
         try:
             return _encode(images.read(index), mode, max_side, quality)
         except OSError as error:
-            return fault_of(error)
+            return error_reason(error)
         except BadImage as error:
             return str(error)
 
@@ -322,10 +322,10 @@ def pack(
     except OSError as error:
         raise InputError(f"{out}: cannot be made: {error.strerror}") from None
     try:
-        with replacing(out) as partial, open(partial, "w+b") as file:
+        with atomic_write(out) as partial, open(partial, "w+b") as file:
             writer = _Writer(file, len(images), images.classes)
             skipped = []
-            for index, sample in enumerate(in_order(encode, range(len(images)), threads)):
+            for index, sample in enumerate(map_in_order(encode, range(len(images)), threads)):
                 if isinstance(sample, str):
                     text = f"{images.where(index)}: {sample}"
                     if not skip_bad:
@@ -338,7 +338,7 @@ def pack(
                 raise InputError(f"{images.root}: none of the {len(images)} images can be read")
             size = writer.finish()
     except OSError as error:
-        raise RunError(f"{out}: {fault_of(error)}; nothing was kept") from None
+        raise RunError(f"{out}: {error_reason(error)}; nothing was kept") from None
     left_out = f"; {len(skipped)} left out, the first: {skipped[0]}" if skipped else ""
     modes = f"{writer.count - writer.raw} JPEG, {writer.raw} raw"
     return f"{out}: {writer.count} images ({modes}), {size / 1e6:.1f} MB{left_out}"

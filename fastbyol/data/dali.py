@@ -1,12 +1,12 @@
 """DALI decodes: nvJPEG on a GPU, libjpeg-turbo on the CPU. Everything else is what it is with every other backend.
 
 DALI is given each image's bytes once, in our order, and decodes the whole image; our kernels cut both views from that. DALI's own
-resize is not used: it takes neighbours from outside the crop and repeats the image's edge, where the published code drops
+resize is not used: it takes neighbors from outside the crop and repeats the image's edge, where the published code drops
 them, and it would write both crops to memory once more than a kernel that reads the decoded image.
 
 What the order of images, their boxes and their views depend on must not change with the decoder. So the readers look at each
 file first: a plain JPEG goes to DALI, without its metadata; anything else (EXIF orientation, CMYK, PNG, raw pixels, a file that
-was cut off) is decoded as the native backend decodes it, and a bad one is replaced by the same neighbour. The look is needed for safety too: a
+was cut off) is decoded as the native backend decodes it, and a bad one is replaced by the same neighbor. The look is needed for safety too: a
 file that DALI 2.4 cannot even parse makes its CPU decoder end the process now and then (its threads go on with a batch that has
 been given up). One that it parses and then cannot decode costs a new pipeline, and the host decides what becomes of its batch.
 
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from fastbyol.data.batch import Batch
 from fastbyol.data.decode import DecodeBuffer, decode, is_whole_jpeg, jpeg_size, without_metadata
-from fastbyol.data.native import Boxes, NativeLoader, Pipeline, hung
-from fastbyol.data.workers import Ahead
+from fastbyol.data.native import Boxes, NativeLoader, Pipeline, timeout_error
+from fastbyol.data.workers import PrefetchPool
 from fastbyol.errors import first_line
 from fastbyol.kernels import augment
 
@@ -104,14 +104,14 @@ class DaliLoader(NativeLoader):
 
     def ready(self, index: int) -> Prepared:
         """The image, or the one that takes its place, ready for DALI."""
-        found, (size, encoded, pixels) = self.first_good(index, self.fetch(index), _prepare)
+        found, (size, encoded, pixels) = self.load_or_substitute(index, self.fetch(index), _prepare)
         return Prepared(found, size, encoded, pixels if pixels is None else self._ready_to_travel(pixels))
 
     def _on_host(self, prepared: Prepared) -> Prepared:
         """The image decoded by the host, or the one that takes its place."""
         if prepared.encoded is None:
             return prepared
-        found, pixels = self.first_good(prepared.index, prepared.encoded.tobytes(), decode)
+        found, pixels = self.load_or_substitute(prepared.index, prepared.encoded.tobytes(), decode)
         return Prepared(found, (pixels.shape[0], pixels.shape[1]), None, self._ready_to_travel(pixels))
 
     def _ready_to_travel(self, pixels: NDArray[np.uint8]) -> Any:
@@ -128,7 +128,7 @@ class DaliLoader(NativeLoader):
     def _read_steps(self, start: int, stop: int) -> Iterator[list[Prepared]]:
         """The images of each step, read by `readers` threads `readahead_images` ahead."""
         places = ((step, i) for step in range(start, stop) for i in range(self.batch_size))
-        ahead = Ahead(
+        ahead = PrefetchPool(
             lambda place: self.ready(self.index(*place)),
             places,
             threads=self.readers,
@@ -139,14 +139,14 @@ class DaliLoader(NativeLoader):
             for _ in range(start, stop):
                 yield [ahead.take(self.timeout_s) for _ in range(self.batch_size)]
         except TimeoutError:
-            raise hung(self) from None
+            raise timeout_error(self) from None
         finally:
             ahead.close()
 
     def _render(self, step: int, prepared: list[Prepared], images: list[Tensor]) -> Batch:
         """Both views of a batch, by kernels on the current stream."""
-        from fastbyol.kernels.gpu.augment import augment_views
-        from fastbyol.kernels.gpu.crop import crop_views
+        from fastbyol.kernels.triton.augment import augment_views
+        from fastbyol.kernels.triton.crop import crop_views
 
         params = self.sampler(step).params([p.size for p in prepared])
         crops = crop_views(images, params.box, params.flip, self.size)
@@ -296,7 +296,7 @@ class _DaliPipeline(Pipeline):
                 self._work.notify_all()
 
     def _batches(self) -> Iterator[list[Prepared]]:
-        """Neighbours that have been read, once the workers have used up all but a few of the batches before them."""
+        """Neighbors that have been read, once the workers have used up all but a few of the batches before them."""
         loader: Any = self._loader
         while self._next_given < self._end:
             with self._space:

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fastbyol.errors import first_line, printable
 
-# Formats that Pillow recognises and does not decode by itself: other programs draw EPS and WMF, the rest it only identifies.
+# Formats that Pillow recognizes and does not decode by itself: other programs draw EPS and WMF, the rest it only identifies.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 Image.init()
 FORMATS = tuple(sorted(Image.OPEN.keys() - _NOT_DECODED))
@@ -32,7 +32,7 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb: 0.5 GB 
 
 APP1 = 0xE1  # marker of the segments that hold EXIF and XMP
 _APP0, _APP14, _APP15, _COM, _SOS = 0xE0, 0xEE, 0xEF, 0xFE, 0xDA
-_READ_BY_LIBJPEG = {_APP0: 14, _APP14: 12}  # JFIF and Adobe, which say what the colours are, and how long they must be
+_READ_BY_LIBJPEG = {_APP0: 14, _APP14: 12}  # JFIF and Adobe, which say what the colors are, and how long they must be
 _JPEG, _EXIF, _XMP = b"\xff\xd8", b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # types or keywords, first come first
@@ -123,10 +123,10 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     if not data.startswith(_JPEG):
         return None
     try:
-        height, width, colour_space, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
     except Exception:  # `decode` says what is wrong with it
         return None
-    good = colour_space in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS and _orientation(data) == 1
+    good = color_space in ("YCbCr", "Gray", "RGB") and height * width <= MAX_PIXELS and _orientation(data) == 1
     return (height, width) if good else None
 
 
@@ -254,9 +254,9 @@ def _decode_simplejpeg(data: bytes, buffer: DecodeBuffer) -> NDArray[np.uint8] |
     (a truncated file): Pillow decodes the former and refuses the latter.
     """
     try:
-        height, width, colour_space, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height)
-        if colour_space in ("CMYK", "YCCK"):
+        if color_space in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(data, buffer=buffer.for_pixels(width * height))
     except BadImage:

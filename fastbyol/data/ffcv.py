@@ -39,12 +39,12 @@ from numpy.typing import NDArray
 from fastbyol.data.batch import Batch
 from fastbyol.data.beton import BetonFile
 from fastbyol.data.decode import APP1, DecodeBuffer, decode, segments
-from fastbyol.data.native import DeviceSlots, Scratch, hand_over, hung
-from fastbyol.data.sequence import Sequenced
-from fastbyol.data.workers import cpu_threads
+from fastbyol.data.native import DeviceSlots, Scratch, deliver, timeout_error
+from fastbyol.data.sequence import DeterministicLoader
+from fastbyol.data.views import VIEWS
+from fastbyol.data.workers import resolve_threads
 from fastbyol.errors import InputError
 from fastbyol.kernels import augment, crop
-from fastbyol.views import VIEWS
 
 _STORED = types.Array(types.uint8, 1, "C", readonly=True)
 _NUMBERS = types.uint64[::1]
@@ -69,13 +69,13 @@ _end_decoder.argtypes = [c_void_p]
 _RGB = 0  # TJPF_RGB
 
 
-class FfcvLoader(Sequenced):
+class FfcvLoader(DeterministicLoader):
     """FFCV -> batches; see `batch.Loader` for the contract.
 
     Args:
         threads: of FFCV within a batch; 0 is one per core.
         prefetch_batches: batches made ahead.
-        sequence: as for `Sequenced`; the images are a BetonFile.
+        sequence: as for `DeterministicLoader`; the images are a BetonFile.
 
     Raises:
         InputError: more threads than numba has.
@@ -89,7 +89,7 @@ class FfcvLoader(Sequenced):
 
     def __init__(self, *, threads: int, prefetch_batches: int, **sequence: Any) -> None:
         super().__init__(**sequence)
-        if cpu_threads(threads) > NUMBA_NUM_THREADS:
+        if resolve_threads(threads) > NUMBA_NUM_THREADS:
             raise InputError(
                 f"data.threads={threads}: FFCV's loader can use {NUMBA_NUM_THREADS} threads at most here, one per core "
                 "(NUMBA_NUM_THREADS); lower it, or set it to 0"
@@ -99,7 +99,7 @@ class FfcvLoader(Sequenced):
         self._ffcv = Loader(
             str(self.images.root),
             batch_size=self.batch_size,
-            num_workers=cpu_threads(threads),
+            num_workers=resolve_threads(threads),
             order=OrderOption.SEQUENTIAL,
             pipelines=pipelines,
             batches_ahead=prefetch_batches,
@@ -118,7 +118,7 @@ class FfcvLoader(Sequenced):
                     before = time.perf_counter()
                     views, labels, indices = epoch.next_batch()
                     self.wait_s += time.perf_counter() - before
-                    yield from hand_over(step, views, labels, indices, on_device, dim=1)
+                    yield from deliver(step, views, labels, indices, on_device, dim=1)
             finally:
                 epoch.stop()
             first = end
@@ -258,7 +258,7 @@ class _Epoch(EpochIterator):
     def _again(self, index: int, i: int, sampler: Any, rows: NDArray[np.float32], out: NDArray) -> int:
         """An image that libjpeg-turbo alone does not get right, decoded as the native backend does it, or the one that takes its place."""
         ours = self._ours
-        found, image = ours.first_good(index, ours.fetch(index), lambda data: decode(data, self._buffer))
+        found, image = ours.load_or_substitute(index, ours.fetch(index), lambda data: decode(data, self._buffer))
         boxes = sampler.boxes(slice(i, i + 1), [image.shape[:2]])[0].tolist()
         for v, box in enumerate(boxes):
             self._scratch.render(image, box, rows[v], out[v].view(augment.WRITTEN[ours.dtype]))
@@ -274,7 +274,7 @@ class _Epoch(EpochIterator):
             result = self.output_queue.get(timeout=self._ours.timeout_s)
         except Empty:
             self._hung = True
-            raise hung(self._ours) from None
+            raise timeout_error(self._ours) from None
         if result is None:
             assert self._error is not None
             raise self._error

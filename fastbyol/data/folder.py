@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.decode import EXTENSIONS
-from fastbyol.data.images import UNLABELLED, ImageSet, number_classes
-from fastbyol.errors import InputError, among, printable
-from fastbyol.files import replacing
+from fastbyol.data.images import UNLABELED, ImageSet, number_classes
+from fastbyol.errors import InputError, join_names, printable
+from fastbyol.runtime.files import atomic_write
 
 CACHE_FROM_IMAGES = 20_000  # a smaller folder is listed in less than 0.1 s
 _SETTLED_NS = 2_000_000_000  # a folder changed this recently may change again without its time changing: not cached
@@ -38,7 +38,7 @@ class ImageFolder(ImageSet):
 
     root: Path
     paths: list[str]  # N, relative to root
-    labels: NDArray[np.int64]  # (N,), UNLABELLED in a flat folder
+    labels: NDArray[np.int64]  # (N,), UNLABELED in a flat folder
     classes: list[str]  # sorted names, in Unicode's composed form (NFC); empty for a flat folder
     notes: tuple[str, ...] = ()
 
@@ -167,11 +167,11 @@ def _list(base: Path, key: str) -> tuple[ImageFolder, dict[str, int]]:
     empty = [name for name, images in inside.items() if not images]
     if top and names:
         raise InputError(
-            f"{key}: {base} mixes images ({among(sorted(top))}) and class folders ({among(names)}): move the images into a "
+            f"{key}: {base} mixes images ({join_names(sorted(top))}) and class folders ({join_names(names)}): move the images into a "
             "class folder, or the folders elsewhere"
         )
     if names and all(map(is_split_name, names)):
-        raise InputError(f"{key}: {base} holds splits ({among(names)}), not classes: name one of them")
+        raise InputError(f"{key}: {base} holds splits ({join_names(names)}), not classes: name one of them")
     paths = sorted(top)
     for images in inside.values():
         paths += images
@@ -179,15 +179,15 @@ def _list(base: Path, key: str) -> tuple[ImageFolder, dict[str, int]]:
         raise InputError(f"{key}: no images in {base} or its folders: {_instead(listing.left_out)}")
     classes, numbers = number_classes(names)
     counts = [len(inside[name]) for name in names]
-    labels = np.repeat(numbers, counts) if names else np.full(len(paths), UNLABELLED, dtype=np.int64)
+    labels = np.repeat(numbers, counts) if names else np.full(len(paths), UNLABELED, dtype=np.int64)
     remarks = list[str]()
     if listing.left_out:
         remarks.append(f"left out: {_counted(listing.left_out)}")
     if empty:
-        remarks.append(f"folders without an image: {among(empty)}")
+        remarks.append(f"folders without an image: {join_names(empty)}")
     if len(classes) < len(names):
         several = [name for name, number in zip(names, numbers, strict=True) if (numbers == number).sum() > 1]
-        remarks.append(f"folders whose names differ in Unicode's normal form only are one class: {among(several)}")
+        remarks.append(f"folders whose names differ in Unicode's normal form only are one class: {join_names(several)}")
     notes = (printable(f"{base}: {'; '.join(remarks)}"),) if remarks else ()
     return ImageFolder(base, paths, labels, classes, notes), listing.folders
 
@@ -234,7 +234,7 @@ def _keep(found: ImageFolder, folders: dict[str, int]) -> None:
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary, open(temporary, "wb") as out:
+    with atomic_write(file) as temporary, open(temporary, "wb") as out:
         np.savez(
             out,
             format=np.array(_FORMAT),

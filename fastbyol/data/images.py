@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-UNLABELLED = -1
+UNLABELED = -1
 _SAMPLED = 64  # images that are read to tell a set from another: reading all takes as long as an epoch
 
 
@@ -18,7 +18,7 @@ class ImageSet(ABC):
     """N images in a fixed order, each with a class index."""
 
     root: Path  # the folder or the file that holds them, for messages
-    labels: NDArray[np.int64]  # (N,), UNLABELLED where the set has none
+    labels: NDArray[np.int64]  # (N,), UNLABELED where the set has none
     classes: list[str]  # names; empty where the set has no labels
     notes: tuple[str, ...]  # what a user should know of how the set was found, a line each
 
@@ -55,7 +55,7 @@ class ImageSet(ABC):
         Of a .beton file, whose images have no names, number, stored size, mode and shape count. Where the set lies does not.
         """
         order = np.argsort(self.labels, kind="stable")
-        ends = np.searchsorted(self.labels[order], np.arange(UNLABELLED, len(self.classes)), side="right")
+        ends = np.searchsorted(self.labels[order], np.arange(UNLABELED, len(self.classes)), side="right")
         parts = dict(zip(["", *self.classes], np.split(order, ends[:-1]), strict=True))
         return {
             name: [len(members), hashlib.blake2b(self._contents(members), digest_size=8).hexdigest()]

@@ -24,17 +24,17 @@ from torch import Tensor
 from fastbyol.data.batch import Batch
 from fastbyol.data.decode import BadImage, DecodeBuffer, decode, decode_reduced, jpeg_size
 from fastbyol.data.images import ImageSet
-from fastbyol.data.sequence import Sequenced
-from fastbyol.data.workers import cpu_threads
-from fastbyol.errors import HungLoader, first_line
+from fastbyol.data.sequence import DeterministicLoader
+from fastbyol.data.views import AUGMENTATIONS, VIEWS, Sampler, center_box, epoch_order
+from fastbyol.data.workers import resolve_threads
+from fastbyol.errors import LoaderTimeout, first_line
 from fastbyol.kernels import augment, crop
-from fastbyol.views import RECIPES, VIEWS, Sampler, centre_box, epoch_order
 
 Boxes = Callable[[int, int], list[list[int]]]  # (height, width) -> V boxes of top, left, height, width
 Fetched = bytes | NDArray[np.uint8] | OSError  # an image as it is stored, or why it could not be read
 
 
-class NativeLoader(Sequenced):
+class NativeLoader(DeterministicLoader):
     """Threads -> ring of batches; see `batch.Loader` for the contract.
 
     Args:
@@ -43,7 +43,7 @@ class NativeLoader(Sequenced):
         readers: threads that read files.
         readahead_images: files read ahead of the workers.
         dct_scaling: decode at a reduced size where both crops keep at least S pixels.
-        sequence: as for `Sequenced`.
+        sequence: as for `DeterministicLoader`.
 
     Raises (while iterating):
         RunError: more files are unreadable than `max_bad_fraction` allows.
@@ -61,7 +61,7 @@ class NativeLoader(Sequenced):
         **sequence: Any,
     ) -> None:
         super().__init__(**sequence)
-        self.threads, self.prefetch_batches = cpu_threads(threads), prefetch_batches
+        self.threads, self.prefetch_batches = resolve_threads(threads), prefetch_batches
         self.readers, self.readahead_images, self.dct_scaling = readers, readahead_images, dct_scaling
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -73,7 +73,7 @@ class NativeLoader(Sequenced):
                 before = time.perf_counter()
                 slot = pipeline.wait_for(step)
                 self.wait_s += time.perf_counter() - before
-                yield from hand_over(step, slot.memory, slot.labels, slot.indices, on_device)
+                yield from deliver(step, slot.memory, slot.labels, slot.indices, on_device)
                 pipeline.release(step)
         finally:
             pipeline.close()
@@ -99,7 +99,9 @@ class NativeLoader(Sequenced):
         Returns:
             the index of the image delivered, its pixels, uint8 (H, W, 3), and the boxes in those pixels.
         """
-        found, (image, places) = self.first_good(index, data, lambda content: self._decode(content, boxes, buffer))
+        found, (image, places) = self.load_or_substitute(
+            index, data, lambda content: self._decode(content, boxes, buffer)
+        )
         return found, image, places
 
     def _decode(
@@ -141,7 +143,7 @@ class Scratch:
         p: NDArray[np.float32],
         out: NDArray[np.float32 | np.uint16 | np.int16],
     ) -> None:
-        """One view of one image: crop, resize, flip, augment, normalise."""
+        """One view of one image: crop, resize, flip, augment, normalize."""
         crop.crop_into(image, box, bool(p[augment.FLIP]), self._planes, self._crop)
         augment.augment_into(self._planes, p, out, self._augment)
 
@@ -190,7 +192,7 @@ class DeviceSlots:
         self._copied[step % 2].synchronize()
 
 
-def hand_over(
+def deliver(
     step: int, views: Tensor, labels: Tensor, indices: Tensor, on_device: DeviceSlots | None, *, dim: int = 0
 ) -> Iterator[Batch]:
     """Yields a batch, copied to the GPU where there is one; its memory is free afterwards.
@@ -258,7 +260,7 @@ class Pipeline:
             while self._error is None and (step not in self._jobs or self._jobs[step].remaining):
                 if not self._ready.wait(max(limit - time.monotonic(), 0)) and time.monotonic() >= limit:
                     self._hung = True
-                    raise hung(self._loader)
+                    raise timeout_error(self._loader)
             if self._error is not None:
                 raise self._error
             return self._jobs[step].slot
@@ -361,9 +363,9 @@ class Pipeline:
         job.slot.index_values[i] = index
 
 
-def hung(loader: Sequenced) -> HungLoader:
+def timeout_error(loader: DeterministicLoader) -> LoaderTimeout:
     """What to raise where a loader's batch does not come."""
-    return HungLoader(
+    return LoaderTimeout(
         f"the loader has made no batch for {loader.timeout_s:g} s (data.timeout_s), reading from {loader.images.root}",
         _stacks(),
     )
@@ -380,10 +382,10 @@ def _stacks() -> str:
 Place = Callable[[int, int, int], tuple[Sequence[int], NDArray[np.float32]]]  # (k-th, height, width) -> box, parameters
 
 
-def centre_crops(
+def center_crops(
     images: ImageSet, *, size: int, fraction: float, batch_size: int, threads: int, bad: dict[int, str]
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """All images in index order, without augmentation: centre crop, bicubic resize, normalise.
+    """All images in index order, without augmentation: center crop, bicubic resize, normalize.
 
     Args:
         size: S.
@@ -391,13 +393,13 @@ def centre_crops(
         bad: unreadable images are left out and entered here: index -> why.
 
     Yields:
-        images (n, 3, S, S) float32, channels_last, normalised, and their indices (n,); n <= batch_size.
+        images (n, 3, S, S) float32, channels_last, normalized, and their indices (n,); n <= batch_size.
     """
     identity = np.zeros(augment.COLUMNS, dtype=np.float32)
     yield from _rendered(
         images,
         np.arange(len(images)),
-        lambda k, height, width: (centre_box(height, width, fraction), identity),
+        lambda k, height, width: (center_box(height, width, fraction), identity),
         size=size,
         batch_size=batch_size,
         threads=threads,
@@ -408,14 +410,14 @@ def centre_crops(
 def random_crops(
     images: ImageSet, *, size: int, seed: int, epoch: int, batch_size: int, threads: int, bad: dict[int, str]
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """One epoch of what classifiers are trained on: crop and flip (recipe "crop_flip"), in the epoch's order.
+    """One epoch of what classifiers are trained on: crop and flip (augmentation "crop_flip"), in the epoch's order.
 
     Order and crops are functions of (seed, epoch, position). The N % batch_size images left over are not delivered.
 
     Args, Yields:
-        as `centre_crops`.
+        as `center_crops`.
     """
-    sampler = Sampler(RECIPES["crop_flip"], seed, epoch, np.arange(len(images)))
+    sampler = Sampler(AUGMENTATIONS["crop_flip"], seed, epoch, np.arange(len(images)))
     packed = sampler.params().pack()[:, 0]
 
     def place(k: int, height: int, width: int) -> tuple[Sequence[int], NDArray[np.float32]]:
@@ -452,7 +454,7 @@ def _rendered(
         local.scratch.render(image, box, p, out)
         return True
 
-    with ThreadPoolExecutor(cpu_threads(threads), thread_name_prefix="fastbyol-eval") as pool:
+    with ThreadPoolExecutor(resolve_threads(threads), thread_name_prefix="fastbyol-eval") as pool:
 
         def begin(start: int) -> tuple[NDArray[np.int64], NDArray[np.float32], Iterator[bool]]:
             stop = min(start + batch_size, len(order))

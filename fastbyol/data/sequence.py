@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from fastbyol.data.decode import BadImage
 from fastbyol.data.images import ImageSet
-from fastbyol.errors import RunError, fault_of
-from fastbyol.views import Recipe, Sampler, epoch_order
+from fastbyol.data.views import Augmentation, Sampler, epoch_order
+from fastbyol.errors import RunError, error_reason
 
 T = TypeVar("T")
 
 
-class Sequenced:
+class DeterministicLoader:
     """The order of images and views as a function of (seed, epoch, position), for any backend, ranks and restart.
 
     Args:
@@ -24,7 +24,7 @@ class Sequenced:
         batch_size: images of a batch over all ranks.
         shard: (B,) the positions of every batch that this rank makes.
         size: S, side of a view in pixels.
-        recipe: how views are drawn.
+        augmentation: how views are drawn.
         seed: of the sample order and the views.
         dtype: float32, bfloat16 or float16.
         device: where batches are delivered.
@@ -39,14 +39,14 @@ class Sequenced:
         batch_size: int,
         shard: NDArray[np.int64],
         size: int,
-        recipe: Recipe,
+        augmentation: Augmentation,
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
         max_bad_fraction: float,
         timeout_s: float,
     ) -> None:
-        self.images, self.size, self.recipe, self.seed = images, size, recipe, seed
+        self.images, self.size, self.augmentation, self.seed = images, size, augmentation, seed
         self.global_batch, self.shard, self.batch_size = batch_size, shard, len(shard)
         self.dtype, self.device = dtype, device
         self.max_bad_fraction, self.timeout_s = max_bad_fraction, timeout_s
@@ -76,13 +76,13 @@ class Sequenced:
     def sampler(self, step: int) -> Sampler:
         """Draws the views of this rank's images of a step."""
         epoch, positions = self.positions(step)
-        return Sampler(self.recipe, self.seed, epoch, positions)
+        return Sampler(self.augmentation, self.seed, epoch, positions)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         order = self._orders.get(epoch)
         if order is None:
             order = epoch_order(self.seed, epoch, len(self.images))
-            # At one time images of two neighbouring epochs are in hand. Replaced whole: other threads may be reading.
+            # At one time images of two neighboring epochs are in hand. Replaced whole: other threads may be reading.
             self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) == 1} | {epoch: order}
         return order
 
@@ -93,7 +93,7 @@ class Sequenced:
         except OSError as error:
             return error
 
-    def first_good(
+    def load_or_substitute(
         self,
         index: int,
         data: bytes | NDArray[np.uint8] | OSError,
@@ -122,7 +122,7 @@ class Sequenced:
             content = data if k == 0 else self.fetch(candidate)
             try:
                 if isinstance(content, OSError):
-                    raise BadImage(fault_of(content))
+                    raise BadImage(error_reason(content))
                 return candidate, use(content)
             except BadImage as error:
                 self._count_bad(candidate, str(error))

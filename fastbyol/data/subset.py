@@ -18,7 +18,7 @@ _LONGEST_SHOWN = 300  # characters of a list's line in a message
 
 
 def only_classes(images: ImageSet, names: list[str], *, key: str = "data.classes") -> ImageSet:
-    """The images of the classes `names`, labelled 0 .. len(names) - 1 in the set's own order of classes.
+    """The images of the classes `names`, labeled 0 .. len(names) - 1 in the set's own order of classes.
 
     Raises:
         InputError: a name is unknown or given twice.

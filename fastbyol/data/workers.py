@@ -7,14 +7,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from fastbyol import cores
+from fastbyol.runtime import cores
 
 T = TypeVar("T")
 R = TypeVar("R")
 _IN_HAND = 8  # tasks begun or waiting per thread: more would only hold memory
 
 
-def cpu_threads(threads: int) -> int:
+def resolve_threads(threads: int) -> int:
     """The number of threads that a setting means: 0 is one per core that this process may use.
 
     Raises:
@@ -26,7 +26,7 @@ def cpu_threads(threads: int) -> int:
 
 
 @contextmanager
-def torchs_threads_kept() -> Iterator[None]:
+def preserve_torch_threads() -> Iterator[None]:
     """Around what sets torch's number of threads without being asked: FFCV does it when it is imported and in its loader."""
     threads = torch.get_num_threads()
     try:
@@ -35,7 +35,7 @@ def torchs_threads_kept() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Ahead(Generic[T, R]):
+class PrefetchPool(Generic[T, R]):
     """function(task) for all tasks, in order, made by threads that stay at most `window` tasks ahead of who takes the results.
 
     The threads are daemons: one that hangs, in a read from a disk that is gone, does not keep the process from ending.
@@ -105,10 +105,10 @@ class Ahead(Generic[T, R]):
                 self._changed.notify_all()
 
 
-def in_order(function: Callable[[T], R], tasks: Iterable[T], threads: int = 0) -> Iterator[R]:
+def map_in_order(function: Callable[[T], R], tasks: Iterable[T], threads: int = 0) -> Iterator[R]:
     """function(task) for all tasks, in order, on `threads` threads; leaving early drops the tasks not yet begun."""
-    count = cpu_threads(threads)
-    ahead = Ahead(function, tasks, threads=count, window=_IN_HAND * count, name="fastbyol-worker")
+    count = resolve_threads(threads)
+    ahead = PrefetchPool(function, tasks, threads=count, window=_IN_HAND * count, name="fastbyol-worker")
     try:
         while True:
             try:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastbyol import checkpoint, cores, environment
 from fastbyol.config import Config, EvalConfig
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluate.detection import DETECTION
@@ -18,18 +17,19 @@ from fastbyol.evaluate.fewshot import FEWSHOT
 from fastbyol.evaluate.finetune import FINETUNE
 from fastbyol.evaluate.knn import KNN
 from fastbyol.evaluate.linear import LINEAR
-from fastbyol.evaluate.protocol import Frame, Protocol, Row
+from fastbyol.evaluate.protocol import EvalContext, Protocol, Row
 from fastbyol.evaluate.robustness import ROBUSTNESS
 from fastbyol.evaluate.segmentation import SEGMENTATION
-from fastbyol.files import check_output, read_json_or, write_json, write_output
 from fastbyol.layers import one_view
 from fastbyol.model import BYOL, build_model
 from fastbyol.precision import compute_dtype, set_float32_precision
+from fastbyol.runtime import checkpoint, cores, environment
+from fastbyol.runtime.files import check_output, read_json_or, write_json, write_output
 from fastbyol.step import choose_device
 
 BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
 _RESULT = "eval_"
-PROTOCOLS: dict[str, Protocol] = {
+TASKS: dict[str, Protocol] = {
     protocol.name: protocol for protocol in (KNN, LINEAR, FINETUNE, FEWSHOT, ROBUSTNESS, SEGMENTATION, DETECTION)
 }
 
@@ -49,8 +49,8 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
         InputError: the checkpoint, its config or the data set cannot be used, or no file can be written at `options.out`.
         RunError: the result could not be written in the end.
     """
-    protocol = PROTOCOLS[name]
-    path, config, model, step = load_run(Path(options.run), say)
+    protocol = TASKS[name]
+    path, config, model, step = load_checkpoint_model(Path(options.run), say)
     out = Path(options.out) if options.out else _run_folder(path) / _result_name(name, path, step, options, config)
     check_output(out, f"--out {out}")
     if out.is_file() and out.stat().st_size and not _is_result(read_json_or(out, lambda text: None)):
@@ -59,7 +59,7 @@ def evaluate(name: str, options: EvalConfig, say: Callable[[str], None]) -> dict
                 f"--out {out}: exists and is no result of `fastbyol eval`: it is not overwritten; name another file"
             )
         say(f"warning: {out}: is damaged; it will be replaced")
-    frame = frame_of(config, options, say)
+    frame = eval_context(config, options, say)
     data = protocol.open(options, config, frame)
     for note in (note for split in (data.train, data.val) for note in getattr(split, "notes", ())):
         say(f"warning: {note}")
@@ -119,7 +119,7 @@ def read_results(run: Path, warn: Callable[[str], None]) -> list[tuple[Path, dic
             warn(f"{path}: not a result of `fastbyol eval`; it is left out")
             continue
         found.append((path, result))
-    order = list(PROTOCOLS)
+    order = list(TASKS)
 
     def place(item: tuple[Path, dict[str, Any]]) -> tuple[int, str, str]:
         protocol = item[1]["protocol"]
@@ -146,12 +146,12 @@ def is_metric(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
-def frame_of(config: Config, options: EvalConfig, say: Callable[[str], None]) -> Frame:
+def eval_context(config: Config, options: EvalConfig, say: Callable[[str], None]) -> EvalContext:
     """Where and how a run's network is evaluated; float32 is exact or TF32 from here on, as the run had it."""
     cores.respect_quota()
     device = choose_device(options.device)
     set_float32_precision(config.precision)
-    return Frame(
+    return EvalContext(
         size=config.data.image_size_px,
         device=device,
         dtype=compute_dtype(config.precision, device),
@@ -166,17 +166,17 @@ class Loaded(NamedTuple):
     path: Path
     config: Config
     model: BYOL
-    step: int  # optimiser steps done
+    step: int  # optimizer steps done
 
 
-def load_run(run_or_file: Path, say: Callable[[str], None]) -> Loaded:
+def load_checkpoint_model(run_or_file: Path, say: Callable[[str], None]) -> Loaded:
     """The model of a run's newest good checkpoint or of a checkpoint file, with the config it was trained with.
 
     Raises:
         InputError: missing, damaged, or of a config or model that this version does not know.
     """
     path, state = checkpoint.resolve(run_or_file, lambda text: say(f"warning: {text}"))
-    config = checkpoint.config_of(path, state)
+    config = checkpoint.checkpoint_config(path, state)
     try:
         model = build_model(config.model, config.data.image_size_px, config.seed)
         model.load_state_dict(state["model"])
@@ -186,7 +186,7 @@ def load_run(run_or_file: Path, say: Callable[[str], None]) -> Loaded:
 
 
 def _networks(
-    protocol: Protocol, model: BYOL, config: Config, data: Any, frame: Frame, *, baselines: bool
+    protocol: Protocol, model: BYOL, config: Config, data: Any, frame: EvalContext, *, baselines: bool
 ) -> Iterator[tuple[str, nn.Module | None]]:
     """The rows' titles and backbones, on the device, for plain batches of one view; None is raw pixels."""
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from fastbyol.config import DetectionEval, SegmentationEval
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.folder import ImageFolder
-from fastbyol.data.images import UNLABELLED
-from fastbyol.data.workers import in_order
-from fastbyol.errors import InputError, RunError, among, fault_of, first_line, printable
-from fastbyol.evaluate.protocol import Frame
+from fastbyol.data.images import UNLABELED
+from fastbyol.data.workers import map_in_order
+from fastbyol.errors import InputError, RunError, error_reason, first_line, join_names, printable
+from fastbyol.evaluate.protocol import EvalContext
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ def _refused(backbone: nn.Module, size: int, wider: int = 0) -> Iterator[None]:
         ) from None
 
 
-def dense_size(option: int, frame: Frame) -> int:
+def dense_size(option: int, frame: EvalContext) -> int:
     """The side in pixels that `image_size_px` means.
 
     0 is 9/4 of the run's, up to a multiple of 32: as the paper, which segments at 513 after pre-training at 224.
@@ -132,7 +132,7 @@ def read_pixels(file: Path) -> NDArray[np.uint8]:
     try:
         return decode(file.read_bytes())
     except (OSError, ValueError, BadImage) as error:  # ValueError: a name that no file can have
-        raise RunError(f"{file}: {fault_of(error)}; mend it or take it out of the lists") from None
+        raise RunError(f"{file}: {error_reason(error)}; mend it or take it out of the lists") from None
 
 
 def checked_size(file: Path) -> tuple[int, int]:
@@ -158,7 +158,9 @@ def spellings(name: str) -> list[str]:
     return found
 
 
-def warn_of_absent(what: str, names: Sequence[str], seen: dict[str, set[int]], frame: Frame, consequence: str) -> None:
+def warn_of_absent(
+    what: str, names: Sequence[str], seen: dict[str, set[int]], frame: EvalContext, consequence: str
+) -> None:
     """Says which classes a split has nothing of, a line per split.
 
     Args:
@@ -171,17 +173,19 @@ def warn_of_absent(what: str, names: Sequence[str], seen: dict[str, set[int]], f
         if absent:
             then = f": {consequence}" if split == "val" else ""
             frame.say(
-                printable(f"warning: {split} has no {what} of {among(absent)} ({len(absent)} of {len(names)}){then}")
+                printable(
+                    f"warning: {split} has no {what} of {join_names(absent)} ({len(absent)} of {len(names)}){then}"
+                )
             )
 
 
 def resize(pixels: NDArray[np.uint8], height: int, width: int, *, labels: bool = False) -> NDArray[np.uint8]:
-    """An image (H, W, 3) by bicubic interpolation, antialiased, or a mask (H, W) by nearest neighbour."""
+    """An image (H, W, 3) by bicubic interpolation, antialiased, or a mask (H, W) by nearest neighbor."""
     how = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
     return np.asarray(Image.fromarray(pixels).resize((width, height), how))
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """uint8 (n, H, W, 3) -> float32 (n, 3, H, W), channels_last, as in pre-training."""
     mean, std = (torch.tensor(values, device=images.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -201,12 +205,12 @@ def read_text(file: Path) -> str:
         raise InputError(f"{file}: not a text file in UTF-8") from None
 
 
-def unlabelled(files: Sequence[Path]) -> ImageFolder:
+def unlabeled(files: Sequence[Path]) -> ImageFolder:
     """Files of any folders as a set of images without labels."""
     absolute = [file.absolute() for file in files]
     root = Path(os.path.commonpath([file.parent for file in absolute]))
     paths = [str(file.relative_to(root)) for file in absolute]
-    return ImageFolder(root, paths, np.full(len(paths), UNLABELLED, dtype=np.int64), [])
+    return ImageFolder(root, paths, np.full(len(paths), UNLABELED, dtype=np.int64), [])
 
 
 def fit(
@@ -215,7 +219,7 @@ def fit(
     make: Callable[[int, np.random.Generator], T],
     images: int,
     options: SegmentationEval | DetectionEval,
-    frame: Frame,
+    frame: EvalContext,
 ) -> None:
     """Trains what takes gradients of a network: SGD with momentum, linear warm-up, cosine to 0.
 
@@ -251,7 +255,7 @@ def _batches(
     images: int,
     batch_size: int,
     options: SegmentationEval | DetectionEval,
-    frame: Frame,
+    frame: EvalContext,
 ) -> Iterator[list[T]]:
     """All batches, in an order drawn anew every epoch; what is made depends on seed, epoch and index alone."""
     tasks = (
@@ -261,6 +265,6 @@ def _batches(
             : images // batch_size * batch_size
         ]
     )
-    made = in_order(lambda task: make(task[1], np.random.default_rng([options.seed, *task])), tasks, frame.threads)
+    made = map_in_order(lambda task: make(task[1], np.random.default_rng([options.seed, *task])), tasks, frame.threads)
     while batch := list(itertools.islice(made, batch_size)):
         yield batch

@@ -42,10 +42,10 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fastbyol.config import Config, DetectionEval
-from fastbyol.data.workers import in_order
+from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError, first_line, printable
 from fastbyol.evaluate import dense
-from fastbyol.evaluate.protocol import Frame, Protocol, Row
+from fastbyol.evaluate.protocol import EvalContext, Protocol, Row
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.precision import autocast
 
@@ -81,7 +81,7 @@ class CocoFolder:
     classes: list[str]
 
 
-def open_coco(options: DetectionEval, config: Config, frame: Frame) -> CocoFolder:
+def open_coco(options: DetectionEval, config: Config, frame: EvalContext) -> CocoFolder:
     """Both splits of the folder `options.root`; every annotation is checked and every image decoded once.
 
     Says which categories a split has no box of, and how many images are in both.
@@ -182,7 +182,9 @@ def longest_side(size: int) -> int:
     return round(size * LONGER_SIDE)
 
 
-def evaluate_detector(detector: nn.Module, folder: CocoFolder, size: int, frame: Frame, *, batch_size: int) -> Row:
+def evaluate_detector(
+    detector: nn.Module, folder: CocoFolder, size: int, frame: EvalContext, *, batch_size: int
+) -> Row:
     """COCO's mAP, mAP at an IoU of 0.5 and at 0.75, in [0, 1], of the validation images.
 
     Args:
@@ -193,7 +195,7 @@ def evaluate_detector(detector: nn.Module, folder: CocoFolder, size: int, frame:
     with torch.no_grad():
         for images in frame.track("validation", chunks, len(folder.val), each=batch_size):
             pixels, targets = zip(
-                *in_order(lambda image: _sample(image, size, flip=False), images, frame.threads), strict=True
+                *map_in_order(lambda image: _sample(image, size, flip=False), images, frame.threads), strict=True
             )
             found = detector([x.to(frame.device) for x in pixels])
             metric.update([{key: value.cpu() for key, value in one.items()} for one in found], list(targets))
@@ -201,7 +203,7 @@ def evaluate_detector(detector: nn.Module, folder: CocoFolder, size: int, frame:
     return {name: values[key].item() for name, key in (("map", "map"), ("map50", "map_50"), ("map75", "map_75"))}
 
 
-def _measure(backbone: nn.Module | None, folder: CocoFolder, options: DetectionEval, frame: Frame) -> Row:
+def _measure(backbone: nn.Module | None, folder: CocoFolder, options: DetectionEval, frame: EvalContext) -> Row:
     assert backbone is not None
     size = dense.dense_size(options.image_size_px, frame)
     with dense.seeded(options.seed, frame.device):
@@ -264,7 +266,7 @@ def _sample(image: CocoImage, size: int, *, flip: bool, crowds: bool = True) -> 
     }
 
 
-def _read_split(root: Path, split: str, threads: int, frame: Frame) -> tuple[list[CocoImage], dict[int, str]]:
+def _read_split(root: Path, split: str, threads: int, frame: EvalContext) -> tuple[list[CocoImage], dict[int, str]]:
     """The images of a split, in the file's order, and its categories: id -> name, by id."""
     file, images, categories, objects = _read_annotations(root, split)
     if split == "train":  # the others are not trained on
@@ -289,7 +291,7 @@ def _read_split(root: Path, split: str, threads: int, frame: Frame) -> tuple[lis
         crowd = np.array([bool(a.get("iscrowd", 0)) for a in own], dtype=np.bool_)
         return CocoImage(path, corners[whole], labels[whole], crowd[whole])
 
-    made = list(frame.track(f"reading images of {split}", in_order(make, images, threads), len(images)))
+    made = list(frame.track(f"reading images of {split}", map_in_order(make, images, threads), len(images)))
     places: dict[str, int] = {}
     for k, image in enumerate(made):
         if (first := places.setdefault(os.path.normpath(image.file), k)) != k:
@@ -390,7 +392,7 @@ DETECTION = Protocol(
     name="detection",
     title="Object detection",
     open=open_coco,
-    calibration=lambda folder: dense.unlabelled([image.file for image in folder.train]),
+    calibration=lambda folder: dense.unlabeled([image.file for image in folder.train]),
     measure=_measure,
     takes_pixels=False,
 )

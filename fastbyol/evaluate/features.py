@@ -1,4 +1,4 @@
-"""Labelled splits of a data set, and their frozen features: of a backbone, or its raw pixels."""
+"""Labeled splits of a data set, and their frozen features: of a backbone, or its raw pixels."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from fastbyol.config import Config, EvalConfig
 from fastbyol.data import find_images
 from fastbyol.data.images import ImageSet
-from fastbyol.data.native import centre_crops, random_crops
-from fastbyol.errors import InputError, among
-from fastbyol.evaluate.protocol import Frame
+from fastbyol.data.native import center_crops, random_crops
+from fastbyol.errors import InputError, join_names
+from fastbyol.evaluate.protocol import EvalContext
 from fastbyol.layers import one_view
 from fastbyol.precision import autocast
 
-CENTRE_FRACTION = 0.875  # 224/256 of the short side, BYOL's evaluation crop
+CENTER_FRACTION = 0.875  # 224/256 of the short side, BYOL's evaluation crop
 RAW_PIXELS_SIDE = 64  # raw pixels above this size are averaged down to it, so that a query stays 12,288 numbers
 
 
 class Splits(NamedTuple):
-    """The labelled images of a data set."""
+    """The labeled images of a data set."""
 
     train: ImageSet
     val: ImageSet
@@ -74,19 +74,21 @@ class Features:
     bad: dict[int, str]  # images left out: index -> why
 
 
-def frozen(backbone: nn.Module | None, split: ImageSet, frame: Frame, what: str = "features") -> Features:
+def extract_features(
+    backbone: nn.Module | None, split: ImageSet, frame: EvalContext, what: str = "features"
+) -> Features:
     """Features of a split as a protocol wants them: with a progress bar, unreadable images named.
 
     Raises:
         InputError: no image can be read, or a feature is not finite.
     """
-    return frozen_each(backbone, split, frame, [_unaltered], what)[0]
+    return extract_features_each(backbone, split, frame, [_unaltered], what)[0]
 
 
-def frozen_each(
-    backbone: nn.Module | None, split: ImageSet, frame: Frame, alters: Sequence[Alter], what: str
+def extract_features_each(
+    backbone: nn.Module | None, split: ImageSet, frame: EvalContext, alters: Sequence[Alter], what: str
 ) -> list[Features]:
-    """As `frozen`, once per alteration; every image is decoded once.
+    """As `extract_features`, once per alteration; every image is decoded once.
 
     Raises:
         InputError: no image can be read, or a feature is not finite.
@@ -133,11 +135,11 @@ def extract_each(
     batch_size: int = 256,
     track: Callable[[Any, int], Any] = lambda batches, each: batches,
 ) -> list[Features]:
-    """Features of all images of a split in index order: centre crop, eval mode, autocast to `dtype`; one for each alteration.
+    """Features of all images of a split in index order: center crop, eval mode, autocast to `dtype`; one for each alteration.
 
     Args:
         backbone: (n, 3, S, S) -> (n, F); None gives raw pixels. Its train/eval mode is restored.
-        alters: each (normalised crops (n, 3, S, S), their indices (n,)) -> other crops, before the backbone sees them.
+        alters: each (normalized crops (n, 3, S, S), their indices (n,)) -> other crops, before the backbone sees them.
         size: S.
         track: (batches, images in each) -> the batches, beside a progress bar.
 
@@ -153,8 +155,8 @@ def extract_each(
             backbone.eval()
         # A network whose parts are compiled for training would be compiled again for eval mode, and for the last, smaller batch.
         with torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-            crops = centre_crops(
-                split, size=size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=threads, bad=bad
+            crops = center_crops(
+                split, size=size, fraction=CENTER_FRACTION, batch_size=batch_size, threads=threads, bad=bad
             )
             for images, indices in track(crops, batch_size):
                 for mine, alter in zip(rows, alters, strict=True):
@@ -178,7 +180,7 @@ def none_readable(images: ImageSet, bad: dict[int, str]) -> InputError:
     )
 
 
-def feature_count(backbone: nn.Module | None, frame: Frame) -> int:
+def feature_count(backbone: nn.Module | None, frame: EvalContext) -> int:
     """F: how many features an image of the frame's size has; None are raw pixels."""
     image = torch.zeros(1, 3, frame.size, frame.size, device=frame.device)
     if backbone is None:
@@ -191,7 +193,7 @@ def feature_count(backbone: nn.Module | None, frame: Frame) -> int:
 
 
 def training_batches(
-    images: ImageSet, frame: Frame, *, epochs: int, batch_size: int, seed: int, what: str
+    images: ImageSet, frame: EvalContext, *, epochs: int, batch_size: int, seed: int, what: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """What a classifier is trained on: crops and flips anew every epoch, with a progress bar; unreadable images are named.
 
@@ -219,7 +221,7 @@ def training_batches(
         yield crops.to(frame.device), labels[rows].to(frame.device), rows
 
 
-def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, frame: Frame, *, batch_size: int = 256) -> None:
+def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, frame: EvalContext, *, batch_size: int = 256) -> None:
     """Replaces BatchNorm's running statistics by their average over the split's images (float32); unreadable ones are named.
 
     An untrained network has none yet; with the initial ones (mean 0, variance 1) it would be a weaker baseline than
@@ -237,8 +239,8 @@ def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, frame: Frame, *, b
         norm.momentum = None  # a cumulative average
     one_view(backbone).train()
     bad: dict[int, str] = {}
-    crops = centre_crops(
-        split, size=frame.size, fraction=CENTRE_FRACTION, batch_size=batch_size, threads=frame.threads, bad=bad
+    crops = center_crops(
+        split, size=frame.size, fraction=CENTER_FRACTION, batch_size=batch_size, threads=frame.threads, bad=bad
     )
     batches = 0
     with torch.no_grad():
@@ -280,7 +282,7 @@ def _lacking(a: ImageSet, b: ImageSet) -> str:
         return f"{len(names)} of {len(a.classes)} in {a.root} are not in {b.root}, which has no classes"
     empty = [name for name in names if os.path.lexists(b.root / name)]
     why = f", where the folder {empty[0]} holds no image" if empty else ""
-    return f"{len(names)} of {len(a.classes)} in {a.root} are not in {b.root}: {among(names)}{why}"
+    return f"{len(names)} of {len(a.classes)} in {a.root} are not in {b.root}: {join_names(names)}{why}"
 
 
 def raw_pixels(images: Tensor) -> Tensor:

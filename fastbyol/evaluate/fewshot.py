@@ -1,7 +1,7 @@
 """Few-shot episodes on frozen features, classified by the nearest class mean.
 
 An episode draws `ways` classes, `shots` training images of each as support, and `queries` validation images of each. Features
-are centred on the mean of the training split and l2-normalised; a query takes the class whose support mean is nearest.
+are centered on the mean of the training split and l2-normalized; a query takes the class whose support mean is nearest.
 Source: Wang et al. 2019, "SimpleShot" (arXiv 1911.04623), the variant CL2N.
 
 Shapes: W ways, K shots, Q queries, F features.
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from fastbyol.config import Config, FewshotEval
 from fastbyol.errors import InputError
-from fastbyol.evaluate.features import Features, Splits, frozen, open_splits
-from fastbyol.evaluate.protocol import Frame, Protocol, Row, Track
+from fastbyol.evaluate.features import Features, Splits, extract_features, open_splits
+from fastbyol.evaluate.protocol import EvalContext, Protocol, Row, Track
 
 
-def open_episodes(options: FewshotEval, config: Config, frame: Frame) -> Splits:
+def open_episodes(options: FewshotEval, config: Config, frame: EvalContext) -> Splits:
     """Splits with enough images of enough classes.
 
     Raises:
@@ -94,8 +94,8 @@ def _classes_with_enough(
     return np.flatnonzero(enough)
 
 
-def _measure(backbone: nn.Module | None, splits: Splits, options: FewshotEval, frame: Frame) -> Row:
-    train, val = (frozen(backbone, split, frame) for split in splits)
+def _measure(backbone: nn.Module | None, splits: Splits, options: FewshotEval, frame: EvalContext) -> Row:
+    train, val = (extract_features(backbone, split, frame) for split in splits)
     row: Row = {}
     for shots in options.shots:
         found = episode_accuracies(

@@ -1,7 +1,7 @@
 """Semi-supervised: backbone and a linear classifier are trained on a part of the labels.
 
 Protocol: Grill et al. 2020, appendix C.2: the whole network from the pre-trained weights, random crop and flip, SGD with Nesterov
-momentum 0.9, cosine, no weight decay; of several learning rates the one that does best on held-out labelled images. The row of
+momentum 0.9, cosine, no weight decay; of several learning rates the one that does best on held-out labeled images. The row of
 the untrained network is what the same labels give from random weights.
 """
 
@@ -20,18 +20,18 @@ from fastbyol.config import Config, FinetuneEval
 from fastbyol.data.images import ImageSet
 from fastbyol.data.subset import training_part
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate.features import feature_count, frozen, open_splits, training_batches
+from fastbyol.evaluate.features import extract_features, feature_count, open_splits, training_batches
 from fastbyol.evaluate.knn import top_accuracies
-from fastbyol.evaluate.protocol import Frame, Protocol, Row
+from fastbyol.evaluate.protocol import EvalContext, Protocol, Row
 from fastbyol.precision import autocast
-from fastbyol.weights import check_new, save_backbone
+from fastbyol.weights.load import check_new, save_backbone
 
 _MOMENTUM = 0.9
 _HOLDOUT = 0.2
 
 
-class Labelled(NamedTuple):
-    """The labelled part of the training split, the validation split, and what the network is."""
+class Labeled(NamedTuple):
+    """The labeled part of the training split, the validation split, and what the network is."""
 
     train: ImageSet
     val: ImageSet
@@ -43,8 +43,8 @@ class Labelled(NamedTuple):
         return self.train.classes
 
 
-def open_labelled(options: FinetuneEval, config: Config, frame: Frame) -> Labelled:
-    """Both splits; of the training split the labelled part.
+def open_labeled(options: FinetuneEval, config: Config, frame: EvalContext) -> Labeled:
+    """Both splits; of the training split the labeled part.
 
     Raises:
         InputError: the fraction leaves a class without an image, or the file to save in exists.
@@ -55,11 +55,18 @@ def open_labelled(options: FinetuneEval, config: Config, frame: Frame) -> Labell
     part = replace(
         config.data, fraction=options.fraction, images_per_class=0, file_list=None, subset_seed=options.subset_seed
     )
-    return Labelled(training_part(splits.train, part, prefix=""), splits.val, config)
+    return Labeled(training_part(splits.train, part, prefix=""), splits.val, config)
 
 
 def finetune(
-    backbone: nn.Module, images: ImageSet, frame: Frame, *, base_lr: float, epochs: int, batch_size: int, seed: int = 0
+    backbone: nn.Module,
+    images: ImageSet,
+    frame: EvalContext,
+    *,
+    base_lr: float,
+    epochs: int,
+    batch_size: int,
+    seed: int = 0,
 ) -> nn.Sequential:
     """A copy of the backbone (n, 3, S, S) -> (n, F) with a linear classifier, trained on all labels of `images`.
 
@@ -71,7 +78,7 @@ def finetune(
     if batch_size < fewest:
         raise InputError(f"batch_size={batch_size}: the backbone's BatchNorm needs at least {fewest} images per step")
     if len(images) < fewest:
-        raise InputError(f"{images.root}: {len(images)} labelled image(s) to train on are too few; raise fraction")
+        raise InputError(f"{images.root}: {len(images)} labeled image(s) to train on are too few; raise fraction")
     batch_size = min(batch_size, len(images))
     head = nn.Linear(feature_count(backbone, frame), len(images.classes), device=frame.device)
     nn.init.zeros_(head.weight)
@@ -100,14 +107,14 @@ def finetune(
     return network
 
 
-def _measure(backbone: nn.Module | None, splits: Labelled, options: FinetuneEval, frame: Frame) -> Row:
+def _measure(backbone: nn.Module | None, splits: Labeled, options: FinetuneEval, frame: EvalContext) -> Row:
     assert backbone is not None
     training = {"epochs": options.epochs, "batch_size": options.batch_size}
     best, extra = options.base_lrs[0], {}
     if len(options.base_lrs) > 1:
         if len(splits.train) < 4:
             raise InputError(
-                f"{splits.train.root}: {len(splits.train)} labelled images are too few to hold some out, on which one of "
+                f"{splits.train.root}: {len(splits.train)} labeled images are too few to hold some out, on which one of "
                 "several base_lrs is picked; raise fraction or name one rate"
             )
         order = np.random.default_rng(0).permutation(len(splits.train))
@@ -132,8 +139,8 @@ def _measure(backbone: nn.Module | None, splits: Labelled, options: FinetuneEval
     return _accuracy(network, splits.val, frame) | {"base_lr": best} | extra
 
 
-def _accuracy(network: nn.Module, split: ImageSet, frame: Frame) -> dict[str, float]:
-    logits = frozen(network, split, frame, "validation")
+def _accuracy(network: nn.Module, split: ImageSet, frame: EvalContext) -> dict[str, float]:
+    logits = extract_features(network, split, frame, "validation")
     return top_accuracies(logits.x, logits.labels)
 
 
@@ -144,7 +151,7 @@ def _text(row: Row) -> str:
 FINETUNE = Protocol(
     name="finetune",
     title="Fine-tuning on a part of the labels",
-    open=open_labelled,
+    open=open_labeled,
     measure=_measure,
     takes_pixels=False,
     row_text=_text,

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features.
+"""Weighted k-nearest-neighbor classification on frozen features.
 
 Source: Wu et al. 2018 (arXiv 1805.01978), section 3.4: cosine similarity s, each of the k nearest training images
 votes for its class with weight exp(s / temperature).
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from fastbyol.config import KnnEval
-from fastbyol.evaluate.features import Features, Splits, check_finite, frozen, open_splits
-from fastbyol.evaluate.protocol import Frame, Protocol, Row
+from fastbyol.evaluate.features import Features, Splits, check_finite, extract_features, open_splits
+from fastbyol.evaluate.protocol import EvalContext, Protocol, Row
 
 _QUERIES_AT_ONCE = 1024
 
@@ -19,15 +19,15 @@ _QUERIES_AT_ONCE = 1024
 def knn_scores(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int, temperature: float, classes: int
 ) -> Tensor:
-    """Votes of the k nearest neighbours.
+    """Votes of the k nearest neighbors.
 
     Args:
         bank: (N, F) features of the training images; bank_labels: (N,).
         queries: (M, F).
-        k: neighbours, at most N of them vote.
+        k: neighbors, at most N of them vote.
 
     Returns:
-        (M, classes) float32: the summed weights, of each query divided by its nearest neighbour's: they neither overflow nor all vanish.
+        (M, classes) float32: the summed weights, of each query divided by its nearest neighbor's: they neither overflow nor all vanish.
     """
     scores = torch.zeros(len(queries), classes, device=queries.device)
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
@@ -67,8 +67,8 @@ def top_accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def _measure(backbone: nn.Module | None, splits: Splits, options: KnnEval, frame: Frame) -> Row:
-    train, val = (frozen(backbone, split, frame) for split in splits)
+def _measure(backbone: nn.Module | None, splits: Splits, options: KnnEval, frame: EvalContext) -> Row:
+    train, val = (extract_features(backbone, split, frame) for split in splits)
     return knn_accuracy(train, val, k=options.k, temperature=options.temperature)
 
 

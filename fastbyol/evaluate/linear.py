@@ -3,7 +3,7 @@
 Protocol: Grill et al. 2020, appendix C.1: 80 epochs, SGD with Nesterov momentum 0.9, lr = base * batch / 256, cosine to 0,
 no warm-up, no weight decay, training images cropped and flipped anew every epoch; the learning rate is picked on a
 held-out part of the training images. `features=augmented` is that. `features=cached` is fast: the features are those of
-one centre crop, computed once and standardised per dimension with the training split's mean and deviation (the
+one center crop, computed once and standardized per dimension with the training split's mean and deviation (the
 classifier stays linear).
 
 Shapes: L classifiers, N images, B images of a step, F features, C classes.
@@ -23,17 +23,17 @@ from fastbyol.evaluate.features import (
     Features,
     Splits,
     check_finite,
+    extract_features,
     feature_count,
-    frozen,
     open_splits,
     raw_pixels,
     training_batches,
 )
 from fastbyol.evaluate.knn import top_accuracies
-from fastbyol.evaluate.protocol import Frame, Protocol, Row, Track
+from fastbyol.evaluate.protocol import EvalContext, Protocol, Row, Track
 from fastbyol.precision import autocast
 
-CACHED_BASE_LRS = (0.003, 0.01, 0.03, 0.1, 0.3)  # of standardised features
+CACHED_BASE_LRS = (0.003, 0.01, 0.03, 0.1, 0.3)  # of standardized features
 PAPER_BASE_LRS = (0.05, 0.1, 0.2, 0.3, 0.4)  # of features as they are
 _MOMENTUM = 0.9
 _HOLDOUT = 0.1
@@ -164,7 +164,13 @@ def linear_accuracy(train: Features, val: Features, **options: Any) -> dict[str,
 
 
 def augmented_accuracy(
-    backbone: nn.Module | None, splits: Splits, frame: Frame, *, base_lrs: Sequence[float], epochs: int, batch_size: int
+    backbone: nn.Module | None,
+    splits: Splits,
+    frame: EvalContext,
+    *,
+    base_lrs: Sequence[float],
+    epochs: int,
+    batch_size: int,
 ) -> dict[str, float]:
     """The paper's protocol: every epoch crops and flips anew. As `linear_accuracy` otherwise.
 
@@ -198,10 +204,10 @@ def augmented_accuracy(
         probes.step(x, labels, share.repeat_interleave(len(base_lrs), 0), batch_size=batch_size, progress=step / total)
     if backbone is not None:
         backbone.train(training)
-    test = frozen(backbone, train.take(held.nonzero()[:, 0].numpy()), frame)
+    test = extract_features(backbone, train.take(held.nonzero()[:, 0].numpy()), frame)
     best, accuracy = _best(probes.scores(test.x)[len(base_lrs) :], test.labels)
     probes.check_finite(slice(best, best + 1))
-    val = frozen(backbone, splits.val, frame)
+    val = extract_features(backbone, splits.val, frame)
     result = top_accuracies(probes.scores(val.x)[best], val.labels)
     return result | {"base_lr": base_lrs[best], "held_out_top1": accuracy}
 
@@ -229,11 +235,11 @@ def _held_out(count: int, seed: int) -> Tensor:
     return mask
 
 
-def _measure(backbone: nn.Module | None, splits: Splits, options: LinearEval, frame: Frame) -> Row:
+def _measure(backbone: nn.Module | None, splits: Splits, options: LinearEval, frame: EvalContext) -> Row:
     training = {"epochs": options.epochs, "batch_size": options.batch_size}
     if options.features == "augmented":
         return augmented_accuracy(backbone, splits, frame, base_lrs=options.base_lrs or PAPER_BASE_LRS, **training)
-    train, val = (frozen(backbone, split, frame) for split in splits)
+    train, val = (extract_features(backbone, split, frame) for split in splits)
     return linear_accuracy(
         train,
         val,

@@ -12,9 +12,9 @@ from rich.progress import Progress
 from torch import nn
 
 from fastbyol.config import Config
-from fastbyol.console import SECONDS_BETWEEN_LINES
-from fastbyol.data.images import UNLABELLED, ImageSet
-from fastbyol.errors import among, printable
+from fastbyol.data.images import UNLABELED, ImageSet
+from fastbyol.errors import join_names, printable
+from fastbyol.runtime.console import SECONDS_BETWEEN_LINES
 
 T = TypeVar("T")
 Track = Callable[[Iterable[int], int], Iterable[int]]  # (numbers, how many) -> the numbers, beside a progress bar
@@ -25,7 +25,7 @@ clock = time.monotonic
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frame:
+class EvalContext:
     """Where and how a protocol runs."""
 
     size: int  # side of the images in pixels, of the run
@@ -70,11 +70,11 @@ class Frame:
         for where, reason in new.items():
             self.say(printable(f"warning: skipped {where}: {reason}"))
         self.bad.update(new)
-        if new and (line := shortage(images, bad)) is not None:
+        if new and (line := missing_images_warning(images, bad)) is not None:
             self.say(f"warning: {line}")
 
 
-def shortage(images: ImageSet, bad: Iterable[int]) -> str | None:
+def missing_images_warning(images: ImageSet, bad: Iterable[int]) -> str | None:
     """What to know of a set of which many images, or all of a class, cannot be read; None where they are few.
 
     Args:
@@ -82,10 +82,10 @@ def shortage(images: ImageSet, bad: Iterable[int]) -> str | None:
     """
     lost = np.array(sorted(bad), dtype=np.int64)
     left = np.delete(images.labels, lost)
-    gone = [images.classes[k] for k in np.unique(images.labels[lost]) if k != UNLABELLED and k not in left]
+    gone = [images.classes[k] for k in np.unique(images.labels[lost]) if k != UNLABELED and k not in left]
     if len(lost) <= LARGEST_SHARE_LOST * len(images) and not gone:
         return None
-    classes = f", none is of {among(gone)}" if gone else ""
+    classes = f", none is of {join_names(gone)}" if gone else ""
     return printable(
         f"{len(lost)} of {len(images)} images of {images.root} cannot be read: results are of the other {len(left)}{classes}"
     )
@@ -112,12 +112,12 @@ class Protocol:
 
     name: str  # of `fastbyol eval NAME` and eval_NAME.json
     title: str  # in the report
-    open: Callable[[Any, Config, Frame], Any]
-    """(options, config of the run, frame) -> the labelled data; raises InputError where it does not suit.
+    open: Callable[[Any, Config, EvalContext], Any]
+    """(options, config of the run, frame) -> the labeled data; raises InputError where it does not suit.
 
     Of the data `len(data.train)`, `len(data.val)` and `len(data.classes)` are known to all protocols.
     """
-    measure: Callable[[nn.Module | None, Any, Any, Frame], Row]
+    measure: Callable[[nn.Module | None, Any, Any, EvalContext], Row]
     """(backbone, data, options, frame) -> a row, the metric that counts first; the backbone's weights and mode stay."""
     calibration: Callable[[Any], ImageSet] = lambda data: data.train
     """The data -> the images on which an untrained network's BatchNorm is measured."""

@@ -1,7 +1,7 @@
 """kNN and linear probe under corruptions of five strengths; both are fitted on clean training images.
 
 Corruptions and strengths: Hendrycks & Dietterich 2019 (arXiv 1903.12261), ImageNet-C: Gaussian noise, Gaussian blur, JPEG and
-contrast, applied to the centre crop of a validation image. The blur is given there for 224 px and scaled with the side.
+contrast, applied to the center crop of a validation image. The blur is given there for 224 px and scaled with the side.
 
 Shapes: n images, S = side in pixels; images are (n, 3, S, S) in [0, 1].
 """
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from fastbyol.config import RobustnessEval
-from fastbyol.evaluate.features import Features, Splits, frozen, frozen_each, open_splits
+from fastbyol.evaluate.features import Features, Splits, extract_features, extract_features_each, open_splits
 from fastbyol.evaluate.knn import knn_scores, top_accuracies
 from fastbyol.evaluate.linear import CACHED_BASE_LRS, LinearClassifier, fit_linear
-from fastbyol.evaluate.protocol import Frame, Protocol, Row
+from fastbyol.evaluate.protocol import EvalContext, Protocol, Row
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
-from fastbyol.plots import to_png
+from fastbyol.tools.plots import to_png
 
 STRENGTHS = 5
 NOISE_STD = (0.08, 0.12, 0.18, 0.26, 0.38)
@@ -75,27 +75,28 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 
 def corrupted(crops: Tensor, indices: NDArray[np.int64], name: str, strength: int, seed: int) -> Tensor:
-    """A corruption of normalised crops (n, 3, S, S): to [0, 1] and back, clipped to it."""
+    """A corruption of normalized crops (n, 3, S, S): to [0, 1] and back, clipped to it."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     images = (crops * std + mean).clamp(0, 1)
     images = CORRUPTIONS[name](images, indices, strength, seed).clamp(0, 1)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def _measure(backbone: nn.Module | None, splits: Splits, options: RobustnessEval, frame: Frame) -> Row:
-    train = frozen(backbone, splits.train, frame)
+def _measure(backbone: nn.Module | None, splits: Splits, options: RobustnessEval, frame: EvalContext) -> Row:
+    train = extract_features(backbone, splits.train, frame)
     probe = fit_linear(
         train,
         base_lrs=options.base_lrs or CACHED_BASE_LRS,
         epochs=options.epochs,
         batch_size=options.batch_size,
     )
-    clean = _accuracies(train, probe, frozen(backbone, splits.val, frame), options)
+    clean = _accuracies(train, probe, extract_features(backbone, splits.val, frame), options)
     curves: dict[str, dict[str, list[float]]] = {}
     for name in CORRUPTIONS:  # one decode for all strengths; for all corruptions the features would fill a GPU
         alters = [partial(corrupted, name=name, strength=k, seed=options.seed) for k in range(STRENGTHS)]
         found = [
-            _accuracies(train, probe, val, options) for val in frozen_each(backbone, splits.val, frame, alters, name)
+            _accuracies(train, probe, val, options)
+            for val in extract_features_each(backbone, splits.val, frame, alters, name)
         ]
         curves[name] = {metric: [accuracies[metric] for accuracies in found] for metric in clean}
     means = {f"{m}_corrupted": float(np.mean([curve[m] for curve in curves.values()])) for m in clean}

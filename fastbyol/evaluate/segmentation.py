@@ -35,13 +35,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from fastbyol.config import Config, SegmentationEval
 from fastbyol.data.decode import EXTENSIONS, BadImage, as_stored
-from fastbyol.data.shapes import LABELS_FILE, VOID
-from fastbyol.data.workers import in_order
-from fastbyol.errors import InputError, fault_of
+from fastbyol.data.workers import map_in_order
+from fastbyol.errors import InputError, error_reason
 from fastbyol.evaluate import dense
-from fastbyol.evaluate.protocol import Frame, Protocol, Row
+from fastbyol.evaluate.protocol import EvalContext, Protocol, Row
 from fastbyol.kernels.augment import IMAGENET_MEAN
 from fastbyol.precision import autocast
+from fastbyol.tools.shapes import LABELS_FILE, VOID
 
 IMAGE_EXTENSIONS = (".jpg", *(extension for extension in EXTENSIONS if extension != ".jpg"))
 SCALES = (0.7, 1.4)  # of a training image; the paper, which trains for longer, draws from 0.5 to 2
@@ -68,7 +68,7 @@ VOC_CLASSES = [
     "train",
     "tvmonitor",
 ]
-_PADDING = np.array([round(255 * value) for value in IMAGENET_MEAN], dtype=np.uint8)  # 0 once it is normalised
+_PADDING = np.array([round(255 * value) for value in IMAGENET_MEAN], dtype=np.uint8)  # 0 once it is normalized
 
 
 class VocImage(NamedTuple):
@@ -88,7 +88,7 @@ class VocFolder:
     classes: list[str]
 
 
-def open_voc(options: SegmentationEval, config: Config, frame: Frame) -> VocFolder:
+def open_voc(options: SegmentationEval, config: Config, frame: EvalContext) -> VocFolder:
     """Both splits of the folder `options.root`; every image and mask is decoded once. Says which classes a split lacks.
 
     Raises:
@@ -106,7 +106,7 @@ def open_voc(options: SegmentationEval, config: Config, frame: Frame) -> VocFold
         name = min(both).image.stem
         raise InputError(f"root={root}: {name} is in train.txt and in val.txt; an image must be in one of them")
     images = [*folder.train, *folder.val]
-    found = in_order(lambda one: _check(one, folder), images, options.threads)
+    found = map_in_order(lambda one: _check(one, folder), images, options.threads)
     held = list(frame.track("reading images and masks", found, len(images)))
     seen: dict[str, set[int]] = {}
     for split, part in (("train", held[: len(folder.train)]), ("val", held[len(folder.train) :])):
@@ -143,7 +143,7 @@ def read_mask(file: Path) -> NDArray[np.uint8]:
     try:
         image = as_stored(file.read_bytes())
     except (OSError, ValueError, BadImage) as error:  # ValueError: a name that no file can have
-        raise InputError(f"{file}: {fault_of(error)}") from None
+        raise InputError(f"{file}: {error_reason(error)}") from None
     if image.mode not in ("P", "L", "1"):
         raise InputError(
             f"{file}: its pixels are {image.mode}, not class numbers; save it as a palette or gray image of 0, 1, 2, ..."
@@ -208,7 +208,7 @@ def build_segmenter(backbone: nn.Module, size: int, classes: int, *, finetune: b
     return network
 
 
-def evaluate_segmenter(network: nn.Module, folder: VocFolder, size: int, frame: Frame, *, batch_size: int) -> Row:
+def evaluate_segmenter(network: nn.Module, folder: VocFolder, size: int, frame: EvalContext, *, batch_size: int) -> Row:
     """mIoU and pixel accuracy in [0, 1] of a network (n, 3, S, S) -> (n, 1 + K, S, S) on the validation images."""
     kinds = {"num_classes": 1 + len(folder.classes), "ignore_index": VOID}
     metrics = MetricCollection(
@@ -222,16 +222,16 @@ def evaluate_segmenter(network: nn.Module, folder: VocFolder, size: int, frame: 
     with torch.no_grad(), autocast(frame.device, frame.dtype):
         for chunk in frame.track("validation", chunks, len(folder.val), each=batch_size):
             images, masks, inner = zip(
-                *in_order(lambda one: _validation_pair(one, size), chunk, frame.threads), strict=True
+                *map_in_order(lambda one: _validation_pair(one, size), chunk, frame.threads), strict=True
             )
-            logits = network(dense.normalise(torch.from_numpy(np.stack(images)).to(frame.device))).float()
+            logits = network(dense.normalize(torch.from_numpy(np.stack(images)).to(frame.device))).float()
             for scores, mask, (height, width) in zip(logits, masks, inner, strict=True):
                 scores = F.interpolate(scores[None, :, :height, :width], mask.shape, mode="bilinear")
                 metrics.update(scores.argmax(1), torch.from_numpy(mask).to(frame.device)[None].long())
     return {key: value.item() for key, value in metrics.compute().items()}
 
 
-def _measure(backbone: nn.Module | None, folder: VocFolder, options: SegmentationEval, frame: Frame) -> Row:
+def _measure(backbone: nn.Module | None, folder: VocFolder, options: SegmentationEval, frame: EvalContext) -> Row:
     assert backbone is not None
     size = dense.dense_size(options.image_size_px, frame)
     dtype = frame.training_dtype
@@ -246,7 +246,7 @@ def _measure(backbone: nn.Module | None, folder: VocFolder, options: Segmentatio
         def loss_of(batch: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> Tensor:
             images, masks = (torch.from_numpy(np.stack(part)).to(frame.device) for part in zip(*batch, strict=True))
             with autocast(frame.device, dtype):
-                logits = network(dense.normalise(images))
+                logits = network(dense.normalize(images))
             seen = (masks != VOID).sum().clamp(min=1)  # a batch of padding and void alone gives 0, not NaN
             return F.cross_entropy(logits, masks.long(), ignore_index=VOID, reduction="sum") / seen
 
@@ -374,7 +374,7 @@ SEGMENTATION = Protocol(
     name="segmentation",
     title="Semantic segmentation",
     open=open_voc,
-    calibration=lambda folder: dense.unlabelled([one.image for one in folder.train]),
+    calibration=lambda folder: dense.unlabeled([one.image for one in folder.train]),
     measure=_measure,
     takes_pixels=False,
 )

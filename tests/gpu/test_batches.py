@@ -4,12 +4,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from on_device import DEVICE, give_back_memory, needs_cuda, no_synchronisation, stall, write_corpus
+from helpers.on_device import DEVICE, give_back_memory, needs_cuda, no_synchronization, stall, write_corpus
 
 from fastbyol.config import DataConfig
 from fastbyol.data import beton, build_loader, open_split
-from fastbyol.environment import FFCV_COMMAND, dali_command, has_module
 from fastbyol.kernels.augment import IMAGENET_STD
+from fastbyol.runtime.environment import FFCV_COMMAND, dali_install_command, has_module
 
 pytestmark = pytest.mark.gpu
 
@@ -33,7 +33,7 @@ def make(root, split, backend, device, dtype, **changes):
     return build_loader(config, open_split(root, split), seed=5, device=device, dtype=dtype)
 
 
-def collect(loader, start, stop, watched=no_synchronisation):
+def collect(loader, start, stop, watched=no_synchronization):
     """View 1, view 2, labels and indices of all batches, on the CPU. Each is copied behind work that takes longer than the loader."""
     kept = []
     with watched():
@@ -44,7 +44,7 @@ def collect(loader, start, stop, watched=no_synchronisation):
 
 
 def assert_same_images_and_near_views(actual, expected):
-    """The decoders' rounding: views within 3/255 before normalisation."""
+    """The decoders' rounding: views within 3/255 before normalization."""
     assert len(actual) == len(expected)
     std = torch.tensor(IMAGENET_STD)[:, None, None]
     for mine, other in zip(actual, expected, strict=True):
@@ -96,7 +96,7 @@ def test_a_loop_left_early_can_begin_anew(stored):
     assert all(torch.equal(a, b) for p, q in zip(first, again, strict=True) for a, b in zip(p, q, strict=True))
 
 
-@pytest.mark.skipif(not has_module("nvidia.dali"), reason=f"DALI is not installed: {dali_command()}")
+@pytest.mark.skipif(not has_module("nvidia.dali"), reason=f"DALI is not installed: {dali_install_command()}")
 @pytest.mark.parametrize("split", ["train", "jpg.beton", "raw.beton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dali_s_views_are_the_native_ones(stored, split, dtype):

@@ -1,12 +1,12 @@
-"""The kernels against their references, nothing synchronised, and CUDA graphs that follow their scalars."""
+"""The kernels against their references, nothing synchronized, and CUDA graphs that follow their scalars."""
 
 import numpy as np
 import pytest
 import torch
-from problems import ETA, Problem, crops_of, images, largest_error, odd_shapes, parameter_row, reference
+from helpers.problems import ETA, Problem, crops_of, images, largest_error, odd_shapes, parameter_row, reference
 
+from fastbyol.data.views import sample
 from fastbyol.kernels import crop, dispatch, lars_ema
-from fastbyol.views import sample
 
 pytestmark = pytest.mark.gpu
 
@@ -46,7 +46,7 @@ def test_lars_and_target_over_twenty_steps(dtype, scale):
     assert problem.largest_error() < 1e-6
 
 
-def test_the_update_synchronises_nothing():
+def test_the_update_synchronizes_nothing():
     problem, update = on_gpu(Problem(odd_shapes(20), scale=64.0)), dispatch.lars_update(torch.device("cuda"))
     problem.new_gradients()
     problem.step(update, 6, 20)
@@ -106,7 +106,7 @@ def test_gradients_in_buckets_at_odd_places():
 @pytest.mark.parametrize("size", [19, 96, 224])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_augmentation(size, dtype):
-    from fastbyol.kernels.gpu.augment import augment_views
+    from fastbyol.kernels.triton.augment import augment_views
 
     count = 24
     params = sample("byol", 0, 0, np.arange(count), np.full((count, 2), 300))
@@ -119,7 +119,7 @@ def test_augmentation(size, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits_are_the_rounded_float32(dtype):
-    from fastbyol.kernels.gpu.augment import augment_views
+    from fastbyol.kernels.triton.augment import augment_views
 
     rows = torch.from_numpy(
         np.stack([parameter_row(JITTER=1, CONTRAST=1.2, SATURATION=0.9, SIGMA=s) for s in (0.0, 1.1)])
@@ -130,7 +130,7 @@ def test_16_bits_are_the_rounded_float32(dtype):
 
 
 def test_augmentation_again_gives_the_same_bits():
-    from fastbyol.kernels.gpu.augment import augment_views
+    from fastbyol.kernels.triton.augment import augment_views
 
     row = parameter_row(JITTER=1, CONTRAST=1.2, SATURATION=0.9, HUE=0.05, SIGMA=1.0)
     crops, rows = crops_of(8, 64).cuda(), torch.from_numpy(np.stack([row] * 8)).cuda()
@@ -139,7 +139,7 @@ def test_augmentation_again_gives_the_same_bits():
 
 
 def test_crops():
-    from fastbyol.kernels.gpu.crop import crop_views
+    from fastbyol.kernels.triton.crop import crop_views
 
     pictures = images()
     params = sample("byol", 3, 0, np.arange(len(pictures)), [p.shape[:2] for p in pictures])

@@ -4,13 +4,13 @@ from functools import lru_cache
 
 import pytest
 import torch
-from on_device import (
+from helpers.on_device import (
     DEVICE,
     Network,
     give_back_memory,
     needs_cuda,
     new_batch,
-    no_synchronisation,
+    no_synchronization,
     run,
     set_scale,
     state_of,
@@ -105,11 +105,11 @@ def test_eager_compiled_and_captured_steps_agree_over_eight_steps(network, backb
         pytest.param("cuda_graph", "fp16", {"name": "adamw"}, marks=needs_cuda),
     ],
 )
-def test_a_step_synchronises_nothing(network, mode, precision, optim):
+def test_a_step_synchronizes_nothing(network, mode, precision, optim):
     step = network("test_resnet").step(mode, precision, optim=optim)
     run(step, WARM)
     batches = [new_batch(k, step.dtype) for k in range(3)]
-    with no_synchronisation():
+    with no_synchronization():
         outputs = [step(WARM + k, batch) for k, batch in enumerate(batches)]
         if DEVICE.type == "cuda":
             with pytest.raises(RuntimeError, match="synchroniz"):

@@ -4,21 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from on_device import DEVICE
+from helpers.common import ROOT
+from helpers.on_device import DEVICE
 
 pytestmark = pytest.mark.gpu
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_compiled_parts_in_a_process_group_of_one_are_the_plain_step():
     """float32, SyncBN's reduction among them: losses to 1e-4, and the path of the weights; both round in the 7th digit."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     environment = os.environ | alone | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(Path(__file__).with_name("group_of_one.py"))]
+    command = [sys.executable, str(ROOT / "tests/helpers/group_of_one.py")]
     limit_s = 180 if DEVICE.type == "cuda" else 280
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

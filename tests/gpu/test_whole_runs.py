@@ -6,10 +6,19 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torchvision
-from conftest import losses
-from on_device import DEVICE, SIZE, Network, give_back_memory, memory_limited_to, needs_cuda, new_batch, write_corpus
+from helpers.common import losses
+from helpers.on_device import (
+    DEVICE,
+    SIZE,
+    Network,
+    give_back_memory,
+    memory_limited_to,
+    needs_cuda,
+    new_batch,
+    write_corpus,
+)
 
-from fastbyol import memory
+from fastbyol import batch_size
 from fastbyol.config import (
     CheckpointConfig,
     Config,
@@ -22,14 +31,14 @@ from fastbyol.config import (
     OptimConfig,
     StepConfig,
 )
-from fastbyol.distributed import World
 from fastbyol.errors import RunError
-from fastbyol.evaluate import BYOL_ROW, evaluate, load_run
-from fastbyol.export import export
+from fastbyol.evaluate import BYOL_ROW, evaluate, load_checkpoint_model
 from fastbyol.layers import one_view
-from fastbyol.profiling import BACKWARD, COPY, EXCHANGE, ONLINE, REST, TARGET, WAIT, profile
+from fastbyol.runtime.distributed import World
+from fastbyol.tools.profiling import BACKWARD, COPY, EXCHANGE, ONLINE, REST, TARGET, WAIT, profile
 from fastbyol.train import train
-from fastbyol.weights import open_backbone
+from fastbyol.weights.export import export
+from fastbyol.weights.load import open_backbone
 
 pytestmark = pytest.mark.gpu
 
@@ -75,7 +84,7 @@ def test_a_run_logs_and_evaluates(trained):
     assert sorted(found) == list(range(1, 9))
     assert all(0 < loss < 8 for loss in found.values())
     summary = json.loads((trained.folder / "summary.json").read_text())
-    assert summary["knn_best"] > 0.5  # six classes of waves, of other directions and colours
+    assert summary["knn_best"] > 0.5  # six classes of waves, of other directions and colors
     parts = summary["memory_bytes"]
     assert min(parts[name] for name in ("weights", "target", "momentum", "gradients", "batch")) > 0
 
@@ -107,7 +116,7 @@ def test_an_exported_backbone_gives_the_run_s_features(trained, tmp_path, form):
         backbone.fc = torch.nn.Identity()
         backbone.load_state_dict(torch.load(out, weights_only=True))
     images = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    model = load_run(trained.folder, silent).model
+    model = load_checkpoint_model(trained.folder, silent).model
     expected = one_view(model.online.backbone).eval()(images)
     for device in {DEVICE, torch.device("cpu")}:
         actual = backbone.eval().to(device)(images.to(device)).cpu()
@@ -139,7 +148,7 @@ def test_the_batch_that_auto_finds_fits_and_four_times_as_much_does_not(make_con
         step={"mode": "eager"},
     )
     with memory_limited_to(GIB):
-        size = memory.largest_batch(config, DEVICE, World())
+        size = batch_size.find_batch_size(config, DEVICE, World())
         assert size >= 4
         assert size & (size - 1) == 0
         assert GIB / 4 < bytes_of_a_step(config, size) < GIB
@@ -177,7 +186,7 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_do(make_config):
     text = str(caught.value)
     assert text.startswith("out of GPU memory: ")
     assert "\n" not in text
-    for remedy in ("data.batch_size (auto finds the largest)", "step.micro_batches", "step.checkpoint_stages"):
+    for remedy in ("data.batch_size (auto finds the largest)", "step.micro_batches", "step.activation_checkpointing"):
         assert remedy in text
     assert text.endswith("lower data.image_size_px; there is no checkpoint yet")
 
@@ -189,8 +198,8 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_do(make_config):
 def small_peaks(monkeypatch):
     """The machine's peaks are not what is tested."""
     with monkeypatch.context() as patch:
-        patch.setattr("fastbyol.roofline._PEAK_SIDES", {"cpu": (128,), "cuda": (1024,)})
-        patch.setattr("fastbyol.roofline._PEAK_BYTES", {"cpu": 2**16, "cuda": 2**24})
+        patch.setattr("fastbyol.tools.roofline._PEAK_SIDES", {"cpu": (128,), "cuda": (1024,)})
+        patch.setattr("fastbyol.tools.roofline._PEAK_BYTES", {"cpu": 2**16, "cuda": 2**24})
         yield
 
 

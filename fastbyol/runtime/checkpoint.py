@@ -1,0 +1,198 @@
+"""Checkpoints: written atomically, verified when read, loadable by torch.load(weights_only=True).
+
+A checkpoint is a dict of plain values and tensors:
+
+    format, version, step (optimizer steps done), config (nested dict), images (in the training split), files and
+    sample (what tells them from other images: ImageSet.fingerprint and ImageSet.sample),
+    model (state dict with plain names), optimizer (state by parameter name), rng (torch's generators),
+    knn (last and best online accuracy)
+
+A file is a zip archive whose members carry a CRC-32; `load` checks them all, so a truncated or damaged file is
+recognized before a value of it is used.
+"""
+
+import errno
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbyol import __version__
+from fastbyol.config import Config
+from fastbyol.errors import InputError, RunError, error_reason, first_line
+from fastbyol.runtime.files import atomic_write
+
+FORMAT = 1
+BEST = "best.pt"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NAME = re.compile(r"step_(\d{8})\.pt")
+_MOST_STEPS = 10**15
+_KEYS = {
+    "format": int,
+    "step": int,
+    "config": dict,
+    "images": int,
+    "model": dict,
+    "optimizer": dict,
+    "rng": dict,
+    "knn": dict,
+}
+
+
+def save(folder: Path, state: dict[str, Any], *, keep_last: int, best: bool) -> Path:
+    """Writes FOLDER/step_XXXXXXXX.pt: temporary file, fsync, rename. Then drops old checkpoints.
+
+    Args:
+        state: the dict described at the top, without format and version.
+        keep_last: newest checkpoints that stay.
+        best: also keep this one as FOLDER/best.pt.
+
+    Raises:
+        RunError: it cannot be written (full disk, say). Older checkpoints are untouched then.
+    """
+    path = folder / f"step_{state['step']:08d}.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.partial"):  # of a process that was killed while it wrote
+            if not leftover.is_dir():
+                leftover.unlink()
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "version": __version__, **state}, file)
+        if best:
+            _link(path, folder / BEST)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        older = list_checkpoints(folder)
+        keep = f"the last good checkpoint is {older[-1]}" if older else "there is no older checkpoint"
+        remedy = "free some space and resume" if getattr(cause, "errno", None) in _FULL else "fix that and resume"
+        raise RunError(f"checkpoint {path} could not be written ({error_reason(cause)}); {keep}; {remedy}") from None
+    # Later ones are damaged: the run goes on from before them.
+    for old in [old for old in list_checkpoints(folder) if old.name <= path.name][:-keep_last]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads and verifies a checkpoint; its tensors are on the CPU.
+
+    Raises:
+        InputError: missing, damaged, not a fastbyol checkpoint, of a newer format, or holding more than plain data.
+    """
+    where = f"checkpoint {path}"
+    if path.exists() and not path.is_file():
+        raise InputError(f"{where} is not a file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (member := archive.testzip()) is not None:
+                raise InputError(f"{where} is damaged: {member} fails its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error_reason(error)}") from None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        raise InputError(f"{where} is damaged or not a checkpoint") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{where} is refused: it holds code, not only data") from None
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{where} is damaged or not a checkpoint: {first_line(error)}") from None
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _KEYS.items()):
+        raise InputError(f"{where} is not one of fastbyol's")
+    if state["format"] != FORMAT:
+        raise InputError(f"{where} has format {state['format']}, this version reads format {FORMAT}")
+    if (fault := _fault(state)) is not None:
+        raise InputError(f"{where} is damaged: {fault}")
+    return state
+
+
+def _fault(state: dict[str, Any]) -> str | None:
+    """Which of a checkpoint's values no run writes."""
+    if not 0 <= state["step"] < _MOST_STEPS:
+        return f"its step is {state['step']}"
+    files, sample = state.get("files", {}), state.get("sample", [])
+    named = isinstance(files, dict) and all(isinstance(name, str) and _is_entry(e) for name, e in files.items())
+    sampled = isinstance(sample, list) and all(isinstance(digest, str) for digest in sample)
+    if not (named and sampled and state["images"] >= 1):
+        return "it does not say what images it was made on"
+    if not all(isinstance(values, dict) for values in state["optimizer"].values()):
+        return "its optimizer state is not one dict per parameter"
+    return None
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and list(map(type, entry)) == [int, str]
+
+
+def checkpoint_config(path: Path, state: dict[str, Any]) -> Config:
+    """The config of the run that wrote a checkpoint.
+
+    Raises:
+        InputError: this version does not know one of its settings or values.
+    """
+    if missing := {"data", "model", "optim"} - state["config"].keys():
+        raise InputError(f"checkpoint {path} cannot be used: its config has no {min(missing)}")
+    try:
+        return Config.from_dict(state["config"])
+    except ValueError as error:
+        raise InputError(f"checkpoint {path} cannot be used: {first_line(error)}") from None
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer steps that a numbered checkpoint has done, by its name."""
+    return int(path.stem.removeprefix("step_"))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The numbered checkpoints of a folder, oldest first."""
+    return sorted(p for p in folder.glob("step_*.pt") if _NAME.fullmatch(p.name))
+
+
+def latest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies; `warn` gets one line for each newer one that does not."""
+    found = list_checkpoints(folder)
+    while found:
+        try:
+            return found[-1], load(found[-1])
+        except InputError as error:
+            found.pop()
+            warn(f"{error}; trying the one before" if found else str(error))
+    return None
+
+
+def resolve(run_or_file: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint named by its file or by its run's folder (then the newest good one).
+
+    Raises:
+        InputError: there is none, or it does not verify.
+    """
+    if run_or_file.is_dir():
+        for folder in (run_or_file / "checkpoints", run_or_file):
+            if (found := latest_valid(folder, warn)) is not None:
+                return found
+        best = run_or_file / "checkpoints" / BEST
+        hint = f"; {best} is there" if best.exists() else ""
+        raise InputError(f"{run_or_file}: no usable checkpoint in {run_or_file / 'checkpoints'}{hint}")
+    return run_or_file, load(run_or_file)
+
+
+def _link(path: Path, link: Path) -> None:
+    """Makes `link` the same file as `path`, atomically; a copy where the file system has no hard links."""
+    temporary = link.with_name(f".{link.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        temporary.write_bytes(path.read_bytes())
+    os.replace(temporary, link)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

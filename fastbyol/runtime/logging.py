@@ -1,0 +1,56 @@
+"""The package's logger, and the console handler that the command line attaches to it.
+
+As a library, fastbyol logs to the standard logger "fastbyol" and configures nothing.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from fastbyol.errors import printable
+
+logger = logging.getLogger("fastbyol")
+
+
+def format_record(record: logging.LogRecord) -> str:
+    """Return the text of a record as the console shows it: warnings and errors are marked, control characters escaped."""
+    prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+    return printable(prefix + record.getMessage())
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints records to the current sys.stdout, one line each, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record; warnings are yellow on a terminal."""
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        console = Console(emoji=False)  # sys.stdout may have been replaced since the last record
+        console.print(format_record(record), style=style, highlight=False, markup=False, soft_wrap=True)
+        console.file.flush()
+
+
+@contextmanager
+def console_logging() -> Iterator[None]:
+    """Context: the package's logger prints to the console. Records of level INFO and above are shown."""
+    handler, level, propagate = ConsoleHandler(), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # the program's own handlers would print every line again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+@contextmanager
+def muted(mute: bool) -> Iterator[None]:
+    """Context: the logger drops records below ERROR if `mute`. All ranks but the main process are muted."""
+    logger.addFilter(drop := lambda record: not mute or record.levelno >= logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)

@@ -1,0 +1,254 @@
+"""What a config does on this machine: `fastbyol bench` times the loader, the step and both together beside the step's bound.
+
+All are measured in turn, round by round, in one process; ratios are within a round. The bound is 3/8 of the images/s of a supervised step of the
+same backbone in the same precision and mode: an image costs it 3 forward passes of one view (forward, and twice as much backward), BYOL's 8 (two
+views through the online network, forward and backward, and through the target). It is given as many images as BYOL has views, so that its
+convolutions are as large. The supervised network is timm's as it is, with torch's own BatchNorm and convolutions, so that the bound says nothing of
+our layers; where they are faster than torch's, as on a CPU, the step can pass it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbyol.config import Config
+from fastbyol.data import choose_backend, native
+from fastbyol.data.views import VIEWS
+from fastbyol.errors import InputError
+from fastbyol.model import build_backbone
+from fastbyol.precision import autocast
+from fastbyol.runtime import environment
+from fastbyol.runtime.files import check_output, write_json
+from fastbyol.tools.profiling import Loop, Training, loader_threads, opened
+from fastbyol.tools.roofline import count_step, measure_peaks
+
+BOUND = 3 / 8
+CLASSES = 1000
+_NEAR = 0.9  # of a bound: nothing to gain that is worth a setting
+
+
+def bench(config: Config, *, rounds: int, steps: int, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measures a config and says which of its parts limits it.
+
+    Under torchrun every rank calls this and rates are those of all ranks; the supervised step exchanges nothing.
+
+    Args:
+        rounds: turns of each measurement.
+        steps: of a turn.
+        out: JSON file to write.
+
+    Returns:
+        what the file holds.
+
+    Raises:
+        InputError: the config does not fit the data or the machine, or `out` cannot be written.
+        RunError: `out` could not be written in the end.
+    """
+    for name, value in (("rounds", rounds), ("steps", steps)):
+        if value < 1:
+            raise InputError(f"--{name} {value}: must be at least 1")
+
+    def check() -> None:
+        if out is not None:
+            check_output(out, f"--out {out}")
+
+    with opened(config, check, say) as training:
+        measured = _measure(training, rounds, steps)
+    result: dict[str, Any] = {"what": training.describe(), "rounds": rounds, "steps": steps}
+    result |= {"images_per_s": measured} | _ratios(measured)
+    result["limit"] = limit(result, training.device)
+    result["advice"] = advice(result, training)
+    result |= {"config": training.config.to_dict(), "environment": environment.describe()}
+    if training.world.is_main_process:
+        if out is not None:
+            result["rates"] = _rates(training, median(measured["step"]))
+            write_json(out, result, f"--out {out}")
+        for line in lines(result):
+            say(line)
+    return result
+
+
+def _measure(training: Training, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Images/s of every measurement, round by round."""
+    batch = training.config.data.batch_size
+    loop = Loop(training)
+    try:
+        loop.warm_up()
+        resident = loop.resident_batch()
+        images = torch.cat(resident.views)
+        model = _supervised(training).to(device=images.device, memory_format=torch.channels_last)
+        step = supervised_step(model, len(images), images.device, training.step.dtype, training.step.mode)
+        turns = {
+            "loader": (loop.skip, training.config.data.prefetch_batches + 1),
+            "step": (lambda: loop.step(resident), 2),
+            "supervised": (lambda: step(images), 2),
+            "whole": (loop, training.config.data.prefetch_batches + 1),
+        }
+        for call, _ in turns.values():  # compile everything before the first round
+            loop.timed(2, call)
+        found: dict[str, list[float]] = {name: [] for name in turns}
+        for _ in range(rounds):
+            for name, (call, before) in turns.items():
+                loop.timed(before, call)  # whatever lay ready from the turn before is used up
+                images_a_call = batch * (VIEWS if name == "supervised" else 1)
+                found[name].append(steps * images_a_call / loop.timed(steps, call))
+        return found
+    finally:
+        loop.close()
+
+
+def _supervised(training: Training) -> nn.Module:
+    """The config's backbone as timm has it, with a classifier; weights from the config's seed."""
+    config = training.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone, features = build_backbone(config.model, config.data.image_size_px)
+        return nn.Sequential(backbone, nn.Linear(features, CLASSES))
+
+
+def supervised_step(
+    model: nn.Module, batch: int, device: torch.device, dtype: torch.dtype, mode: str
+) -> Callable[[Tensor], Tensor]:
+    """A step of cross-entropy and SGD with momentum: images (B, 3, S, S) in, loss out.
+
+    Args:
+        model: (B, 3, S, S) -> (B, CLASSES), on `device`.
+        batch: B.
+        dtype: of the computation.
+        mode: of the step: eager, or compiled, with CUDA graphs of torch's own making on a GPU.
+    """
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9, fused=True)
+    labels = (torch.arange(batch) % CLASSES).to(device)
+
+    def forward(images: Tensor) -> Tensor:
+        with autocast(device, dtype):
+            return F.cross_entropy(model(images), labels)
+
+    if mode != "eager":
+        forward = torch.compile(forward, mode="reduce-overhead" if device.type == "cuda" else None)
+
+    def step(images: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = forward(images)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def _rates(training: Training, step_images_per_s: float) -> dict[str, Any]:
+    """What `fastbyol plan --rates` takes from this machine."""
+    images = training.config.data.batch_size // training.world.size
+    peaks = measure_peaks(training.device, training.step.dtype)
+    counted = count_step(training.config, images, training.step.dtype)
+    roofline_s = sum(work.roofline_s(peaks) for work in counted.values())
+    threads = loader_threads(training) or {}
+    return {
+        "peaks": asdict(peaks),
+        "efficiency": roofline_s * step_images_per_s / training.config.data.batch_size,
+        "loader_ms": {name: ms for name, ms in threads.items() if name != "read"},
+        "image_size_px": training.config.data.image_size_px,
+        "cores": native.resolve_threads(0),
+        "device": training.device.type,
+        "dtype": str(training.step.dtype).removeprefix("torch."),
+    }
+
+
+def _ratios(measured: dict[str, list[float]]) -> dict[str, list[float]]:
+    """What is compared, round by round."""
+    columns = list(zip(*(measured[name] for name in ("loader", "step", "supervised", "whole")), strict=True))
+    return {
+        "step_over_bound": [step / (BOUND * supervised) for _, step, supervised, _ in columns],
+        "whole_over_step": [whole / step for _, step, _, whole in columns],
+        "whole_over_loader": [whole / loader for loader, _, _, whole in columns],
+    }
+
+
+def limit(result: dict[str, Any], device: torch.device) -> str:
+    """What whole training waits for: "loader", "step", or "cores" where both work on the same CPU cores."""
+    loader, step = (median(result["images_per_s"][name]) for name in ("loader", "step"))
+    if device.type == "cpu":
+        return "cores"
+    return "loader" if loader < step else "step"
+
+
+def advice(result: dict[str, Any], training: Training) -> str:
+    """One line: what to change first."""
+    rates = {name: median(values) for name, values in result["images_per_s"].items()}
+    config, device = training.config, training.device
+    share = median(result["step_over_bound"])
+    if result["limit"] == "cores":
+        loading = 1 - median(result["whole_over_step"])
+        if loading > 1 - _NEAR:
+            return f"the loader takes {loading:.0%} of the cores' time: {_faster_loader(training)}"
+        return f"the step is {1 - loading:.0%} of the time and reaches {share:.0%} of its bound: {_faster_step(training, share)}"
+    if result["limit"] == "loader":
+        if choose_backend(config.data, training.images, device)[0] == "native":
+            threads = native.resolve_threads(config.data.threads)
+            needed = math.ceil(threads * rates["step"] / rates["loader"])
+            return (
+                f"the step could take {rates['step']:.0f} images/s, which needs about {needed} loader threads on as many cores "
+                f"(now {threads}); {_faster_loader(training)}"
+            )
+        return f"the step could take {rates['step']:.0f} images/s: {_faster_loader(training)}"
+    if median(result["whole_over_step"]) < _NEAR:
+        return "loader and step are each fast enough and disturb each other: lower data.threads, so that a core is left for the step"
+    return f"the step limits, at {share:.0%} of its bound: {_faster_step(training, share)}"
+
+
+def _faster_loader(training: Training) -> str:
+    """The first of these that the config does not have yet."""
+    data = training.config.data
+    backend = choose_backend(data, training.images, training.device)[0]
+    if training.device.type == "cuda" and backend != "dali":
+        return "data.backend=dali decodes and augments on the GPU"
+    if not data.dct_scaling and backend == "native":
+        return "data.dct_scaling=true decodes large JPEGs smaller, and `fastbyol pack --max-side` makes the files smaller once for all"
+    return "`fastbyol pack --max-side` with about 1.3 times data.image_size_px, or --mode raw, leaves less to decode"
+
+
+def _faster_step(training: Training, share: float) -> str:
+    config, step = training.config, training.step
+    if config.precision in ("fp32", "tf32"):
+        return f"precision={config.precision} computes in 32 bits; precision=auto takes 16 where the hardware has them"
+    if training.device.type == "cuda" and step.mode == "eager":
+        return "step.mode=compile fuses element-wise operators"
+    if config.step.activation_checkpointing:
+        return "step.activation_checkpointing computes the first stages twice; 0 does not, if memory allows"
+    if share < _NEAR and training.device.type == "cuda" and step.mode == "compile" and training.world.size == 1:
+        return "step.mode=cuda_graph takes the host's time away; a larger data.batch_size does too"
+    return "no setting makes it faster; a smaller model.backbone or data.image_size_px does"
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result as text."""
+    rates = result["images_per_s"]
+    titles = {
+        "loader": "loader alone",
+        "step": "step alone, on a batch that is there",
+        "whole": "whole training",
+        "supervised": "supervised step of the same backbone",
+    }
+    text = [f"{titles[name]:<40}{_spread(rates[name], 1):>32} images/s" for name in titles]
+    bound = [BOUND * rate for rate in rates["supervised"]]
+    text.append(f"{'bound of the step: 3/8 of supervised':<40}{_spread(bound, 1):>32} images/s")
+    for key, title in (
+        ("step_over_bound", "step / bound"),
+        ("whole_over_step", "whole / step"),
+        ("whole_over_loader", "whole / loader"),
+    ):
+        text.append(f"{title:<40}{_spread(result[key], 3):>32}")
+    return [*text, f"limit: {result['limit']}; {result['advice']}"]
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"

@@ -1,0 +1,1 @@
+"""Backbone weights in and out: other libraries' formats, and export."""

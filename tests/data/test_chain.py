@@ -1,0 +1,194 @@
+"""The whole chain from decoded image to normalized batch, and what the options of the loader do to it."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from helpers.common import HANG_S, jpeg
+from helpers.loaders import collect, make_loader, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastbyol.data import native, open_split, views
+from fastbyol.data.decode import decode, decode_reduced, jpeg_size
+from fastbyol.data.folder import ImageFolder
+from fastbyol.kernels import augment, crop, dispatch
+from fastbyol.kernels.augment import IMAGENET_STD
+
+STD = np.array(IMAGENET_STD, dtype=np.float32)
+
+
+def smooth_image(seed: int, height: int, width: int) -> np.ndarray:
+    """Edges, gradients, noise and saturated colors."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    image = 128 + 127 * np.sin(np.stack([x / 7 + y / 11, x / 23, (x * y) ** 0.5 / 9], axis=-1) + rng.uniform(0, 6, 3))
+    image += rng.normal(0, 20, (height, width, 1)) * (rng.random() < 0.5)
+    image[: height // 3] = rng.integers(0, 256, 3)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=80)
+@given(
+    height=st.integers(1, 400),
+    width=st.integers(1, 400),
+    size=st.one_of(st.sampled_from([32, 33, 96, 127, 224, 384, 512]), st.integers(32, 130)),
+    augmentation=st.sampled_from(["byol", "torchvision"]),
+    seed=st.integers(0, 10_000),
+)
+def test_every_view_is_within_one_255th_of_the_reference(height, width, size, augmentation, seed):
+    """Odd sizes, images smaller than the crop and one-pixel crops included; before normalization, float32."""
+    image = smooth_image(seed, height, width)
+    params = views.sample(augmentation, seed, 0, [seed], [image.shape[:2]])
+    expected = views.apply_reference([torch.from_numpy(image)], params, size)
+    scratch = native.Scratch(size)
+    for v, p in enumerate(params.pack()[0]):
+        out = np.empty((size, size, 3), dtype=np.float32)
+        scratch.render(image, params.box[0, v].tolist(), p, out)
+        error = np.abs(out - expected[v, 0].permute(1, 2, 0).numpy()) * STD
+        assert error.max() < 1 / 255
+
+
+def test_dct_scaling_decodes_less_and_moves_pixels_little(folder_of):
+    """What the option's help says: where both crops keep the output's size, decode smaller; the views differ slightly."""
+    files = {
+        f"train/{i:02d}.jpg": simplejpeg.encode_jpeg(smooth_image(i, 400, 520), quality=92, colorsubsampling="420")
+        for i in range(24)
+    }
+    root = folder_of(files)
+    plain = collect(make_loader(root), 0, 4)
+    scaled = collect(make_loader(root, dct_scaling=True), 0, 4)
+    assert all(torch.equal(a[3], b[3]) for a, b in zip(plain, scaled, strict=True))
+    difference = torch.cat([(a[v] - b[v]).abs().flatten(1) for a, b in zip(plain, scaled, strict=True) for v in (0, 1)])
+    difference = difference.mean(1) * STD.mean() * 255  # per view, in 255ths
+    assert (difference > 0.05).float().mean() > 0.5  # it did something to most views
+    assert difference.median() < 8  # a sharper source than the aliasing resize of the full image sees: not equal
+    assert same(scaled, collect(make_loader(root, dct_scaling=True, threads=4), 0, 4))
+
+
+def test_the_reduced_size_keeps_the_output_s_resolution(folder_of, monkeypatch):
+    root = folder_of({f"train/{i:02d}.jpg": jpeg(i, 100, 130) for i in range(12)})
+    seen = []
+
+    def watched(data, size, factor, buffer):
+        image = decode_reduced(data, size, factor, buffer)
+        seen.append((size, factor, image.shape))
+        return image
+
+    shapes = []
+    render = native.Scratch.render
+    monkeypatch.setattr(native, "decode_reduced", watched)
+    monkeypatch.setattr(native.Scratch, "render", lambda self, *args: shapes.append(args[1]) or render(self, *args))
+    collect(make_loader(root, dct_scaling=True), 0, 8)
+    assert {factor for _, factor, _ in seen} >= {1, 2}
+    for (height, width), factor, shape in seen:
+        assert shape == (-(-height // factor), -(-width // factor), 3)
+    reduced = [box for box in shapes if box[2] < 24 or box[3] < 24]
+    full_size = [factor for _, factor, _ in seen if factor == 1]
+    assert len(reduced) <= 2 * len(full_size)  # only what was too small in the full image is below the output's 24 px
+
+
+def test_what_cannot_be_reduced_is_decoded_whole():
+    data = jpeg(1, 64, 80)
+    assert jpeg_size(data) == (64, 80)
+    assert decode_reduced(data, (64, 80), 2).shape == (32, 40, 3)
+    assert decode_reduced(data + b"\0" * 50, (64, 80), 2).shape == (32, 40, 3)
+    assert jpeg_size(b"words") is None
+    assert jpeg_size(data[:40]) is None
+    assert np.array_equal(decode_reduced(data, (64, 80), 1), decode(data))
+
+
+# --- reading ahead ---
+
+
+def test_readers_hide_a_slow_disk(photos, monkeypatch):
+    """Eight readers wait for eight files at a time: no read returns before all eight have begun one."""
+    read, all_eight = ImageFolder.read, threading.Barrier(8)
+    monkeypatch.setattr(ImageFolder, "read", lambda self, index: (all_eight.wait(HANG_S), read(self, index))[1])
+    assert (
+        len(collect(make_loader(photos, readers=8, threads=1, readahead_images=8 * 6), 0, 8)) == 8
+    )  # of 6 images each
+
+
+def test_files_read_ahead_are_bounded(photos, monkeypatch):
+    read, count = ImageFolder.read, []
+    monkeypatch.setattr(ImageFolder, "read", lambda self, index: count.append(1) or read(self, index))
+    loader = make_loader(photos, prefetch_batches=1, readahead_images=20, readers=3)
+    batches = loader.batches(0, 100)
+    next(batches)
+    time.sleep(0.5)
+    assert len(count) <= 2 * 6 + 20 + 3  # two batches decoded, twenty files ahead, one in each reader's hand
+    batches.close()
+
+
+def test_an_error_while_reading_reaches_the_consumer(photos, monkeypatch):
+    def explode(self, index):
+        raise MemoryError("no memory for a file")
+
+    monkeypatch.setattr(ImageFolder, "read", explode)
+    with pytest.raises(MemoryError, match="no memory for a file"):
+        collect(make_loader(photos), 0, 5)
+
+
+def test_nothing_is_left_open(photos):
+    shared, before = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        batches = make_loader(photos, threads=4).batches(0, 1000)
+        next(batches)
+        batches.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/dev/shm")) == shared
+
+
+# --- compilation ---
+
+
+@pytest.mark.slow
+def test_a_second_start_takes_the_kernels_from_the_cache():
+    """In this process they are compiled or loaded by now; a fresh one must not compile, nor say that it does."""
+    dispatch.compile_cpu_kernels(lambda text: None)
+    code = (
+        "from fastbyol.kernels import dispatch, crop, augment; said = []; dispatch.compile_cpu_kernels(said.append);"
+        "kernels = (crop._crop, augment._augment);"
+        "print(sum(sum(k.stats.cache_misses.values()) for k in kernels), sum('compiling' in t for t in said))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_S)
+    assert result.stdout.split() == ["0", "0"]
+
+
+def test_a_first_start_says_that_it_compiles(monkeypatch):
+    said = []
+    monkeypatch.setattr(dispatch, "_cached", lambda: False)
+    dispatch.compile_cpu_kernels(said.append)
+    assert "compiling the CPU kernels" in said[0]
+
+
+def test_what_was_compiled_with_another_unchecked_py_is_dropped(tmp_path):
+    kernel = SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path)), py_func=crop._crop.py_func)
+    older, newer, other = (tmp_path / f"{name}-1.py311.nbi" for name in ("crop._crop", "crop._crop-2", "crop.other"))
+    for path in (older, newer, other):
+        path.touch()
+    changed = dispatch._inlined()
+    for path, when in ((older, changed - 10), (newer, changed + 10), (other, changed - 10)):
+        os.utime(path, (when, when))
+    dispatch._drop_stale([kernel])
+    assert [path.exists() for path in (older, newer, other)] == [False, True, True]
+
+
+def test_new_planes_begin_a_cache_line():
+    assert all(augment.new_planes(size).ctypes.data % 64 == 0 for size in (1, 31, 224))
+
+
+def test_index_and_loader_agree_on_the_epoch(photos):
+    folder = open_split(photos, "train")
+    loader = make_loader(photos)
+    indices = torch.cat([b[3] for b in collect(loader, len(loader), 2 * len(loader))]).tolist()
+    assert indices == views.epoch_order(0, 1, len(folder)).tolist()

@@ -1,0 +1,798 @@
+import base64
+import io
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from helpers.common import jpeg
+from rich.console import Console
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from fastbyol.config import EVALUATIONS, Config, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
+from fastbyol.data import open_split
+from fastbyol.data.beton import pack
+from fastbyol.data.folder import ImageFolder
+from fastbyol.data.native import random_crops
+from fastbyol.data.views import apply_reference, epoch_order, sample
+from fastbyol.errors import InputError, RunError
+from fastbyol.evaluate import BYOL_ROW, PIXELS_ROW, TASKS, UNTRAINED_ROW, eval_context, evaluate, load_checkpoint_model
+from fastbyol.evaluate import features as extraction
+from fastbyol.evaluate import protocol as protocols
+from fastbyol.evaluate.features import Features, Splits, calibrate_batchnorm, extract
+from fastbyol.evaluate.fewshot import episode_accuracies, nearest_mean_scores
+from fastbyol.evaluate.finetune import finetune
+from fastbyol.evaluate.knn import knn_accuracy, knn_scores
+from fastbyol.evaluate.linear import (
+    CACHED_BASE_LRS,
+    Probes,
+    _held_out,
+    augmented_accuracy,
+    fit_linear,
+    linear_accuracy,
+    train_probes,
+)
+from fastbyol.evaluate.protocol import EvalContext, missing_images_warning
+from fastbyol.evaluate.robustness import CORRUPTIONS, STRENGTHS, corrupted
+from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.runtime.runlog import read_metrics
+from fastbyol.tools.report import _neighbors, write_report
+from fastbyol.tools.shapes import prepare_shapes
+from fastbyol.train import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32, "threads": 2}
+
+
+def frame(size=32):
+    return EvalContext(size=size, say=lambda text: None, **CPU)
+
+
+def blobs(n, classes, features, spread, seed=0):
+    """Overlapping Gaussian classes."""
+    rng = np.random.default_rng(seed)
+    centers = np.random.default_rng(99).normal(size=(classes, features))
+    labels = rng.integers(0, classes, n)
+    x = centers[labels] + spread * rng.normal(size=(n, features))
+    return Features(torch.tensor(x, dtype=torch.float32), torch.tensor(labels), classes, {})
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 500])
+def test_knn_equals_scikit_learn_s_weighted_knn(k):
+    train_set, val = blobs(300, 7, 16, 1.5), blobs(200, 7, 16, 1.5, seed=1)
+    temperature = 0.07
+    # scikit-learn gives cosine distances d = 1 - s; weights exp(s / T) up to a common factor.
+    sklearn = KNeighborsClassifier(min(k, 300), metric="cosine", weights=lambda d: np.exp(-d / temperature))
+    sklearn.fit(train_set.x.double().numpy(), train_set.labels.numpy())
+    scores = knn_scores(train_set.x, train_set.labels, val.x, k=k, temperature=temperature, classes=7)
+    share = scores / scores.sum(1, keepdim=True)
+    assert np.abs(share.numpy() - sklearn.predict_proba(val.x.double().numpy())).max() < 1e-4
+    expected = sklearn.score(val.x.double().numpy(), val.labels.numpy())
+    assert knn_accuracy(train_set, val, k=k, temperature=temperature)["top1"] == pytest.approx(expected)
+
+
+def test_linear_probe_equals_logistic_regression_within_half_a_point():
+    train_set, val = blobs(4000, 5, 12, 1.6), blobs(4000, 5, 12, 1.6, seed=1)
+    accuracy = linear_accuracy(train_set, val, base_lrs=(0.01, 0.1), epochs=40)
+    sklearn = LogisticRegression(C=1e4, max_iter=1000).fit(train_set.x.numpy(), train_set.labels.numpy())
+    assert accuracy["top1"] == pytest.approx(sklearn.score(val.x.numpy(), val.labels.numpy()), abs=0.005)
+    assert 0.5 < accuracy["top1"] < 0.95  # neither trivial nor hopeless
+
+
+@pytest.mark.slow
+def test_linear_probe_equals_logistic_regression_on_few_real_images():
+    """900 of scikit-learn's digits, both with a strength picked on the same held-out ones; four splits, since an image is 0.1 point."""
+    digits = load_digits()
+    gaps = []
+    for seed in range(4):
+        order = np.random.default_rng(seed).permutation(len(digits.target))
+        train_set, val = (
+            Features(torch.tensor(digits.data[rows], dtype=torch.float32), torch.tensor(digits.target[rows]), 10, {})
+            for rows in (order[:900], order[900:])
+        )
+        scaler = StandardScaler().fit(train_set.x)
+        x, x_val = (scaler.transform(features.x) for features in (train_set, val))
+        held, y = _held_out(900, 0).numpy(), train_set.labels.numpy()
+        strengths = {
+            c: log_loss(y[held], LogisticRegression(C=c, max_iter=2000).fit(x[~held], y[~held]).predict_proba(x[held]))
+            for c in (0.1, 0.3, 1, 3, 10)
+        }
+        best = LogisticRegression(C=min(strengths, key=strengths.get), max_iter=2000).fit(x, y)
+        gaps.append(linear_accuracy(train_set, val, base_lrs=CACHED_BASE_LRS)["top1"] - best.score(x_val, val.labels))
+    assert abs(np.mean(gaps)) < 0.005
+    assert np.abs(gaps).max() < 0.01
+
+
+def test_batched_probes_equal_torch_s_sgd_one_by_one():
+    data = blobs(96, 3, 5, 1.0)
+    rates = (0.05, 0.4)
+    probes = train_probes(data.x, data.labels, 3, base_lrs=rates, epochs=3, batch_size=32, seed=4)
+    for i, rate in enumerate(rates):
+        layer = nn.Linear(5, 3)
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.SGD(layer.parameters(), rate * 32 / 256, momentum=0.9, nesterov=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
+        generator = torch.Generator().manual_seed(4)
+        for _ in range(3):
+            for rows in torch.randperm(96, generator=generator).split(32):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(layer(data.x[rows]), data.labels[rows]).backward()
+                optimizer.step()
+                schedule.step()
+        assert (probes.weight[i] - layer.weight).abs().max() < 1e-5
+        assert (probes.bias[i] - layer.bias).abs().max() < 1e-5
+
+
+def test_the_learning_rate_is_picked_on_held_out_training_images():
+    train_set, val = blobs(1000, 4, 8, 1.0), blobs(500, 4, 8, 1.0, seed=1)
+    result = linear_accuracy(train_set, val, base_lrs=(1e-9, 0.1), epochs=20)
+    assert result["base_lr"] == 0.1
+    # Val labels play no part in the choice: shuffled ones change the accuracy alone.
+    shuffled = Features(val.x, val.labels.roll(1), 4, {})
+    other = linear_accuracy(train_set, shuffled, base_lrs=(1e-9, 0.1), epochs=20)
+    assert (other["base_lr"], other["held_out_top1"]) == (result["base_lr"], result["held_out_top1"])
+    assert other["top1"] < 0.5 < result["top1"]
+
+
+def test_non_finite_features_are_refused():
+    data = blobs(50, 3, 4, 1.0)
+    data.x[3, 2] = float("nan")
+    with pytest.raises(InputError, match="diverged"):
+        knn_accuracy(data, data, k=5, temperature=0.07)
+    with pytest.raises(InputError, match="diverged"):
+        linear_accuracy(data, data, base_lrs=(0.1,))
+
+
+def test_extraction_uses_eval_mode_and_restores_train_mode(photos):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    before = network[1].running_mean.clone()
+    features = extract(network, open_split(photos, "val"), size=32, **CPU)
+    assert features.x.shape == (18, 4)
+    assert torch.equal(network[1].running_mean, before)
+    assert network.training
+
+
+def test_calibrated_batchnorm_has_the_data_s_statistics(photos):
+    folder = open_split(photos, "train")
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    calibrate_batchnorm(network, folder, frame())
+    pixels = extract(None, folder, size=32, **CPU).x.view(72, 3, 32, 32)
+    assert (network[0].running_mean - pixels.mean((0, 2, 3))).abs().max() < 1e-3
+    assert network[0].momentum == 0.1  # who trains it further goes on with torch's moving average
+
+
+def test_raw_pixels_of_large_images_are_averaged_down(photos):
+    assert extract(None, open_split(photos, "val"), size=96, **CPU).x.shape == (18, 3 * 64 * 64)
+
+
+@pytest.fixture
+def run(make_config):
+    return train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_every_protocol_reports_byol_untrained_and_pixels(run, protocol):
+    lines = []
+    few = {"epochs": 3} if protocol == "linear" else {}
+    result = evaluate(protocol, EVALUATIONS[protocol](run=str(run), **few), lines.append)
+    assert list(result["rows"]) == [BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW]
+    (written,) = run.glob(f"eval_{protocol}_*.json")
+    assert json.loads(written.read_text()) == result
+    assert (result["train_images"], result["val_images"], result["classes"]) == (72, 18, 18)
+    assert all(0 <= row["top1"] <= row["top5"] <= 1 for row in result["rows"].values())
+    assert len(lines) == 4
+    assert lines[-1] == f"wrote {written}"
+
+
+# --- images that cannot be read ---
+
+
+@pytest.fixture
+def damaged(photos, tmp_path):
+    """The photographs, of which one of val/ and one of train/ break off, and one of train/ is empty."""
+    root = tmp_path / "damaged"
+    shutil.copytree(photos, root)
+    spoilt = [sorted((root / split).rglob("*.jpg"))[k] for split, k in (("val", 0), ("train", 1), ("train", 40))]
+    for file in spoilt[:2]:
+        file.write_bytes(file.read_bytes()[:300])
+    spoilt[2].write_bytes(b"")
+    return root, [str(file) for file in spoilt]
+
+
+def skipped(lines):
+    """The file names of lines that say that an image was skipped."""
+    return [line.split("skipped ")[1].split(": ")[0] for line in lines if line.startswith("warning: skipped ")]
+
+
+FEW = {"linear": {"epochs": 2}, "finetune": {"epochs": 2, "batch_size": 24}, "robustness": {"epochs": 2}}
+FEW |= {"fewshot": {"ways": 3, "shots": (1, 2), "queries": 1, "episodes": 10}}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "more"),
+    [
+        *((name, {}) for name in ("knn", "linear", "finetune", "fewshot", "robustness")),
+        ("linear", {"features": "augmented", "batch_size": 24}),
+        ("finetune", {"base_lrs": (0.01, 0.1)}),
+    ],
+)
+def test_every_protocol_names_unreadable_images_once(run, damaged, protocol, more):
+    root, files = damaged
+    lines = []
+    options = EVALUATIONS[protocol](run=str(run), root=str(root), **FEW.get(protocol, {}) | more)
+    result = evaluate(protocol, options, lines.append)
+    assert sorted(skipped(lines)) == sorted(files)
+    assert sorted(result["bad_images"]) == sorted(files)
+    assert json.loads(next(run.glob(f"eval_{protocol}_*.json")).read_text(), parse_constant=pytest.fail) == result
+    (text,) = {line for line in lines if line.startswith("warning: 1 of 18")}
+    name = Path(files[0]).parent.name
+    assert text == (
+        f"warning: 1 of 18 images of {root}/val cannot be read: results are of the other 17, none is of {name}"
+    )
+
+
+def test_calibration_names_unreadable_images_and_needs_two(damaged, folder_of):
+    root, files = damaged
+    lines = []
+    told = EvalContext(**{**vars(frame()), "say": lines.append, "bad": {}})
+    calibrate_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), open_split(root, "train"), told)
+    assert sorted(skipped(lines)) == sorted(files[1:])
+    alone = folder_of({"train/a/0.jpg": jpeg(0), "train/b/1.jpg": b"no"})
+    with pytest.raises(
+        InputError, match=r"train: 1 of its images can be read, the statistics of the untrained network"
+    ):
+        calibrate_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), open_split(alone, "train"), told)
+
+
+def test_a_split_of_which_nothing_can_be_read_is_one_line(run, folder_of):
+    root = folder_of({f"{split}/{c}/x.jpg": b"no" for split in ("train", "val") for c in "ab"})
+    for protocol, options in (("knn", {}), ("finetune", {"epochs": 1}), ("linear", {"features": "augmented"})):
+        with pytest.raises(
+            InputError, match=r"^.*files/train: none of the 2 images can be read, for example .*train/a/x.jpg: not an"
+        ):
+            evaluate(protocol, EVALUATIONS[protocol](run=str(run), root=str(root), **options), print)
+
+
+def test_classes_that_lose_their_images_are_not_drawn(damaged, run):
+    root, _ = damaged
+    options = FewshotEval(run=str(run), root=str(root), ways=18, shots=(1,), queries=1)
+    with pytest.raises(
+        InputError, match=r"ways=18: only 17 of 18 classes have readable images: 1 training and 1 valid"
+    ):
+        evaluate("fewshot", options, print)
+
+
+def test_shortage_is_said_from_one_per_cent_on_and_of_classes(folder_of):
+    images = ImageFolder(Path("/d"), [f"{i}.jpg" for i in range(400)], np.arange(400) // 100, ["a", "b", "c", "d"])
+    assert missing_images_warning(images, {1: "x", 2: "x", 3: "x", 4: "x"}) is None
+    assert (
+        missing_images_warning(images, range(5)) == "5 of 400 images of /d cannot be read: results are of the other 395"
+    )
+    gone = missing_images_warning(images.take(np.array([0, 1, 2, 150, 250, 350])), [3, 5])
+    assert gone == "2 of 6 images of /d cannot be read: results are of the other 4, none is of b, d"
+
+
+def test_online_knn_names_unreadable_images_once_and_its_number_is_of_the_others(damaged, make_config, capsys):
+    root, files = damaged
+    config = make_config(
+        data={"root": str(root), "batch_size": 16, "image_size_px": 32, "threads": 2, "max_bad_fraction": 0.1},
+        optim={"epochs": 2, "warmup_epochs": 0},
+        knn={"every_epochs": 1},
+    )
+    lines = capsys_lines(capsys, lambda: train(config))
+    assert sorted(skipped(lines)) == sorted(files)
+    assert sum("online kNN: 1 of 18 images of" in line for line in lines) == 1
+    assert all(
+        0 <= line["top1"] <= 1 for line in read_metrics(Path(config.runs) / config.name) if line["kind"] == "knn"
+    )
+
+
+def test_images_named_by_the_online_knn_have_the_set_s_indices(photos):
+    images = open_split(photos, "train")
+    for limit in (1, 7, 71, 72, 500):
+        part, places = images.spread(limit), images.evenly(limit)
+        assert [part.where(i) for i in range(len(part))] == [images.where(int(i)) for i in places]
+
+
+def capsys_lines(capsys, work):
+    capsys.readouterr()
+    work()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_validation_split_that_cannot_be_read_ends_the_knn_and_not_the_run(photos, make_config, tmp_path, capsys):
+    root = tmp_path / "half"
+    shutil.copytree(photos, root)
+    for file in (root / "val").rglob("*.jpg"):
+        file.write_bytes(b"no")
+    config = make_config(
+        data={"root": str(root), "batch_size": 16, "image_size_px": 32, "threads": 2},
+        optim={"epochs": 2, "warmup_epochs": 0},
+        knn={"every_epochs": 1},
+    )
+    results = []
+    lines = capsys_lines(capsys, lambda: results.append(train(config)))
+    assert (results[0].step, results[0].stopped_by) == (8, None)
+    (line,) = (line for line in lines if "no online kNN from here on" in line)
+    assert "half/val: none of the 18 images can be read, for example" in line
+    assert not any("nan" in line for line in lines)
+
+
+def test_the_report_names_what_it_has_no_neighbors_of(run, damaged):
+    root, files = damaged
+    config = Config.from_dict(json.loads((run / "config.json").read_text()))
+    model = load_checkpoint_model(run, print).model
+    lines = []
+    _neighbors(config, model, open_split(root, "train"), open_split(root, "val"), lines.append)
+    assert [line.split(": ")[1] for line in lines] == [
+        f"the report's neighbors lack {file}" for file in (*files[1:], files[0])
+    ]
+
+
+# --- progress where there is no terminal ---
+
+
+class Clock:
+    """Seconds that pass only when they are told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(protocols, "clock", lambda: self.now)
+
+    def passes(self, items, seconds):
+        """The items, each of which takes so long to make."""
+        for item in items:
+            self.now += seconds
+            yield item
+
+
+def test_progress_is_a_line_every_ten_seconds(monkeypatch):
+    clock, lines = Clock(monkeypatch), []
+    told = EvalContext(**{**vars(frame()), "say": lines.append})
+    batches = list(range(-(-50_000 // 256)))
+    assert list(told.track("features", clock.passes(batches, 2.5), 50_000, each=256)) == batches
+    assert lines[:2] == [
+        "features: 1,024 of 50,000 images, 8 min left",
+        "features: 2,048 of 50,000 images, 8 min left",
+    ]
+    assert lines[-1] == "features: 49,152 of 50,000 images, 8 s left"
+    assert len(lines) == 48  # 196 batches, four in ten seconds; none when all is done
+
+
+def test_progress_counts_what_it_is_told_and_says_nothing_of_short_work(monkeypatch):
+    clock, lines = Clock(monkeypatch), []
+    told = EvalContext(**{**vars(frame()), "say": lines.append})
+    list(told.track("linear probe", clock.passes(range(9), 1), 9, unit="epochs"))
+    assert lines == []
+    list(told.track("linear probe", clock.passes(range(3), 9), 3, unit="epochs"))
+    assert lines == ["linear probe: 2 of 3 epochs, 9 s left"]
+    list(told.track("training", clock.passes(range(3), 40_000), 3, unit="steps"))
+    assert lines[1:] == ["training: 1 of 3 steps, 22.2 h left", "training: 2 of 3 steps, 11.1 h left"]
+
+
+def test_progress_is_a_bar_and_no_line_on_a_terminal(monkeypatch):
+    clock, lines = Clock(monkeypatch), []
+    told = EvalContext(**{**vars(frame()), "say": lines.append})
+    screen = io.StringIO()
+    monkeypatch.setattr(protocols, "Console", lambda: Console(file=screen, force_terminal=True, width=80))
+    list(told.track("features", clock.passes(range(4), 30), 1000, each=256))
+    assert lines == []
+    assert "features" in screen.getvalue()
+
+
+def test_features_say_how_many_images_are_done(run, photos, monkeypatch):
+    lines, clock = [], Clock(monkeypatch)
+    original = extraction.center_crops
+    monkeypatch.setattr(
+        extraction,
+        "center_crops",
+        lambda *args, **options: clock.passes(original(*args, **options | {"batch_size": 20}), 11),
+    )
+    monkeypatch.setattr(
+        extraction.extract_each, "__kwdefaults__", extraction.extract_each.__kwdefaults__ | {"batch_size": 20}
+    )
+    evaluate("knn", KnnEval(run=str(run), baselines=False), lines.append)
+    assert lines[:3] == [
+        f"features: {done} of 72 images, {left} s left" for done, left in ((20, 29), (40, 18), (60, 7))
+    ]
+    assert lines[3].startswith(BYOL_ROW)
+
+
+# --- messages name the cause ---
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "text"),
+    [
+        ("finetune", {"batch_size": 1}, "batch_size=1: the backbone's BatchNorm needs at least 2 images per step"),
+        ("fewshot", {"ways": 19, "shots": (1,), "queries": 1}, "ways=19: .*photos has 18 classes; lower ways"),
+        (
+            "fewshot",
+            {"shots": (500,), "queries": 1},
+            "ways=5: only 0 of 18 classes of .*photos have 500 training and 1",
+        ),
+    ],
+)
+def test_input_that_does_not_suit_is_named(run, protocol, options, text):
+    with pytest.raises(InputError, match=f"^{text}"):
+        evaluate(protocol, EVALUATIONS[protocol](run=str(run), **options), print)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "text"),
+    [
+        (
+            "finetune",
+            {"base_lrs": (1e30,)},
+            r"base_lrs=1e\+30: the network became NaN or infinite while fine-tuning; ch",
+        ),
+        (
+            "finetune",
+            {"base_lrs": (1e29, 1e30)},
+            r"base_lrs=\[1e\+29, 1e\+30\]: the network became NaN or infinite with",
+        ),
+    ],
+)
+def test_rates_that_diverge_are_named(run, protocol, options, text):
+    with pytest.raises(RunError, match=f"^{text}"):
+        evaluate(protocol, EVALUATIONS[protocol](run=str(run), epochs=3, batch_size=24, **options), print)
+
+
+def test_a_classifier_that_diverges_is_named():
+    x = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
+    train = Features(x, torch.arange(4096) % 2, 2, {})
+    with pytest.raises(RunError, match=r"base_lrs=3e\+38: the classifier became NaN or infinite; choose lower ones"):
+        fit_linear(train, base_lrs=(3e38,), epochs=3, batch_size=256)
+
+
+def test_a_rate_that_diverges_leaves_the_others(run):
+    lines = []
+    options = FinetuneEval(run=str(run), epochs=3, batch_size=24, base_lrs=(1e30, 0.01), baselines=False)
+    assert evaluate("finetune", options, lines.append)["rows"][BYOL_ROW]["base_lr"] == 0.01
+    assert lines[0].startswith("warning: base_lrs=1e+30: the network became NaN or infinite while fine-tuning")
+
+
+def test_a_backbone_without_batchnorm_takes_batches_of_one(photos):
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    images = open_split(photos, "train").take(np.arange(3))
+    network = finetune(backbone, images, frame(), base_lr=1.0, epochs=1, batch_size=1)
+    assert not torch.equal(network[0][0].weight, backbone[0].weight)
+
+
+def test_too_few_labels_to_hold_some_out(run, folder_of):
+    root = folder_of({f"{split}/{c}/x.jpg": jpeg(k) for split in ("train", "val") for k, c in enumerate("ab")})
+    options = FinetuneEval(run=str(run), root=str(root), base_lrs=(0.1, 1.0), epochs=1)
+    with pytest.raises(
+        InputError, match=r"train: 2 labeled images are too few to hold some out, .*; raise fraction or"
+    ):
+        evaluate("finetune", options, print)
+    for protocol in ("knn", "linear", "finetune"):  # the fewest that there can be
+        more = {} if protocol == "knn" else {"epochs": 1}
+        rows = evaluate(protocol, EVALUATIONS[protocol](run=str(run), root=str(root), **more), print)["rows"]
+        assert all(0 <= row["top1"] <= row["top5"] == 1 for row in rows.values())
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-4, 1e300])
+def test_votes_at_any_temperature_are_those_of_the_nearest_or_of_all(temperature):
+    """At a low one the weights are too small for float32, but those of the nearest are not."""
+    bank, labels = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [0.0, 1.0]]), torch.tensor([2, 1, 1, 0])
+    scores = knn_scores(bank, labels, torch.tensor([[0.9, 0.3]]), k=3, temperature=temperature, classes=3)
+    assert torch.isfinite(scores).all()
+    assert scores.argmax().item() == (1 if temperature > 1 else 2)
+
+
+def test_every_protocol_has_options_and_the_other_way_round():
+    assert list(EVALUATIONS) == list(TASKS)
+
+
+def test_evaluation_without_labels_or_with_other_classes(run, folder_of, photos):
+    one = folder_of({"train/a/1.jpg": b"", "val/a/1.jpg": b""})
+    with pytest.raises(InputError, match=r"train has 1 class\(es\): a classifier needs at least 2"):
+        evaluate("knn", KnnEval(run=str(run), root=str(one)), print)
+    other = folder_of({"train/b/1.jpg": b"", "val/c/1.jpg": b""})
+    with pytest.raises(
+        InputError,
+        match=r"different classes: 1 of 2 in \S+train are not in \S+val: b; 1 of 2 in \S+val are not in \S+train: c",
+    ):
+        evaluate("knn", KnnEval(run=str(run), root=str(other)), print)
+    with pytest.raises(InputError, match="root: the data set /nowhere is not there"):
+        evaluate("knn", KnnEval(run=str(run), root="/nowhere"), print)
+    with pytest.raises(InputError, match=r"--out /nowhere/x.json: cannot be written"):
+        evaluate("knn", KnnEval(run=str(run), out="/nowhere/x.json", baselines=False), print)
+
+
+def test_an_empty_validation_split_is_one_line(run, photos, tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "train").symlink_to(photos / "train")
+    (tmp_path / "half" / "val" / "astronaut").mkdir(parents=True)
+    with pytest.raises(InputError, match="half/val"):
+        evaluate("knn", KnnEval(run=str(run), root=str(tmp_path / "half")), print)
+
+
+def test_random_crops_are_the_recipe_s_in_the_epoch_s_order(photos):
+    images = open_split(photos, "train")
+    batches = list(random_crops(images, size=24, seed=3, epoch=2, batch_size=20, threads=2, bad={}))
+    assert [len(x) for x, _ in batches] == [20, 20, 20]  # no partial batch
+    order = epoch_order(3, 2, 72)
+    assert np.array_equal(np.concatenate([indices for _, indices in batches]), order[:60])
+    decoded = [
+        torch.from_numpy(np.array(simplejpeg.decode_jpeg(images.read(int(i)), fastdct=False, fastupsample=False)))
+        for i in order[:20]
+    ]
+    params = sample("crop_flip", 3, 2, range(20), [image.shape[:2] for image in decoded])
+    assert (batches[0][0] - apply_reference(decoded, params, 24)[0]).abs().max() < 1e-3
+    assert params.flip.any()
+    assert not params.jitter.any()
+
+
+def test_random_crops_leave_unreadable_images_out(folder_of):
+    root = folder_of(
+        {"train/a/0.jpg": jpeg(0), "train/a/1.jpg": b"no", "train/b/2.jpg": jpeg(2), "train/b/3.jpg": jpeg(3)}
+    )
+    bad = {}
+    batches = list(random_crops(open_split(root, "train"), size=16, seed=0, epoch=0, batch_size=4, threads=2, bad=bad))
+    assert [len(x) for x, _ in batches] == [3]
+    assert list(bad) == [1]
+
+
+def test_probes_leave_out_the_images_without_a_share():
+    data = blobs(64, 3, 5, 1.0)
+    two = Probes((0.1, 0.1), 3, 5, torch.device("cpu"))
+    keep = torch.arange(64) % 4 != 0
+    share = torch.stack((torch.full((64,), 1 / 64), keep / keep.sum()))
+    one = Probes((0.1,), 3, 5, torch.device("cpu"))
+    for k in range(5):
+        two.step(data.x, data.labels, share, batch_size=64, progress=k / 5)
+        one.step(data.x[keep], data.labels[keep], torch.full((1, 48), 1 / 48), batch_size=64, progress=k / 5)
+    assert (two.weight[1] - one.weight[0]).abs().max() < 1e-6
+    assert (two.weight[0] - one.weight[0]).abs().max() > 1e-4
+
+
+def test_the_paper_s_linear_protocol_sees_new_crops_every_epoch_and_learns(photos):
+    splits = Splits(open_split(photos, "train"), open_split(photos, "val"))
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    )
+    seen = []
+    network.train().register_forward_hook(
+        lambda m, args, out: seen.append(args[0].clone()) if m.training is False else seen.append(None)
+    )
+    options = {"base_lrs": (1e-6, 8.0), "epochs": 40, "batch_size": 36}
+    result = augmented_accuracy(network, splits, frame(), **options)
+    assert len(seen[0]) == 1  # how many features there are
+    training = seen[1 : 1 + 40 * 2]
+    assert all(x is not None and len(x) == 36 for x in training)  # evaluation mode, no partial batch
+    assert not any(torch.equal(training[0], x) for x in training[1:])
+    assert network.training
+    assert result["base_lr"] == 8.0
+    assert result["held_out_top1"] > 1.5 / 14  # chance is 1/18; six networks reach 4/14 to 6/14
+    assert result["top1"] > 2.5 / 18  # 5/18 to 8/18
+
+
+def test_finetuning_trains_a_copy_and_learns(run, photos, tmp_path):
+    """It is evaluated on what it was trained on, and as many others: 0.29 to 0.40 over five seeds and two instruction sets."""
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(photos / "train")
+    labels = open_split(photos, "train").labels
+    options = {
+        "run": str(run),
+        "root": str(tmp_path),
+        "epochs": 25,
+        "batch_size": 24,
+        "base_lrs": (1.0,),
+        "fraction": 0.5,
+    }
+    result = evaluate("finetune", FinetuneEval(**options), print)
+    assert list(result["rows"]) == [BYOL_ROW, UNTRAINED_ROW]
+    assert result["train_images"] == len(labels) // 2
+    assert result["rows"][BYOL_ROW]["top1"] > 3 / 18
+    again = evaluate("finetune", FinetuneEval(**options, baselines=False), print)
+    assert again["rows"][BYOL_ROW] == result["rows"][BYOL_ROW]  # the first run left the checkpoint's network as it was
+
+
+def test_finetuning_changes_every_part_of_the_copy_and_nothing_of_the_backbone(photos):
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    )
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    network = finetune(backbone, open_split(photos, "train"), frame(), base_lr=1.0, epochs=2, batch_size=24)
+    assert all(torch.equal(value, backbone.state_dict()[name]) for name, value in before.items())
+    assert not any(torch.equal(value, network[0].state_dict()[name]) for name, value in before.items())
+    assert network[1].out_features == 18
+
+
+def test_the_rate_of_several_is_picked_on_held_out_labels(run, monkeypatch):
+    trained, tested = [], []
+    accuracies = {0.1: 0.25, 1.0: 0.5, 3.0: 0.375}
+
+    def train_on(backbone, images, frame, *, base_lr, **options):
+        trained.append((base_lr, {images.where(k) for k in range(len(images))}))
+        return base_lr
+
+    def accuracy(base_lr, split, frame):
+        tested.append({split.where(k) for k in range(len(split))})
+        return {"top1": accuracies[base_lr], "top5": 1.0}
+
+    monkeypatch.setattr("fastbyol.evaluate.finetune.finetune", train_on)
+    monkeypatch.setattr("fastbyol.evaluate.finetune._accuracy", accuracy)
+    options = FinetuneEval(run=str(run), base_lrs=tuple(accuracies), baselines=False)
+    row = evaluate("finetune", options, print)["rows"][BYOL_ROW]
+    assert row == {"top1": 0.5, "top5": 1.0, "base_lr": 1.0, "held_out_top1": 0.5}
+    *rates, (final, labeled) = trained
+    *held, validation = tested
+    assert [rate for rate, _ in rates] == list(accuracies) and final == 1.0
+    assert len(labeled) == 72 and len(validation) == 18
+    for (_, fit), test in zip(rates, held, strict=True):
+        assert len(test) == 14 and not fit & test and fit | test == labeled
+
+
+def test_a_fraction_that_leaves_a_class_empty_names_the_key(run):
+    with pytest.raises(
+        InputError, match=r"^fraction=0.01 leaves none of the 4 images of astronaut: raise it to at least 0.12"
+    ):
+        evaluate("finetune", FinetuneEval(run=str(run), fraction=0.01), print)
+
+
+def test_nearest_mean_by_hand():
+    support = torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[0.0, 4.0], [0.0, 6.0]]])
+    scores = nearest_mean_scores(support, torch.tensor([[1.0, 1.0], [1.0, 4.0]]))
+    assert torch.allclose(scores, -torch.tensor([[1.0, 17**0.5], [4.0, 2**0.5]]))
+
+
+def test_episodes_know_their_classes():
+    """Well apart classes are always right, shuffled labels are guessed at 1 / ways."""
+    train_set, val = blobs(400, 8, 16, 0.1), blobs(400, 8, 16, 0.1, seed=1)
+    options = {"shots": 3, "ways": 5, "queries": 10, "episodes": 60, "seed": 0}
+    assert episode_accuracies(train_set, val, **options).min() == 1.0
+    rng = np.random.default_rng(0)
+    shuffled = Features(val.x, val.labels[torch.from_numpy(rng.permutation(400))], 8, {})
+    assert episode_accuracies(train_set, shuffled, **options).mean() == pytest.approx(0.2, abs=0.02)
+    noisy = blobs(400, 8, 16, 3.0), blobs(400, 8, 16, 3.0, seed=1)
+    few, many = (episode_accuracies(*noisy, **(options | {"shots": k})).mean() for k in (1, 20))
+    assert few + 0.1 < many
+    assert np.array_equal(episode_accuracies(*noisy, **options), episode_accuracies(*noisy, **options))
+
+
+def test_fewshot_reports_mean_and_interval(run):
+    result = evaluate("fewshot", FewshotEval(run=str(run), shots=(1, 3), queries=1, episodes=40, ways=4), print)
+    row = result["rows"][BYOL_ROW]
+    assert list(row) == ["top1_1shot", "ci95_1shot", "top1_3shot", "ci95_3shot"]
+    assert 0 < row["ci95_1shot"] < 0.2
+    with pytest.raises(
+        InputError, match=r"ways=5: only 0 of 18 classes of .*photos have 1 training and 15 validation images"
+    ):
+        evaluate("fewshot", FewshotEval(run=str(run)), print)
+
+
+def test_corruptions_do_what_they_are_called(photos):
+    crops, indices = next(
+        iter(random_crops(open_split(photos, "train"), size=64, seed=0, epoch=0, batch_size=16, threads=2, bad={}))
+    )
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    images = crops * std + mean
+
+    def pixels(name, strength, seed=0, rows=slice(None)):
+        return corrupted(crops[rows], indices[rows], name, strength, seed) * std + mean
+
+    for name in CORRUPTIONS:
+        distance = [(pixels(name, k) - images).square().mean().item() for k in range(STRENGTHS)]
+        assert distance == sorted(distance), name
+        assert 1e-9 < distance[0] < distance[-1] < 0.2, name
+        assert pixels(name, 4).min() > -1e-5
+        assert pixels(name, 4).max() < 1 + 1e-5
+    gray = torch.full_like(crops, 0.0)  # the mean color, far from 0 and 1
+    noise = corrupted(gray, indices, "gaussian_noise", 0, 0) * std
+    assert noise.std().item() == pytest.approx(0.08, rel=0.02)
+    # An image's noise does not depend on its batch, and does on the seed.
+    assert torch.equal(pixels("gaussian_noise", 2, rows=slice(3, 5)), pixels("gaussian_noise", 2)[3:5])
+    assert not torch.equal(pixels("gaussian_noise", 2, seed=1), pixels("gaussian_noise", 2))
+    spread = pixels("contrast", 0).std((2, 3)) / images.std((2, 3))
+    assert spread.mean().item() == pytest.approx(0.4, abs=0.01)
+    point = torch.zeros(1, 3, 65, 65)
+    point[..., 32, 32] = 1
+    blurred = corrupted((point - mean) / std, np.zeros(1), "gaussian_blur", 4, 0) * std + mean
+    variance = (blurred[0, 0].sum(0) * (torch.arange(65) - 32.0).square()).sum() / blurred[0, 0].sum()
+    assert variance.sqrt().item() == pytest.approx(6 * 65 / 224, rel=0.05)
+
+
+@pytest.mark.slow
+def test_robustness_has_a_curve_per_corruption_and_a_picture(run):
+    result = evaluate("robustness", RobustnessEval(run=str(run), epochs=3), print)
+    row = result["rows"][BYOL_ROW]
+    assert list(row["curves"]) == list(CORRUPTIONS)
+    assert all(len(values) == STRENGTHS for curve in row["curves"].values() for values in curve.values())
+    assert (
+        row["knn_top1_clean"]
+        == evaluate("knn", KnnEval(run=str(run), baselines=False), print)["rows"][BYOL_ROW]["top1"]
+    )
+    expected = np.mean([curve["linear_top5"] for curve in row["curves"].values()])
+    assert row["linear_top5_corrupted"] == pytest.approx(expected)
+    picture = next(run.glob("eval_robustness_*.png")).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    page = write_report(run, print).read_text()
+    assert base64.b64encode(picture).decode() in page
+    assert "Robustness to corruptions" in page
+
+
+def test_the_finetuned_backbone_is_saved_for_init_and_not_twice(run, make_config, tmp_path):
+    file = tmp_path / "tuned.safetensors"
+    options = FinetuneEval(run=str(run), epochs=1, batch_size=24, save=str(file))
+    evaluate("finetune", options, print)
+    with pytest.raises(InputError, match=r"^save .*tuned.safetensors exists; it is not overwritten"):
+        evaluate("finetune", options, print)
+    config = make_config(name="from", init=str(file), optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})
+    started = train(config).folder
+    assert (started / "checkpoints").is_dir()
+    with pytest.raises(InputError, match=r"^save x.pt: the name must end in .safetensors"):
+        evaluate("finetune", FinetuneEval(run=str(run), save="x.pt"), print)
+
+
+def test_protocols_read_beton_files_as_they_read_folders(run, photos, tmp_path):
+    for split in ("train", "val"):
+        pack(open_split(photos, split), tmp_path / f"{split}.beton", mode="jpg")
+    for protocol, few in (("knn", {}), ("finetune", {"epochs": 2, "batch_size": 24})):
+        options = EVALUATIONS[protocol](run=str(run), baselines=False, **few)
+        rows = [evaluate(protocol, replace(options, root=root), print)["rows"] for root in (None, str(tmp_path))]
+        assert rows[0] == rows[1], protocol
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("protocol", "metrics"), [("segmentation", ["miou", "pixel_accuracy"]), ("detection", ["map", "map50", "map75"])]
+)
+def test_dense_protocols_go_through_the_same_door(run, tmp_path, protocol, metrics):
+    prepare_shapes(tmp_path / "shapes", images=12, seed=3, size=64)
+    options = EVALUATIONS[protocol](
+        run=str(run), root=str(tmp_path / "shapes"), image_size_px=64, epochs=1, batch_size=6
+    )
+    result = evaluate(protocol, options, print)
+    assert list(result["rows"]) == [BYOL_ROW, UNTRAINED_ROW]
+    assert all(list(row) == metrics for row in result["rows"].values())
+    assert (result["train_images"], result["val_images"], result["classes"]) == (12, 3, 8)
+    again = evaluate(protocol, replace(options, baselines=False), print)
+    assert again["rows"][BYOL_ROW] == result["rows"][BYOL_ROW]
+    assert TASKS[protocol].title in write_report(run, print).read_text()
+
+
+@pytest.mark.parametrize("protocol", ["segmentation", "detection"])
+def test_dense_protocols_want_a_root(protocol):
+    with pytest.raises(ValueError, match=r"^root: name the (VOC|COCO)-format folder"):
+        EVALUATIONS[protocol](run="x")
+
+
+def test_robustness_decodes_an_image_once_for_all_strengths(run, photos, monkeypatch):
+    original, read = ImageFolder.read, []
+    monkeypatch.setattr(
+        ImageFolder, "read", lambda self, index: read.append(self.where(index)) or original(self, index)
+    )
+    evaluate("robustness", RobustnessEval(run=str(run), epochs=1, baselines=False), print)
+    counts = Counter(read)
+    assert {counts[name] for name in counts if "/val/" in name} == {1 + len(CORRUPTIONS)}
+    assert {counts[name] for name in counts if "/train/" in name} == {1}
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_float32_is_as_exact_as_the_run_had_it(precision, tf32):
+    """torch's own default lets cuDNN take TF32."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = not tf32
+        eval_context(Config(precision=precision), KnnEval(run="r"), print)
+        assert [backend.allow_tf32 for backend in backends] == [tf32, tf32]
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value

@@ -1,0 +1,49 @@
+"""What test_nccl.py runs: a few steps of parts compiled one by one, under DistributedDataParallel, in a process group of one.
+
+TrainStep and ProcessGroup leave all this out for a world of one, so it is put together here from what they use for more.
+"""
+
+import json
+
+import torch
+import torch.distributed as dist
+from helpers.on_device import DEVICE, Network, run, weights_of
+
+from fastbyol import step as step_module
+from fastbyol.config import DistributedConfig
+from fastbyol.layers import batch_norms
+from fastbyol.parallel import data_parallel
+from fastbyol.runtime.distributed import ProcessGroup, StopConsensus, World, mean_over_ranks
+
+STEPS = 3
+
+
+def main() -> None:
+    network, config = Network("test_resnet"), DistributedConfig(timeout_s=60)
+    begin = weights_of(network.model)
+    plain = run(network.step("eager", "fp32"), STEPS)
+    path = weights_of(network.model) - begin
+    step, world = network.step("eager", "fp32"), World(0, 2)  # the group's size comes from the environment: one
+    with ProcessGroup(world, config, DEVICE):
+        group = dist.group.WORLD
+        for norm in batch_norms(step.model):
+            norm.reduce = lambda x: mean_over_ranks(x, group, 1)
+        step_module._compile_parts(step.model)
+        step._forward = data_parallel(step.model, config, DEVICE, static_graph=True)
+        with StopConsensus(world) as consensus:
+            found = {
+                "plain": plain,
+                "parallel": run(step, STEPS),
+                "path apart": float((weights_of(step.model) - begin - path).norm() / path.norm()),
+                "ranks": dist.get_world_size(),
+                "backend": group._get_backend(DEVICE).name(),
+                "backend of the host": group._get_backend(torch.device("cpu")).name(),
+                "maximum": int(world.maximum(torch.tensor([3], device=DEVICE))),
+                "agreed": [consensus.agree(stop) for stop in (False, True, False)],
+            }
+        step.close()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What test_faults.py runs: `killed.py CONFIG.json TIMES`, a training that is killed so often, and then let go on to its end.
+
+Every attempt is a fork of a process that has imported everything and computed nothing, so it starts within a second. SIGKILL comes
+a random number of steps after an attempt's first, and a few random milliseconds later, in the middle of whatever happens then: the
+machine may be as slow as it likes. Prints the steps at which attempts began.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from fastbyol.config import Config
+from fastbyol.runtime import checkpoint
+from fastbyol.step import TrainStep
+from fastbyol.train import CHECKPOINTS, train
+
+
+def attempt(config: Config, steps: int | None, delay_s: float = 0.0) -> int:
+    """The exit status of a training that is killed `delay_s` after it has begun its `steps`-th step; None lets it end."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(1)
+        os.open(os.devnull, os.O_WRONLY)
+        original = TrainStep.__call__
+        TrainStep.__call__ = lambda *arguments: os.write(write_end, b".") and original(*arguments)
+        code = 1
+        try:
+            train(config)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb", buffering=0) as begun:
+        if steps is not None:
+            while steps and begun.read(1):
+                steps -= 1
+            time.sleep(delay_s)
+            os.kill(child, signal.SIGKILL)
+        while begun.read(4096):  # a full pipe would stop the training
+            pass
+    return os.waitpid(child, 0)[1]
+
+
+def main() -> int:
+    config = Config.from_dict(json.loads(Path(sys.argv[1]).read_text()))
+    folder = Path(config.runs) / config.name / CHECKPOINTS
+    draw = random.Random(0)
+    begins, killed = [], 0
+    while killed < int(sys.argv[2]):
+        saved = checkpoint.latest_valid(folder, print)
+        begins.append(saved[1]["step"] if saved else 0)
+        killed += attempt(config, draw.randint(1, 20), draw.uniform(0, 0.03)) == signal.SIGKILL
+        if len(begins) > 3 * int(sys.argv[2]):
+            break  # it ends before it can be killed: the test says so
+    last = attempt(config, None)
+    print(json.dumps({"begins": begins, "killed": killed, "last": last}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What the ranks of test_distributed.py run: `torchrun ... ranks.py CONFIGS.json [WHAT RANK STEP]`.
+
+Trains every config of a JSON list in turn. WHAT happens on RANK when it is about to do STEP: `kill` (SIGKILL to itself), `sigterm`
+(SIGTERM to itself), `bad` (an image that cannot be read stops its loader), `once` (as kill, in the first attempt only).
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from fastbyol import step as step_module
+from fastbyol.config import Config
+from fastbyol.errors import FastbyolError, PeerFailure, RunError
+from fastbyol.train import train
+
+
+def sabotage(what: str, rank: int, at: int) -> None:
+    original = step_module.TrainStep.__call__
+
+    def watched(self, number, batch):
+        if self.world.rank == rank and number == at:
+            if what == "kill" or (what == "once" and self.world.restarts == 0):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "sigterm":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if what == "bad":
+                raise RunError("too many bad images")
+        return original(self, number, batch)
+
+    step_module.TrainStep.__call__ = watched
+
+
+def main() -> int:
+    if len(sys.argv) > 2:
+        sabotage(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    try:
+        for values in json.loads(Path(sys.argv[1]).read_text()):
+            train(Config.from_dict(values))
+    except PeerFailure as error:
+        return error.exit_code
+    except FastbyolError as error:
+        print(f"fastbyol: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

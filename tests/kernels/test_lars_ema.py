@@ -1,0 +1,611 @@
+"""LARS and the target update against an independent float64 numpy loop."""
+
+import copy
+import gc
+import math
+import pickle
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from helpers.problems import ETA, GRADIENTS, Problem, odd_shapes, reference_update
+from torch import nn
+
+from fastbyol import schedules
+from fastbyol.config import ModelConfig, OptimConfig
+from fastbyol.kernels import lars_ema
+from fastbyol.model import build_model
+from fastbyol.optim import LARS, build_optimizer, ema_update_, parameter_groups
+
+MU = 0.9
+
+
+def lars_float64(w, gradients, *, lrs, taus, wd, adapt, target):
+    """The formulas of Grill et al. and You et al., one tensor, one step after the other."""
+    m = np.zeros_like(w)
+    for g, lr, tau in zip(gradients, lrs, taus, strict=True):
+        u = g + wd * w
+        w_norm, u_norm = np.sqrt((w**2).sum()), np.sqrt((u**2).sum())
+        r = ETA * w_norm / u_norm if adapt and w_norm > 0 and u_norm > 0 else 1.0
+        m = MU * m + r * u
+        w = w - lr * m
+        if target is not None:
+            target = target + (1 - tau) * (w - target)
+    return w, m, target
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (127, 2), (4097,), (5, 3, 3, 3)])
+@pytest.mark.parametrize(
+    ("wd", "adapt", "with_target", "kind"),
+    [
+        (1e-6, True, True, "random"),
+        (0.1, True, False, "random"),
+        (0.0, False, True, "random"),
+        (1e-6, True, True, "zero weight"),
+        (0.0, True, True, "zero gradient"),
+    ],
+)
+def test_twenty_steps_against_float64(shape, wd, adapt, with_target, kind):
+    rng = np.random.default_rng(0)
+    steps = 20
+    w = rng.normal(size=shape) * (kind != "zero weight")
+    gradients = [rng.normal(size=shape) * (kind != "zero gradient") for _ in range(steps)]
+    target = rng.normal(size=shape) if with_target else None
+    lrs = [schedules.learning_rate(k, peak=3.0, warmup_steps=5, total_steps=steps) for k in range(steps)]
+    taus = [schedules.target_decay(k, base=0.9, total_steps=steps) for k in range(steps)]
+    expected = lars_float64(w, gradients, lrs=lrs, taus=taus, wd=wd, adapt=adapt, target=target)
+
+    p = nn.Parameter(torch.tensor(w, dtype=torch.float32))
+    t = torch.tensor(target, dtype=torch.float32) if with_target else None
+    lr, tau = torch.zeros(()), torch.zeros(())
+    pairs = [(p, t)] if with_target else []
+    optimizer = LARS([{"params": [p], "weight_decay": wd, "adapt": adapt}], lr, target_pairs=pairs, tau=tau)
+    for g, lr_k, tau_k in zip(gradients, lrs, taus, strict=True):
+        lr.fill_(lr_k)
+        tau.fill_(tau_k)
+        p.grad = torch.tensor(g, dtype=torch.float32)
+        optimizer.step()
+
+    results = [p.detach(), optimizer.state[p]["momentum_buffer"], t]
+    for actual, reference in zip(results, expected, strict=True):
+        if reference is not None:
+            scale = max(np.abs(reference).max(), 1e-12)
+            assert np.abs(actual.numpy() - reference).max() / scale < 2e-6
+
+
+def test_trust_ratio_scales_with_the_weight_and_not_with_the_gradient():
+    moved = []
+    for weight_scale, gradient_scale in ((1, 1), (1, 1000), (10, 1)):
+        p = nn.Parameter(weight_scale * torch.ones(4, 4))
+        p.grad = gradient_scale * torch.ones(4, 4)
+        LARS([p], 1.0, weight_decay=0.0).step()
+        moved.append((weight_scale - p[0, 0]).item())
+    assert moved[0] == pytest.approx(ETA, rel=1e-3)
+    assert moved[1] == pytest.approx(moved[0], rel=1e-3)
+    assert moved[2] == pytest.approx(10 * moved[0], rel=1e-3)
+
+
+def test_pointers_stay_and_parameters_without_gradient_do_too():
+    p, still = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    target = torch.zeros(3)
+    optimizer = LARS([p, still], 0.1, target_pairs=[(p, target)], tau=torch.tensor(0.5))
+    p.grad = torch.ones(3)
+    pointers = p.data_ptr(), target.data_ptr()
+    optimizer.step()
+    assert (p.data_ptr(), target.data_ptr()) == pointers
+    assert torch.equal(still.detach(), torch.ones(3))
+    assert (target - 0.5 * p.detach()).abs().max() < 1e-7
+
+
+def test_groups_list_biases_and_norm_parameters_without_decay_and_trust_ratio():
+    model = build_model(ModelConfig(backbone="resnet18", width=0.125, hidden_dim=8, projection_dim=4), 32, 0)
+    decayed, plain = parameter_groups(model, 0.1)
+    names = {p: name for name, p in model.named_parameters()}
+    plain_names = {names[p] for p in plain["params"]}
+    expected = {
+        f"{prefix}.{leaf}" if prefix else leaf
+        for prefix, module in model.named_modules()
+        for leaf, _ in module.named_parameters(recurse=False)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or leaf == "bias"
+    }
+    expected = {name for name in expected if not name.startswith("target.")}
+    assert plain_names == expected
+    assert (plain["weight_decay"], plain["adapt"]) == (0.0, False)
+    assert (decayed["weight_decay"], decayed["adapt"]) == (0.1, True)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert plain_names | {names[p] for p in decayed["params"]} == trained
+    assert not any(name.startswith("target.") for name in trained)
+
+
+def test_ema_update_moves_parameters_by_the_formula():
+    pairs = [(torch.randn(3, 2), torch.randn(3, 2)), (torch.randn(5), torch.randn(5))]
+    expected = [t + (1 - 0.9) * (w - t) for w, t in pairs]
+    ema_update_(pairs, torch.tensor(0.9))
+    assert all((t - e).abs().max() < 1e-6 for (_, t), e in zip(pairs, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adam"])
+def test_torch_s_optimizers_follow_the_lr_tensor(name):
+    module = nn.Linear(3, 2)
+    start = copy.deepcopy(module.weight)
+    lr = torch.zeros(())
+    optimizer = build_optimizer(OptimConfig(name=name, weight_decay=0.1), module, [], lr, torch.ones(()))
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert torch.equal(module.weight, start)
+    lr.fill_(0.1)
+    optimizer.step()
+    assert (module.weight - start).abs().min() > 0.01
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_a_pair_that_the_optimizer_does_not_know_is_refused():
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="not among the optimizer's parameters"):
+        LARS([p], 0.1, target_pairs=[(nn.Parameter(torch.ones(2)), torch.ones(2))], tau=torch.ones(()))
+    with pytest.raises(ValueError, match="need tau"):
+        LARS([p], 0.1, target_pairs=[(p, torch.ones(2))])
+
+
+# --- torch's contract of an optimizer, beside torch.optim.SGD's ---
+
+# With trust ratio 1 and no target LARS is SGD with momentum; dampening aside, torch's first momentum is the gradient too.
+PLAIN = {"momentum": 0.9, "weight_decay": 0.1}
+
+
+def twins(lr=0.1, tensor=False, groups=1):
+    """The same parameters under LARS without trust ratios and under SGD."""
+
+    def made(kind, **more):
+        own = [{"params": [nn.Parameter(torch.arange(1.0, 4.0) + k)], **more} for k in range(groups)]
+        return kind(own, torch.tensor(lr) if tensor else lr, **PLAIN)
+
+    return made(LARS, adapt=False), made(torch.optim.SGD)
+
+
+def weights(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def closure_of(optimizer):
+    def closure():
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for p in weights(optimizer))
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def assert_twins(lars, sgd):
+    for ours, theirs in zip(weights(lars), weights(sgd), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_closure_computes_loss_and_gradients_as_for_sgd():
+    lars, sgd = twins(groups=2)
+    for _ in range(5):
+        with torch.no_grad():  # the closure needs gradients all the same
+            ours, theirs = (o.step(closure_of(o)) for o in (lars, sgd))
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+        assert_twins(lars, sgd)
+    assert lars.step() is None
+
+
+def test_a_closure_s_gradients_that_are_not_finite_are_skipped_with_a_loss_scale():
+    p, inv_scale = nn.Parameter(torch.ones(3)), torch.tensor(1 / 8)
+    optimizer = LARS([p], 0.1, inv_scale=inv_scale)
+
+    def closure(factor=torch.inf):
+        optimizer.zero_grad()
+        loss = p.sum()
+        (factor * loss).backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3
+    assert (optimizer.found_inf.item(), p.tolist()) == (1, [1.0] * 3)
+    assert optimizer.step(lambda: closure(8)).item() == 3
+    assert optimizer.found_inf.item() == 0
+    assert (p < 1).all()
+
+
+def test_zero_grad_is_sgd_s():
+    lars, _ = twins()
+    lars.step(closure_of(lars))
+    lars.zero_grad(set_to_none=False)
+    assert torch.equal(weights(lars)[0].grad, torch.zeros(3))
+    lars.zero_grad()
+    assert weights(lars)[0].grad is None
+
+
+@pytest.mark.parametrize("lr", [{}, {"lr": 0.3}, {"lr": torch.tensor(0.3)}], ids=["default", "number", "tensor"])
+def test_a_group_may_come_later(lr):
+    lars, sgd = twins()
+    for optimizer, more in ((lars, {"adapt": False}), (sgd, {})):
+        optimizer.step(closure_of(optimizer))
+        optimizer.add_param_group({"params": [nn.Parameter(torch.full((4,), 2.0))], **lr, **more})
+        for _ in range(3):
+            optimizer.step(closure_of(optimizer))
+    assert_twins(lars, sgd)
+
+
+def test_a_group_that_does_not_suit_is_refused_and_not_kept():
+    lars, _ = twins()
+    for group, text in (
+        ({"params": [nn.Parameter(torch.ones(2).double())]}, "float32 parameters"),
+        ({"params": [nn.Parameter(torch.ones(2, device="meta"))]}, "all parameters on one device, not on cpu and meta"),
+        ({"params": [nn.Parameter(torch.ones(2))], "lr": -1}, "lr=-1: must be 0 or more"),
+        ({"params": [nn.Parameter(torch.ones(2))], "momentum": math.nan}, "momentum=nan: must be 0 or more, and fin"),
+        ({"params": [nn.Parameter(torch.ones(2))], "lr": torch.ones(1)}, "lr must be a float32 scalar on cpu"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            lars.add_param_group(group)
+    assert len(lars.param_groups) == 1
+    with pytest.raises(ValueError, match="LARS got no parameters"):
+        LARS([{"params": []}], 0.1)
+    assert len(LARS([{"params": []}, {"params": weights(lars)}], 0.1).param_groups) == 2
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_state_dict_goes_on_where_it_was_saved(tensor, tmp_path):
+    source, sgd = twins(tensor=tensor, groups=2)
+    for optimizer in (source, sgd):
+        optimizer.step(closure_of(optimizer))
+        optimizer.param_groups[0]["momentum"] = 0.5
+    torch.save(source.state_dict(), tmp_path / "s.pt")
+    lr = torch.tensor(9.0)
+    target = LARS([{"params": [nn.Parameter(p.detach().clone())]} for p in weights(source)], lr)
+    target.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True))
+    assert lr.item() == pytest.approx(0.1)
+    assert all(group["lr"] is lr for group in target.param_groups)  # who writes to it still sets the rate
+    for optimizer in (target, sgd):
+        optimizer.step(closure_of(optimizer))
+    assert_twins(target, sgd)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        twins()[0].load_state_dict(source.state_dict())
+
+
+def test_rates_of_a_state_dict_that_differ_part_the_groups_shared_tensor():
+    source, _ = twins(groups=2)
+    source.param_groups[1]["lr"] = 0.7
+    source.step()
+    target, _ = twins(lr=9.0, tensor=True, groups=2)
+    target.load_state_dict(source.state_dict())
+    assert [group["lr"].item() for group in target.param_groups] == pytest.approx([0.1, 0.7])
+
+
+SCHEDULERS = {
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8),
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda k: 1 / (k + 1), lambda k: 1 / (k + 2)]),
+    "multiplicative": lambda o: torch.optim.lr_scheduler.MultiplicativeLR(o, lambda k: 0.7),
+    "polynomial": lambda o: torch.optim.lr_scheduler.PolynomialLR(o, 6),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 6),
+    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.2, step_size_up=2),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.3, total_steps=8),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3), torch.optim.lr_scheduler.CosineAnnealingLR(o, 3)],
+        [3],
+    ),
+    "by hand": lambda o: ByHand(o),
+}
+
+
+class ByHand:
+    """What training scripts without a scheduler do."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.steps = optimizer, 0
+
+    def step(self):
+        self.steps += 1
+        for k, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = 0.1 / (self.steps + k)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_torch_s_schedulers_set_the_rate(name):
+    lars, sgd = twins(groups=2)
+    schedules_of_both = [SCHEDULERS[name](o) for o in (lars, sgd)]
+    for _ in range(6):
+        for optimizer, schedule in zip((lars, sgd), schedules_of_both, strict=True):
+            optimizer.step(closure_of(optimizer))
+            schedule.step()
+        rates = [[float(group["lr"]) for group in o.param_groups] for o in (lars, sgd)]
+        assert rates[0] == pytest.approx(rates[1], abs=1e-6)
+        assert_twins(lars, sgd)
+
+
+def test_reduce_on_plateau_sets_the_rate():
+    lars, _ = twins(groups=2)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(lars, factor=0.1, patience=0)
+    for loss in (1.0, 2.0, 3.0):
+        schedule.step(loss)
+    assert [group["lr"].item() for group in lars.param_groups] == pytest.approx([0.001, 0.001])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_goes_on_by_itself(copied):
+    p, target = nn.Parameter(torch.ones(3, 2)), torch.zeros(3, 2)
+    lars = LARS([p], torch.tensor(0.1), target_pairs=[(p, target)], tau=torch.tensor(0.5), inv_scale=torch.tensor(1.0))
+    lars.step(closure_of(lars))
+    other, (q, goal) = copied((lars, (p, target)))
+    assert q is weights(other)[0]
+    assert q is not p
+    before = p.detach().clone(), target.clone()
+    other.step(closure_of(other))
+    assert torch.equal(p, before[0]) and torch.equal(target, before[1])
+    lars.step(closure_of(lars))
+    assert not torch.equal(p, before[0])
+    assert torch.equal(p, q) and torch.equal(target, goal)
+
+
+# --- every implementation against float64 ---
+
+
+@pytest.fixture(params=["numba", pytest.param("triton", marks=pytest.mark.interpreter)])
+def implementation(request):
+    """The module that holds LarsEma and EmaUpdate: for the CPU, or for a GPU in Triton's interpreter."""
+    if request.param == "numba":
+        return lars_ema
+    module, patch = request.getfixturevalue("interpreted")("lars_ema"), request.getfixturevalue("monkeypatch")
+    # The interpreter takes a millisecond a block, whatever its size.
+    patch.setattr(module, "CHUNK", 1 << 18)
+    patch.setattr(module, "BLOCK", 1 << 16)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", GRADIENTS, ids=str)
+def test_twenty_steps_over_many_tensors(implementation, dtype):
+    count = 170 if dtype == torch.float32 or implementation is lars_ema else 20  # the interpreter takes its time
+    problem, update = Problem(odd_shapes(count), dtype=dtype), implementation.LarsEma()
+    problem.weights[7].zero_()
+    problem.exact[7][0][...] = 0
+    for k in range(20):
+        problem.new_gradients()
+        problem.grads[9].zero_()
+        problem.step(update, k, 20)
+        problem.exact_step()
+    assert problem.largest_error() < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", GRADIENTS, ids=str)
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_skips_the_step_for_all(implementation, dtype, poison):
+    problem, update = Problem(odd_shapes(9), dtype=dtype, scale=64.0), implementation.LarsEma()
+    for k in range(6):
+        # Tensor 4 has a trust ratio, tensor 5 has none and needs no norms but for this.
+        problem.new_gradients(poison if k in (1, 4) else None, poisoned=4 if k == 1 else 5)
+        problem.step(update, k + 5, 20)
+        assert problem.found_inf.item() == (k in (1, 4))
+        if k not in (1, 4):
+            problem.exact_step()
+    assert problem.largest_error() < 1e-6
+
+
+def test_without_a_loss_scale_nothing_is_skipped(implementation):
+    """As in torch's optimizers: what is not finite then shows in the loss."""
+    problem, update = Problem([(5,), (6,), (7,)]), implementation.LarsEma()
+    problem.new_gradients(float("nan"))
+    problem.step(update, 6, 20)
+    assert problem.weights[1].isnan().any()
+    assert problem.weights[0].isfinite().all()
+
+
+def layouts():
+    """(weight, gradient, target) of the same values in other orders of memory than the plain one."""
+    rng = torch.Generator().manual_seed(0)
+
+    def values(*shape):
+        return torch.randn(shape, generator=rng)
+
+    last = torch.channels_last
+    yield "channels_last", tuple(values(8, 3, 5, 5).to(memory_format=last) for _ in range(3))
+    weight, target = (values(8, 3, 5, 5).to(memory_format=last) for _ in range(2))
+    yield "gradient in another order", (weight, values(8, 3, 5, 5), target)
+    yield "target in another order", (values(4, 6, 3, 3), values(4, 6, 3, 3), values(4, 6, 3, 3).to(memory_format=last))
+    yield "strided", tuple(values(9, 20)[:, ::2] for _ in range(3))
+    yield "transposed", tuple(values(9, 21).T for _ in range(3))
+    yield "expanded gradient", (values(6, 4), values(1, 4).expand(6, 4), values(6, 4))
+    yield "1x1 convolution", (values(6, 4, 1, 1).to(memory_format=last), values(6, 4, 1, 1), values(6, 4, 1, 1))
+    bucket = values(1000)
+    yield "bucket views at odd places", (values(300), bucket[1:301], values(300))
+
+
+@pytest.mark.parametrize(("name", "tensors"), [pytest.param(n, t, id=n) for n, t in layouts()])
+def test_any_layout(implementation, name, tensors):
+    weight, grad, target = tensors
+    momentum_buffer, other = torch.zeros_like(weight), torch.ones(4)
+    plain = [t.contiguous().clone() for t in (weight, grad, momentum_buffer, target)]
+    hypers = [lars_ema.Hyper(lr=torch.tensor(0.1), weight_decay=0.1, momentum=0.9, trust_coefficient=ETA)]
+    tau, update = torch.tensor(0.9), implementation.LarsEma()
+    for _ in range(3):
+        update([(weight, grad, momentum_buffer, target), (other, other, other, None)], [0, 0], hypers, tau)
+        lars_ema.lars_ema_reference(
+            *plain, lr=hypers[0].lr, tau=tau, weight_decay=0.1, momentum=0.9, trust_coefficient=ETA
+        )
+    for actual, expected in zip((weight, momentum_buffer, target), (plain[0], plain[2], plain[3]), strict=True):
+        assert (actual - expected).abs().max() < 1e-6, name
+
+
+@pytest.mark.slow
+def test_two_runs_give_the_same_bits(implementation):
+    results = []
+    for _ in range(2):
+        problem, update = Problem(odd_shapes(12)), implementation.LarsEma()
+        for k in range(3):
+            problem.new_gradients()
+            problem.step(update, k + 5, 20)
+        results.append(problem.weights + problem.momenta)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    results, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            problem, update = Problem(odd_shapes(12)), lars_ema.LarsEma()
+            for k in range(3):
+                problem.new_gradients()
+                problem.step(update, k + 5, 20)
+            results.append(problem.weights + problem.momenta)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_gradient_that_moves_is_followed(implementation):
+    problem, update, old = Problem([(5, 7), (4097,)]), implementation.LarsEma(), []
+    for k in range(4):
+        old.append(problem.grads)  # kept, so that the new ones lie elsewhere
+        problem.grads = [torch.zeros_like(g) for g in problem.grads]
+        problem.new_gradients()
+        problem.step(update, k + 5, 20)
+        problem.exact_step()
+    assert problem.largest_error() < 1e-6
+
+
+def test_other_tensors_and_other_orders_in_the_next_call(implementation):
+    """A parameter without a gradient in one step, and a gradient that comes in another order of memory in the next."""
+    update = implementation.LarsEma()
+    problems = [Problem([(300,), (4, 3, 5, 5)]), Problem([(7,)]), Problem([(8, 3, 5, 5), (300,)])]
+    for problem in (*problems, problems[0]):
+        problem.new_gradients()
+        problem.step(update, 6, 20)
+        problem.exact_step()
+        problem.grads = [g.to(memory_format=torch.channels_last) if g.ndim == 4 else g for g in problem.grads]
+        problem.new_gradients()
+        problem.step(update, 7, 20)
+        problem.exact_step()
+        assert problem.largest_error() < 1e-6
+
+
+def test_a_weight_that_moves_is_followed(implementation):
+    """`p.data = ...` keeps the tensor and gives it other memory."""
+    problem, update, old = Problem([(5, 7), (4097,)]), implementation.LarsEma(), []
+    for k in range(3):
+        for w in problem.weights:
+            old.append(w.data)
+            w.data = w.data.clone()
+        problem.new_gradients()
+        problem.step(update, k + 5, 20)
+        problem.exact_step()
+    assert problem.largest_error() < 1e-6
+
+
+def test_no_gradient_is_held_after_the_step(implementation):
+    """Memory of the old gradients while a backward makes the new ones would be the model's size again."""
+    problem, update = Problem([(5, 7), (8, 3, 5, 5)]), implementation.LarsEma()
+    problem.weights[1] = problem.weights[1].to(
+        memory_format=torch.channels_last
+    )  # staged: another order than its gradient
+    problem.new_gradients()
+    problem.step(update, 6, 20)
+    gone = [weakref.ref(g) for g in problem.grads]
+    problem.grads = []
+    gc.collect()
+    assert [r() for r in gone] == [None, None]
+
+
+@pytest.mark.slow
+def test_low_precision_gradients_lose_no_more_than_in_torch(implementation):
+    """Twice the error of the plain float32 formulas on the same gradients, at most."""
+    for dtype in GRADIENTS[1:]:
+        ours, plain, update = (
+            Problem(odd_shapes(9), dtype=dtype),
+            Problem(odd_shapes(9), dtype=dtype),
+            implementation.LarsEma(),
+        )
+        for k in range(20):
+            for problem in (ours, plain):
+                problem.new_gradients()
+            ours.step(update, k, 20)
+            plain.step(reference_update, k, 20)
+            ours.exact_step()
+            plain.exact_step()
+        assert ours.largest_error() <= 2 * plain.largest_error()
+
+
+def test_reference_skips_too():
+    tensors = [torch.ones(3), torch.full((3,), torch.inf), torch.ones(3), torch.zeros(3)]
+    lars_ema.lars_ema_reference(
+        *tensors,
+        lr=torch.tensor(0.1),
+        tau=torch.tensor(0.5),
+        weight_decay=0.0,
+        momentum=0.9,
+        trust_coefficient=None,
+        inv_scale=torch.tensor(0.5),
+        found_inf=torch.tensor(1.0),
+    )
+    assert [t.tolist() for t in (tensors[0], tensors[2], tensors[3])] == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
+
+
+def test_target_update_alone(implementation):
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(1,), (3, 5), (4097,), (8, 3, 5, 5), (2**17 + 1,)]
+    pairs = [(torch.randn(s, generator=rng), torch.randn(s, generator=rng)) for s in shapes]
+    pairs[3] = (pairs[3][0].to(memory_format=torch.channels_last), pairs[3][1])
+    bucket = torch.randn(302, generator=rng)
+    pairs.append((bucket[1:], torch.randn(301, generator=rng)))
+    around = torch.ones(10, 20)
+    pairs.append((torch.randn(10, 20, generator=rng)[:, ::2], around[:, ::2]))
+    expected = [(t.double() + 0.1 * (w.double() - t.double())) for w, t in pairs]
+    implementation.EmaUpdate()(pairs, torch.tensor(0.9))
+    assert torch.equal(around[:, 1::2], torch.ones(10, 10))
+    assert all((t - e).abs().max() < 1e-6 for (_, t), e in zip(pairs, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "message"),
+    [
+        ((torch.zeros(3), torch.zeros(4), torch.zeros(3), None), ValueError, r"\(3,\).*\(4,\)"),
+        ((torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.zeros(2)), ValueError, r"target \(2,\)"),
+        ((torch.zeros(3), torch.zeros(3).double(), torch.zeros(3), None), TypeError, "gradients must be of"),
+        (
+            (torch.zeros(3), torch.zeros(3), torch.zeros(3).half(), None),
+            TypeError,
+            "must be float32, not torch.float16",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_memory_is_touched(implementation, row, error, message):
+    hyper = lars_ema.Hyper(lr=torch.tensor(0.1), weight_decay=0.0, momentum=0.9, trust_coefficient=ETA)
+    with pytest.raises(error, match=message):
+        implementation.LarsEma()([row], [0], [hyper], torch.tensor(0.5))
+
+
+def test_scalars_that_the_kernels_could_not_read_are_refused():
+    for tau in (0.9, torch.tensor(0.9, dtype=torch.float64), torch.ones(2)):
+        with pytest.raises(TypeError, match="tau must be a float32 scalar"):
+            ema_update_([(torch.ones(2), torch.zeros(2))], tau)
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="lr must be a float32 scalar"):
+        LARS([p], torch.tensor(0.1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="tau must be a float32 scalar"):
+        LARS([p], 0.1, target_pairs=[(p, torch.ones(2))], tau=torch.ones(1))
+    with pytest.raises(ValueError, match="float32 parameters"):
+        LARS([nn.Parameter(torch.ones(2).double())], 0.1)
+    with pytest.raises(TypeError, match="float32 scalar tensor"):
+        lars_ema.Hyper(lr=0.1, weight_decay=0.0, momentum=0.9, trust_coefficient=None)
+
+
+def test_optimizer_with_a_loss_scale_skips_and_says_so():
+    p, target, inv_scale = nn.Parameter(torch.ones(4, 4)), torch.zeros(4, 4), torch.tensor(1 / 8)
+    optimizer = LARS([p], 0.1, target_pairs=[(p, target)], tau=torch.tensor(0.5), inv_scale=inv_scale)
+    p.grad = torch.full((4, 4), torch.inf)
+    optimizer.step()
+    assert optimizer.found_inf.item() == 1
+    assert torch.equal(p.detach(), torch.ones(4, 4))
+    assert torch.equal(target, torch.zeros(4, 4))
+    p.grad = 8 * torch.ones(4, 4)
+    optimizer.step()
+    assert optimizer.found_inf.item() == 0
+    assert (p.detach() - (1 - 0.1 * ETA)).abs().max() < 1e-6  # |w| / |g / 8| = 1
+    assert (target - 0.5 * p.detach()).abs().max() < 1e-7

@@ -1,0 +1,386 @@
+"""`fastbyol profile` and `fastbyol bench`: what they measure, and that a run without them has nothing of them."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.common import BATCH, HANG_S, ROOT
+from helpers.trainings import training_of
+from torch.profiler import ProfilerActivity
+
+from fastbyol import cli
+from fastbyol.tools import bench, profiling
+from fastbyol.tools.profiling import (
+    AUGMENT,
+    BACKWARD,
+    COPY,
+    EXCHANGE,
+    ONLINE,
+    REST,
+    TARGET,
+    WAIT,
+    Clock,
+    Loop,
+    Marks,
+    profile,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+PARTS = [WAIT, COPY, AUGMENT, TARGET, ONLINE, BACKWARD, EXCHANGE, "LARS + target", REST]
+
+
+@pytest.fixture
+def small_peaks(monkeypatch):
+    monkeypatch.setattr("fastbyol.tools.roofline._PEAK_SIDES", {"cpu": (128,)})
+    monkeypatch.setattr("fastbyol.tools.roofline._PEAK_BYTES", {"cpu": 2**16})
+
+
+@pytest.fixture
+def new_loop():
+    """A loop that is closed when the test ends."""
+    loops = []
+
+    def make(config):
+        loops.append(Loop(training_of(config)))
+        return loops[-1]
+
+    yield make
+    for loop in loops:
+        loop.close()
+
+
+# --- the clock ---
+
+
+def test_a_part_lasts_until_the_next_begins(monkeypatch):
+    times = iter([0, 2, 5, 11, 20, 21, 30])
+    monkeypatch.setattr("time.perf_counter_ns", lambda: 1_000_000 * next(times))
+    clock = Clock(CPU)
+    for part in (WAIT, REST, BACKWARD, REST, WAIT, REST):
+        clock.mark(part)
+    clock.close()
+    assert clock.steps() == [{WAIT: 2, REST: 3 + 9, BACKWARD: 6}, {WAIT: 1, REST: 9}]
+
+
+def test_marks_stand_around_every_part_in_order(make_config, new_loop):
+    loop = new_loop(make_config())
+    clock = Clock(CPU)
+    with Marks(loop.training).on(clock):
+        loop(clock)
+    seen = [part for part, _ in clock._marks]
+    assert [part for part in seen if part != REST] == [WAIT, TARGET, ONLINE, BACKWARD, "LARS + target"]
+    assert seen[-1] == REST
+
+
+def test_micro_batches_and_other_optimizers_are_marked_too(make_config, new_loop):
+    loop = new_loop(make_config(step={"micro_batches": 2}, optim={"name": "adam", "base_lr": 1e-3}))
+    clock, marks = Clock(CPU), Marks(loop.training)
+    with marks.on(clock):
+        loop(clock)
+    seen = [part for part, _ in clock._marks if part != REST]
+    assert seen == [WAIT, *[TARGET, ONLINE, BACKWARD] * 2, "optimizer + target"]
+    assert marks.update == "optimizer + target"
+
+
+# --- costs nothing ---
+
+
+def operators_of(call):
+    """Calls of every operator of torch, and the bytes of every allocation."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    calls = {e.key: e.count for e in profiler.key_averages() if e.key not in PARTS and e.key != "[memory]"}
+    events = profiler.profiler.kineto_results.events()
+    return calls, sorted(e.nbytes() for e in events if e.name() == "[memory]")
+
+
+@pytest.mark.parametrize("options", [{}, {"step": {"micro_batches": 2}}, {"model": {"target": "online"}}])
+def test_a_step_is_the_same_before_beside_and_after_marks(make_config, new_loop, options):
+    loop = new_loop(make_config(**options))
+    batch = loop.resident_batch()
+    for _ in range(2):
+        loop.step(batch)
+    before = operators_of(lambda: loop.step(batch))
+    clock, marks = Clock(CPU), Marks(loop.training)
+    with marks.on(clock):
+        clock.mark(WAIT)
+        beside = operators_of(lambda: loop.step(batch))
+    after = operators_of(lambda: loop.step(batch))
+    assert len(before[0]) > 20
+    assert before == beside == after
+    training = loop.training
+    assert not {"targets", "predict", "_backward", "_update"} & (
+        vars(training.model).keys() | vars(training.step).keys()
+    )
+
+
+# --- profile ---
+
+
+def test_profile_writes_a_page_figures_and_a_trace(make_config, tmp_path, small_peaks):
+    said = []
+    result = profile(make_config(precision="fp32"), steps=7, out=tmp_path / "p", say=said.append)
+    assert json.loads((tmp_path / "p" / "profile.json").read_text()) == result
+    assert [row["part"] for row in result["parts"]] == PARTS
+    assert sum(row["mean_ms"] for row in result["parts"]) == pytest.approx(result["marked_step_ms"]["mean_ms"])
+    assert sum(row["share"] for row in result["parts"]) == pytest.approx(1)
+    by = {row["part"]: row for row in result["parts"]}
+    assert all(by[part]["mean_ms"] > 0 for part in (WAIT, TARGET, ONLINE, BACKWARD, "LARS + target", REST))
+    assert by[COPY]["mean_ms"] == by[AUGMENT]["mean_ms"] == by[EXCHANGE]["mean_ms"] == 0
+    assert all(row["p20_ms"] <= row["p50_ms"] <= row["p95_ms"] for row in result["parts"])
+    assert result["host_syncs_per_step"] == 0
+    assert result["graph_breaks"] is result["recompilations"] is None  # an eager step has no graphs
+    assert "host syncs a step: 0; not compiled" in said
+    threads = result["loader_threads"]
+    assert all(threads[name] > 0 for name in ("read", "decode", "crop", "augment", "rest"))
+    roof = result["roofline"]
+    assert roof["mfu"] == pytest.approx(
+        roof["flops"] / (result["step_ms"]["p50"] / 1e3) / roof["peak_flops_per_s"], rel=1e-6
+    )
+    assert roof["parts"][BACKWARD]["measured_ms"] == by[BACKWARD]["mean_ms"]
+    # Everything that operators hold above the beginning is given back within a step, but for what the next one needs.
+    memory = result["memory"]
+    assert max(memory["bytes"]) > 10 * abs(memory["bytes"][-1])
+    trace = gzip.decompress((tmp_path / "p" / "trace.json.gz").read_bytes()).decode()
+    names = {event.get("name") for event in json.loads(trace)["traceEvents"]}
+    assert {WAIT, TARGET, ONLINE, BACKWARD, "LARS + target", REST} <= names
+    page = (tmp_path / "p" / "profile.html").read_text()
+    assert "aten::convolution_backward" in page and "online forward" in page and "data:image/png" in page
+    assert any("the parts add up to" in line for line in said)
+
+
+def test_operators_are_those_of_their_part(make_config, tmp_path, small_peaks):
+    """In float32, whose convolutions are oneDNN's on every processor."""
+    result = profile(make_config(precision="fp32"), steps=1, out=tmp_path / "p", say=lambda text: None)
+    by = {part: {row["name"]: row["calls"] for row in rows} for part, rows in result["operators"].items()}
+    convolutions = 21  # of a ResNet-18 whose first stage is narrower than its stem
+    assert by[TARGET]["aten::mkldnn_convolution"] == by[ONLINE]["aten::mkldnn_convolution"] == convolutions
+    assert by[BACKWARD]["aten::convolution_backward"] == convolutions
+    assert "aten::mkldnn_convolution" not in by[BACKWARD]
+    assert "Optimizer.step#LARS.step" in by["LARS + target"]
+
+
+def test_a_host_sync_in_a_step_is_counted(make_config, tmp_path, small_peaks, monkeypatch):
+    update = profiling.TrainStep._update
+    monkeypatch.setattr(profiling.TrainStep, "_update", lambda self: (self.lr.item(), update(self))[1])
+    result = profile(make_config(), steps=1, out=tmp_path / "p", say=lambda text: None)
+    assert result["host_syncs_per_step"] == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_profiled_as_two_graphs(make_config, tmp_path, small_peaks, monkeypatch):
+    """The run's own graph stays as it is: nothing is compiled again after the warm-up. Which compiler is behind it does not matter."""
+    compiled = []
+    real = torch.compile
+
+    def compile_quickly(call, **options):
+        compiled.append(call.__name__)
+        return real(call, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    result = profile(make_config(step={"mode": "compile"}), steps=2, out=tmp_path / "p", say=lambda text: None)
+    by = {row["part"]: row["mean_ms"] for row in result["parts"]}
+    assert compiled == ["forward", "targets", "predict"]
+    assert min(by[TARGET], by[ONLINE], by[BACKWARD]) > 0
+    assert (result["graph_breaks"], result["recompilations"]) == (0, 0)
+
+
+def test_a_graph_that_is_compiled_again_is_counted():
+    torch._dynamo.reset()
+    call = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    call(torch.zeros(2))
+    before = profiling._compilations()
+    call(torch.zeros(2))
+    assert profiling._compiler("compile", before)["recompilations"] == 0
+    for size in (3, 4, 5):
+        call(torch.zeros(2, size))
+    assert profiling._compiler("compile", before)["recompilations"] == 3
+
+
+def test_a_break_in_a_graph_is_counted():
+    torch._dynamo.reset()
+    before = profiling._compiler("compile", 0)["graph_breaks"]
+
+    def broken(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    torch.compile(broken, backend="eager")(torch.zeros(2))
+    assert profiling._compiler("compile", 0)["graph_breaks"] == before + 1
+
+
+@pytest.mark.slow
+def test_two_ranks_are_profiled_and_measured_together(photos, tmp_path):
+    """What of the gradients' exchange the backward pass does not hide is a part of its own; one rank writes and speaks."""
+    words = [
+        "--data.root",
+        str(photos),
+        "--data.batch_size",
+        "16",
+        "--data.image_size_px",
+        "32",
+        "--model.width",
+        "0.125",
+    ]
+    words += ["--model.backbone", "resnet18", "--model.hidden_dim", "32", "--data.threads", "1"]
+
+    commands = [
+        ["profile", *words, "--steps", "2", "--out", str(tmp_path / "p")],
+        ["bench", *words, "--steps", "2", "--rounds", "1", "--out", str(tmp_path / "b.json")],
+        ["bench", *words, "--out", "/nowhere/b.json"],
+    ]
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*start, str(ROOT / "tests/helpers/commands.py"), str(tmp_path / "commands.json")],
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        codes = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert codes[:2] == [0, 0]
+        assert codes[2] > 0
+    assert done.stdout.count("wrote ") == 1
+    by = {row["part"]: row["mean_ms"] for row in json.loads((tmp_path / "p" / "profile.json").read_text())["parts"]}
+    assert min(by[EXCHANGE], by[BACKWARD]) > 0
+    assert done.stdout.count("limit: ") == 1
+    assert "2 x cpu" in json.loads((tmp_path / "b.json").read_text())["what"]
+    assert done.stderr.count("there is no folder /nowhere") == 1
+
+
+# --- bench ---
+
+
+@pytest.mark.slow
+def test_bench_measures_every_part_in_every_round(make_config, tmp_path):
+    said = []
+    out = tmp_path / "bench.json"
+    result = bench.bench(make_config(), rounds=2, steps=3, out=out, say=said.append)
+    assert json.loads(out.read_text()) == result
+    rates = result["images_per_s"]
+    assert {name: len(values) for name, values in rates.items()} == dict.fromkeys(
+        ("loader", "step", "supervised", "whole"), 2
+    )
+    assert all(rate > 0 for values in rates.values() for rate in values)
+    for k in range(2):
+        assert result["step_over_bound"][k] == pytest.approx(rates["step"][k] / (3 / 8 * rates["supervised"][k]))
+        assert result["whole_over_step"][k] == pytest.approx(rates["whole"][k] / rates["step"][k])
+    assert result["limit"] == "cores"
+    assert any("whole training" in line for line in said)
+    assert said[-1] == f"limit: cores; {result['advice']}"
+
+
+def test_the_rates_are_images_over_seconds(make_config, monkeypatch):
+    """Every call takes a second by this clock; the supervised step sees both views as images."""
+    monkeypatch.setattr(Loop, "timed", lambda self, calls, call=None: calls * 1.0)
+    found = bench._measure(training_of(make_config()), rounds=1, steps=5)
+    assert found == {"loader": [BATCH], "step": [BATCH], "supervised": [2 * BATCH], "whole": [BATCH]}
+
+
+def test_the_supervised_step_learns_its_labels(make_config):
+    torch.manual_seed(0)
+    images = torch.randn(BATCH, 3, 32, 32)
+    model = bench._supervised(training_of(make_config()))
+    step = bench.supervised_step(model, BATCH, CPU, torch.float32, "eager")
+    losses = [float(step(images)) for _ in range(30)]
+    assert losses[-1] < losses[0] - 0.5  # six seeds fall from 7.0 to 1.7-2.2
+
+
+def test_the_bounds_network_has_none_of_our_layers(make_config):
+    """With our BatchNorm in it the bound would move with our own kernels."""
+    model = bench._supervised(training_of(make_config()))
+    ours = [name for name, module in model.named_modules() if type(module).__module__.startswith("fastbyol")]
+    assert ours == []
+    assert type(model[0].bn1) is torch.nn.BatchNorm2d
+
+
+def rates(loader, step, whole, supervised=1000.0):
+    measured = {"loader": [loader], "step": [step], "supervised": [supervised], "whole": [whole]}
+    return {"images_per_s": measured} | bench._ratios(measured)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "limit"),
+    [((300, 200, 190), "cuda", "step"), ((150, 200, 140), "cuda", "loader"), ((150, 200, 100), "cpu", "cores")],
+)
+def test_what_limits(given, device, limit):
+    assert bench.limit(rates(*given), torch.device(device)) == limit
+
+
+def advice_of(make_config, given, device="cuda", mode="compile", **options):
+    training = training_of(make_config(**options))
+    # Only what runs where is looked at.
+    training.device = torch.device(device)
+    training.step = SimpleNamespace(mode=mode)
+    result = rates(*given)
+    result["limit"] = bench.limit(result, training.device)
+    return bench.advice(result, training)
+
+
+def test_advice_names_the_setting_that_helps(make_config):
+    native = {"data": {"backend": "native", "threads": 2}}
+    slow = advice_of(make_config, (100, 350, 100), **native)
+    assert "needs about 7 loader threads" in slow and "data.backend=dali" in slow
+    assert "dct_scaling" in advice_of(make_config, (150, 200, 100), device="cpu", mode="eager")
+    packed = {"data": {"dct_scaling": True}}
+    assert "fastbyol pack" in advice_of(make_config, (150, 200, 100), device="cpu", mode="eager", **packed)
+    assert "lower data.threads" in advice_of(make_config, (400, 350, 300), **native)
+    assert "precision=fp32" in advice_of(make_config, (900, 200, 199), precision="fp32", **native)
+    assert "step.mode=compile" in advice_of(make_config, (900, 200, 199), mode="eager", **native)
+    assert "cuda_graph" in advice_of(make_config, (900, 200, 199), **native)
+    assert "no setting" in advice_of(make_config, (900, 370, 369), **native)
+    assert "the step is 98% of the time" in advice_of(make_config, (9000, 200, 196), device="cpu", mode="eager")
+
+
+# --- the command line ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["profile", "--steps", "0"], "--steps 0: must be at least 1"),
+        (["bench", "--rounds", "0"], "--rounds 0: must be at least 1"),
+        (
+            ["bench", "--out", "/nowhere/b.json"],
+            "--out /nowhere/b.json: cannot be written: there is no folder /nowhere",
+        ),
+        (["profile", "--out", "/dev/null/p"], "--out /dev/null/p: cannot be written"),
+        (["bench", "--data.batch_size", "100"], "72 images"),
+    ],
+)
+def test_a_users_mistake_is_one_line(photos, capsys, arguments, message):
+    code = cli.main([*arguments[:1], "--data.root", str(photos), *arguments[1:]])
+    errors = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.slow
+def test_from_the_command_line(photos, tmp_path, capsys, small_peaks):
+    words = [
+        "--data.root",
+        str(photos),
+        "--data.batch_size",
+        "8",
+        "--data.image_size_px",
+        "32",
+        "--model.width",
+        "0.125",
+    ]
+    words += ["--model.backbone", "resnet18", "--model.hidden_dim", "32", "--data.threads", "1"]
+    assert cli.main(["profile", *words, "--steps", "2", "--out", str(tmp_path / "p")]) == 0
+    assert cli.main(["bench", *words, "--steps", "1", "--rounds", "1", "--out", str(tmp_path / "b.json")]) == 0
+    out = capsys.readouterr().out
+    assert "backward" in out and "3/8 of supervised" in out
+    assert (Path(tmp_path) / "b.json").exists()

@@ -1,0 +1,110 @@
+"""Every shipped config: its header, its network, and two steps of a copy that is small enough for a CPU."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from helpers.common import ROOT
+
+from fastbyol import cli
+from fastbyol.cli import train_config
+from fastbyol.data import build_loader, find_images
+from fastbyol.model import build_model
+from fastbyol.settings.options import read
+from fastbyol.step import TrainStep
+from fastbyol.tools.plan import plan
+from fastbyol.tools.roofline import meta_model
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+EXPECTED = {
+    "demo",
+    "fashion_mnist",
+    "cifar10_r18",
+    "in100_r18",
+    "imagenette_r18",
+    *(f"imagenet_r50_{epochs}ep" for epochs in (100, 300, 1000)),
+    *(f"imagenet_{name}_1000ep" for name in ("r50x2", "r200x2")),
+    *(f"imagenet_r50_300ep_{gpu}_8gpu" for gpu in ("a100", "h100")),
+}
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+each = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+def header(path):
+    """Key -> text, of the comment that the file begins with."""
+    found, key = {}, "title"
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if match := re.match(r"#   (\w+) +(.*)", line):
+            key = match[1]
+        found[key] = f"{found.get(key, '')} {line[1:].strip().removeprefix(key).strip()}".strip()
+    return found
+
+
+def test_no_config_is_missing():
+    assert {path.stem for path in CONFIGS} == EXPECTED
+
+
+@each
+def test_the_header_says_how_where_how_long_and_how_good(path):
+    found = header(path)
+    assert set(found) == {"title", "command", "hardware", "hours", "accuracy"}
+    assert f"--config configs/{path.name}" in found["command"]
+    assert re.search(r"paper|solo-learn|lightly|README|docs/results.md", found["accuracy"])
+
+
+@pytest.mark.slow
+@each
+def test_the_hours_are_those_of_the_plan(path):
+    hours = header(path)["hours"]
+    if measured := re.search(r"benchmarks/results/\w+\.csv", hours):
+        assert (ROOT / measured[0]).exists()
+        return
+    match = re.fullmatch(r"([\d.]+) \(estimate: fastbyol plan (.*)\)", hours)
+    words = match[2].split()
+    assert words[:2] == ["--config", f"configs/{path.name}"]
+    call = read(["plan", "--config", str(path), *words[2:]], cli.COMMANDS)
+    found = plan(call.config, **dataclasses.asdict(call.options), say=lambda text: None)
+    assert float(match[1]) == pytest.approx(found["hours"], abs=0.05 if found["hours"] < 100 else 0.5)
+    assert found["limit"] != "memory"
+    assert f"{found['gpus']} x {found['device'].split('-')[0].upper()}" in header(path)["hardware"]
+
+
+@each
+def test_its_network_can_be_built(path):
+    config = train_config(["--config", str(path)])
+    assert config.name.replace("-", "_") == path.stem
+    model = meta_model(config)
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert config.data.batch_size % (8 * config.step.micro_batches) == 0
+
+
+@pytest.mark.slow
+@each
+def test_two_steps_of_a_shrunk_copy(path, photos):
+    """Narrow, small and with few images, otherwise as it is; a machine without a GPU has neither DALI's half nor a reason to compile."""
+    config = train_config(["--config", str(path)])
+    parts = config.step.micro_batches
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data, root=str(photos), batch_size=4 * parts, image_size_px=32, threads=1, backend="auto"
+        ),
+        model=dataclasses.replace(config.model, width=0.125 * config.model.width, hidden_dim=32, projection_dim=16),
+        # A learning rate as of the whole batch, from the first step on.
+        optim=dataclasses.replace(config.optim, warmup_epochs=0, base_lr=config.optim.base_lr * 64 / parts),
+        step=dataclasses.replace(config.step, mode="eager"),
+    )
+    images = find_images(config.data, "train")
+    model = build_model(config.model, 32, config.seed).to(memory_format=torch.channels_last)
+    step = TrainStep(model, config, len(images) // config.data.batch_size, CPU)
+    loader = build_loader(config.data, images, seed=config.seed, device=CPU, dtype=step.dtype)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim > 1}
+    for k, batch in enumerate(loader.batches(0, 2)):
+        output = step(k, batch)
+        assert 0 <= float(output.loss) <= 8
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)

@@ -1,0 +1,150 @@
+"""What a step and the loader cost, in counts: a noisy machine cannot blur them, and none may grow unnoticed.
+
+A number here is a ceiling with its reason. A change that needs more has to say why; one that needs less lowers the ceiling.
+"""
+
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.common import BATCH, TRAIN_IMAGES
+from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastbyol
+import fastbyol.kernels
+from fastbyol.config import Config, DataConfig
+from fastbyol.data import native
+from fastbyol.kernels.lars_ema import LarsEma
+from fastbyol.runtime.distributed import World
+from fastbyol.tools.profiling import Loop, build
+from fastbyol.tools.roofline import count_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+OURS = tuple(str(Path(module.__file__).parent) for module in (fastbyol, fastbyol.kernels))
+
+
+@pytest.fixture
+def loop(make_config):
+    """A ResNet-18's training in the precision of a CPU without bfloat16, which every machine has."""
+    loop = Loop(build(make_config(precision="fp32"), World(), CPU, lambda text: None))
+    yield loop
+    loop.close()
+
+
+class Calls(TorchDispatchMode):
+    """Operators that do something: views and empty memory are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op._overloadpacket.__name__
+        if not op.is_view and not name.startswith(("empty", "new_empty", "detach")):
+            self.names[name] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def test_operators_and_allocations_of_a_step(loop):
+    batch = loop.resident_batch()
+    for _ in range(3):
+        loop.step(batch)
+    with Calls() as calls:
+        loop.step(batch)
+    names = calls.names
+    # 21 convolutions in either network (20 of a ResNet-18, and the shortcut from its 64 channels to 8), each once for both views.
+    assert names["convolution"] + names["mkldnn_convolution"] <= 42
+    assert names["convolution_backward"] + names["mkldnn_convolution_backward"] <= 21
+    # BatchNorm, max-pool, LARS and the target are kernels of ours. Of torch's 496 calls, 315 keep BatchNorm's running statistics (seven for
+    # each of both networks' 45 norms), 63 are convolutions, the rest heads, loss and bookkeeping.
+    assert sum(names.values()) <= 500, names.most_common()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loop.step(batch)
+    events = profiler.profiler.kineto_results.events()
+    allocations = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
+    # A result of every operator, and BatchNorm's output and statistics; gradients are made anew, since they are set to None. 849 with
+    # AVX-512; with AVX2 oneDNN lays 14 weights out anew.
+    assert len(allocations) <= 863
+    assert names["_local_scalar_dense"] == 0  # nothing is read by the host
+
+
+def test_bytes_of_a_step():
+    """ResNet-50 at 224 px in bfloat16, counted on the model: 978 MB an image with both views, and 36 bytes a parameter for the update."""
+    config = Config(data=DataConfig(batch_size=64, image_size_px=224))
+    work = count_step(config, 64, torch.bfloat16)
+    update = work.pop("update").bytes
+    assert update <= 4 * (9 * 33_000_000) + 4 * 7 * 2_200_000
+    assert sum(w.bytes for w in work.values()) / 64 <= 978e6
+
+
+def test_the_update_of_a_step_is_one_call(loop, monkeypatch):
+    """Over all tensors of both networks at once, which the kernels then pass over twice, whatever their number."""
+    calls = []
+    update = LarsEma.__call__
+    monkeypatch.setattr(
+        LarsEma, "__call__", lambda self, *args, **more: calls.append(len(args[0])) or update(self, *args, **more)
+    )
+    loop.step(loop.resident_batch())
+    assert len(calls) == 1
+    assert calls[0] == sum(p.requires_grad for p in loop.training.model.parameters())
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_one_graph_without_a_break(make_config):
+    training = build(make_config(), World(), CPU, lambda text: None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    forward = torch.compile(training.model.forward, backend=note, dynamic=False)
+    for _ in range(3):
+        forward(*(torch.randn(BATCH, 3, 32, 32) for _ in range(2)))
+    assert len(graphs) == 1  # one for both networks and the loss, compiled once
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+
+
+def test_an_image_is_read_and_decoded_once_for_both_views(make_config, monkeypatch):
+    training = build(make_config(), World(), CPU, lambda text: None)
+    read, decoded = [], []
+    fetch, decode = training.loader.fetch, native.decode
+    monkeypatch.setattr(training.loader, "fetch", lambda index: read.append(index) or fetch(index))
+    monkeypatch.setattr(native, "decode", lambda *args: decoded.append(1) or decode(*args))
+    steps = TRAIN_IMAGES // BATCH
+    delivered = [index for batch in training.loader.batches(0, steps) for index in batch.indices.tolist()]
+    assert sorted(read) == sorted(delivered)
+    assert len(decoded) == len(delivered) == steps * BATCH
+
+
+def test_python_calls_per_image_in_the_loader(make_config):
+    """Functions of ours that the loader's threads enter for an image: each holds the interpreter lock that all of them share.
+
+    How often a thread waits, and with it the calls inside of threading, depends on the machine and is not counted.
+    """
+    config = make_config(data={"threads": 1, "readers": 1})
+    training = build(config, World(), CPU, lambda text: None)
+    for _ in training.loader.batches(0, 1):  # what happens once
+        pass
+    calls = Counter()
+
+    def count(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+            calls[frame.f_code.co_qualname] += 1
+
+    threading.setprofile(count)
+    try:
+        steps = TRAIN_IMAGES // BATCH
+        for _ in training.loader.batches(0, steps):
+            pass
+    finally:
+        threading.setprofile(None)
+    per_image = sum(calls.values()) / (steps * BATCH)
+    assert calls["Pipeline._make"] == steps * BATCH
+    assert per_image <= 38, [(name, n / steps / BATCH) for name, n in calls.most_common(40)]

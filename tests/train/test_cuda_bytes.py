@@ -1,0 +1,191 @@
+"""What the compiled step moves on a GPU, counted without one: the count's own parts, and a ceiling that a change must not exceed."""
+
+import csv
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bench_step
+import cuda_bytes
+import pytest
+import results_csv
+import torch
+from cuda_bytes import Counts, Kernel
+
+from fastbyol.errors import InputError, RunError
+
+WORK = bench_step.Work("resnet18", 96, 64)
+LIMIT = 0.97
+"""fastbyol's bytes over plain compiled BYOL's; the count is the same in every run."""
+
+
+@pytest.fixture(scope="module")
+def stub() -> None:
+    """Where the count can run: gcc, torch with CUDA, and no GPU."""
+    try:
+        cuda_bytes.check_machine()
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def counts(stub: None) -> dict[str, Counts]:
+    """Of both contenders; two minutes."""
+    return {name: cuda_bytes.count(name, WORK.backbone, WORK.size, WORK.batch) for name in cuda_bytes.CONTENDERS}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_compiled_step_moves_no_more_than_plain_byol(counts: dict[str, Counts]):
+    assert cuda_bytes.ratio(list(counts.values())) <= LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_library_calls_are_those_of_the_network(counts: dict[str, Counts]):
+    """20 convolutions and the heads' 2 matrix products each: fastbyol sends both views through at once, plain BYOL one by one."""
+    forward, backward = 2 * 20 + 3 * 2, 20 + 2 * 2 * 2
+    for name, passes in (("fastbyol", 1), ("plain", 2)):
+        assert counts[name].of("forward", "library")[0] == passes * forward
+        assert counts[name].of("backward", "library")[0] == passes * backward
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_bytes_of_the_stem(counts: dict[str, Counts]):
+    """Both views read, the filters, and 64 channels of half the size written, all in bfloat16; online and target."""
+    stem = 2 * (2 * 64 * 3 * 96**2 + 64 * 3 * 7**2 + 2 * 64 * 64 * 48**2)
+    kernels = [k for k in counts["fastbyol"].kernels if (k.phase, k.kind) == ("forward", "library")]
+    assert sorted(k.bytes for k in kernels)[-2:] == [stem, stem]
+
+
+# --- parts ---
+
+MB = 10**6
+KERNELS = [
+    Kernel("forward", "triton", 300 * MB, "add relu"),
+    Kernel("forward", "triton", 300 * MB, "add relu"),
+    Kernel("forward", "library", 100 * MB, "convolution"),
+    Kernel("backward", "triton", 500 * MB, "mul sum"),
+    Kernel("backward", "library", 80 * MB, "convolution_backward"),
+]
+FASTBYOL = Counts("fastbyol", WORK, KERNELS, 640 * MB)
+PLAIN = Counts("plain", WORK, [dataclasses.replace(k, bytes=2 * k.bytes) for k in KERNELS], 700 * MB)
+
+
+def test_sums():
+    assert FASTBYOL.of() == (5, 1280 * MB)
+    assert FASTBYOL.of("forward") == (3, 700 * MB)
+    assert FASTBYOL.of(kind="library") == (2, 180 * MB)
+    assert FASTBYOL.of("backward", "triton") == (1, 500 * MB)
+    assert FASTBYOL.mb_per_image == 20
+
+
+def words(text: str) -> list[str]:
+    """Its lines, whatever the width of columns."""
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_table():
+    assert words(cuda_bytes.table([FASTBYOL, PLAIN])) == [
+        "GB (launches) Triton forward Triton backward library total MB an image GB kept",
+        "fastbyol 0.60 (2) 0.50 (1) 0.18 (2) 1.28 (5) 20.0 0.64",
+        "plain 1.20 (2) 1.00 (1) 0.36 (2) 2.56 (5) 40.0 0.70",
+        "fastbyol / plain: 0.500",
+    ]
+
+
+def test_one_contender_has_no_ratio():
+    assert cuda_bytes.ratio([FASTBYOL]) is None
+    assert "/" not in cuda_bytes.table([PLAIN])
+
+
+def test_heaviest_kernels_are_named_once():
+    assert words(cuda_bytes.heaviest(FASTBYOL, 2)) == [
+        "1 x 0.500 GB backward triton mul sum",
+        "2 x 0.300 GB forward triton add relu",
+    ]
+
+
+def test_counts_survive_the_way_between_the_processes():
+    assert cuda_bytes.from_json(cuda_bytes.to_json(FASTBYOL)) == FASTBYOL
+
+
+def test_result_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda_bytes, "count", lambda name, *args: {"fastbyol": FASTBYOL, "plain": PLAIN}[name])
+    monkeypatch.setattr(sys, "argv", ["cuda_bytes.py", "--out", str(tmp_path / "out.csv")])
+    cuda_bytes.main()
+    rows = results_csv.read("out", tmp_path)
+    assert [(r["contender"], r["set"], r["bytes"]) for r in rows] == [
+        ("fastbyol", "R18 96 px, batch 64", "1280000000"),
+        ("plain", "R18 96 px, batch 64", "2560000000"),
+    ]
+    assert (rows[0]["triton_forward_launches"], rows[0]["library_backward_bytes"]) == ("2", "80000000")
+    assert rows[0]["torch"] == torch.__version__.partition("+")[0]
+    assert rows[0]["fastbyol"]
+    with open(tmp_path / "out.csv", newline="") as file:
+        assert "gpu" not in next(csv.reader(file))  # nothing ran on one
+
+
+# --- where it refuses ---
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> tuple[int, str]:
+    """Exit code and stderr; no process may be started."""
+
+    def started(*args, **kwargs):
+        raise AssertionError(f"started {args}")
+
+    monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr(sys, "argv", ["cuda_bytes.py"])
+    with pytest.raises(SystemExit) as stopped:
+        cuda_bytes.main()
+    return stopped.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sign", ["driver", "device"])
+def test_refuses_a_machine_with_cuda(sign: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(cuda_bytes, "_has_driver", lambda: sign == "driver")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sign == "device")
+    code, text = run_main(monkeypatch, capsys)
+    assert code == 2
+    assert text.count("\n") == 1
+    assert "CUDA driver" in text
+
+
+def test_says_that_gcc_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(cuda_bytes, "_has_driver", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda_bytes.shutil, "which", lambda name: None)
+    code, text = run_main(monkeypatch, capsys)
+    assert (code, text.count("\n")) == (2, 1)
+    assert text.startswith("cuda_bytes.py: gcc is missing")
+
+
+@pytest.mark.slow
+def test_a_library_by_the_drivers_name_is_found(stub: None, tmp_path: Path):
+    """The check itself, in a process that would load it."""
+    (tmp_path / "empty.c").write_text("")
+    library = str(tmp_path / "libcuda.so.1")
+    subprocess.run(["gcc", "-shared", "-o", library, str(tmp_path / "empty.c")], check=True)
+    command = [sys.executable, cuda_bytes.__file__, "--backbone", "resnet18", "--size", "32"]
+    done = subprocess.run(command, env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_contender_that_fails_is_a_run_error(stub: None, capfd: pytest.CaptureFixture):
+    with pytest.raises(RunError, match="plain could not be counted"):
+        cuda_bytes.count("plain", "no-such-network", 32, 2)
+    assert "no-such-network" in capfd.readouterr().err
+
+
+def test_a_stub_that_does_not_compile_is_one_line(stub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken.c").write_text("int f( {")
+    monkeypatch.setattr(cuda_bytes, "STUB", tmp_path / "broken.c")
+    with pytest.raises(InputError, match=r"gcc does not compile broken\.c"):
+        cuda_bytes.count("plain", "resnet18", 32, 2)

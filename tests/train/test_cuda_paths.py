@@ -1,0 +1,251 @@
+"""What the CUDA paths ask of torch, seen without a GPU: with stand-ins for its CUDA objects, or on tensors without memory."""
+
+import contextlib
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers.common import BATCH
+from helpers.steps import SIZE, new_batch, new_step
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastbyol import step as step_module
+from fastbyol.config import DataConfig, OptimConfig
+from fastbyol.data import beton, build_loader, open_split
+from fastbyol.data.native import deliver
+from fastbyol.evaluate.features import extract
+from fastbyol.kernels.batch_norm import batch_norm
+from fastbyol.optim import build_optimizer
+
+CUDA = torch.device("cuda")
+
+
+class Stream:
+    """Stands for torch.cuda.Stream."""
+
+    made = 0
+
+    def __init__(self, *_):
+        Stream.made += 1
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Lets a step on the CPU believe in CUDA graphs; the list holds what each capture was asked for. A replay does nothing."""
+    asked, current = [], Stream()
+
+    class Graph:
+        def replay(self):
+            pass
+
+    @contextlib.contextmanager
+    def graph(graph, **options):
+        asked.append(options)
+        yield
+
+    Stream.made = 0
+    monkeypatch.setattr(step_module, "choose_step_mode", lambda *_: "cuda_graph")
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    for name, value in {
+        "Stream": Stream,
+        "current_stream": lambda *_: current,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return asked
+
+
+def test_capture_is_deaf_to_other_threads_and_all_steps_before_it_share_a_stream(captures):
+    """DALI's threads make CUDA calls while the step is captured, and the allocator keeps a pool of memory for every stream."""
+    step = new_step()
+    for k in range(6):
+        step(k, new_batch(k))
+    assert [options["capture_error_mode"] for options in captures] == ["thread_local"]
+    assert captures[0]["stream"] is step._side
+    assert Stream.made == 1
+
+
+def test_a_dropped_graph_is_captured_anew_without_another_warm_up(captures):
+    step = new_step()
+    for k in range(3):
+        step(k, new_batch(k))
+    for captured in (1, 2):
+        step(3, new_batch(3))
+        step(4, new_batch(4))
+        assert len(captures) == captured
+        step.drop_graph()
+        assert step._graph is step._output is None
+    step.close()
+    with pytest.raises(TypeError):
+        step(4, new_batch(4))
+
+
+def test_profile_drops_the_graph_before_it_marks_steps(make_config):
+    from helpers.trainings import training_of
+
+    from fastbyol.tools.profiling import Clock, Marks
+
+    training = training_of(make_config())
+    training.step._graph, emptied = object(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+        with Marks(training).on(Clock(torch.device("cpu"))):
+            assert training.step._graph is None
+    assert emptied == [1]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_can_be_captured_on_a_gpu(monkeypatch, name):
+    options = {}
+    monkeypatch.setattr(
+        torch.optim, {"adam": "Adam", "adamw": "AdamW"}[name], lambda groups, lr, **o: options.update(o)
+    )
+    for device, capturable in ((torch.device("cpu"), False), (CUDA, True)):
+        with FakeTensorMode():
+            lr = torch.zeros((), device=device)
+        build_optimizer(OptimConfig(name=name), nn.Linear(2, 2), [], lr, lr)
+        assert options["capturable"] is capturable
+
+
+def test_all_of_an_optimizers_state_moves_to_the_device():
+    """Fused Adam reads its counter, a tensor without dimensions, by its address."""
+    step = new_step(optim={"name": "adamw"})
+    step(0, new_batch(0))
+    state = step.state_dict()
+    step.device = torch.device("meta")
+    step.load_state_dict(state)
+    moved = [value for values in step.optimizer.state.values() for value in values.values()]
+    assert {value.ndim for value in moved} == {0, 1, 2, 4}
+    assert {value.device.type for value in moved} == {"meta"}
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.names.append(f.overloadpacket.__name__)
+        return f(*args, **(kwargs or {}))
+
+
+def test_eager_batch_norm_on_a_gpu_is_torch_s_kernels():
+    """A step in mode eager and the trials of data.batch_size=auto: other operations would move six times the bytes."""
+    with FakeTensorMode(), Operators() as operators:
+        x = torch.empty(8, 4, 3, 3, dtype=torch.bfloat16, device=CUDA).to(memory_format=torch.channels_last)
+        weight, bias = (torch.empty(4, device=CUDA, requires_grad=True) for _ in range(2))
+        y, mean, _ = batch_norm(x.requires_grad_(), None, weight, bias, views=2, eps=1e-5, relu=True)
+    assert (y.dtype, mean.shape) == (torch.bfloat16, (2, 4))
+    assert operators.names.count("native_batch_norm") == 2
+    assert "var_mean" not in operators.names
+
+
+class Slots:
+    """Stands for DeviceSlots: what would travel stays."""
+
+    def __init__(self, *_):
+        self.sent = []
+
+    def fill(self, step, tensors):
+        self.sent.append(tensors)
+        return tensors
+
+    def release(self, step):
+        pass
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_batch_travels_as_one_dense_block(dim):
+    """A copy of views that are not dense would be synchronous, from pageable memory."""
+    shape = [3, 5, 5, 3]
+    shape.insert(dim, 2)
+    block, slots = torch.randn(shape), Slots()
+    (batch,) = deliver(0, block, torch.arange(3), torch.arange(3), slots, dim=dim)
+    assert slots.sent[0][0] is block
+    for v in range(2):
+        assert torch.equal(batch.views[v], block.select(dim, v).permute(0, 3, 1, 2))
+
+
+@pytest.mark.slow
+def test_ffcv_sends_its_own_block_and_pinned_labels(photos, tmp_path, monkeypatch):
+    from fastbyol.data import ffcv
+
+    beton.pack(open_split(photos, "train"), tmp_path / "train.beton", mode="raw")
+    config = DataConfig(root=str(tmp_path), batch_size=BATCH, image_size_px=SIZE, threads=1, backend="ffcv")
+    loader = build_loader(
+        config, open_split(tmp_path, "train"), seed=0, device=torch.device("cpu"), dtype=torch.float16
+    )
+    pinned, made = [], []
+    monkeypatch.setattr(loader, "device", CUDA)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda t: pinned.append(tuple(t.shape)) or t)
+    monkeypatch.setattr(ffcv, "DeviceSlots", lambda *_: made.append(Slots()) or made[0])
+    batches = list(loader.batches(0, 2))
+    for views, labels, indices in made[0].sent:
+        assert (tuple(views.shape), views.dtype) == ((BATCH, 2, SIZE, SIZE, 3), torch.float16)
+        assert all(t.is_contiguous() for t in (views, labels, indices))
+    assert pinned.count((BATCH,)) == 2 * len(batches)
+
+
+def test_pixels_that_the_host_decodes_for_dali_are_pinned_by_the_readers(photos, tmp_path, monkeypatch):
+    """The thread that launches the step only starts the copies."""
+    pytest.importorskip("nvidia.dali")
+    from fastbyol.data import dali
+
+    beton.pack(open_split(photos, "train"), tmp_path / "train.beton", mode="raw")
+    config = DataConfig(root=str(tmp_path), batch_size=BATCH, image_size_px=SIZE, threads=1, backend="dali")
+    loader = build_loader(
+        config, open_split(tmp_path, "train"), seed=0, device=torch.device("cpu"), dtype=torch.float32
+    )
+    monkeypatch.setattr(loader, "device", CUDA)
+    threads = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda t: threads.append(threading.get_ident()) or t)
+    steps = loader._read_steps(0, 1)
+    (prepared,) = steps
+    steps.close()
+    assert len(threads) >= BATCH
+    assert threading.get_ident() not in threads
+    threads.clear()
+    monkeypatch.setattr(Tensor, "to", lambda t, device, non_blocking: (t, device, non_blocking))
+    decoder = object.__new__(dali.Decoder)
+    decoder._device = CUDA
+    assert decoder._place(prepared[0].pixels)[1:] == (CUDA, True)
+    assert not threads
+
+
+def test_evaluation_compiles_nothing(photos):
+    """Over several ranks the backbone's parts are compiled for training; kNN's eval mode and its last, smaller batch run as they are."""
+    torch._dynamo.reset()
+    compiled = []
+
+    class Part(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x)
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    backbone = Part(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone.compile(backend=backend, fullgraph=True, dynamic=False)
+    backbone(torch.randn(4, 3, SIZE, SIZE))
+    assert len(compiled) == 1
+    options = {"size": SIZE, "device": torch.device("cpu"), "dtype": torch.float32, "threads": 1, "batch_size": 7}
+    features = extract(backbone, open_split(photos, "val"), **options)
+    assert features.x.shape == (18, 4)
+    assert len(compiled) == 1
+
+
+def test_half_precision_views_are_half_as_many_bytes():
+    step = new_step(precision="fp16")
+    assert step.dtype == torch.float16
+    output = step(0, new_batch(0, dtype=step.dtype))
+    assert np.isfinite(output.loss.item())

@@ -1,0 +1,199 @@
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from fastbyol.config import ModelConfig
+from fastbyol.errors import InputError
+from fastbyol.layers import FusedBasicBlock, FusedBottleneck, batch_norms, convert
+from fastbyol.loss import regression_loss
+from fastbyol.model import BYOL, Encoder, build_model, mlp, projection_std
+
+SMALL = {"backbone": "resnet18", "width": 0.125, "hidden_dim": 24, "projection_dim": 12}
+
+
+@pytest.fixture
+def model() -> BYOL:
+    return build_model(ModelConfig(**SMALL), 32, seed=0)
+
+
+def test_loss_on_a_case_computed_by_hand():
+    # cos = 0.6 and 0.8: 2 - 1.2 = 0.8 and 2 - 1.6 = 0.4, mean 0.6; lengths do not matter.
+    q = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
+    z = torch.tensor([[0.6, 0.8], [6.0, 8.0]])
+    assert regression_loss(q, z).item() == pytest.approx(0.6)
+
+
+def test_the_two_terms_are_summed_not_averaged():
+    class Fixed(nn.Module):
+        def __init__(self, *outputs):
+            super().__init__()
+            self.outputs = torch.cat(outputs)
+
+        def forward(self, views):
+            return self.outputs
+
+    right, up, left = (torch.tensor([v, v]) for v in ([1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]))
+    # View 1 predicts `right` for a target `up` (2 - 0), view 2 predicts `left` for a target `right` (2 + 2).
+    online, target = (Encoder(Fixed(*views), nn.Identity()) for views in ((right, left), (right, up)))
+    pair = BYOL(online, target, nn.Identity())
+    view = torch.zeros(1)
+    assert pair(view, view).loss.item() == pytest.approx(2 + 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet26", "test_resnet", "test_byobnet", "vgg11_bn"])
+def test_both_views_in_one_batch_are_two_forward_passes(backbone):
+    """Loss, gradients and running statistics equal those of plain torch modules that see one view after the other."""
+    config = ModelConfig(**(SMALL | {"backbone": backbone, "width": 0.125 if backbone.startswith("resnet") else 1}))
+    pair = build_model(config, 32, seed=0).double()
+    for p in pair.online.parameters():  # zeros would hide the last norm of every block
+        p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype), alpha=0.05)
+    options = {"channels": (8, 16, 32, 64)} if backbone.startswith("resnet") else {}
+    features = pair.online.projector[0].in_features
+    plain = [
+        Encoder(timm.create_model(backbone, num_classes=0, **options), mlp(features, 24, 12))
+        .double()
+        .requires_grad_(grad)
+        for grad in (True, False)
+    ]
+    predictor = mlp(12, 24, 12).double()
+    for mine, other in zip(plain, (pair.online, pair.target), strict=True):
+        mine.load_state_dict(other.state_dict())
+    predictor.load_state_dict(pair.predictor.state_dict())
+    rng = torch.Generator().manual_seed(2)
+    views = [k + torch.randn(6, 3, 32, 32, generator=rng, dtype=torch.float64) for k in (0, 3)]
+    output = pair(*views)
+    output.loss.backward()
+    q1, q2 = (predictor(plain[0](v)) for v in views)
+    t1, t2 = (plain[1](v) for v in views)
+    loss = regression_loss(q1, t2) + regression_loss(q2, t1)
+    loss.backward()
+    assert output.loss.item() == pytest.approx(loss.item(), abs=1e-6)  # the loss is float32
+    for (name, p), q in zip(pair.online.named_parameters(), plain[0].parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() <= 1e-4 * q.grad.abs().max() + 1e-6, name
+    for mine, other in zip(plain, (pair.online, pair.target), strict=True):
+        for (name, a), b in zip(mine.named_buffers(), other.buffers(), strict=True):
+            assert torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-9), name
+
+
+def test_loss_is_float32_under_autocast(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32))
+    assert output.loss.dtype == torch.float32
+    assert 0 < output.loss.item() < 8
+
+
+def test_heads_are_the_paper_s():
+    first, norm, relu, last = mlp(512, 4096, 256)
+    assert (first.in_features, first.out_features, first.bias is not None) == (512, 4096, True)
+    assert (norm.num_features, norm.momentum, norm.eps) == (4096, 0.1, 1e-5)
+    assert isinstance(relu, nn.ReLU)
+    assert [type(m).__name__ for m in convert(mlp(8, 8, 8))] == ["Linear", "BatchNorm", "Identity", "Linear"]
+    assert (last.in_features, last.out_features, last.bias) == (4096, 256, None)
+
+
+def test_every_batchnorm_has_the_paper_s_constants(model):
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert {(m.momentum, m.eps, m.views) for m in norms} == {(0.1, 1e-5, 2)}
+    assert batch_norms(model) == norms
+
+
+@pytest.mark.parametrize(
+    ("backbone", "kind", "relus"), [("resnet18", FusedBasicBlock, 18), ("resnet50", FusedBottleneck, 50)]
+)
+def test_norm_addition_and_relu_of_a_resnet_are_one_call(backbone, kind, relus):
+    online = build_model(ModelConfig(**(SMALL | {"backbone": backbone})), 32, seed=0).online
+    blocks = [block for k in (1, 2, 3, 4) for block in getattr(online.backbone, f"layer{k}")]
+    assert {type(block) for block in blocks} == {kind}
+    fused = [norm for norm in batch_norms(online) if norm.relu]
+    assert len(fused) == relus  # the stem, two or three a block, the projector
+
+
+def test_a_norm_whose_views_cannot_be_kept_apart_is_refused():
+    with pytest.raises(InputError, match="GhostNorm, whose statistics cannot be kept per view"):
+        convert(nn.Sequential(type("GhostNorm", (nn.BatchNorm2d,), {})(4)))
+    with pytest.raises(InputError, match="only norms with weight, bias and running statistics"):
+        convert(nn.Sequential(nn.BatchNorm2d(4, affine=False)))
+
+
+def test_resnet50_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        resnet = timm.create_model("resnet50", num_classes=0)
+        heads = [mlp(2048, 4096, 256), mlp(256, 4096, 256)]
+    online = sum(p.numel() for m in (resnet, *heads) for p in m.parameters())
+    assert online / 1e6 == pytest.approx(35.1, abs=0.1)
+
+
+def test_gradients_reach_all_of_online_and_none_of_target(model):
+    model(torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)).loss.backward()
+    trained = [p for part in (model.online, model.predictor) for p in part.parameters()]
+    assert all(p.grad is not None for p in trained)
+    assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
+
+
+def test_statistics_are_per_view_and_the_target_keeps_its_own(model):
+    views = torch.randn(8, 3, 32, 32), 3 + torch.randn(8, 3, 32, 32)
+    stem = model.target.backbone.bn1
+    online_stem = model.online.backbone.bn1
+    model(*views)
+    # Two updates of momentum 0.1, one per view, from each view's own batch mean.
+    means = [model.target.backbone.conv1(v).mean((0, 2, 3)) for v in views]
+    expected = 0.9 * (0.1 * means[0]) + 0.1 * means[1]
+    assert (stem.running_mean - expected).abs().max() < 1e-5
+    assert (online_stem.running_mean - expected).abs().max() < 1e-5
+    # Target statistics are not averaged from the online network's.
+    online_stem.running_mean.add_(1)
+    before = stem.running_mean.clone()
+    assert [name for name, _ in model.named_buffers() if name.startswith("target.")]
+    assert torch.equal(stem.running_mean, before)
+    assert all(isinstance(t, nn.Parameter) for _, t in model.target_pairs())
+
+
+def test_target_starts_as_a_copy_or_from_another_seed(model):
+    assert all(torch.equal(o, t) for o, t in model.target_pairs())
+    other = build_model(ModelConfig(**SMALL, target_init="reseed"), 32, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(model.online.parameters(), other.online.parameters(), strict=True))
+    assert not torch.equal(other.online.backbone.conv1.weight, other.target.backbone.conv1.weight)
+
+
+def test_weights_depend_on_the_seed_alone_and_leave_the_global_generator_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = build_model(ModelConfig(**SMALL), 32, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(3)
+    again, other = build_model(ModelConfig(**SMALL), 32, seed=1), build_model(ModelConfig(**SMALL), 32, seed=2)
+    assert torch.equal(first.online.backbone.conv1.weight, again.online.backbone.conv1.weight)
+    assert not torch.equal(first.online.backbone.conv1.weight, other.online.backbone.conv1.weight)
+
+
+def test_width_widens_all_four_groups_and_the_small_stem_keeps_the_resolution():
+    model = build_model(ModelConfig(**(SMALL | {"width": 2, "stem": "small"})), 32, seed=0)
+    backbone = model.online.backbone
+    assert [getattr(backbone, f"layer{k}")[0].conv1.out_channels for k in (1, 2, 3, 4)] == [128, 256, 512, 1024]
+    assert backbone.eval().forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 1024, 4, 4)
+
+
+def test_projection_std_of_spread_and_collapsed_projections():
+    spread = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    assert projection_std(spread).item() == pytest.approx(1 / math.sqrt(64), rel=0.02)
+    assert projection_std(torch.ones(16, 64)).item() == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": "resnet51"}, "did you mean .*resnet50"),
+        ({"backbone": "vgg11", "width": 2}, "vgg11 has no width multiplier"),
+        ({"backbone": "vgg11", "width": 1, "stem": "small"}, "model.stem=small is for plain ResNets"),
+        ({"width": 0.01}, "whole number of channels"),
+        ({"backbone": "vit_tiny_patch16_224", "width": 1}, "cannot take data.image_size_px=32"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_one_clear_line(changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        build_model(ModelConfig(**(SMALL | changes)), 32, seed=0)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,309 @@
+"""The training step: its modes and precisions, micro-batches, recomputed activations, clipping, and what it must never do."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from helpers.common import BATCH
+from helpers.problems import reference_update
+from helpers.steps import MODEL, SIZE, new_batch, new_step
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from fastbyol.config import ModelConfig
+from fastbyol.data import Batch
+from fastbyol.errors import InputError
+from fastbyol.kernels import dispatch
+from fastbyol.model import build_model
+from fastbyol.precision import LossScale
+from fastbyol.runtime.distributed import World
+from fastbyol.runtime.memory import SavedTensorBytes
+from fastbyol.step import choose_step_mode
+
+CPU = torch.device("cpu")
+
+
+def run(step, steps, start=0):
+    return [step(k, new_batch(k, dtype=step.dtype)).loss.item() for k in range(start, start + steps)]
+
+
+def set_scale(step, value):
+    step.loss_scale.scale.fill_(value)
+    step.loss_scale.inverse.fill_(1 / value)
+
+
+def weights_of(step):
+    return {name: value.clone() for name, value in step.model.state_dict().items()}
+
+
+# --- modes ---
+
+
+@pytest.mark.slow
+def test_compiled_and_eager_steps_agree_over_fifty_steps():
+    """float32: the same losses to 1e-5 (3.3e-6 over five seeds); compiled as one graph, once, though lr and tau change every step.
+
+    With ReLUs a value may fall to the other side of a kink, and early training doubles a difference of the last digit every other
+    step: a network with smooth activations runs freely here, and one with ReLUs begins each step from the same state.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    smooth = {"backbone": "test_efficientnet", "optim": {"base_lr": 0.05}}
+    eager, compiled = (new_step(mode=mode, **smooth) for mode in ("eager", "compile"))
+    a, b = run(eager, 50), run(compiled, 50)
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
+    assert min(a[40:]) < min(a[:10]) - 0.2  # it has learned, so the comparison means something
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert all("_orig_mod" not in name for name in compiled.state_dict()["optimizer"])
+
+
+@pytest.mark.slow
+def test_compiled_and_eager_steps_agree_from_fifty_states():
+    """A network with ReLUs and fused layers at a real learning rate, in one part and in two micro-batches of that size."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, compiled = (new_step(backbone="test_resnet", mode=m, optim={"base_lr": 0.01}) for m in ("eager", "compile"))
+    a, b = run(eager, 5), run(compiled, 5)
+    # At a small rate, freely: 7e-7 to 8.6e-6 over five seeds, and up to 6.5e-4 after fifty steps.
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
+    for step in (eager, compiled):
+        step.schedule._peak = 0.1
+    gaps = []
+    for k in range(50):
+        copy_state(eager, compiled)
+        a, b = (run(step, 1, start=k)[0] for step in (eager, compiled))
+        assert abs(a - b) < 1e-5  # 2.4e-6 over five seeds
+        pairs = zip(eager.model.state_dict().values(), compiled.model.state_dict().values(), strict=True)
+        gaps.append(max((x.float() - y.float()).abs().max().item() for x, y in pairs))
+    # In some states a value lies so close to a ReLU's kink that rounding decides whether it has a gradient. Over five seeds: half of the
+    # states to 7e-7, all to 6e-4.
+    assert sorted(gaps)[25] < 1e-5
+    assert max(gaps) < 1e-2
+    assert run(eager, 1)[0] < 3.2  # it began above 3.5 and has learned, so the comparison means something
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    options = {"backbone": "test_resnet", "micro_batches": 2, "batch": 2 * BATCH, "optim": {"base_lr": 0.01}}
+    eager, compiled = (new_step(mode=mode, **options) for mode in ("eager", "compile"))
+    a, b = ([step(k, new_batch(k, 2 * BATCH)).loss.item() for k in range(4)] for step in (eager, compiled))
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
+    whole = new_step(**options | {"micro_batches": 1})
+    assert abs(whole(0, new_batch(0, 2 * BATCH)).loss.item() - a[0]) > 1e-4  # BatchNorm of each part is something else
+
+
+def copy_state(source, target):
+    """In place, as a compiled model needs it."""
+    with torch.no_grad():
+        for x, y in zip(source.model.state_dict().values(), target.model.state_dict().values(), strict=True):
+            y.copy_(x)
+        momenta = [step.state_dict()["optimizer"] for step in (source, target)]
+        for name, state in momenta[0].items():
+            momenta[1][name]["momentum_buffer"].copy_(state["momentum_buffer"])
+
+
+def test_the_mode_of_a_device_and_what_cannot_be():
+    cuda = torch.device("cuda")
+    assert (choose_step_mode("auto", CPU, World()), choose_step_mode("auto", cuda, World())) == ("eager", "compile")
+    assert choose_step_mode("cuda_graph", cuda, World()) == "cuda_graph"
+    with pytest.raises(InputError, match="step.mode=cuda_graph needs a GPU"):
+        choose_step_mode("cuda_graph", CPU, World())
+    with pytest.raises(InputError, match="step.mode=cuda_graph runs on one rank, this run has 2"):
+        choose_step_mode("cuda_graph", cuda, World(0, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_reads_no_value(monkeypatch, precision):
+    """On tensors without values, where `.item()` and its like raise: the step as a whole asks for none."""
+    # Kernels that take addresses cannot run on tensors without memory.
+    monkeypatch.setattr(dispatch, "lars_update", lambda device: reference_update)
+    with FakeTensorMode():
+        options = {"micro_batches": 2, "optim": {"clip_grad_norm": 1.0}}
+        # Copying the weights, for a target or into another memory order, would have to read them.
+        step = new_step(precision=precision, target_init="reseed", layout=None, **options)
+        view = torch.empty(BATCH, 3, SIZE, SIZE, dtype=step.dtype)
+        output = step(0, Batch((view, view), view, view))
+        with pytest.raises(DataDependentOutputException):
+            output.loss.item()
+
+
+# --- precisions ---
+
+
+@pytest.mark.slow
+def test_bfloat16_learns_what_float32_learns():
+    exact, short = (run(new_step(precision=p, optim={"base_lr": 0.5}), 30) for p in ("fp32", "bf16"))
+    assert max(abs(a - b) for a, b in zip(exact[:3], short[:3], strict=True)) < 0.05
+    assert abs(sum(exact[-10:]) - sum(short[-10:])) / 10 < 0.3
+    assert all(sum(run[-10:]) < sum(run[:10]) - 1 for run in (exact, short))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+def test_weights_momentum_and_loss_stay_float32(precision):
+    step = new_step(precision=precision)
+    output = step(0, new_batch(0, dtype=step.dtype))
+    assert output.loss.dtype == output.projection_std.dtype == torch.float32
+    assert {v.dtype for s in step.state_dict()["optimizer"].values() for v in s.values()} == {torch.float32}
+    assert {p.dtype for p in step.model.parameters()} == {torch.float32}
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "adam"])
+def test_a_step_that_overflows_is_skipped_with_its_target_and_halves_the_scale(name):
+    """Target updates == optimizer steps: both are left out, nothing is lost, and the next step goes on."""
+    step = new_step(precision="fp16", optim={"name": name, "base_lr": 2.0 if name == "lars" else 0.01})
+    set_scale(step, 1024.0)  # the first one is too high for this network
+    run(step, 3)
+    assert int(step.loss_scale.skipped) == 0
+    before, momentum = weights_of(step), copy.deepcopy(step.state_dict()["optimizer"])
+    set_scale(step, 2.0**120)
+    run(step, 1, start=3)
+    assert int(step.loss_scale.skipped) == 1
+    assert step.loss_scale.scale.item() == 2.0**119
+    after = weights_of(step)
+    for key, value in before.items():
+        if not key.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            assert torch.equal(value, after[key]), key
+    for key, state in step.state_dict()["optimizer"].items():
+        assert all(torch.equal(value, momentum[key][k]) for k, value in state.items()), key
+    set_scale(step, 1024.0)
+    online, target = (dict(weights_of(step)) for _ in range(2))
+    run(step, 1, start=4)
+    new = weights_of(step)
+    assert int(step.loss_scale.skipped) == 1
+    for key in online:
+        if key.startswith("target.") and key.endswith("weight"):
+            w, tau = new[key.replace("target.", "online.")], step.schedule.tau(4)
+            assert torch.allclose(new[key], target[key] + (1 - tau) * (w - target[key]), atol=1e-6), key
+    assert not torch.equal(new["online.backbone.conv1.weight"], online["online.backbone.conv1.weight"])
+
+
+def test_the_scale_grows_after_two_thousand_good_steps_and_survives_a_checkpoint():
+    scale = LossScale(CPU)
+    for _ in range(2000):
+        scale.update()
+    assert (scale.scale.item(), scale.inverse.item()) == (2.0**17, 2.0**-17)
+    step = new_step(precision="fp16")
+    step.loss_scale.load_state_dict(scale.state_dict())
+    again = new_step(precision="fp16")
+    again.load_state_dict(step.state_dict())
+    assert again.loss_scale.scale.item() == 2.0**17
+    new_step().load_state_dict(step.state_dict())  # float32 has no use for it
+    again.load_state_dict(new_step().state_dict())  # and has none to give
+    assert again.loss_scale.scale.item() == 2.0**17
+
+
+@pytest.mark.slow
+def test_fp16_gradients_are_those_of_float32():
+    """One plain SGD step: the scale has been divided out again, and float16 errs no more than bfloat16, which has none."""
+    optim = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "base_lr": 16.0}
+    exact, short, rough = (new_step(precision=p, optim=optim) for p in ("fp32", "fp16", "bf16"))
+    set_scale(short, 1024.0)
+    before = [p.clone() for p in exact.model.online.parameters()]
+    moved = []
+    for step in (exact, short, rough):
+        run(step, 1)
+        moved.append(
+            torch.cat([(p - b).flatten() for p, b in zip(step.model.online.parameters(), before, strict=True)])
+        )
+    errors = [(m - moved[0]).norm() / moved[0].norm() for m in moved[1:]]
+    assert errors[0] < errors[1] < 0.3
+
+
+# --- micro-batches, recomputed activations, clipping ---
+
+
+def test_micro_batches_are_the_mean_of_their_gradients_and_one_update():
+    step = new_step(micro_batches=4, optim={"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "base_lr": 0.5})
+    batch = new_batch(0)
+    reference = copy.deepcopy(step.model)
+    losses = []
+    for k in range(4):
+        part = slice(4 * k, 4 * k + 4)
+        output = reference(batch.views[0][part], batch.views[1][part])
+        (output.loss / 4).backward()
+        losses.append(output.loss.item())
+    output = step(0, batch)
+    assert output.loss.item() == pytest.approx(sum(losses) / 4, abs=1e-6)
+    lr, tau = step.schedule.lr(0), step.schedule.tau(0)
+    before = dict(build_model(ModelConfig(**MODEL), SIZE, 0).named_parameters())
+    for (name, p), q in zip(step.model.named_parameters(), reference.parameters(), strict=True):
+        if q.grad is not None:
+            assert torch.allclose(p, q - lr * q.grad, atol=1e-6), name
+        else:
+            w = dict(step.model.named_parameters())[name.replace("target.", "online.")]
+            assert torch.allclose(p, before[name] + (1 - tau) * (w - before[name]), atol=1e-6), name
+    for (name, a), b in zip(step.model.named_buffers(), reference.named_buffers(), strict=True):
+        assert torch.equal(a, b[1]), name  # BatchNorm saw four batches of four
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="data.batch_size=16 cannot be split into 1 ranks x step.micro_batches=3"):
+        new_step(micro_batches=3)
+    with pytest.raises(InputError, match="equal parts of at least 2 images are needed"):
+        new_step(micro_batches=16)
+
+
+@pytest.mark.parametrize(("backbone", "stages"), [("resnet18", 1), ("resnet18", 4), ("test_byobnet", 1)])
+def test_recomputed_activations_change_nothing_but_the_memory(backbone, stages):
+    plain, frugal = (new_step(backbone=backbone, activation_checkpointing=k) for k in (0, stages))
+    with SavedTensorBytes(plain.model) as all_of_them:
+        run(plain, 1)
+    with SavedTensorBytes(frugal.model) as fewer:
+        run(frugal, 1)
+    assert fewer.total < 0.9 * all_of_them.total
+    assert run(plain, 3, start=1) == run(frugal, 3, start=1)
+    for (name, a), b in zip(plain.model.state_dict().items(), frugal.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name  # running statistics are not updated a second time
+
+
+@pytest.mark.slow
+def test_a_backbone_without_checkpointing_is_refused():
+    with pytest.raises(InputError, match="step.activation_checkpointing=2: VGG has no gradient checkpointing"):
+        new_step(backbone="vgg11_bn", activation_checkpointing=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_clipping_limits_the_total_norm(precision):
+    optim = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "base_lr": 16.0}
+    free, clipped, loose = (
+        new_step(precision=precision, optim=optim | {"clip_grad_norm": c}) for c in (0.0, 0.01, 1000.0)
+    )
+    for step in (free, clipped, loose) if precision == "fp16" else ():
+        set_scale(step, 1024.0)
+    before = torch.cat([p.detach().flatten() for p in free.model.online.parameters()])
+    moved = []
+    for step in (free, clipped, loose):
+        run(step, 1)
+        moved.append(torch.cat([p.detach().flatten() for p in step.model.online.parameters()]) - before)
+    assert (moved[1].norm() / step.schedule.lr(0)).item() < 0.01 < (moved[0].norm() / step.schedule.lr(0)).item()
+    assert torch.nn.functional.cosine_similarity(moved[0], moved[1], dim=0) > 0.999
+    assert torch.equal(moved[0], moved[2])
+
+
+# --- addresses ---
+
+
+@pytest.mark.slow
+def test_weights_stay_where_they_are():
+    """A captured graph, and torch's compiled code, go on writing to the addresses they have seen."""
+    step = new_step(precision="bf16")
+    run(step, 2)
+    places = [t.data_ptr() for t in (*step.model.parameters(), *step.model.buffers())]
+    momenta = [v.data_ptr() for s in step.optimizer.state.values() for v in s.values()]
+    run(step, 3, start=2)
+    assert places == [t.data_ptr() for t in (*step.model.parameters(), *step.model.buffers())]
+    assert momenta == [v.data_ptr() for s in step.optimizer.state.values() for v in s.values()]
+
+
+def test_the_first_step_that_was_not_finite_is_kept():
+    step = new_step()
+    with contextlib.suppress(StopIteration):
+        run(step, 2)
+    for p in step.model.predictor.parameters():
+        p.data.fill_(float("nan"))
+    run(step, 3, start=2)
+    assert int(step.first_bad_step) == 2

@@ -1,0 +1,769 @@
+"""The run as a whole: 16 steps on the CPU, resume, signals, and everything that can go wrong."""
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.common import BATCH, HANG_S, jpeg, losses
+from helpers.stopping import stop_after
+from PIL import Image
+
+from fastbyol import step
+from fastbyol.config import DataConfig, OptimConfig
+from fastbyol.data import find_images, open_split
+from fastbyol.data.beton import pack
+from fastbyol.errors import InputError, RunError
+from fastbyol.model import BYOLOutput
+from fastbyol.runtime import checkpoint, runlog
+from fastbyol.runtime.distributed import World
+from fastbyol.runtime.files import FolderLock
+from fastbyol.runtime.runlog import RunLog, read_metrics
+from fastbyol.train import _StopSignals, train
+
+STEPS = 16  # 4 epochs of 4 batches
+
+
+def test_sixteen_steps_end_to_end(make_config, capsys):
+    config = make_config(log={"tensorboard": True})
+    result = train(config)
+    assert (result.step, result.total_steps, result.stopped_by) == (STEPS, STEPS, None)
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in trained] == list(range(1, STEPS + 1))
+    assert trained[0]["lr"] == 0
+    assert trained[4]["lr"] == pytest.approx(2.0 * BATCH / 256)
+    assert trained[0]["tau"] == pytest.approx(0.99)
+    assert all(0 < line["loss"] < 8 and 0 <= line["wait_share"] <= 1 for line in trained)
+    assert [line["step"] for line in lines if line["kind"] == "knn"] == [8, 16]
+    assert any((result.folder / "tensorboard").iterdir())
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert summary["knn_best"] >= summary["knn_last"] > 0
+    assert "images/s" in capsys.readouterr().out
+    state = checkpoint.load(result.folder / "checkpoints" / f"step_{STEPS:08d}.pt")
+    assert all(name.split(".")[0] in ("online", "predictor", "target") for name in state["model"])
+    # The optimizer's threads stay for the next step, as torch's do.
+    left = [t.name for t in threading.enumerate() if t.name.startswith("fastbyol")]
+    assert all(name.startswith("fastbyol-kernel") for name in left)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("cut", [1, 6, 8])  # between epochs at 8, within one otherwise
+def test_a_cut_and_resumed_run_has_the_losses_of_the_uncut_one(make_config, monkeypatch, name, cut):
+    optim = {"name": name, "base_lr": 2.0 if name == "lars" else 0.05}
+    whole = train(make_config(name="whole", optim=optim))
+    with monkeypatch.context() as patch:
+        stop_after(patch, cut)
+        first = train(make_config(name="cut", optim=optim))
+    assert (first.step, first.stopped_by) == (cut, signal.SIGTERM)
+    second = train(make_config(name="cut", optim=optim, resume="auto"))
+    assert second.step == STEPS
+    assert losses(second.folder) == losses(whole.folder)
+    states = [checkpoint.load(r.folder / "checkpoints" / f"step_{STEPS:08d}.pt") for r in (whole, second)]
+    assert all(torch.equal(states[0]["model"][k], states[1]["model"][k]) for k in states[0]["model"])
+
+
+@pytest.mark.slow
+def test_the_number_of_threads_does_not_change_a_loss(make_config):
+    runs = [train(make_config(name=f"t{n}", data={"threads": n}, knn={"every_epochs": 0})) for n in (1, 4)]
+    assert losses(runs[0].folder) == losses(runs[1].folder)
+
+
+def test_device_values_are_read_only_when_they_are_logged(make_config, monkeypatch):
+    """Counts every way from a tensor to a Python number: each would be a host sync on a GPU."""
+    reads = []
+
+    def count(name):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args):
+            reads.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    original_step = step.TrainStep.__call__
+    counts = []
+
+    def watched(self, *args):
+        reads.clear()
+        output = original_step(self, *args)
+        counts.append(len(reads))
+        return output
+
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__"):
+        count(name)
+    monkeypatch.setattr(step.TrainStep, "__call__", watched)
+    logged = []
+    monkeypatch.setattr(RunLog, "train", lambda self, number, **values: logged.append((number, len(reads))))
+    train(make_config(log={"log_every_steps": 8}, knn={"every_epochs": 0}, checkpoint={"every_epochs": 4}))
+    assert counts == [0] * STEPS
+    assert [number for number, _ in logged] == [8, 16]
+    assert all(0 < n <= 4 for _, n in logged)
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "adam"])
+def test_one_target_update_per_optimizer_step_after_it(make_config, monkeypatch, name):
+    """The target equals the moving average of the weights after each step, applied once per step."""
+    updates = []
+    original = step.TrainStep.__call__
+
+    def checked(self, number, batch):
+        before = [t.clone() for _, t in self.pairs]
+        output = original(self, number, batch)
+        tau = self.schedule.tau(number)
+        for (w, t), old in zip(self.pairs, before, strict=True):
+            assert (t - (old + (1 - tau) * (w.detach() - old))).abs().max() < 1e-6
+        updates.append(number)
+        return output
+
+    monkeypatch.setattr(step.TrainStep, "__call__", checked)
+    train(make_config(optim={"name": name, "epochs": 2, "tau_base": 0.5}, knn={"every_epochs": 0}))
+    assert updates == list(range(8))
+
+
+def test_the_target_is_not_reset_on_resume(make_config, monkeypatch):
+    stop_after(monkeypatch, 6)
+    first = train(make_config())
+    state = checkpoint.load(first.folder / "checkpoints" / "step_00000006.pt")
+    online, target = (state["model"][f"{part}.backbone.conv1.weight"] for part in ("online", "target"))
+    assert not torch.equal(online, target)
+
+
+def test_an_existing_run_is_not_mixed_with_a_new_one(make_config):
+    config = make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})
+    train(config)
+    with pytest.raises(InputError, match="already holds a run: continue it with --resume auto"):
+        train(config)
+    again = train(dataclasses.replace(config, resume="auto"))
+    assert again.step == 4  # nothing was left to do
+
+
+SHORT = {"knn": {"every_epochs": 0}, "optim": {"epochs": 1, "warmup_epochs": 0}}
+
+
+def contents(folder):
+    """Every file below a folder with its bytes and time of change."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize(("epochs", "of"), [(1, 1), (2, 1)])
+def test_a_finished_run_is_said_to_be_and_left_as_it_is(make_config, capsys, epochs, of):
+    first = train(make_config(**SHORT | {"optim": {"epochs": epochs, "warmup_epochs": 0}}))
+    before = contents(first.folder)
+    capsys.readouterr()
+    second = train(make_config(resume="auto", **SHORT | {"optim": {"epochs": of, "warmup_epochs": 0}}))
+    assert (second.step, second.finished_before) == (4 * epochs, True)
+    out = capsys.readouterr().out
+    assert "already finished: checkpoint" in out
+    assert f"is of epoch {epochs}, optim.epochs={of}; nothing was done" in out
+    assert contents(first.folder) == before
+
+
+def test_a_run_killed_before_its_summary_is_closed(make_config):
+    folder = train(make_config(**SHORT)).folder
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()
+    assert not train(make_config(resume="auto", **SHORT)).finished_before
+    again = json.loads((folder / "summary.json").read_text())
+    for key in ("steps", "total_steps", "loss", "images_per_s"):
+        assert again[key] == summary[key]
+
+
+def test_a_longer_run_says_what_its_schedules_do(make_config, capsys):
+    train(make_config(knn={"every_epochs": 0}, optim={"epochs": 2, "warmup_epochs": 0}))
+    train(make_config(knn={"every_epochs": 0}, optim={"epochs": 4, "warmup_epochs": 0}, resume="auto"))
+    out = capsys.readouterr().out
+    lr = 2.0 * BATCH / 256 / 2  # half-way down the cosine
+    assert (
+        f"optim.epochs 2 -> 4: the schedules span 4 epochs, so at step 8 the learning rate is {lr:.4g} instead of 0, "
+        "tau 0.995 instead of 1"
+    ) in out
+
+
+def test_another_data_set_of_equal_size_is_refused(make_config, photos, tmp_path):
+    train(make_config(**SHORT))
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)
+    config = make_config(resume="auto", data={"root": str(copy)}, optim={"epochs": 2, "warmup_epochs": 0})
+    assert train(config).step == 8  # the same images in another place are the same data set
+    first = sorted((copy / "train").iterdir())[0]
+    image = sorted(first.iterdir())[0]
+    image.rename(image.with_name("other.jpg"))
+    config = dataclasses.replace(config, optim=OptimConfig(epochs=3, warmup_epochs=0))
+    with pytest.raises(InputError, match=rf"made on other images.*: class '{first.name}' has other files; resume with"):
+        train(config)
+    shutil.move(first / "other.jpg", sorted((copy / "train").iterdir())[1] / "other.jpg")
+    with pytest.raises(
+        InputError, match=r"class '\w+' has 3 images instead of 4; class '\w+' has 5 images instead of 4"
+    ):
+        train(config)
+
+
+def test_two_runs_do_not_write_into_one_folder(make_config):
+    config = make_config(name="two", resume="auto", **SHORT)
+    folder = Path(config.runs) / "two"
+    with FolderLock(folder, warn=print), pytest.raises(InputError, match=r"two: another run writes into it \(process"):
+        train(config)
+    assert not folder.exists()
+    assert train(config).step == 4
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(make_config):
+    config = make_config(data={"root": "/nowhere"})
+    with pytest.raises(InputError, match="no folder"):
+        train(config)
+    assert not Path(config.runs).exists()
+
+
+def test_resume_takes_the_one_before_a_damaged_newest(make_config, capsys):
+    whole = train(make_config())
+    folder = whole.folder / "checkpoints"
+    newest = folder / "step_00000016.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    expected = losses(whole.folder)
+    capsys.readouterr()
+    result = train(make_config(resume="auto"))
+    output = capsys.readouterr().out
+    assert "step_00000016.pt is damaged" in output
+    assert "steps 12 to 16" in output
+    assert result.step == STEPS
+    assert losses(result.folder) == expected
+
+
+def test_resume_with_nothing_usable(make_config, capsys):
+    assert train(make_config(resume="auto", optim={"epochs": 1, "warmup_epochs": 0})).step == 4  # nothing there: afresh
+    for path in checkpoint.list_checkpoints(train_folder(make_config)):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"none of the checkpoints in .* is usable: .*damaged"):
+        train(make_config(resume="auto"))
+
+
+def train_folder(make_config):
+    config = make_config()
+    return checkpoint.Path(config.runs) / config.name / "checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": {"backbone": "resnet34"}},
+            r"made with model.backbone=resnet18, this run has model.backbone=resnet34",
+        ),
+        ({"optim": {"name": "sgd"}}, "made with optim.name=lars, this run has optim.name=sgd"),
+        ({"data": {"batch_size": 8}}, "made with data.batch_size=16, this run has data.batch_size=8"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(make_config, changes, message):
+    train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0}))
+    with pytest.raises(InputError, match=message):
+        train(make_config(resume="auto", **changes))
+
+
+def test_resume_names_settings_that_changed(make_config, capsys):
+    train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0}))
+    train(make_config(resume="auto", optim={"epochs": 2, "warmup_epochs": 0}, knn={"every_epochs": 0}))
+    assert "resumed with other settings than the run began with: optim.epochs 1 -> 2" in capsys.readouterr().out
+
+
+# --- what can go wrong ---
+
+
+def poison(monkeypatch, at):
+    original = step.TrainStep.__call__
+
+    def poisoned(self, number, batch):
+        if number == at:
+            with torch.no_grad():
+                self.model.predictor[0].weight.fill_(float("nan"))
+        return original(self, number, batch)
+
+    monkeypatch.setattr(step.TrainStep, "__call__", poisoned)
+
+
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_a_nan_loss_stops_with_step_lr_and_the_last_good_checkpoint(make_config, monkeypatch, log_every):
+    poison(monkeypatch, at=9)
+    with pytest.raises(RunError, match=r"NaN or infinite at step 9 \(lr 0\.0\d+\).*step_00000008.pt") as caught:
+        train(make_config(log={"log_every_steps": log_every}))
+    assert "\n" not in str(caught.value)
+    folder = train_folder(make_config)
+    assert checkpoint.list_checkpoints(folder)[-1].name == "step_00000008.pt"
+    assert all(torch.isfinite(v).all() for v in checkpoint.load(folder / "step_00000008.pt")["model"].values())
+
+
+def test_collapse_is_warned_about(make_config, monkeypatch, capsys):
+    original = step.TrainStep.__call__
+
+    def collapsed(self, number, batch):
+        output = original(self, number, batch)
+        return BYOLOutput(output.loss, output.projection_std * (0.01 if number >= 5 else 1))
+
+    monkeypatch.setattr(step.TrainStep, "__call__", collapsed)
+    train(make_config(knn={"every_epochs": 0}))
+    output = capsys.readouterr().out
+    assert output.count("the network is collapsing") == 1
+    assert "step 6: std of the normalized projections" in output
+
+
+def test_bad_images_are_named_in_the_log_and_in_the_summary(make_config, folder_of, capsys):
+    files = {f"train/{c}/{i:02d}.jpg": jpeg(i) for i in range(20) for c in "ab"}
+    files["train/a/05.jpg"] = b"words"
+    root = folder_of(files)
+    result = train(
+        make_config(data={"root": str(root), "max_bad_fraction": 0.05}, optim={"epochs": 2, "warmup_epochs": 0})
+    )
+    output = capsys.readouterr().out
+    assert output.count("a/05.jpg: not an image file") == 1
+    assert "1 unreadable images were skipped" in output
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary["bad_images"] == {"a/05.jpg": "not an image file"}
+
+
+def test_one_class_or_no_labels_train_without_knn(make_config, folder_of, capsys):
+    root = folder_of({f"train/a/{i}.jpg": jpeg(i) for i in range(16)} | {"val/a/0.jpg": jpeg(0)})
+    result = train(make_config(data={"root": str(root)}, optim={"epochs": 1, "warmup_epochs": 0}))
+    assert result.step == 1
+    assert "no online kNN: " in capsys.readouterr().out
+
+
+def test_a_full_disk_while_saving(make_config, monkeypatch):
+    original = os.fsync
+
+    def full_after_first(handle):
+        if any((train_folder(make_config)).glob("step_*.pt")):
+            raise OSError(28, "No space left on device")
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", full_after_first)
+    with pytest.raises(RunError, match=r"No space left on device.*last good checkpoint is .*step_00000004.pt"):
+        train(make_config())
+    assert [p.name for p in train_folder(make_config).iterdir()] == ["step_00000004.pt"]
+
+
+def test_a_run_folder_that_cannot_be_made(make_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/run: cannot be written: .*file is not a folder; choose another --runs"):
+        train(make_config(runs=str(tmp_path / "file")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)])
+def test_signals_finish_the_step_save_and_say_how_to_go_on(photos, tmp_path, number, code):
+    command = [sys.executable, "-m", "fastbyol", "train", "--name", "s", "--runs", str(tmp_path)]
+    command += ["--data.root", str(photos), "--data.batch_size", "16", "--data.image_size_px", "32"]
+    command += ["--model.backbone", "resnet18", "--model.width", "0.125", "--model.hidden_dim", "32"]
+    command += ["--optim.epochs", "500", "--log.log_every_steps", "1", "--log.tensorboard", "false"]
+    command += ["--knn.every_epochs", "0", "--checkpoint.every_epochs", "100"]
+    # Whoever runs the tests may ignore the signal, as nohup does, and a child would go on with that.
+    command = ["env", f"--default-signal={number}", *command]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "s" / "metrics.jsonl"
+    deadline = time.monotonic() + HANG_S
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=HANG_S)
+    assert process.returncode == code, errors
+    assert "--resume auto goes on from here" in output
+    assert "Traceback" not in errors
+    saved = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "s" / "checkpoints")[-1])
+    assert f"stopped after step {saved['step']} of 2000" in output
+    assert saved["step"] == metrics.read_text().count("\n")
+
+
+def test_a_sighup_that_is_ignored_stays_ignored():
+    """Under nohup, say."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with _StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)  # shell and kernel may each send one
+            assert stop.received == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("console", ["| head -n 1", "> /dev/full", ">&-"])
+def test_training_goes_on_when_the_reader_of_its_output_goes_away(photos, tmp_path, console):
+    command = [sys.executable, "-m", "fastbyol", "train", "--name", "s", "--runs", str(tmp_path)]
+    command += ["--data.root", str(photos), "--data.batch_size", "16", "--data.image_size_px", "32"]
+    command += ["--model.backbone", "resnet18", "--model.width", "0.125", "--model.hidden_dim", "32"]
+    command += ["--optim.epochs", "2", "--optim.warmup_epochs", "0", "--log.tensorboard", "false"]
+    script = f"{shlex.join(command)} {console}"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoint.load(checkpoint.list_checkpoints(tmp_path / "s" / "checkpoints")[-1])["step"] == 8
+    assert json.loads((tmp_path / "s" / "summary.json").read_text())["steps"] == 8
+    text = (tmp_path / "s" / "train.log").read_text()
+    assert "8 steps in" in text
+    assert ("the console is gone" in text) == (console != ">&-")
+    assert (tmp_path / "s" / "report.html").exists()
+
+
+def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
+    options = {"total_steps": 8, "steps_per_epoch": 4, "batch_size": 2, "tensorboard": False}
+    values = {"loss": 1.0, "lr": 0.1, "tau": 0.9, "projection_std": 0.2, "wait_s": 0.0}
+    with RunLog(tmp_path, start=0, **options) as log:
+        for number in range(1, 7):
+            log.train(number, **values)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "tra')  # a crash in the middle of a line
+    with RunLog(tmp_path, start=4, **options) as log:
+        log.train(5, **values)
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5]
+
+
+def test_the_smallest_batch_and_a_batch_of_one():
+    assert DataConfig(batch_size=2).batch_size == 2
+    with pytest.raises(ValueError, match="data.batch_size=1: BatchNorm needs at least 2 images"):
+        DataConfig(batch_size=1)
+    with pytest.raises(ValueError, match="optim.warmup_epochs=10: must lie between 0 and optim.epochs=5"):
+        OptimConfig(epochs=5, warmup_epochs=10)
+
+
+@pytest.mark.parametrize(("given", "named"), [(1, ""), (0.5, "optim.warmup_epochs 0.5 -> 1.0")])
+def test_a_default_warmup_longer_than_half_of_the_run_is_cut_and_said(make_config, capsys, given, named):
+    text = "optim.warmup_epochs: the default of 10 is longer than half of the run; it is 1 epochs"
+    train(make_config(optim={"epochs": 1, "warmup_epochs": given}, knn={"every_epochs": 0}))
+    assert "optim.warmup_epochs" not in capsys.readouterr().out
+    result = train(make_config(resume="auto", optim={"epochs": 2, "warmup_epochs": None}, knn={"every_epochs": 0}))
+    out = capsys.readouterr().out
+    assert out.count(text) == 1
+    # What the run began with is compared by the number used.
+    changed = next(line for line in out.splitlines() if "resumed with other settings" in line)
+    assert ("warmup" in changed, named in changed) == (bool(named), True)
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["lr"] for line in lines if line["kind"] == "train" and line["step"] > 4) == pytest.approx(
+        2 * 16 / 256
+    )
+
+
+def _folder(path):
+    path.mkdir()
+
+
+def _pipe(path):
+    os.mkfifo(path)
+
+
+def _dangling(path):
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make", [_folder, _pipe, _dangling])
+@pytest.mark.parametrize(
+    "name", ["config.json", "summary.json", "metrics.jsonl", "train.log", "report.html", "checkpoints/best.pt"]
+)
+def test_what_is_in_a_file_s_place_is_named_before_the_training(make_config, name, make):
+    folder = Path(make_config().runs) / "run"
+    (folder / name).parent.mkdir(parents=True)
+    make(folder / name)
+    with pytest.raises(InputError, match=f"{name} is not a file, but the run writes one there: move it away"):
+        train(make_config(**SHORT))
+
+
+def test_a_file_or_a_dangling_link_in_the_place_of_a_folder_is_named(make_config, tmp_path):
+    runs = Path(make_config().runs)
+    (runs / "run").mkdir(parents=True)
+    (runs / "run" / "checkpoints").write_text("")
+    with pytest.raises(
+        InputError, match="checkpoints is not a folder, but the run writes into one there: move it away"
+    ):
+        train(make_config(**SHORT))
+    (runs / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="link is a link to a folder that does not exist"):
+        train(make_config(name="link", **SHORT))
+
+
+def test_a_link_in_the_place_of_a_folder_is_named(make_config):
+    folder = Path(make_config().runs) / "run"
+    folder.mkdir(parents=True)
+    for name in ("checkpoints", "tensorboard"):
+        (folder / name).symlink_to("nowhere")
+        with pytest.raises(
+            InputError, match=f"{name} is not a folder, but the run writes into one there: move it away"
+        ):
+            train(make_config(**SHORT))
+        (folder / name).unlink()
+
+
+def test_other_images_under_the_same_names_are_refused(make_config, photos, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)
+    images = sorted((copy / "train").rglob("*.jpg"))
+    whole = [image.read_bytes() for image in images]
+    images[0].write_bytes(whole[0][:300])  # unreadable, and repaired later
+    train(make_config(data={"root": str(copy), "max_bad_fraction": 0.1}, **SHORT))
+    images[0].write_bytes(whole[0])
+    shutil.move(copy, tmp_path / "moved")
+    images = sorted((tmp_path / "moved" / "train").rglob("*.jpg"))
+    longer = {"knn": {"every_epochs": 0}, "optim": {"epochs": 2, "warmup_epochs": 0}}
+    config = make_config(resume="auto", data={"root": str(tmp_path / "moved")}, **longer)
+    for image, data in zip(images, whole[1:] + whole[:1], strict=True):
+        image.write_bytes(data)
+    with pytest.raises(InputError, match="made on other images .*: files of the same names hold other images"):
+        train(config)
+    for image, data in zip(images, whole, strict=True):
+        image.write_bytes(data)
+    capsys.readouterr()
+    assert train(config).step == 8
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"data.root {copy} -> {tmp_path / 'moved'}" in out
+    assert "1 of 64 images that were compared are not what they were when the run began" in out
+
+
+def test_images_that_cannot_be_read_are_not_compared(make_config, photos, monkeypatch):
+    def unreadable(self, index):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastbyol.data.folder.ImageFolder.read", unreadable)
+        assert set(find_images(make_config().data, "train").sample()) == {""}
+
+
+class _Full:
+    """A file on a disk that is full after some bytes."""
+
+    def __init__(self, file, left):
+        self._file, self._left = file, left
+
+    def write(self, data):
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(28, os.strerror(28))
+        return self._file.write(data)
+
+    def close(self):
+        self._file.close()
+
+
+def test_tensorboard_s_events_are_read_by_tensorboard_and_end_no_run(make_config, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def losses_of(folder):
+        events = EventAccumulator(str(folder / "tensorboard"))
+        events.Reload()
+        return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+    options = {"log": {"tensorboard": True}} | SHORT
+    folder = train(make_config(**options)).folder
+    assert losses_of(folder) == [(k, pytest.approx(loss)) for k, loss in losses(folder).items()]
+    train(make_config(resume="auto", **options | {"optim": {"epochs": 2, "warmup_epochs": 0}}))
+    (folder / "checkpoints" / "step_00000008.pt").unlink()  # steps 5 to 8 are done again
+    train(make_config(resume="auto", **options | {"optim": {"epochs": 3, "warmup_epochs": 0}}))
+    assert [step for step, _ in losses_of(folder)] == list(range(1, 13))
+    original = runlog._Events.__init__
+
+    def full(self, *args):
+        original(self, *args)
+        self._records._writer = _Full(self._file, 300)
+
+    monkeypatch.setattr(runlog._Events, "__init__", full)
+    capsys.readouterr()
+    result = train(make_config(name="full", **options))
+    assert result.step == 4
+    warning = "TensorBoard's events cannot be written: No space left on device; the run goes on"
+    assert capsys.readouterr().out.count(warning) == 1
+
+
+def test_going_back_in_a_run_is_refused_and_works_under_another_name(make_config):
+    first = train(make_config(**SHORT | {"optim": {"epochs": 3, "warmup_epochs": 0}}))
+    early = first.folder / "checkpoints" / "step_00000004.pt"
+    before = contents(first.folder)
+    again = make_config(resume=str(early), **SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
+    with pytest.raises(
+        InputError, match=r"already holds a run up to step_00000012.pt: continue it with --resume auto, or"
+    ):
+        train(again)
+    assert contents(first.folder) == before
+    second = train(dataclasses.replace(again, name="back"))
+    assert [p.name for p in checkpoint.list_checkpoints(second.folder / "checkpoints")] == ["step_00000008.pt"]
+    # Nor does another run's checkpoint go into a folder that holds a run, nor the newest one count as going back.
+    with pytest.raises(InputError, match=r"already holds a run up to step_00000008.pt"):
+        train(dataclasses.replace(again, name="back", resume=str(first.folder)))
+    newest = str(second.folder / "checkpoints" / "step_00000008.pt")
+    longer = OptimConfig(epochs=4, warmup_epochs=0)
+    assert train(dataclasses.replace(again, name="back", resume=newest, optim=longer)).step == 16
+
+
+def test_workers_that_are_started_anew_go_on_from_what_they_saved(make_config, monkeypatch):
+    first = train(make_config(**SHORT))
+    early = str(first.folder / "checkpoints" / "step_00000004.pt")
+    config = make_config(name="other", resume=early, **SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
+    train(config)
+    monkeypatch.setattr("fastbyol.train.world_from_environment", lambda: World(restarts=1))
+    third = train(dataclasses.replace(config, optim=OptimConfig(epochs=3, warmup_epochs=0)))
+    assert json.loads((third.folder / "summary.json").read_text())["steps"] == 12
+    assert [m["step"] for m in read_metrics(third.folder) if m["kind"] == "train"][:1] == [5]  # of its first attempt
+
+
+def test_new_checkpoints_stay_beside_damaged_later_ones(make_config):
+    folder = train(make_config(**SHORT | {"optim": {"epochs": 4, "warmup_epochs": 0}})).folder / "checkpoints"
+    for path in checkpoint.list_checkpoints(folder)[1:]:
+        path.write_bytes(b"")
+    keep = {"checkpoint": {"keep_last": 1}}
+    stopped = make_config(resume="auto", **SHORT | {"optim": {"epochs": 3, "warmup_epochs": 0}}, **keep)
+    assert train(stopped).step == 12
+    assert checkpoint.load(folder / "step_00000012.pt")["step"] == 12
+
+
+@pytest.mark.parametrize("gone", ["moved", "removed", "taken"])
+def test_a_run_whose_folder_goes_away_while_it_trains(make_config, monkeypatch, capsys, gone):
+    config = make_config(log={"tensorboard": True}, **SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
+    folder, elsewhere = Path(config.runs) / "run", Path(config.runs) / "elsewhere"
+    original = step.TrainStep.__call__
+    with ExitStack() as stack:
+
+        def stepping(self, number, batch):
+            if number == 5:
+                folder.rename(elsewhere)
+                if gone == "removed":
+                    shutil.rmtree(elsewhere)
+                elif gone == "taken":
+                    stack.enter_context(FolderLock(folder, warn=print))
+            return original(self, number, batch)
+
+        monkeypatch.setattr(step.TrainStep, "__call__", stepping)
+        if gone == "taken":
+            with pytest.raises(RunError, match=r"another run writes into it .*this run's own was moved or removed"):
+                train(config)
+            assert [p.name for p in folder.iterdir()] == [".lock"]
+            return
+        assert train(config).step == 8
+    assert "was moved or removed while the run wrote into it: it goes on in a new one" in capsys.readouterr().out
+    assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["step_00000008.pt"]
+    names = {"config.json", "summary.json", "train.log", "metrics.jsonl", "tensorboard"}
+    assert names <= {p.name for p in folder.iterdir()}
+    if gone == "moved":
+        assert [p.name for p in checkpoint.list_checkpoints(elsewhere / "checkpoints")] == ["step_00000004.pt"]
+    monkeypatch.undo()
+    assert train(dataclasses.replace(config, resume="auto")).finished_before
+
+
+def test_a_lock_that_is_removed_is_made_anew_without_a_word(make_config, monkeypatch, capsys):
+    config = make_config(**SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
+    folder = Path(config.runs) / "run"
+    original = step.TrainStep.__call__
+
+    def stepping(self, number, batch):
+        if number == 5:
+            (folder / ".lock").unlink()
+        return original(self, number, batch)
+
+    monkeypatch.setattr(step.TrainStep, "__call__", stepping)
+    assert train(config).step == 8
+    assert "was moved" not in capsys.readouterr().out
+    assert len(checkpoint.list_checkpoints(folder / "checkpoints")) == 2
+    assert (folder / ".lock").exists()
+
+
+def test_a_finished_run_whose_newest_checkpoint_is_damaged_stays_as_it_is(make_config, capsys):
+    folder = train(make_config(**SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})).folder
+    (folder / "checkpoints" / "step_00000008.pt").write_bytes(b"")
+    before = (folder / "summary.json").read_bytes()
+    for resume in ("auto", str(folder), str(folder / "checkpoints")):
+        assert train(make_config(resume=resume, **SHORT)).finished_before
+        assert (folder / "summary.json").read_bytes() == before
+
+
+def test_another_run_that_is_finished_has_no_report_to_write(make_config, capsys):
+    folder = train(make_config(**SHORT)).folder
+    capsys.readouterr()
+    assert train(make_config(name="other", resume=str(folder), **SHORT)).finished_before
+    assert "fastbyol report" not in capsys.readouterr().out
+
+
+def test_a_finished_run_without_its_report_says_how_to_write_it(make_config, capsys):
+    folder = train(make_config(**SHORT)).folder
+    capsys.readouterr()
+    train(make_config(resume="auto", **SHORT))
+    assert f"; `fastbyol report --run {folder}` writes the report, which is missing" in capsys.readouterr().out
+    (folder / "report.html").touch()
+    train(make_config(resume="auto", **SHORT))
+    assert "fastbyol report" not in capsys.readouterr().out
+
+
+def test_another_packed_data_set_of_equal_size_is_refused(make_config, tmp_path):
+    """Raw images of one size differ in nothing but their pixels."""
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        for k in range(16):
+            path = tmp_path / name / "train" / "ab"[k % 2] / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+        pack(open_split(tmp_path / name, "train"), tmp_path / f"{name}-packed" / "train.beton")
+    options = {"batch_size": 8, "image_size_px": 32}
+    train(make_config(data={"root": str(tmp_path / "one-packed"), **options}, **SHORT))
+    longer = SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}}
+    with pytest.raises(InputError, match="made on other images .*files of the same names hold other images"):
+        train(make_config(resume="auto", data={"root": str(tmp_path / "two-packed"), **options}, **longer))
+
+
+def altered(folder, change):
+    """The newest checkpoint of a run, written again with other content."""
+    path = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["config"]["optim"].update(nesterov=True), "cannot be used: optim.nesterov: unknown key"),
+        (lambda state: state.update(files=5), "does not say what images it was made on"),
+        (lambda state: state.update(files={1: ["x", 2]}), "does not say what images it was made on"),
+        (lambda state: state.update(files={"a": [[1], {}]}), "does not say what images it was made on"),
+        (lambda state: state.update(images=0), "does not say what images it was made on"),
+        (lambda state: state.update(step=-5), "is damaged: its step is -5"),
+        (lambda state: state.update(step=10**30), "is damaged: its step is 10+$"),
+        (lambda state: state.update(config={}), "cannot be used: its config has no data"),
+        (lambda state: state.update(optimizer={}), "does not fit this model: it holds no momenta"),
+        (
+            lambda state: state.update(optimizer=dict.fromkeys(state["optimizer"], 1)),
+            "its optimizer state is not one dict per parameter",
+        ),
+        (
+            lambda state: state.update(optimizer={name: {"momentum_buffer": 1} for name in state["optimizer"]}),
+            "does not fit this model: optimizer state momentum_buffer of .* is 1$",
+        ),
+        (lambda state: state.update(model={}), "does not fit this model: .{,500}$"),
+        (
+            lambda state: state["config"]["optim"].update(epochs="many"),
+            "cannot be used: optim.epochs='many': expected a whole number",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_say_what_it_is_of_is_one_line(make_config, change, message):
+    folder = train(make_config(**SHORT)).folder
+    altered(folder, change)
+    longer = SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}}
+    with pytest.raises(InputError, match=message):
+        train(make_config(resume="auto", **longer))
