@@ -26,9 +26,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from timing import measure
 from torch import Tensor
 
+from fastbyol.build import build_model
 from fastbyol.config import ModelConfig, OptimConfig
 from fastbyol.kernels import lars_ema
-from fastbyol.model import BYOL, build_model
+from fastbyol.model import BYOL
 from fastbyol.optim import build_optimizer
 
 SETS = {"R18": "resnet18", "R50": "resnet50"}

@@ -61,9 +61,9 @@ import torchvision
 from torch import Tensor, nn
 from turns import LeftOut, Turns, one_line
 
+from fastbyol.build import build_model
 from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepConfig
 from fastbyol.data import Batch
-from fastbyol.model import build_model
 from fastbyol.runtime import environment
 from fastbyol.step import TrainStep
 from fastbyol.tools.bench import BOUND, CLASSES, supervised_step

@@ -35,13 +35,13 @@ import torch
 from bench_step import LightlyBYOL
 from torch import nn
 
+from fastbyol.build import build_backbone
 from fastbyol.cli import train_config
 from fastbyol.config import Config
 from fastbyol.data import open_split
 from fastbyol.evaluate.features import extract
 from fastbyol.evaluate.knn import knn_accuracy
-from fastbyol.layers import one_view
-from fastbyol.model import build_backbone
+from fastbyol.layers import set_num_views
 from fastbyol.runtime import environment
 from fastbyol.runtime.distributed import World
 from fastbyol.schedules import target_decay
@@ -69,7 +69,7 @@ def fastbyol(config: Config) -> Trained:
     for k, batch in enumerate(training.loader.batches(0, step.total_steps)):
         step(k, batch)
     seconds = time.perf_counter() - began
-    return one_view(training.model.online.backbone), seconds
+    return set_num_views(training.model.online.backbone, 1), seconds
 
 
 def lightly(config: Config) -> Trained:

@@ -22,12 +22,12 @@ import results_csv
 import torch
 
 from fastbyol import cli
+from fastbyol.build import build_model
 from fastbyol.config import Config, KnnEval, LinearEval
 from fastbyol.evaluate import TASKS, UNTRAINED_ROW, eval_context
 from fastbyol.evaluate.features import open_splits
 from fastbyol.evaluate.finetune import finetune
-from fastbyol.layers import one_view
-from fastbyol.model import build_model
+from fastbyol.layers import set_num_views
 from fastbyol.runtime import environment
 from fastbyol.weights.load import load_backbone, save_backbone
 
@@ -161,7 +161,7 @@ def evaluate_weights(corpus: str, root: Path, weights: Path, seed: int) -> dict[
 def _backbone(config: Config) -> torch.nn.Module:
     """With random weights, for plain batches."""
     backbone = build_model(config.model, config.data.image_size_px, config.seed).online.backbone
-    return one_view(backbone).to(memory_format=torch.channels_last)
+    return set_num_views(backbone, 1).to(memory_format=torch.channels_last)
 
 
 def run_of(corpus: str, variant: str, seed: int, runs: Path) -> Path:

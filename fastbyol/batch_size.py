@@ -9,7 +9,7 @@ from fastbyol.data import ImageSet
 from fastbyol.data.views import VIEWS
 from fastbyol.errors import InputError
 from fastbyol.layers import activation_checkpointing
-from fastbyol.model import BYOL, build_model
+from fastbyol.model import BYOL
 from fastbyol.precision import autocast, compute_dtype
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.memory import SavedTensorBytes, free_bytes, tensor_bytes
@@ -18,18 +18,20 @@ _SHARE = 0.85  # of the free memory: allocators fragment, libraries need workspa
 _PROBES = 4, 8  # images of the two trial steps; their difference is the cost of an image
 
 
-def find_batch_size(config: Config, device: torch.device, world: World) -> int:
+def find_batch_size(config: Config, device: torch.device, world: World, model: BYOL) -> int:
     """Return the largest power of two of images that fits on this rank.
 
     Two small trial steps give the bytes per image. A GPU then tries the predicted batch, since running out of memory there is an
     error that can be caught. A CPU takes the prediction, since running out of memory would kill the process.
+
+    Args:
+        model: a pair for the trial steps; it moves to the device and changes.
 
     Raises:
         InputError: not even two images fit.
     """
     free = free_bytes(device) * _SHARE / (1 if device.type == "cuda" else _local_ranks(world))
     parts = config.step.micro_batches
-    model = build_model(config.model, config.data.image_size_px, config.seed)
     model = model.to(device=device, memory_format=torch.channels_last)
     activation_checkpointing(model.online.backbone, config.step.activation_checkpointing)
     if device.type == "cuda":

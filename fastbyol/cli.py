@@ -340,15 +340,15 @@ def train_config(words: Sequence[str]) -> Config:
 
 
 def _train(call: Call) -> int:
+    from fastbyol.api import pretrain
     from fastbyol.tools.report import write_report
-    from fastbyol.train import train
 
-    result = train(call.config)
-    if result.finished_before:
+    result = pretrain(call.config)
+    if result.already_finished:
         return 0
     if result.stopped_by is not None:
         return 130 if result.stopped_by == signal.SIGINT else 0
-    if result.first_rank:
+    if result.is_main_process:
         try:
             say(f"report: {write_report(result.folder, say)}")
         except InputError as error:  # the run is over: this is no mistake in its input
@@ -408,14 +408,14 @@ def _preview(call: Call) -> int:
 def _profile(call: Call) -> int:
     from fastbyol.tools.profiling import profile
 
-    profile(call.config, **asdict(call.options), say=say)
+    profile(call.config, **asdict(call.options))
     return 0
 
 
 def _bench(call: Call) -> int:
     from fastbyol.tools.bench import bench
 
-    bench(call.config, **asdict(call.options), say=say)
+    bench(call.config, **asdict(call.options))
     return 0
 
 

@@ -1,10 +1,10 @@
-"""BatchNorm over views and ranks, and networks whose norm, addition and ReLU are one call.
+"""Fused layers: BatchNorm with statistics per view, and timm's blocks with BatchNorm, addition and ReLU in one call.
 
-Both views of a batch go through a network at once, rows 0 .. N - 1 view 1, the rest view 2: every convolution then works on
-twice the images, casts its weight once and makes one weight gradient. BatchNorm keeps the views apart, so the result is that of a
-forward pass per view, as the algorithm has it.
+Both views of a batch go through a network at once: rows 0 .. N - 1 are view 1, the rest is view 2. Every convolution then works on
+twice the images, casts its weight once, and computes one weight gradient. BatchNorm keeps the views apart, so the result equals
+one forward pass per view, as the algorithm requires.
 
-`convert` rewrites a network in place and keeps the names of all its tensors: a state dict fits the plain network too.
+`fuse_layers` rewrites a network in place and keeps the names of all tensors: a state dict also fits the plain network.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, GroupNormAct, StdConv2d
+from timm.layers import BatchNormAct2d
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
@@ -24,29 +24,27 @@ from fastbyol.kernels.batch_norm import batch_norm
 from fastbyol.kernels.conv import conv2d
 from fastbyol.kernels.max_pool import max_pool
 
-_STANDARD_EPS = 1e-6  # added to the variance of a filter
-
-Reduce = Callable[[Tensor], Tensor]  # the mean of a tensor over ranks, differentiable
+Reduce = Callable[[Tensor], Tensor]  # mean over ranks, differentiable
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm1d and BatchNorm2d with statistics per view, optionally over several ranks, and with what follows it.
+    """BatchNorm1d and BatchNorm2d with statistics per view, optionally synchronized over ranks, with fused addition and ReLU.
 
-    Evaluation mode is torch's. Training mode takes (V * N, C) or (V * N, C, H, W) and normalizes each of the V views with its own
-    mean and variance; the running statistics take one update per view, in order, as V forward passes would.
+    Training mode takes (V * N, C) or (V * N, C, H, W) and normalizes each of the V views with its own mean and variance. The
+    running statistics take one update per view, in order, as V forward passes would do. Evaluation mode is torch's.
     """
 
     views: int = 1
     relu: bool = False
-    """Ends with a ReLU."""
+    """Apply a ReLU at the end."""
     reduce: Reduce | None = None
-    """Mean over the ranks that share statistics; None: each rank has its own."""
+    """Mean over the ranks that share statistics. None: each rank has its own."""
     ranks: int = 1
-    """Number of ranks that `reduce` averages over."""
+    """Number of ranks that share statistics."""
 
     @classmethod
-    def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "BatchNorm":
-        """One with the same parameters, buffers and constants."""
+    def from_torch(cls, norm: nn.modules.batchnorm._BatchNorm) -> "BatchNorm":
+        """Return a layer that shares the parameters, buffers and constants of `norm`."""
         own = cls(
             norm.num_features, norm.eps, norm.momentum, affine=True, track_running_stats=True, device=norm.weight.device
         )
@@ -56,12 +54,20 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return own.train(norm.training)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Norm, plus `residual` (of x's shape), ReLU if it is told to."""
+        """Normalize, add `residual` (shape of x), apply ReLU if `relu`."""
         if not self.training:
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
             y = y if residual is None else y + residual
             return F.relu(y) if self.relu else y
-        y, mean, var = batch_norm(
+        y, mean, var = self.normalize(x, residual)
+        # During backward, activation checkpointing runs forward again: do not update the statistics twice.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self._update_running_stats(mean, var, x.numel() // (x.shape[1] * self.views) * self.ranks)
+        return y
+
+    def normalize(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output and the batch's mean and biased variance (V, C)."""
+        return batch_norm(
             x,
             residual,
             self.weight,
@@ -71,14 +77,10 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             relu=self.relu,
             reduce=self.reduce,
         )
-        # In the middle of a backward pass, checkpointing computes again what has been counted.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self._track(mean, var, x.numel() // (x.shape[1] * self.views) * self.ranks)
-        return y
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Running statistics of `count` values per channel and view; mean and (biased) var are (V, C)."""
+    def _update_running_stats(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Update from `count` values per channel and view; mean and biased variance are (V, C)."""
         unbiased = var * (count / max(count - 1, 1))
         for v in range(self.views):
             self.num_batches_tracked.add_(1)
@@ -87,11 +89,11 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_(unbiased[v], momentum)
 
     def _check_input_dim(self, x: Tensor) -> None:
-        """Anything with channels in dimension 1."""
+        """Accept any input with channels in dimension 1."""
 
 
 class BatchNormAct(BatchNorm):
-    """timm's BatchNormAct2d: dropout and an activation after the norm."""
+    """timm's BatchNormAct2d: norm, dropout, activation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -99,12 +101,12 @@ class BatchNormAct(BatchNorm):
         self.act: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Norm, dropout, activation."""
+        """Apply norm, dropout and activation."""
         return self.act(self.drop(super().forward(x, residual)))
 
 
 class MaxPool(nn.MaxPool2d):
-    """The ResNet stem's: 3x3, stride 2, padding 1."""
+    """Max-pool of the ResNet stem: 3x3, stride 2, padding 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
@@ -112,24 +114,15 @@ class MaxPool(nn.MaxPool2d):
 
 
 class Conv2d(nn.Conv2d):
-    """Without bias, groups or dilation, with a square kernel, and with the weight gradient that is fastest for its images."""
+    """Square convolution without bias, groups or dilation, with the fastest weight gradient for its image size."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Conv2d.forward."""
         return conv2d(x, self.weight, self.stride[0], self.padding[0])
 
 
-class StdLinear(nn.Linear):
-    """Uses its rows with mean 0 and variance 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As nn.Linear.forward."""
-        var, mean = torch.var_mean(self.weight, dim=1, correction=0, keepdim=True)
-        return F.linear(x, (self.weight - mean) * (var + _STANDARD_EPS).rsqrt(), self.bias)
-
-
 class FusedBasicBlock(BasicBlock):
-    """timm's block with norm, addition and ReLU in one call."""
+    """timm's block with fused norm, addition and ReLU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As BasicBlock.forward."""
@@ -139,7 +132,7 @@ class FusedBasicBlock(BasicBlock):
 
 
 class FusedBottleneck(Bottleneck):
-    """timm's block with norm, addition and ReLU in one call."""
+    """timm's block with fused norm, addition and ReLU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As Bottleneck.forward."""
@@ -149,29 +142,29 @@ class FusedBottleneck(Bottleneck):
         return self.bn3(self.conv3(x), shortcut)
 
 
-def convert(network: nn.Module) -> nn.Module:
-    """Gives a network our BatchNorm, and joins norm, addition and ReLU where its forward pass is known.
+def fuse_layers(network: nn.Module) -> nn.Module:
+    """Replace every BatchNorm by ours and fuse norm, addition and ReLU where possible, in place.
 
-    Known are timm's ResNets of plain blocks and any Sequential in which a ReLU follows a norm; everything else runs as it is.
+    Fused are timm's ResNets of plain blocks, and a ReLU that follows a norm in a Sequential. Everything else runs unchanged.
 
     Returns:
-        the network, changed in place.
+        The same network.
 
     Raises:
-        InputError: it has a norm over the batch that is not plain, so its views could not be kept apart.
+        InputError: a BatchNorm of an unsupported type, whose statistics could not be kept per view.
     """
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, BatchNorm):
-                setattr(module, name, _norm(child))
+                setattr(module, name, _to_batch_norm(child))
     for module in network.modules():
-        if type(module) is nn.Conv2d and _is_simple(module):
+        if type(module) is nn.Conv2d and _can_use_conv2d(module):
             module.__class__ = Conv2d
         elif type(module) is nn.Sequential:
             for k in range(len(module) - 1):
                 if type(module[k]) is BatchNorm and type(module[k + 1]) is nn.ReLU:
                     module[k].relu, module[k + 1] = True, nn.Identity()
-        elif type(module) in _BLOCKS and _is_plain(module):
+        elif type(module) in _BLOCKS and _is_plain_block(module):
             norms, module.__class__ = _BLOCKS[type(module)]
             for norm in norms:
                 getattr(module, norm).relu = True
@@ -184,61 +177,14 @@ def convert(network: nn.Module) -> nn.Module:
     return network
 
 
-def replace_batch_norms(network: nn.Module, groups: int, name: str) -> None:
-    """Replaces every BatchNorm by GroupNorm with as many groups, in place; one group is LayerNorm over channels and places.
-
-    Source: Wu & He 2018 (arXiv 1803.08494), where layer normalization of a convolution's output is the case of one group.
-
-    Args:
-        name: of the network, for errors.
-
-    Raises:
-        InputError: the groups do not divide a layer's channels, or the norm is of a kind that is not known.
-    """
-    for path, module in list(network.named_modules()):
-        for child, norm in module.named_children():
-            if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                continue
-            channels = norm.num_features
-            if channels % groups:
-                where = ".".join(part for part in (name, path, child) if part)
-                raise InputError(f"model.norm_groups={groups} does not divide the {channels} channels of {where}")
-            if type(norm) is BatchNormAct2d:
-                own = GroupNormAct(channels, groups, eps=norm.eps)
-                own.drop, own.act = norm.drop, norm.act
-            elif type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d):
-                own = nn.GroupNorm(groups, channels, eps=norm.eps)
-            else:
-                raise InputError(f"model.norm: the backbone's {type(norm).__name__} cannot be replaced")
-            if norm.affine:  # a block's last norm may start at 0
-                with torch.no_grad():
-                    own.weight.copy_(norm.weight)
-                    own.bias.copy_(norm.bias)
-            setattr(module, child, own)
-
-
-def standardize_weights(network: nn.Module) -> None:
-    """Makes every convolution and linear layer use its filters with mean 0 and variance 1, in place.
-
-    Source: Qiao et al. 2019 (arXiv 1903.10520), and in heads Richemond et al. 2020 (arXiv 2010.10241). The factor 1 / sqrt(fan-in) that
-    keeps the output's scale is the business of the norm that follows; the loss normalizes what no norm follows.
-    """
-    for module in network.modules():
-        if type(module) is nn.Conv2d:
-            module.__class__ = StdConv2d
-            module.eps = _STANDARD_EPS
-        elif type(module) is nn.Linear:
-            module.__class__ = StdLinear
-
-
 def activation_checkpointing(backbone: nn.Module, stages: int) -> None:
-    """Keeps of the first `stages` stages' blocks only their inputs and computes the rest again in the backward pass.
+    """Save only the blocks' inputs of the first `stages` stages; backward recomputes the rest.
 
-    A ResNet has stages 1 to 4; the first hold most of the activations. Other backbones know all or nothing (timm's
+    A ResNet has stages 1 to 4, and the first hold most of the activations. Other backbones checkpoint all stages or none (timm's
     set_grad_checkpointing).
 
     Raises:
-        InputError: the backbone cannot do it.
+        InputError: the backbone does not support it.
     """
     if stages == 0:
         return
@@ -247,7 +193,7 @@ def activation_checkpointing(backbone: nn.Module, stages: int) -> None:
             backbone.set_grad_checkpointing(True)
         except (AssertionError, AttributeError):
             raise InputError(
-                f"step.activation_checkpointing={stages}: {type(backbone).__name__} has no gradient checkpointing; set it to 0"
+                f"step.activation_checkpointing={stages}: {type(backbone).__name__} does not support it; set it to 0"
             ) from None
         return
     for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)[:stages]:
@@ -255,15 +201,15 @@ def activation_checkpointing(backbone: nn.Module, stages: int) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def one_view(network: nn.Module) -> nn.Module:
-    """The network, changed in place: BatchNorm takes a batch as one view's, as every use but pre-training has it."""
+def set_num_views(network: nn.Module, views: int) -> nn.Module:
+    """Set the number of views in a batch for all BatchNorm layers, in place. Everything but pre-training uses 1."""
     for norm in batch_norms(network):
-        norm.views = 1
+        norm.views = views
     return network
 
 
 def batch_norms(network: nn.Module) -> list[BatchNorm]:
-    """Its norms, in the order of its modules."""
+    """Return all BatchNorm layers, in module order."""
     return [module for module in network.modules() if isinstance(module, BatchNorm)]
 
 
@@ -273,15 +219,15 @@ _BLOCKS = {
 }
 
 
-def _is_simple(conv: nn.Conv2d) -> bool:
+def _can_use_conv2d(conv: nn.Conv2d) -> bool:
     square = all(len(set(pair)) == 1 for pair in (conv.kernel_size, conv.stride, conv.dilation)) and (
         isinstance(conv.padding, tuple) and len(set(conv.padding)) == 1
     )
     return square and conv.bias is None and conv.groups == conv.dilation[0] == 1 and conv.padding_mode == "zeros"
 
 
-def _is_plain(block: nn.Module) -> bool:
-    """Whether a block is convolutions, norms, ReLUs and the shortcut alone."""
+def _is_plain_block(block: nn.Module) -> bool:
+    """Return True if a block holds only convolutions, norms, ReLUs and the shortcut."""
     norms, _ = _BLOCKS[type(block)]
     acts = [module for name, module in block.named_children() if name.startswith("act")]
     others = [getattr(block, name, None) for name in ("drop_block", "aa", "se", "drop_path")]
@@ -292,15 +238,15 @@ def _is_plain(block: nn.Module) -> bool:
     )
 
 
-def _norm(norm: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
+def _to_batch_norm(norm: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
     if not norm.affine or not norm.track_running_stats:
         raise InputError(
             f"model.backbone has {norm}: only norms with weight, bias and running statistics are supported"
         )
     if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d):
-        return BatchNorm.of(norm)
+        return BatchNorm.from_torch(norm)
     if type(norm) is BatchNormAct2d:
-        own = BatchNormAct.of(norm)
+        own = BatchNormAct.from_torch(norm)
         own.drop, own.act = norm.drop, norm.act
         if type(norm.act) is nn.ReLU and type(norm.drop) is nn.Identity:
             own.relu, own.act = True, nn.Identity()

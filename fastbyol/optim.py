@@ -1,4 +1,4 @@
-"""Optimizers: LARS with the target update folded in, and torch's own for those who prefer them."""
+"""Optimizers: LARS with a fused target update, and torch's own SGD, Adam and AdamW."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,29 +16,29 @@ Pair = tuple[Tensor, Tensor]  # online weight, target weight
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling; `step()` also moves the target network with the new weights.
+    """Layer-wise adaptive rate scaling. `step()` also moves the target network towards the new weights.
 
-    Formulas, source and kernels: kernels/lars_ema.py. All tensors are updated in two passes, without a host sync on a GPU.
+    Formulas, source and kernels: kernels/lars_ema.py. Two passes update all tensors, without a host sync on a GPU.
 
-    Everything else is as in torch.optim.SGD: closures, schedulers, groups added later, state dicts, copies. A state dict holds no
-    target, tau or loss scale, which belong to the run.
+    Closures, schedulers, later groups, state dicts and copies work as in torch.optim.SGD. A state dict holds no target, tau or loss
+    scale: they belong to the run.
 
     Args:
-        params: float32 parameters or groups, on one device; their gradients may be bfloat16 or float16. A group may set
-            `adapt=False`: trust ratio 1 (biases and norm layers, which should have weight_decay=0 too).
-        lr: scalar tensor on the parameters' device, or a number, of which every group gets a tensor. The learning rate may change
-            between steps by writing to the tensor; nothing is recompiled or synchronized.
+        params: float32 parameters or groups on one device. Gradients may be bfloat16 or float16. A group with `adapt=False` has
+            trust ratio 1: use it for biases and norm layers, together with weight_decay=0.
+        lr: scalar tensor on the parameters' device, or a number that is copied into one tensor per group. To change the learning
+            rate, write to the tensor; this neither recompiles nor synchronizes.
         momentum, weight_decay, trust_coefficient: mu, wd and eta.
-        target_pairs: (online, target) tensors; every online tensor must be one of the parameters.
-        tau: scalar tensor, the target's decay; needed with target_pairs.
-        inv_scale: scalar tensor, 1 / loss scale, for gradients of a scaled loss. Then a step in which any gradient is not
-            finite is skipped, the target's too, and `found_inf` is 1 after it, 0 otherwise.
+        target_pairs: (online, target) tensors. Every online tensor must be one of the parameters.
+        tau: scalar tensor, the decay of the target. Required with target_pairs.
+        inv_scale: scalar tensor, 1 / loss scale, for gradients of a scaled loss. A step with a non-finite gradient then changes
+            neither weights nor targets and sets `found_inf` to 1; other steps set it to 0.
         found_inf: scalar tensor to use for that.
 
     Raises:
-        ValueError: a parameter is not float32 or on another device than the first; a hyperparameter is negative or not finite; lr, tau,
-            inv_scale or found_inf is no float32 scalar on the parameters' device; a pair's online tensor is not among the parameters;
-            tau is missing.
+        ValueError: a parameter is not float32 or not on the device of the first; a hyperparameter is negative or not finite; lr, tau,
+            inv_scale or found_inf is not a float32 scalar on the parameters' device; a pair's online tensor is not a parameter; tau
+            is missing.
     """
 
     moves_target = True
@@ -83,7 +83,7 @@ class LARS(torch.optim.Optimizer):
         self._update = dispatch.lars_update(device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters; what it does not set is as in the constructor.
+        """Add a group of parameters. Missing options take the constructor's values.
 
         Raises:
             ValueError: as the constructor.
@@ -95,10 +95,10 @@ class LARS(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._make_lrs_tensors()
+        self._lrs_to_tensors()
 
-    def _make_lrs_tensors(self) -> None:
-        """Learning rates that are numbers, of the constructor or written to a group since, become tensors."""
+    def _lrs_to_tensors(self) -> None:
+        """Turn learning rates that are numbers into tensors; schedulers write numbers to groups."""
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor) and self._device is not None:
                 group["lr"] = torch.tensor(float(group["lr"]), device=self._device)
@@ -120,22 +120,22 @@ class LARS(torch.optim.Optimizer):
         self._device = device
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over momenta and groups of another LARS; learning rates are written to this one's own tensors.
+        """Load momenta and groups of another LARS. Learning rates are written into this optimizer's tensors.
 
         Raises:
-            ValueError: its groups are not as large as this one's.
+            ValueError: the groups have other sizes.
         """
-        self._make_lrs_tensors()
+        self._lrs_to_tensors()
         own = [group["lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         values = [float(group["lr"]) for group in self.param_groups]
         for group, lr, value in zip(self.param_groups, own, values, strict=True):
-            # Groups that share a tensor and had different rates get tensors of their own.
+            # Groups that share a tensor but have different rates get their own tensors.
             rates = {v for tensor, v in zip(own, values, strict=True) if tensor is lr}
             group["lr"] = lr.fill_(value) if len(rates) == 1 else torch.full_like(lr, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copy and pickle take along: all but the kernels' tables of addresses."""
+        """Return everything but the kernels' tables of addresses, for copy and pickle."""
         return {name: value for name, value in self.__dict__.items() if name in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -144,13 +144,13 @@ class LARS(torch.optim.Optimizer):
             self._update = dispatch.lars_update(self._device)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates the weights and their targets from the gradients; parameters without a gradient stay as they are.
+        """Update weights and targets from the gradients. Parameters without a gradient do not change.
 
         Args:
-            closure: computes the gradients anew and returns the loss.
+            closure: recomputes the gradients and returns the loss.
 
         Returns:
-            what the closure returned; None without one.
+            The closure's result, None without a closure.
         """
         loss = None
         if closure is not None:
@@ -161,7 +161,7 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        self._make_lrs_tensors()
+        self._lrs_to_tensors()
         rows, groups = [], []
         for k, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -195,14 +195,14 @@ def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> None:
 
 
 def ema_update_(pairs: Iterable[Pair], tau: Tensor) -> None:
-    """t <- t + (1 - tau) (w - t) in place for all pairs (w, t), for optimizers that do not move the target.
+    """Update t <- t + (1 - tau) (w - t) in place for all pairs (w, t). For optimizers that do not move the target.
 
     Args:
         pairs: float32 tensors on one device.
-        tau: float32 scalar tensor on it.
+        tau: float32 scalar tensor on that device.
 
     Raises:
-        TypeError, ValueError: tensors that the kernels could not read, see kernels/lars_ema.py.
+        TypeError, ValueError: the kernels cannot read a tensor, see kernels/lars_ema.py.
     """
     pairs = list(pairs)
     device = pairs[0][0].device if pairs else torch.device("cpu")
@@ -210,7 +210,7 @@ def ema_update_(pairs: Iterable[Pair], tau: Tensor) -> None:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weights, with decay and trust ratio; biases and norm-layer parameters (one-dimensional), without."""
+    """Return two groups: weights with decay and trust ratio; biases and norm parameters (one-dimensional) without."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
@@ -226,14 +226,14 @@ def build_optimizer(
     tau: Tensor,
     loss_scale: LossScale | None = None,
 ) -> torch.optim.Optimizer:
-    """The configured optimizer over the module's trainable parameters.
+    """Return the configured optimizer over the module's trainable parameters.
 
-    Only LARS moves the target itself (`optimizer.moves_target`); with the others the step calls `ema_update_`.
+    Only LARS moves the target (`moves_target`). With the others, the training step calls `ema_update`.
 
     Args:
-        lr, tau: scalar tensors on the parameters' device, written by the step's schedule.
-        loss_scale: of float16. LARS unscales the gradients, skips a step whose gradients are not finite and says so in
-            `loss_scale.found_inf`; for the others the step does it.
+        lr, tau: scalar tensors on the parameters' device, which the training step writes.
+        loss_scale: of float16. LARS unscales the gradients, skips steps with non-finite ones and sets `loss_scale.found_inf`. For the
+            others, the training step does this.
     """
     groups = parameter_groups(module, config.weight_decay)
     if config.name == "lars":
@@ -252,5 +252,88 @@ def build_optimizer(
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr, momentum=config.momentum, fused=True)
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    # torch refuses to capture the step of one that is not `capturable`, though the fused kernel reads its counter on the device.
+    # torch captures only `capturable` optimizers, although the fused kernel reads its step counter on the device anyway.
     return adam(groups, lr, betas=(config.momentum, config.beta2), fused=True, capturable=lr.is_cuda)
+
+
+class Update:
+    """Update of weights and target from the gradients, in this order.
+
+    With a loss scale, a step with a non-finite gradient changes neither of them and lowers the scale.
+
+    Args:
+        pairs: (online, target) tensors.
+        tau: scalar tensor, the decay of the target.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, pairs: list[Pair], tau: Tensor, loss_scale: LossScale | None
+    ) -> None:
+        self._optimizer, self._pairs, self._tau, self._loss_scale = optimizer, pairs, tau, loss_scale
+        self._ema_update = dispatch.ema_update(tau.device)
+
+    def __call__(self) -> None:
+        """Run the update."""
+        optimizer, scale, tau = self._optimizer, self._loss_scale, self._tau
+        if moves_target(optimizer):  # LARS does all of it in one pass
+            optimizer.step()
+        else:
+            if scale is not None:
+                scale.check_and_unscale_(gradients(optimizer))
+                optimizer.found_inf = scale.found_inf  # torch's fused optimizers then skip the step
+                tau = torch.where(scale.found_inf > 0, 1.0, tau)
+            optimizer.step()
+            if self._pairs:
+                self._ema_update(self._pairs, tau)
+        if scale is not None:
+            scale.update()
+
+
+def moves_target(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True if the optimizer's step also moves the target network."""
+    return getattr(optimizer, "moves_target", False)
+
+
+def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the gradients of all parameters that have one."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | Tensor) -> None:
+    """Scale all gradients down so that their total norm is at most `limit`."""
+    grads = gradients(optimizer)
+    norm = torch.nn.utils.get_total_norm(grads)
+    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1))
+
+
+def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return the optimizer's state by parameter name: {"online.backbone.conv1.weight": {"momentum_buffer": ...}, ...}."""
+    names = {p: name for name, p in module.named_parameters()}
+    return {names[p]: dict(state) for p, state in optimizer.state.items()}
+
+
+def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, state: dict[str, dict[str, Tensor]]) -> None:
+    """Load the result of `named_state`; tensors take the device and the memory format of their parameters.
+
+    Raises:
+        ValueError: a name or a shape does not fit the module, or a value is not a tensor.
+    """
+    parameters = dict(module.named_parameters())
+    for name, values in state.items():
+        if name not in parameters:
+            raise ValueError(f"optimizer state of an unknown parameter {name}")
+        p = parameters[name]
+        for key, value in values.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"optimizer state {key} of {name} is {value!r}")
+            if value.ndim and value.shape != p.shape:
+                raise ValueError(f"optimizer state {key} of {name} has shape {tuple(value.shape)}")
+        optimizer.state[p] = {
+            key: value.to(p.device).to(memory_format=_memory_format(p) if value.ndim else torch.preserve_format)
+            for key, value in values.items()
+        }
+
+
+def _memory_format(p: Tensor) -> torch.memory_format:
+    channels_last = p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format

@@ -1,6 +1,11 @@
-"""The model on several ranks: BatchNorm statistics and gradients are averaged over processes."""
+"""How the model runs: eager, compiled or captured, on one rank or several.
+
+On several ranks, BatchNorm statistics and gradients are averaged over processes.
+"""
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,14 +13,115 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from fastbyol.config import DistributedConfig
+from fastbyol.config import Config, DistributedConfig
 from fastbyol.errors import InputError
-from fastbyol.layers import batch_norms
+from fastbyol.layers import activation_checkpointing, batch_norms
+from fastbyol.model import BYOL
 from fastbyol.runtime.distributed import World, mean_over_ranks
+from fastbyol.spans import ONLINE, TARGET, span
+
+# The argument that turns off the broadcast of buffers; torch 2.14 renamed it.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
+
+
+def choose_step_mode(mode: str, device: torch.device, world: World) -> str:
+    """Return what config.step.mode means on this device: eager, compile or cuda_graph.
+
+    `auto` is eager on a CPU: the fused kernels run in eager mode only, and compilation takes a minute and brings nothing
+    (benchmarks/LOG.md).
+
+    Raises:
+        InputError: a CUDA graph without a GPU or on several ranks.
+    """
+    if mode == "auto":
+        return "compile" if device.type == "cuda" else "eager"
+    if mode == "cuda_graph" and device.type != "cuda":
+        raise InputError("step.mode=cuda_graph needs a GPU; use eager on a CPU")
+    if mode == "cuda_graph" and world.size > 1:
+        raise InputError(f"step.mode=cuda_graph runs on one rank, this run has {world.size}; use compile")
+    return mode
+
+
+def check_micro_batches(config: Config, world: World) -> int:
+    """Return step.micro_batches.
+
+    Raises:
+        InputError: the batch does not split into equal parts of at least 2 images.
+    """
+    parts = config.step.micro_batches
+    images, rest = divmod(config.data.batch_size, world.size * parts)
+    if rest or images < 2:
+        raise InputError(
+            f"data.batch_size={config.data.batch_size} cannot be split into {world.size} ranks x step.micro_batches={parts}: "
+            "equal parts of at least 2 images are needed"
+        )
+    return parts
+
+
+def prepare_forward(model: BYOL, config: Config, mode: str, device: torch.device, world: World) -> Any:
+    """Apply activation checkpointing, synchronized BatchNorm, compilation and DDP; return the forward function.
+
+    Returns:
+        (view1, view2) -> BYOLOutput.
+    """
+    activation_checkpointing(model.online.backbone, config.step.activation_checkpointing)
+    if world.size > 1:
+        sync_batch_norm(model, config.distributed, world)
+        if mode == "compile":
+            _compile_parts(model)
+        # DDP's static graph expects an update after every backward pass, so micro-batches need a dynamic one.
+        return data_parallel(model, config.distributed, device, static_graph=config.step.micro_batches == 1)
+    if mode != "eager":
+        return torch.compile(model.forward, fullgraph=True, dynamic=False)
+    return model.forward
+
+
+def separate_forward(model: BYOL, mode: str, world: World, forward: Any) -> Any:
+    """Return a forward function whose spans tell the target from the online network.
+
+    That is `forward` unless the whole network is one compiled graph; then each network is compiled separately.
+    """
+    if mode == "eager" or world.size > 1:
+        return forward
+    target_projections = torch.compile(model.target_projections, fullgraph=True, dynamic=False)
+    online_loss = torch.compile(model.online_loss, fullgraph=True, dynamic=False)
+
+    def separated(view1: Tensor, view2: Tensor) -> Any:
+        inputs = model.inputs(view1, view2)
+        with span(TARGET):
+            targets = target_projections(inputs)
+        with span(ONLINE):
+            return online_loss(inputs, targets)
+
+    return separated
+
+
+def no_sync(forward: Any, skip: bool) -> AbstractContextManager[None]:
+    """Context manager: with `skip`, DDP adds up gradients without averaging them over ranks (all micro-batches but the last)."""
+    return forward.no_sync() if skip else nullcontext()
+
+
+def _compile_parts(model: BYOL) -> None:
+    """Compile stem, stages and heads as separate graphs.
+
+    A graph's backward pass delivers all its gradients at its end. With one graph for the whole network, no gradient could be sent
+    before the last one is ready. With several, gradients are sent while earlier parts still compute.
+    """
+    encoders = [encoder for encoder in (model.online, model.target) if encoder is not None]
+    parts = [part for encoder in encoders for part in (*encoder.backbone.children(), encoder.projector)]
+    # The compiler sees the same code object in all parts, and gives up after eight variants by default.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))
+    for part in (*parts, model.predictor):
+        if any(True for _ in part.parameters()):
+            part.compile(fullgraph=True, dynamic=False)
 
 
 def sync_batch_norm(model: nn.Module, config: DistributedConfig, world: World) -> None:
-    """Lets all BatchNorm layers share statistics over all ranks, or over groups of `config.sync_bn_ranks` neighbors.
+    """Synchronize the statistics of all BatchNorm layers over all ranks, or over groups of `config.sync_bn_ranks` neighbors.
 
     Raises:
         InputError: the groups do not divide the ranks.
@@ -34,24 +140,16 @@ def sync_batch_norm(model: nn.Module, config: DistributedConfig, world: World) -
         norm.reduce, norm.ranks = reduce, ranks
 
 
-# torch 2.14 has renamed it.
-_SYNC_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
-
-
 def data_parallel(
     model: nn.Module, config: DistributedConfig, device: torch.device, *, static_graph: bool
 ) -> DistributedDataParallel:
-    """`model` under DistributedDataParallel: both views in one call, gradients averaged while the backward pass goes on.
+    """Wrap the model in DistributedDataParallel, which averages gradients during the backward pass.
 
-    Gradients are views of DDP's buckets. No buffer is broadcast: BatchNorm's are equal on all ranks that share statistics,
-    and the checkpoint holds rank 0's.
+    Gradients are views of DDP's buckets. Buffers are not broadcast: BatchNorm's are equal on ranks that share statistics, and a
+    checkpoint holds those of rank 0.
 
     Args:
-        static_graph: every backward pass is followed by an update; torch's own check fails where micro-batches are not.
+        static_graph: an update follows every backward pass.
     """
     wrapped = DistributedDataParallel(
         model,

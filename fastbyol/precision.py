@@ -1,17 +1,17 @@
-"""In which numbers the step computes: the autocast dtype, TF32, and the loss scale of float16.
+"""Precision of the step: the autocast dtype, TF32, and the loss scale of float16.
 
-Weights, their gradients and momentum, BatchNorm's statistics, norms and the loss are float32 whatever is chosen here.
+Weights, gradients, momentum, BatchNorm's statistics, norms and the loss are always float32.
 """
 
 import torch
 from torch import Tensor, nn
 
-# Micikevicius et al. 2018 (arXiv 1710.03740), section 3.2, with the constants that torch's GradScaler made usual.
+# Micikevicius et al. 2018 (arXiv 1710.03740), section 3.2, with the constants of torch's GradScaler.
 _FIRST_SCALE, _GROWTH, _BACKOFF, _GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype that config.precision means; `auto` is bfloat16 where the processor computes in it natively."""
+    """Return the autocast dtype of config.precision. `auto` is bfloat16 if the processor has native support, else float32."""
     if precision == "auto":
         native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
         return torch.bfloat16 if native else torch.float32
@@ -19,12 +19,12 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context of a forward pass in `dtype`."""
+    """Return the context manager of a forward pass in `dtype`."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def set_float32_precision(precision: str) -> None:
-    """tf32 lets a GPU multiply float32 in TF32 (10 bits of mantissa); any other precision makes float32 exact."""
+    """Allow TF32 (10 bits of mantissa) in float32 matrix products and convolutions on a GPU, for "tf32" only."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
@@ -33,10 +33,10 @@ def _cpu_has_bf16() -> bool:
 
 
 class LossScale(nn.Module):
-    """A dynamic loss scale that lives on the device: nothing of it is read by the host.
+    """Dynamic loss scale on the device; the host reads nothing of it.
 
-    The loss is multiplied by `scale` before the backward pass. A step with a gradient that is not finite is skipped (`found_inf`)
-    and halves the scale; 2,000 good steps in a row double it.
+    The loss is multiplied by `scale` before the backward pass. A step with a non-finite gradient is skipped (`found_inf`) and halves
+    the scale. 2,000 good steps in a row double it.
     """
 
     scale: Tensor  # () float32
@@ -54,13 +54,13 @@ class LossScale(nn.Module):
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device))
 
     def check_and_unscale_(self, grads: list[Tensor]) -> None:
-        """Divides the gradients by the scale and sets `found_inf`; for optimizers that do neither themselves."""
+        """Divide the gradients by the scale and set `found_inf`, for optimizers that do neither."""
         self.found_inf.zero_()
         torch._amp_foreach_non_finite_check_and_unscale_(grads, self.found_inf, self.inverse)
 
     @torch.no_grad()
     def update(self) -> None:
-        """The scale of the next step, from `found_inf` of this one."""
+        """Set the scale of the next step from `found_inf` of this one."""
         torch._amp_update_scale_(self.scale, self.good_steps, self.found_inf, _GROWTH, _BACKOFF, _GROWTH_STEPS)
         self.inverse.copy_(self.scale.reciprocal())
         self.skipped.add_(self.found_inf.to(torch.int64))

@@ -1,21 +1,22 @@
-"""Schedules of the learning rate and of the target's decay: pure functions of the optimizer step.
+"""Schedules of the learning rate and the target decay tau: pure functions of the optimizer step.
 
 Source: Grill et al. 2020, appendix B, and `byol/utils/schedules.py` of google-deepmind/deepmind-research
-(commit 4822a45). Steps count optimizer steps from 0; the value at step k is used by update k.
+(commit 4822a45). Steps are optimizer steps, counted from 0. Update k uses the value at step k.
 """
 
 import math
+
+import numpy as np
 
 from fastbyol.config import OptimConfig
 
 
 class Schedule:
-    """Learning rate and tau of a run's steps.
+    """Learning rate and tau of all steps of a run.
 
     Args:
-        optim: of the run.
         batch_size: images per optimizer step.
-        steps_per_epoch: optimizer steps in an epoch.
+        steps_per_epoch: optimizer steps per epoch.
     """
 
     def __init__(self, optim: OptimConfig, batch_size: int, steps_per_epoch: int) -> None:
@@ -25,7 +26,7 @@ class Schedule:
         self._tau_base = optim.tau_base
 
     def lr(self, step: int) -> float:
-        """Learning rate of optimizer step `step`."""
+        """Return the learning rate of a step."""
         return learning_rate(
             step,
             peak=self._peak,
@@ -35,17 +36,20 @@ class Schedule:
         )
 
     def tau(self, step: int) -> float:
-        """Target decay of optimizer step `step`."""
+        """Return the target decay of a step."""
         return target_decay(step, base=self._tau_base, total_steps=self.total_steps)
 
 
 def scaled_lr(base_lr: float, batch_size: int) -> float:
-    """Peak learning rate by the linear rule: base_lr * batch_size / 256."""
+    """Return the peak learning rate by the linear scaling rule: base_lr * batch_size / 256."""
     return base_lr * batch_size / 256
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, constant: bool = False) -> float:
-    """Linear warm-up from 0 at step 0 to `peak` at `warmup_steps`, then a cosine to 0 at `total_steps`, or `peak` for ever."""
+    """Return the rate of a linear warm-up from 0 to `peak` at `warmup_steps`, then of a cosine to 0 at `total_steps`.
+
+    With `constant`, the rate stays at `peak` after the warm-up.
+    """
     if step < warmup_steps:
         return peak * step / warmup_steps
     if constant:
@@ -54,12 +58,17 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
 
 
 def target_decay(step: int, *, base: float, total_steps: int) -> float:
-    """tau of the target update: 1 - (1 - base) * (cos(pi k / K) + 1) / 2, from `base` at 0 to 1 at `total_steps`."""
+    """Return tau = 1 - (1 - base) * (cos(pi k / K) + 1) / 2: `base` at step 0, 1 at `total_steps`."""
     return 1 - (1 - base) * _cosine_decay(step, total_steps)
 
 
 def _cosine_decay(step: int, steps: int) -> float:
-    """(cos(pi k / K) + 1) / 2, k clamped to K; 0 where there are no steps at all."""
+    """Return (cos(pi k / K) + 1) / 2 with k clamped to K, 0 if there are no steps."""
     if steps <= 0:
         return 0.0
     return (1 + math.cos(math.pi * min(step, steps) / steps)) / 2
+
+
+def step_seed(*numbers: int) -> int:
+    """Return one 63-bit seed from several numbers, such as the run's seed, the step and the rank."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastbyol.build import build_model
 from fastbyol.config import Config, EvalConfig
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluate.detection import DETECTION
@@ -20,12 +21,12 @@ from fastbyol.evaluate.linear import LINEAR
 from fastbyol.evaluate.protocol import EvalContext, Protocol, Row
 from fastbyol.evaluate.robustness import ROBUSTNESS
 from fastbyol.evaluate.segmentation import SEGMENTATION
-from fastbyol.layers import one_view
-from fastbyol.model import BYOL, build_model
+from fastbyol.layers import set_num_views
+from fastbyol.model import BYOL
 from fastbyol.precision import compute_dtype, set_float32_precision
 from fastbyol.runtime import checkpoint, cores, environment
+from fastbyol.runtime.device import choose_device
 from fastbyol.runtime.files import check_output, read_json_or, write_json, write_output
-from fastbyol.step import choose_device
 
 BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
 _RESULT = "eval_"
@@ -191,7 +192,7 @@ def _networks(
     """The rows' titles and backbones, on the device, for plain batches of one view; None is raw pixels."""
 
     def ready(backbone: nn.Module) -> nn.Module:
-        return one_view(backbone).to(device=frame.device, memory_format=torch.channels_last)
+        return set_num_views(backbone, 1).to(device=frame.device, memory_format=torch.channels_last)
 
     yield BYOL_ROW, ready(model.online.backbone)
     if not baselines:

@@ -18,7 +18,7 @@ from fastbyol.data.images import ImageSet
 from fastbyol.data.native import center_crops, random_crops
 from fastbyol.errors import InputError, join_names
 from fastbyol.evaluate.protocol import EvalContext
-from fastbyol.layers import one_view
+from fastbyol.layers import set_num_views
 from fastbyol.precision import autocast
 
 CENTER_FRACTION = 0.875  # 224/256 of the short side, BYOL's evaluation crop
@@ -237,7 +237,7 @@ def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, frame: EvalContext
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
-    one_view(backbone).train()
+    set_num_views(backbone, 1).train()
     bad: dict[int, str] = {}
     crops = center_crops(
         split, size=frame.size, fraction=CENTER_FRACTION, batch_size=batch_size, threads=frame.threads, bad=bad

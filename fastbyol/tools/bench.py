@@ -1,10 +1,10 @@
-"""What a config does on this machine: `fastbyol bench` times the loader, the step and both together beside the step's bound.
+"""`fastbyol bench`: time the loader, the step and both together, and compare the step with its bound.
 
-All are measured in turn, round by round, in one process; ratios are within a round. The bound is 3/8 of the images/s of a supervised step of the
-same backbone in the same precision and mode: an image costs it 3 forward passes of one view (forward, and twice as much backward), BYOL's 8 (two
-views through the online network, forward and backward, and through the target). It is given as many images as BYOL has views, so that its
-convolutions are as large. The supervised network is timm's as it is, with torch's own BatchNorm and convolutions, so that the bound says nothing of
-our layers; where they are faster than torch's, as on a CPU, the step can pass it.
+Interleaves all measurements in one process; ratios are within a round. The bound is 3/8 of the images/s of a supervised step with the
+same backbone, precision and mode: an image costs 3 forward passes of one view there (forward, and backward twice as much), and 8 in
+BYOL (two views through the online network, forward and backward, and through the target). The supervised step gets as many images as
+BYOL has views, so that its convolutions are as large. Its network is timm's with torch's own BatchNorm and convolutions, so that the
+bound does not depend on our layers. Where they are faster than torch's, as on a CPU, the step can exceed its bound.
 """
 
 import math
@@ -18,38 +18,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbyol.build import Training, build_backbone
 from fastbyol.config import Config
 from fastbyol.data import choose_backend, native
 from fastbyol.data.views import VIEWS
 from fastbyol.errors import InputError
-from fastbyol.model import build_backbone
 from fastbyol.precision import autocast
 from fastbyol.runtime import environment
 from fastbyol.runtime.files import check_output, write_json
-from fastbyol.tools.profiling import Loop, Training, loader_threads, opened
+from fastbyol.runtime.logging import logger
+from fastbyol.tools.profiling import Loop, loader_threads, open_training
 from fastbyol.tools.roofline import count_step, measure_peaks
 
 BOUND = 3 / 8
 CLASSES = 1000
-_NEAR = 0.9  # of a bound: nothing to gain that is worth a setting
+_NEAR = 0.9  # share of a bound above which no setting is worth a change
 
 
-def bench(config: Config, *, rounds: int, steps: int, out: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measures a config and says which of its parts limits it.
+def bench(config: Config, *, rounds: int, steps: int, out: Path | None) -> dict[str, Any]:
+    """Measure a config and report which part limits it.
 
-    Under torchrun every rank calls this and rates are those of all ranks; the supervised step exchanges nothing.
+    Under torchrun every rank calls this, and rates are of all ranks together. The supervised step exchanges no gradients.
 
     Args:
-        rounds: turns of each measurement.
-        steps: of a turn.
+        rounds: repetitions of each measurement.
+        steps: per repetition.
         out: JSON file to write.
 
     Returns:
-        what the file holds.
+        The content of the file.
 
     Raises:
         InputError: the config does not fit the data or the machine, or `out` cannot be written.
-        RunError: `out` could not be written in the end.
+        RunError: writing `out` failed after the measurement.
     """
     for name, value in (("rounds", rounds), ("steps", steps)):
         if value < 1:
@@ -59,7 +60,7 @@ def bench(config: Config, *, rounds: int, steps: int, out: Path | None, say: Cal
         if out is not None:
             check_output(out, f"--out {out}")
 
-    with opened(config, check, say) as training:
+    with open_training(config, check) as training:
         measured = _measure(training, rounds, steps)
     result: dict[str, Any] = {"what": training.describe(), "rounds": rounds, "steps": steps}
     result |= {"images_per_s": measured} | _ratios(measured)
@@ -71,32 +72,32 @@ def bench(config: Config, *, rounds: int, steps: int, out: Path | None, say: Cal
             result["rates"] = _rates(training, median(measured["step"]))
             write_json(out, result, f"--out {out}")
         for line in lines(result):
-            say(line)
+            logger.info(line)
     return result
 
 
 def _measure(training: Training, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Images/s of every measurement, round by round."""
+    """Return images/s of every measurement, per round."""
     batch = training.config.data.batch_size
     loop = Loop(training)
     try:
         loop.warm_up()
-        resident = loop.resident_batch()
-        images = torch.cat(resident.views)
+        cached = loop.cached_batch()
+        images = torch.cat(cached.views)
         model = _supervised(training).to(device=images.device, memory_format=torch.channels_last)
         step = supervised_step(model, len(images), images.device, training.step.dtype, training.step.mode)
-        turns = {
+        measurements = {
             "loader": (loop.skip, training.config.data.prefetch_batches + 1),
-            "step": (lambda: loop.step(resident), 2),
+            "step": (lambda: loop.step(cached), 2),
             "supervised": (lambda: step(images), 2),
             "whole": (loop, training.config.data.prefetch_batches + 1),
         }
-        for call, _ in turns.values():  # compile everything before the first round
+        for call, _ in measurements.values():  # compile everything before the first round
             loop.timed(2, call)
-        found: dict[str, list[float]] = {name: [] for name in turns}
+        found: dict[str, list[float]] = {name: [] for name in measurements}
         for _ in range(rounds):
-            for name, (call, before) in turns.items():
-                loop.timed(before, call)  # whatever lay ready from the turn before is used up
+            for name, (call, before) in measurements.items():
+                loop.timed(before, call)  # use up what was prefetched during the measurement before
                 images_a_call = batch * (VIEWS if name == "supervised" else 1)
                 found[name].append(steps * images_a_call / loop.timed(steps, call))
         return found
@@ -105,7 +106,7 @@ def _measure(training: Training, rounds: int, steps: int) -> dict[str, list[floa
 
 
 def _supervised(training: Training) -> nn.Module:
-    """The config's backbone as timm has it, with a classifier; weights from the config's seed."""
+    """Return timm's unmodified backbone with a classifier, with weights drawn from the config's seed."""
     config = training.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -116,13 +117,13 @@ def _supervised(training: Training) -> nn.Module:
 def supervised_step(
     model: nn.Module, batch: int, device: torch.device, dtype: torch.dtype, mode: str
 ) -> Callable[[Tensor], Tensor]:
-    """A step of cross-entropy and SGD with momentum: images (B, 3, S, S) in, loss out.
+    """Return a supervised step, images (B, 3, S, S) -> loss, with cross-entropy and SGD with momentum.
 
     Args:
         model: (B, 3, S, S) -> (B, CLASSES), on `device`.
         batch: B.
-        dtype: of the computation.
-        mode: of the step: eager, or compiled, with CUDA graphs of torch's own making on a GPU.
+        dtype: of autocast.
+        mode: "eager"; anything else compiles, on a GPU with torch's CUDA graphs.
     """
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9, fused=True)
     labels = (torch.arange(batch) % CLASSES).to(device)
@@ -146,7 +147,7 @@ def supervised_step(
 
 
 def _rates(training: Training, step_images_per_s: float) -> dict[str, Any]:
-    """What `fastbyol plan --rates` takes from this machine."""
+    """Return the rates of this machine for `fastbyol plan --rates`."""
     images = training.config.data.batch_size // training.world.size
     peaks = measure_peaks(training.device, training.step.dtype)
     counted = count_step(training.config, images, training.step.dtype)
@@ -164,7 +165,7 @@ def _rates(training: Training, step_images_per_s: float) -> dict[str, Any]:
 
 
 def _ratios(measured: dict[str, list[float]]) -> dict[str, list[float]]:
-    """What is compared, round by round."""
+    """Return the ratios per round."""
     columns = list(zip(*(measured[name] for name in ("loader", "step", "supervised", "whole")), strict=True))
     return {
         "step_over_bound": [step / (BOUND * supervised) for _, step, supervised, _ in columns],
@@ -174,7 +175,7 @@ def _ratios(measured: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def limit(result: dict[str, Any], device: torch.device) -> str:
-    """What whole training waits for: "loader", "step", or "cores" where both work on the same CPU cores."""
+    """Return what limits the training: "loader", "step", or "cores" if both share the CPU cores."""
     loader, step = (median(result["images_per_s"][name]) for name in ("loader", "step"))
     if device.type == "cpu":
         return "cores"
@@ -182,7 +183,7 @@ def limit(result: dict[str, Any], device: torch.device) -> str:
 
 
 def advice(result: dict[str, Any], training: Training) -> str:
-    """One line: what to change first."""
+    """Return one line that says what to change first."""
     rates = {name: median(values) for name, values in result["images_per_s"].items()}
     config, device = training.config, training.device
     share = median(result["step_over_bound"])
@@ -196,47 +197,47 @@ def advice(result: dict[str, Any], training: Training) -> str:
             threads = native.resolve_threads(config.data.threads)
             needed = math.ceil(threads * rates["step"] / rates["loader"])
             return (
-                f"the step could take {rates['step']:.0f} images/s, which needs about {needed} loader threads on as many cores "
+                f"the step could process {rates['step']:.0f} images/s, which needs about {needed} loader threads on as many cores "
                 f"(now {threads}); {_faster_loader(training)}"
             )
-        return f"the step could take {rates['step']:.0f} images/s: {_faster_loader(training)}"
+        return f"the step could process {rates['step']:.0f} images/s: {_faster_loader(training)}"
     if median(result["whole_over_step"]) < _NEAR:
-        return "loader and step are each fast enough and disturb each other: lower data.threads, so that a core is left for the step"
+        return "loader and step are fast enough separately but compete for cores: lower data.threads to leave a core for the step"
     return f"the step limits, at {share:.0%} of its bound: {_faster_step(training, share)}"
 
 
 def _faster_loader(training: Training) -> str:
-    """The first of these that the config does not have yet."""
+    """Return the first remedy that the config does not use yet."""
     data = training.config.data
     backend = choose_backend(data, training.images, training.device)[0]
     if training.device.type == "cuda" and backend != "dali":
         return "data.backend=dali decodes and augments on the GPU"
     if not data.dct_scaling and backend == "native":
-        return "data.dct_scaling=true decodes large JPEGs smaller, and `fastbyol pack --max-side` makes the files smaller once for all"
-    return "`fastbyol pack --max-side` with about 1.3 times data.image_size_px, or --mode raw, leaves less to decode"
+        return "data.dct_scaling=true decodes large JPEGs at a reduced size, and `fastbyol pack --max-side` makes the files smaller"
+    return "`fastbyol pack` with --max-side of about 1.3 times data.image_size_px, or with --mode raw, leaves less to decode"
 
 
 def _faster_step(training: Training, share: float) -> str:
     config, step = training.config, training.step
     if config.precision in ("fp32", "tf32"):
-        return f"precision={config.precision} computes in 32 bits; precision=auto takes 16 where the hardware has them"
+        return f"precision={config.precision} computes in 32 bits; precision=auto uses 16 bits if the hardware supports them"
     if training.device.type == "cuda" and step.mode == "eager":
         return "step.mode=compile fuses element-wise operators"
     if config.step.activation_checkpointing:
-        return "step.activation_checkpointing computes the first stages twice; 0 does not, if memory allows"
+        return "step.activation_checkpointing computes the first stages twice; set it to 0 if memory allows"
     if share < _NEAR and training.device.type == "cuda" and step.mode == "compile" and training.world.size == 1:
-        return "step.mode=cuda_graph takes the host's time away; a larger data.batch_size does too"
-    return "no setting makes it faster; a smaller model.backbone or data.image_size_px does"
+        return "step.mode=cuda_graph removes the host's launch time; a larger data.batch_size hides it"
+    return "no setting makes it faster; only a smaller model.backbone or data.image_size_px does"
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """The result as text."""
+    """Return the result as text."""
     rates = result["images_per_s"]
     titles = {
-        "loader": "loader alone",
-        "step": "step alone, on a batch that is there",
-        "whole": "whole training",
-        "supervised": "supervised step of the same backbone",
+        "loader": "loader only",
+        "step": "step only, cached batch",
+        "whole": "training",
+        "supervised": "supervised step, same backbone",
     }
     text = [f"{titles[name]:<40}{_spread(rates[name], 1):>32} images/s" for name in titles]
     bound = [BOUND * rate for rate in rates["supervised"]]

@@ -16,7 +16,7 @@ from fastbyol.errors import first_line
 from fastbyol.kernels import dispatch
 from fastbyol.precision import compute_dtype
 from fastbyol.runtime import environment
-from fastbyol.step import choose_device
+from fastbyol.runtime.device import choose_device
 
 
 def diagnose(say: Callable[[str], None]) -> int:

@@ -32,7 +32,8 @@ from fastbyol.layers import batch_norms
 from fastbyol.model import BYOL
 from fastbyol.runtime.files import read_json
 from fastbyol.settings.base import BadSetting, check, nearest, require
-from fastbyol.tools.roofline import BACKWARD, ONLINE, Peaks, Work, count_step, meta_model, saved_tensor_bytes
+from fastbyol.spans import BACKWARD, ONLINE
+from fastbyol.tools.roofline import Peaks, Work, count_step, meta_model, saved_tensor_bytes
 
 IMAGENET_IMAGES = 1_281_167
 _MOMENTS = 2

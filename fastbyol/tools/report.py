@@ -22,13 +22,13 @@ from fastbyol.evaluate.features import CENTER_FRACTION, check_splits, extract
 from fastbyol.evaluate.knn import nearest
 from fastbyol.model import BYOL
 from fastbyol.precision import compute_dtype
+from fastbyol.runtime.device import choose_device
 from fastbyol.runtime.files import check_output, read_json_or
-from fastbyol.runtime.runlog import read_metrics
-from fastbyol.step import choose_device
+from fastbyol.runtime.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, SUMMARY
+from fastbyol.runtime.run_log import read_metrics
 from fastbyol.tools.pages import ACCENT, BAD, GOOD, image, section, table, text, write_page
 from fastbyol.tools.plots import title, to_png
 from fastbyol.tools.preview import draw_views, to_pixels
-from fastbyol.train import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, SUMMARY
 
 _QUERIES, _NEIGHBORS = 8, 5
 _NO_METRICS = {"base_lr", "held_out_top1"}  # of a row: how it came about
@@ -69,7 +69,7 @@ def write_report(run: Path, say: Callable[[str], None], *, root: str | None = No
     def warn(fault: str) -> None:
         say(f"warning: {fault}")
 
-    lines = read_metrics(run, warn)
+    lines = read_metrics(run)
     settings = json.dumps(config.to_dict(), indent=2, ensure_ascii=False).splitlines()
     parts = [
         f"<h1>{text(config.name)}</h1><p class=note>BYOL pre-training by fastbyol {__version__}, "

@@ -1,20 +1,18 @@
-"""What a training step computes and moves, counted on a model without memory, and what the device at hand could do.
+"""Work of a training step, counted on the meta device, and the peak rates of the device at hand.
 
-Counted operator by operator as they are called one by one: floating-point operations of convolutions and matrix products (a multiplication
-and an addition are two), and bytes, every operand and result once. BatchNorm and max-pool are counted by the passes of their kernels, the
-update of weights and target by the formula of its optimizer. A compiler that fuses element-wise operators moves fewer bytes.
+Counted for every operator in eager mode: floating-point operations of convolutions and matrix products (a multiplication and an
+addition are two), and bytes (every operand and result once). BatchNorm and max-pool count the passes of their kernels, the update of
+weights and target the formula of its optimizer. A compiler that fuses element-wise operators moves fewer bytes.
 
-The roofline of an operator is the larger of flops / peak and bytes / bandwidth (Williams et al. 2009), of a part of the step the sum over its
-operators. Peaks are measured: the rate of a large matrix product in the step's dtype, the rate of a large copy.
+The roofline of an operator is max(flops / peak, bytes / bandwidth) (Williams et al. 2009), that of a part the sum over its operators.
+Peaks are measured: the rate of a large matrix product in the step's dtype, and the rate of a large copy.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fastbyol import layers
+from fastbyol.build import build_model
 from fastbyol.config import Config
 from fastbyol.data.views import VIEWS
-from fastbyol.layers import activation_checkpointing, batch_norms
-from fastbyol.model import BYOL, build_model
+from fastbyol.layers import BatchNorm, MaxPool, activation_checkpointing, batch_norms
+from fastbyol.model import BYOL
 from fastbyol.runtime.memory import SavedTensorBytes
+from fastbyol.spans import BACKWARD, ONLINE, TARGET, UPDATE
 
-TARGET, ONLINE, BACKWARD, UPDATE = "target forward", "online forward", "backward", "update"
 _NO_TRAFFIC = {
     "empty",
     "empty_like",
@@ -39,50 +37,49 @@ _NO_TRAFFIC = {
     "_unsafe_view",
     "promote_types",
 }
-_CAST_BYTES = 6  # a float32 value read, a 16-bit one written; or, of gradients, the other way round
+_CAST_BYTES = 6  # read float32 and write 16 bits; the reverse for gradients
 _PEAK_SIDES = {"cpu": (512, 1024, 2048, 4096), "cuda": (8192,)}  # of the matrix product
-_LONG_ENOUGH_S = 0.05  # of a product; a larger one adds no speed
+_LONG_ENOUGH_S = 0.05  # a larger product is no faster
 _PEAK_BYTES = {"cpu": 2**28, "cuda": 2**30}  # of the copy
 _PEAK_CALLS = 7  # the fastest counts
 
 
 @dataclass
 class Work:
-    """Operators as (flops, bytes)."""
+    """Operators of a part of the step, as (flops, bytes)."""
 
     operators: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def flops(self) -> int:
-        """Of all operators."""
+        """Total floating-point operations."""
         return sum(flops for flops, _ in self.operators)
 
     @property
     def bytes(self) -> int:
-        """Of all operators."""
+        """Total bytes."""
         return sum(size for _, size in self.operators)
 
     def roofline_s(self, peaks: "Peaks") -> float:
-        """Seconds that the operators take at least, one after the other."""
+        """Return the lower bound of the operators' time, run one after the other."""
         return sum(max(f / peaks.flops_per_s, b / peaks.bytes_per_s) for f, b in self.operators)
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a device does at best."""
+    """Measured peak rates of a device."""
 
     flops_per_s: float
-    """Of a matrix product."""
+    """Matrix product."""
     bytes_per_s: float
-    """Of a copy: bytes read and bytes written, together."""
+    """Copy: bytes read plus bytes written."""
 
 
 def count_step(config: Config, images: int, dtype: torch.dtype) -> dict[str, Work]:
-    """The work of one optimizer step, by part.
+    """Return the work of one optimizer step by part.
 
     Args:
-        config: of the run.
-        images: B of this rank; both their views are in the step.
+        images: B of this rank. The step sees both views of each.
         dtype: of activations.
     """
     parts = config.step.micro_batches
@@ -94,13 +91,13 @@ def count_step(config: Config, images: int, dtype: torch.dtype) -> dict[str, Wor
         _cast(model, dtype)
     view = _meta_view(config, images // parts, dtype)
     inputs = model.inputs(view, view)
-    with _by_formula() as note:
-        with _Counter(counted[TARGET], note):
-            t = model.targets(*inputs)
-        with _Counter(counted[ONLINE], note):
-            loss = model.predict(*inputs, t).loss
-        with _Counter(counted[BACKWARD], note):
-            loss.backward()
+    note = _count_by_formula(model)
+    with _Counter(counted[TARGET], note):
+        targets = model.target_projections(inputs)
+    with _Counter(counted[ONLINE], note):
+        loss = model.online_loss(inputs, targets).loss
+    with _Counter(counted[BACKWARD], note):
+        loss.backward()
     for work in counted.values():
         work.operators *= parts
     counted[UPDATE] = Work([(0, update_bytes(config.optim.name, model))])
@@ -114,24 +111,24 @@ def saved_tensor_bytes(config: Config, images: int, dtype: torch.dtype) -> int:
     _cast(model, dtype)
     view = _meta_view(config, images // config.step.micro_batches, dtype)
     inputs = model.inputs(view, view)
-    with _by_formula() as note, SavedTensorBytes(model) as saved:
-        note.work = Work()
-        loss = model.predict(*inputs, model.targets(*inputs)).loss
+    _count_by_formula(model)
+    with SavedTensorBytes(model) as saved:
+        loss = model.online_loss(inputs, model.target_projections(inputs)).loss
     del loss
     return saved.total
 
 
 def meta_model(config: Config) -> BYOL:
-    """The pair of a config without memory behind its tensors."""
+    """Return the config's pair on the meta device."""
     with torch.device("meta"):
         return build_model(config.model, config.data.image_size_px, config.seed)
 
 
 def update_bytes(optimizer: str, model: BYOL) -> int:
-    """Bytes that new weights and a moved target take: float32 weights, gradients and states, each read and written as its formula needs.
+    """Return the bytes that the update of weights and target moves, in float32.
 
-    LARS (kernels/lars_ema.py): w and g for the norms, then w, g, m read and w, m written; the target read and written in the same pass. SGD
-    with momentum and Adam write their states, and a target is a pass of its own that reads the weights again.
+    LARS (kernels/lars_ema.py) reads w and g for the norms, then reads w, g, m and writes w, m; the target is read and written in the
+    same pass. SGD and Adam write their states, and the target is a separate pass that reads the weights again.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     moved = sum(t.numel() for _, t in model.target_pairs())
@@ -140,9 +137,9 @@ def update_bytes(optimizer: str, model: BYOL) -> int:
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """The best of a few large matrix products and of a few large copies, on all of the process's threads.
+    """Return the best rates of several large matrix products and copies, on all of the process's threads.
 
-    The products grow until one takes long enough: a processor that emulates bfloat16 needs minutes for the largest.
+    Products grow until one takes long enough: a processor that emulates bfloat16 needs minutes for the largest.
     """
     flops_per_s = 0.0
     for n in _PEAK_SIDES[device.type]:
@@ -159,7 +156,7 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
 
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of a few calls, after one that is not counted."""
+    """Return the seconds of the fastest of several calls, after a warm-up call."""
     times = []
     for _ in range(1 + _PEAK_CALLS):
         began = time.perf_counter()
@@ -176,7 +173,7 @@ def _meta_view(config: Config, images: int, dtype: torch.dtype) -> Tensor:
 
 
 def _count_casts(model: BYOL, counted: dict[str, Work]) -> None:
-    """Autocast's: every matrix and kernel to 16 bits in a forward pass, its gradient back to 32."""
+    """Count autocast: weights to 16 bits in each forward pass, gradients back to 32 bits."""
     for part, networks in ((TARGET, (model.target,)), (ONLINE, (model.online, model.predictor))):
         values = sum(p.numel() for net in networks if net is not None for p in net.parameters() if p.ndim > 1)
         counted[part].operators.append((0, _CAST_BYTES * values))
@@ -185,14 +182,14 @@ def _count_casts(model: BYOL, counted: dict[str, Work]) -> None:
 
 
 def _cast(model: BYOL, dtype: torch.dtype) -> None:
-    """Gives the model the dtypes that autocast computes in."""
+    """Give the model the dtypes that autocast computes in."""
     model.to(dtype)
     for norm in batch_norms(model):
         norm.float()
 
 
 class _Counter(TorchDispatchMode):
-    """Notes flops and bytes of every operator called."""
+    """Records flops and bytes of every operator."""
 
     def __init__(self, work: Work, note: "_Note") -> None:
         super().__init__()
@@ -211,17 +208,18 @@ class _Counter(TorchDispatchMode):
 
 
 class _Note:
-    """Where the bytes of layers that are counted by formula go."""
+    """Receives the bytes of layers that are counted by formula."""
 
-    work: Work
+    def __init__(self) -> None:
+        self.work = Work()
 
     def add(self, size: int) -> None:
+        """Add an operator of `size` bytes."""
         self.work.operators.append((0, size))
 
 
-@contextmanager
-def _by_formula() -> Iterator[_Note]:
-    """BatchNorm and max-pool in networks on the meta device add the bytes of their kernels' passes and compute nothing."""
+def _count_by_formula(model: BYOL) -> _Note:
+    """Make BatchNorm and max-pool of a model on the meta device record the bytes of their kernels' passes and compute nothing."""
     note = _Note()
 
     class Norm(torch.autograd.Function):
@@ -255,14 +253,16 @@ def _by_formula() -> Iterator[_Note]:
             note.add(_bytes(dx) + _bytes(dy) + _bytes(*ctx.saved_tensors))
             return dx
 
-    def norm(
-        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, views: int, relu: bool, **_: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        statistics = torch.empty(2, views, x.shape[1], device=x.device)
-        return Norm.apply(x, residual, weight, bias, relu), statistics[0], statistics[1]
+    def normalize(norm: BatchNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        statistics = torch.empty(2, norm.views, x.shape[1], device=x.device)
+        return Norm.apply(x, residual, norm.weight, norm.bias, norm.relu), statistics[0], statistics[1]
 
-    with patch.object(layers, "batch_norm", norm), patch.object(layers, "max_pool", Pool.apply):
-        yield note
+    for norm in batch_norms(model):
+        norm.normalize = partial(normalize, norm)
+    for module in model.modules():
+        if isinstance(module, MaxPool):
+            module.forward = Pool.apply
+    return note
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -270,5 +270,8 @@ def _bytes(*tensors: Tensor) -> int:
 
 
 def units(works: dict[str, Work]) -> float:
-    """The step in forward passes of one view through the online network; BYOL's is 8 (2 online, 2 target, 4 backward), less the stem's input gradient."""
+    """Return the step's work in forward passes of one view through the online network.
+
+    BYOL's is 8 (2 online, 2 target, 4 backward), minus the input gradient of the stem.
+    """
     return VIEWS * sum(work.flops for work in works.values()) / works[ONLINE].flops

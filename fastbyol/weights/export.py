@@ -20,15 +20,15 @@ import torchvision
 from torch import nn
 
 from fastbyol import __version__
+from fastbyol.build import build_backbone
 from fastbyol.config import Config, ModelConfig
 from fastbyol.errors import InputError, RunError, first_line, printable
 from fastbyol.evaluate import is_metric, load_checkpoint_model, read_results
 from fastbyol.evaluate.features import CENTER_FRACTION
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
-from fastbyol.model import build_backbone
 from fastbyol.runtime import environment
 from fastbyol.runtime.files import check_output, read_json_or
-from fastbyol.train import ENVIRONMENT
+from fastbyol.runtime.run_folder import ENVIRONMENT
 from fastbyol.weights.load import (
     BACKBONE_FIELDS,
     DETECTRON2,

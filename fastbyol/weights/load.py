@@ -28,9 +28,9 @@ from timm.models import VGG, ConvNeXt, VisionTransformer
 from torch import Tensor, nn
 
 from fastbyol import __version__
+from fastbyol.build import build_backbone
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError, RunError, error_reason, first_line
-from fastbyol.model import build_backbone
 from fastbyol.runtime import checkpoint
 from fastbyol.runtime.files import atomic_write, check_output
 

@@ -15,12 +15,12 @@ from helpers.common import HANG_S, jpeg, losses
 from helpers.ffcv_files import write_with_ffcv
 from helpers.loaders import collect, same
 
+from fastbyol.api import pretrain as train
 from fastbyol.config import DataConfig, KnnEval
 from fastbyol.data import beton, build_loader, choose_backend, open_split, views
 from fastbyol.data.decode import decode
 from fastbyol.errors import InputError, LoaderTimeout, RunError
 from fastbyol.evaluate import evaluate
-from fastbyol.train import train
 
 SIZE, BATCH = 40, 8
 CPU = torch.device("cpu")

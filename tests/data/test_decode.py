@@ -15,6 +15,7 @@ from helpers.common import jpeg
 from helpers.mutations import HEIGHT, WIDTH, exif, mutations, picture, saved, seeds
 from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
+from fastbyol.api import pretrain as train
 from fastbyol.config import DataConfig
 from fastbyol.data import beton, build_loader, open_split
 from fastbyol.data import decode as module
@@ -22,7 +23,6 @@ from fastbyol.data.decode import BadImage, as_stored, decode, decode_reduced, jp
 from fastbyol.errors import InputError
 from fastbyol.evaluate import dense, segmentation
 from fastbyol.tools.preview import write_preview
-from fastbyol.train import train
 
 UPRIGHT = np.asarray(picture())
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.common import jpeg
 
+from fastbyol.api import pretrain as train
 from fastbyol.cli import COMMANDS, main
 from fastbyol.config import EVALUATIONS, Config, DataConfig, FinetuneEval, KnnEval, expand_path
 from fastbyol.data import find_images, open_split
@@ -19,7 +20,6 @@ from fastbyol.evaluate import evaluate
 from fastbyol.evaluate.features import check_splits, open_splits
 from fastbyol.settings.options import read
 from fastbyol.tools.preview import write_preview
-from fastbyol.train import train
 
 
 def checkpoint_config(root, **data):

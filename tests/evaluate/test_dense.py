@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
+from fastbyol.build import build_backbone
 from fastbyol.config import DetectionEval, ModelConfig, SegmentationEval
 from fastbyol.data import open_split
 from fastbyol.data.decode import decode
@@ -29,8 +30,7 @@ from fastbyol.evaluate.segmentation import (
     open_voc,
     read_mask,
 )
-from fastbyol.layers import batch_norms, convert
-from fastbyol.model import build_backbone
+from fastbyol.layers import batch_norms, fuse_layers
 from fastbyol.tools.shapes import VOID
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,7 +42,7 @@ COLORS = np.array([(40, 40, 40), (230, 40, 40), (40, 40, 230)], dtype=np.uint8) 
 def small_backbone(name="resnet18", width=0.125, size=32):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return convert(build_backbone(ModelConfig(backbone=name, width=width), size)[0])
+        return fuse_layers(build_backbone(ModelConfig(backbone=name, width=width), size)[0])
 
 
 def state_of(backbone):

@@ -19,6 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from fastbyol.api import pretrain as train
 from fastbyol.config import EVALUATIONS, Config, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
 from fastbyol.data import open_split
 from fastbyol.data.beton import pack
@@ -45,10 +46,9 @@ from fastbyol.evaluate.linear import (
 from fastbyol.evaluate.protocol import EvalContext, missing_images_warning
 from fastbyol.evaluate.robustness import CORRUPTIONS, STRENGTHS, corrupted
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
-from fastbyol.runtime.runlog import read_metrics
+from fastbyol.runtime.run_log import read_metrics
 from fastbyol.tools.report import _neighbors, write_report
 from fastbyol.tools.shapes import prepare_shapes
-from fastbyol.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

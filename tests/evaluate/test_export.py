@@ -23,15 +23,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
 
+from fastbyol.api import pretrain as train
+from fastbyol.build import build_backbone, build_model
 from fastbyol.cli import main
 from fastbyol.config import Config, DataConfig, ModelConfig
 from fastbyol.data import find_images
 from fastbyol.data.native import center_crops
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate.features import CENTER_FRACTION
-from fastbyol.model import build_backbone, build_model
 from fastbyol.runtime import checkpoint, environment
-from fastbyol.train import train
 from fastbyol.weights import export
 from fastbyol.weights.load import DETECTRON2, SAME_NAMES, TORCHVISION, load_backbone, open_backbone
 

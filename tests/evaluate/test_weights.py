@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from timm.models import VGG, _builder
 from torchvision.models import convnext, vgg
 
+from fastbyol.build import build_backbone, build_model
 from fastbyol.config import Config, DataConfig, ModelConfig
 from fastbyol.errors import InputError
-from fastbyol.layers import convert
-from fastbyol.model import build_backbone, build_model
+from fastbyol.layers import fuse_layers
 from fastbyol.runtime import checkpoint
 from fastbyol.weights.load import SAME_NAMES, TORCHVISION, check_new, load_backbone, open_backbone, save_backbone
 
@@ -127,7 +127,7 @@ def test_a_damaged_newest_checkpoint_is_mentioned(run, donor, tmp_path):
 
 
 def test_our_file_goes_into_a_converted_backbone_and_a_fresh_one(ours, donor):
-    network = convert(built(seed=5))
+    network = fuse_layers(built(seed=5))
     assert load_backbone(str(ours), network, "resnet18", config=SMALL) == f"init={ours}: 126 tensors from {ours}"
     assert_loaded(network, donor)
     x = torch.randn(2, 3, 32, 32)
@@ -140,7 +140,7 @@ def test_our_file_of_a_channels_last_backbone_of_another_norm(tmp_path):
     config = dataclasses.replace(SMALL, norm="group", norm_groups=4, weight_standardization=True, stem="small")
     backbone = randomized(built(config))
     path = tmp_path / "x.safetensors"
-    save_backbone(path, convert(backbone).to(memory_format=torch.channels_last), config, 32, key="save")
+    save_backbone(path, fuse_layers(backbone).to(memory_format=torch.channels_last), config, 32, key="save")
     with torch.no_grad():
         x = torch.randn(2, 3, 32, 32)
         assert torch.allclose(open_backbone(path)(x), backbone(x), rtol=1e-5, atol=1e-6)

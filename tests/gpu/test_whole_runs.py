@@ -19,6 +19,7 @@ from helpers.on_device import (
 )
 
 from fastbyol import batch_size
+from fastbyol.api import pretrain as train
 from fastbyol.config import (
     CheckpointConfig,
     Config,
@@ -33,10 +34,11 @@ from fastbyol.config import (
 )
 from fastbyol.errors import RunError
 from fastbyol.evaluate import BYOL_ROW, evaluate, load_checkpoint_model
-from fastbyol.layers import one_view
+from fastbyol.layers import set_num_views
 from fastbyol.runtime.distributed import World
-from fastbyol.tools.profiling import BACKWARD, COPY, EXCHANGE, ONLINE, REST, TARGET, WAIT, profile
-from fastbyol.train import train
+from fastbyol.spans import COPY, WAIT
+from fastbyol.tools.clock import REST
+from fastbyol.tools.profiling import BACKWARD, EXCHANGE, ONLINE, TARGET, profile
 from fastbyol.weights.export import export
 from fastbyol.weights.load import open_backbone
 
@@ -117,7 +119,7 @@ def test_an_exported_backbone_gives_the_run_s_features(trained, tmp_path, form):
         backbone.load_state_dict(torch.load(out, weights_only=True))
     images = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     model = load_checkpoint_model(trained.folder, silent).model
-    expected = one_view(model.online.backbone).eval()(images)
+    expected = set_num_views(model.online.backbone, 1).eval()(images)
     for device in {DEVICE, torch.device("cpu")}:
         actual = backbone.eval().to(device)(images.to(device)).cpu()
         assert (actual - expected).abs().max() < 1e-3 * expected.abs().max(), device

@@ -13,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+from fastbyol.api import pretrain as train
 from fastbyol.config import Config
 from fastbyol.runtime import checkpoint
+from fastbyol.runtime.run_folder import CHECKPOINTS
 from fastbyol.step import TrainStep
-from fastbyol.train import CHECKPOINTS, train
 
 
 def attempt(config: Config, steps: int | None, delay_s: float = 0.0) -> int:

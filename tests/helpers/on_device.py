@@ -17,9 +17,9 @@ import simplejpeg
 import torch
 from torch import Tensor
 
+from fastbyol.build import build_model
 from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepConfig
 from fastbyol.data import Batch
-from fastbyol.model import build_model
 from fastbyol.step import TrainStep
 
 DEVICE = torch.device("cpu") if os.environ.get("FASTBYOL_TEST_DEVICE") == "cpu" else torch.device("cuda", 0)

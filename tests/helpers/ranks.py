@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from fastbyol import step as step_module
+from fastbyol.api import pretrain as train
 from fastbyol.config import Config
 from fastbyol.errors import FastbyolError, PeerFailure, RunError
-from fastbyol.train import train
 
 
 def sabotage(what: str, rank: int, at: int) -> None:

@@ -3,9 +3,9 @@
 import torch
 from helpers.common import BATCH
 
+from fastbyol.build import build_model
 from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepConfig
 from fastbyol.data import Batch
-from fastbyol.model import build_model
 from fastbyol.step import TrainStep
 
 CPU = torch.device("cpu")

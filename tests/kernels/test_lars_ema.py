@@ -13,9 +13,9 @@ from helpers.problems import ETA, GRADIENTS, Problem, odd_shapes, reference_upda
 from torch import nn
 
 from fastbyol import schedules
+from fastbyol.build import build_model
 from fastbyol.config import ModelConfig, OptimConfig
 from fastbyol.kernels import lars_ema
-from fastbyol.model import build_model
 from fastbyol.optim import LARS, build_optimizer, ema_update_, parameter_groups
 
 MU = 0.9

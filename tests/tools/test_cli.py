@@ -16,13 +16,14 @@ from PIL import Image
 
 import fastbyol
 from fastbyol import cli
+from fastbyol.api import pretrain as train
 from fastbyol.cli import main, train_config
 from fastbyol.config import EVALUATIONS, Config
 from fastbyol.errors import InputError, LoaderTimeout, RunError
 from fastbyol.runtime import environment
 from fastbyol.settings.base import leaves
 from fastbyol.settings.options import options_of
-from fastbyol.train import RunResult, train
+from fastbyol.train import RunResult
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

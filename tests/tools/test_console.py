@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from fastbyol.runtime import runlog
+from fastbyol.runtime import run_log
 from fastbyol.runtime.console import Output, safe_stdio, say
-from fastbyol.runtime.runlog import LOG, RunLog
+from fastbyol.runtime.run_log import LOG, RunLog
 
 
 class Broken(io.StringIO):
@@ -91,7 +91,7 @@ def test_a_run_s_lines_stand_in_its_folder_and_go_on_without_a_console(tmp_path,
 
 def test_the_bar_shows_loss_and_rate_from_the_first_step(tmp_path, monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr(runlog.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(run_log.time, "perf_counter", lambda: float(next(clock)))
     with log(tmp_path) as running:
         assert running._shown == {}
         running.first(1, 1.25)
@@ -130,7 +130,7 @@ def test_commands_that_only_print_end_quietly(shell_end, code, message):
 
 def test_a_run_without_a_terminal_says_how_far_it_is_every_ten_seconds(tmp_path, monkeypatch, capsys):
     clock = [0.0]
-    monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: clock[0])
     values = {"loss": 1.0, "lr": 0.1, "tau": 0.99, "projection_std": 0.1, "wait_s": 0.0}
     with log(tmp_path) as running:
         for step, now in enumerate([4.0, 11.0, 12.0, 22.0], 1):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastbyol import cli
+from fastbyol.build import build_model
 from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepConfig
 from fastbyol.errors import InputError
-from fastbyol.model import build_model
 from fastbyol.runtime.memory import SavedTensorBytes
 from fastbyol.tools.plan import GPUS, Rates, plan, published_efficiency
 from fastbyol.tools.roofline import count_step, saved_tensor_bytes

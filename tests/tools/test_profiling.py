@@ -15,21 +15,10 @@ from helpers.trainings import training_of
 from torch.profiler import ProfilerActivity
 
 from fastbyol import cli
+from fastbyol.spans import AUGMENT, COPY, WAIT
 from fastbyol.tools import bench, profiling
-from fastbyol.tools.profiling import (
-    AUGMENT,
-    BACKWARD,
-    COPY,
-    EXCHANGE,
-    ONLINE,
-    REST,
-    TARGET,
-    WAIT,
-    Clock,
-    Loop,
-    Marks,
-    profile,
-)
+from fastbyol.tools.clock import REST, Clock
+from fastbyol.tools.profiling import BACKWARD, EXCHANGE, ONLINE, TARGET, Loop, Marks, profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -104,7 +93,7 @@ def operators_of(call):
 @pytest.mark.parametrize("options", [{}, {"step": {"micro_batches": 2}}, {"model": {"target": "online"}}])
 def test_a_step_is_the_same_before_beside_and_after_marks(make_config, new_loop, options):
     loop = new_loop(make_config(**options))
-    batch = loop.resident_batch()
+    batch = loop.cached_batch()
     for _ in range(2):
         loop.step(batch)
     before = operators_of(lambda: loop.step(batch))

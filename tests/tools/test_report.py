@@ -12,6 +12,7 @@ from helpers.common import jpeg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fastbyol.api import pretrain as train
 from fastbyol.cli import main
 from fastbyol.config import KnnEval
 from fastbyol.data import find_images
@@ -21,7 +22,6 @@ from fastbyol.tools import plots
 from fastbyol.tools.pages import text
 from fastbyol.tools.preview import draw_views
 from fastbyol.tools.report import refresh_report, write_report
-from fastbyol.train import train
 
 SHORT = {"optim": {"epochs": 1, "warmup_epochs": 0}, "knn": {"every_epochs": 0}}
 
@@ -104,7 +104,7 @@ def test_damaged_files_are_named_and_block_no_report(make_config):
     assert "Settings" in page
     assert "What the features are worth" not in page
     assert (
-        train(make_config(resume="auto", **SHORT)).finished_before is False
+        train(make_config(resume="auto", **SHORT)).already_finished is False
     )  # its summary was damaged: it is closed again
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
 

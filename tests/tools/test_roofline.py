@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastbyol.build import build_model
 from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepConfig
 from fastbyol.layers import BatchNorm, MaxPool
-from fastbyol.model import build_model
+from fastbyol.spans import BACKWARD, ONLINE, TARGET, UPDATE
 from fastbyol.tools import roofline
-from fastbyol.tools.roofline import BACKWARD, ONLINE, TARGET, UPDATE, Peaks, Work, count_step, update_bytes
+from fastbyol.tools.roofline import Peaks, Work, count_step, update_bytes
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(backbone="resnet18", width=0.125, hidden_dim=32, projection_dim=16)

@@ -8,9 +8,9 @@ import torch
 from helpers.common import ROOT
 
 from fastbyol import cli
+from fastbyol.build import build_model
 from fastbyol.cli import train_config
 from fastbyol.data import build_loader, find_images
-from fastbyol.model import build_model
 from fastbyol.settings.options import read
 from fastbyol.step import TrainStep
 from fastbyol.tools.plan import plan

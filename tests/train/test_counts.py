@@ -50,7 +50,7 @@ class Calls(TorchDispatchMode):
 
 
 def test_operators_and_allocations_of_a_step(loop):
-    batch = loop.resident_batch()
+    batch = loop.cached_batch()
     for _ in range(3):
         loop.step(batch)
     with Calls() as calls:
@@ -88,7 +88,7 @@ def test_the_update_of_a_step_is_one_call(loop, monkeypatch):
     monkeypatch.setattr(
         LarsEma, "__call__", lambda self, *args, **more: calls.append(len(args[0])) or update(self, *args, **more)
     )
-    loop.step(loop.resident_batch())
+    loop.step(loop.cached_batch())
     assert len(calls) == 1
     assert calls[0] == sum(p.requires_grad for p in loop.training.model.parameters())
 

@@ -92,7 +92,8 @@ def test_a_dropped_graph_is_captured_anew_without_another_warm_up(captures):
 def test_profile_drops_the_graph_before_it_marks_steps(make_config):
     from helpers.trainings import training_of
 
-    from fastbyol.tools.profiling import Clock, Marks
+    from fastbyol.tools.clock import Clock
+    from fastbyol.tools.profiling import Marks
 
     training = training_of(make_config())
     training.step._graph, emptied = object(), []

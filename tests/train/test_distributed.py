@@ -12,14 +12,14 @@ import torch
 from helpers.common import BATCH, HANG_S, ROOT, losses
 from helpers.stopping import stop_after
 
+from fastbyol.api import pretrain as train
+from fastbyol.build import build_model
 from fastbyol.config import DistributedConfig, ProbeConfig
 from fastbyol.data import build_loader, open_split
 from fastbyol.errors import InputError
-from fastbyol.model import build_model
 from fastbyol.parallel import sync_batch_norm
 from fastbyol.runtime import checkpoint, distributed
 from fastbyol.runtime.distributed import StopConsensus, World, world_from_environment
-from fastbyol.train import train
 
 SCRIPT = ROOT / "tests/helpers/ranks.py"
 

@@ -15,10 +15,10 @@ import torch
 from helpers.common import HANG_S, ROOT, losses
 
 from fastbyol import step
+from fastbyol.api import pretrain as train
 from fastbyol.data.folder import ImageFolder
 from fastbyol.errors import RunError
 from fastbyol.runtime import checkpoint
-from fastbyol.train import train
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ import json, os, signal
 from fastbyol import step
 from fastbyol.config import Config
 from fastbyol.errors import RunError
-from fastbyol.train import train
+from fastbyol.api import pretrain as train
 
 def lost(self, number, batch):
     raise RunError("lost")

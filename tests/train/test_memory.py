@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from fastbyol import batch_size
+from fastbyol.api import pretrain as train
 from fastbyol.batch_size import batch_bytes, find_batch_size
+from fastbyol.build import build_model
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError
-from fastbyol.model import build_model
 from fastbyol.optim import build_optimizer
 from fastbyol.runtime import memory
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.memory import SavedTensorBytes, measure_memory
-from fastbyol.train import train
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -5,11 +5,12 @@ import timm
 import torch
 from torch import nn
 
+from fastbyol.build import build_model
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError
-from fastbyol.layers import FusedBasicBlock, FusedBottleneck, batch_norms, convert
+from fastbyol.layers import FusedBasicBlock, FusedBottleneck, batch_norms, fuse_layers
 from fastbyol.loss import regression_loss
-from fastbyol.model import BYOL, Encoder, build_model, mlp, projection_std
+from fastbyol.model import BYOL, Encoder, mlp, projection_std
 
 SMALL = {"backbone": "resnet18", "width": 0.125, "hidden_dim": 24, "projection_dim": 12}
 
@@ -91,7 +92,7 @@ def test_heads_are_the_paper_s():
     assert (first.in_features, first.out_features, first.bias is not None) == (512, 4096, True)
     assert (norm.num_features, norm.momentum, norm.eps) == (4096, 0.1, 1e-5)
     assert isinstance(relu, nn.ReLU)
-    assert [type(m).__name__ for m in convert(mlp(8, 8, 8))] == ["Linear", "BatchNorm", "Identity", "Linear"]
+    assert [type(m).__name__ for m in fuse_layers(mlp(8, 8, 8))] == ["Linear", "BatchNorm", "Identity", "Linear"]
     assert (last.in_features, last.out_features, last.bias) == (4096, 256, None)
 
 
@@ -114,9 +115,9 @@ def test_norm_addition_and_relu_of_a_resnet_are_one_call(backbone, kind, relus):
 
 def test_a_norm_whose_views_cannot_be_kept_apart_is_refused():
     with pytest.raises(InputError, match="GhostNorm, whose statistics cannot be kept per view"):
-        convert(nn.Sequential(type("GhostNorm", (nn.BatchNorm2d,), {})(4)))
+        fuse_layers(nn.Sequential(type("GhostNorm", (nn.BatchNorm2d,), {})(4)))
     with pytest.raises(InputError, match="only norms with weight, bias and running statistics"):
-        convert(nn.Sequential(nn.BatchNorm2d(4, affine=False)))
+        fuse_layers(nn.Sequential(nn.BatchNorm2d(4, affine=False)))
 
 
 def test_resnet50_has_the_published_number_of_parameters():

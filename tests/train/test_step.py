@@ -10,15 +10,15 @@ from helpers.problems import reference_update
 from helpers.steps import MODEL, SIZE, new_batch, new_step
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from fastbyol.build import build_model
 from fastbyol.config import ModelConfig
 from fastbyol.data import Batch
 from fastbyol.errors import InputError
 from fastbyol.kernels import dispatch
-from fastbyol.model import build_model
+from fastbyol.parallel import choose_step_mode
 from fastbyol.precision import LossScale
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.memory import SavedTensorBytes
-from fastbyol.step import choose_step_mode
 
 CPU = torch.device("cpu")
 

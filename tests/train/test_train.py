@@ -21,16 +21,17 @@ from helpers.stopping import stop_after
 from PIL import Image
 
 from fastbyol import step
+from fastbyol.api import pretrain as train
 from fastbyol.config import DataConfig, OptimConfig
 from fastbyol.data import find_images, open_split
 from fastbyol.data.beton import pack
 from fastbyol.errors import InputError, RunError
 from fastbyol.model import BYOLOutput
-from fastbyol.runtime import checkpoint, runlog
+from fastbyol.runtime import checkpoint, run_log
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.files import FolderLock
-from fastbyol.runtime.runlog import RunLog, read_metrics
-from fastbyol.train import _StopSignals, train
+from fastbyol.runtime.run_log import RunLog, read_metrics
+from fastbyol.train import _StopSignals
 
 STEPS = 16  # 4 epochs of 4 batches
 
@@ -167,7 +168,7 @@ def test_a_finished_run_is_said_to_be_and_left_as_it_is(make_config, capsys, epo
     before = contents(first.folder)
     capsys.readouterr()
     second = train(make_config(resume="auto", **SHORT | {"optim": {"epochs": of, "warmup_epochs": 0}}))
-    assert (second.step, second.finished_before) == (4 * epochs, True)
+    assert (second.step, second.already_finished) == (4 * epochs, True)
     out = capsys.readouterr().out
     assert "already finished: checkpoint" in out
     assert f"is of epoch {epochs}, optim.epochs={of}; nothing was done" in out
@@ -178,7 +179,7 @@ def test_a_run_killed_before_its_summary_is_closed(make_config):
     folder = train(make_config(**SHORT)).folder
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").unlink()
-    assert not train(make_config(resume="auto", **SHORT)).finished_before
+    assert not train(make_config(resume="auto", **SHORT)).already_finished
     again = json.loads((folder / "summary.json").read_text())
     for key in ("steps", "total_steps", "loss", "images_per_s"):
         assert again[key] == summary[key]
@@ -579,13 +580,13 @@ def test_tensorboard_s_events_are_read_by_tensorboard_and_end_no_run(make_config
     (folder / "checkpoints" / "step_00000008.pt").unlink()  # steps 5 to 8 are done again
     train(make_config(resume="auto", **options | {"optim": {"epochs": 3, "warmup_epochs": 0}}))
     assert [step for step, _ in losses_of(folder)] == list(range(1, 13))
-    original = runlog._Events.__init__
+    original = run_log._Events.__init__
 
     def full(self, *args):
         original(self, *args)
         self._records._writer = _Full(self._file, 300)
 
-    monkeypatch.setattr(runlog._Events, "__init__", full)
+    monkeypatch.setattr(run_log._Events, "__init__", full)
     capsys.readouterr()
     result = train(make_config(name="full", **options))
     assert result.step == 4
@@ -664,7 +665,7 @@ def test_a_run_whose_folder_goes_away_while_it_trains(make_config, monkeypatch, 
     if gone == "moved":
         assert [p.name for p in checkpoint.list_checkpoints(elsewhere / "checkpoints")] == ["step_00000004.pt"]
     monkeypatch.undo()
-    assert train(dataclasses.replace(config, resume="auto")).finished_before
+    assert train(dataclasses.replace(config, resume="auto")).already_finished
 
 
 def test_a_lock_that_is_removed_is_made_anew_without_a_word(make_config, monkeypatch, capsys):
@@ -689,14 +690,14 @@ def test_a_finished_run_whose_newest_checkpoint_is_damaged_stays_as_it_is(make_c
     (folder / "checkpoints" / "step_00000008.pt").write_bytes(b"")
     before = (folder / "summary.json").read_bytes()
     for resume in ("auto", str(folder), str(folder / "checkpoints")):
-        assert train(make_config(resume=resume, **SHORT)).finished_before
+        assert train(make_config(resume=resume, **SHORT)).already_finished
         assert (folder / "summary.json").read_bytes() == before
 
 
 def test_another_run_that_is_finished_has_no_report_to_write(make_config, capsys):
     folder = train(make_config(**SHORT)).folder
     capsys.readouterr()
-    assert train(make_config(name="other", resume=str(folder), **SHORT)).finished_before
+    assert train(make_config(name="other", resume=str(folder), **SHORT)).already_finished
     assert "fastbyol report" not in capsys.readouterr().out
 
 

@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from helpers.common import losses
 from torch import nn
 
+from fastbyol.api import pretrain as train
+from fastbyol.build import build_model
 from fastbyol.config import Config, DataConfig, ModelConfig, ProbeConfig
 from fastbyol.data.views import center_box, sample
 from fastbyol.errors import InputError, RunError
 from fastbyol.layers import batch_norms
-from fastbyol.loss import contrastive_term, euclidean_loss, hinge_loss, mse_loss, pair_loss, regression_loss
-from fastbyol.model import build_model, noisy_views
+from fastbyol.loss import regression_loss
 from fastbyol.runtime import checkpoint
 from fastbyol.step import TrainStep
-from fastbyol.train import train
+from fastbyol.variants import contrastive_term, euclidean_loss, hinge_loss, mse_loss, noisy_views, pair_loss
 from fastbyol.weights.load import save_backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,59 @@
+"""A training step as one CUDA graph: the host launches it with a single call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WARM_UP_STEPS = 3  # real steps; they create what a capture must not: optimizer state, compiled code, workspaces
+
+
+class CapturedStep:
+    """Runs a function of tensors, and captures it into a CUDA graph after a few calls.
+
+    Args:
+        function: reads and writes device memory only, at the same addresses in every call.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self._function = function
+        self._warm_up_left = _WARM_UP_STEPS
+        # One side stream for all warm-up steps: the allocator keeps a memory pool per stream.
+        self._stream = torch.cuda.Stream(device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Tensor] = []
+        self._output: Any = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run the function on `inputs`. The result is valid until the next call."""
+        if self._warm_up_left > 0:
+            self._warm_up_left -= 1
+            return self._run_on_side_stream(inputs)
+        if self._graph is None:
+            self._capture(inputs)
+        torch._foreach_copy_(self._inputs, list(inputs))
+        self._graph.replay()
+        return self._output
+
+    def drop(self) -> None:
+        """Free the graph's memory. The next call captures again."""
+        if self._graph is not None:
+            self._graph, self._inputs, self._output = None, [], None
+            torch.cuda.empty_cache()
+
+    def _run_on_side_stream(self, inputs: tuple[Tensor, ...]) -> Any:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            output = self._function(*inputs)
+        current.wait_stream(self._stream)
+        return output
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = [torch.empty_like(x) for x in inputs]
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: CUDA calls of other threads, such as DALI's or a loader's, do not end the capture.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._output = self._function(*self._inputs)
+        self._graph = graph
