@@ -312,8 +312,10 @@ def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str
     return {names[p]: dict(state) for p, state in optimizer.state.items()}
 
 
-def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, state: dict[str, dict[str, Tensor]]) -> None:
-    """Load the result of `named_state`; tensors take the device and the memory format of their parameters.
+def load_named_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, state: dict[str, dict[str, Tensor]], device: torch.device
+) -> None:
+    """Load the result of `named_state` onto `device`, in the memory format of the parameters.
 
     Raises:
         ValueError: a name or a shape does not fit the module, or a value is not a tensor.
@@ -329,7 +331,7 @@ def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, state:
             if value.ndim and value.shape != p.shape:
                 raise ValueError(f"optimizer state {key} of {name} has shape {tuple(value.shape)}")
         optimizer.state[p] = {
-            key: value.to(p.device).to(memory_format=_memory_format(p) if value.ndim else torch.preserve_format)
+            key: value.to(device).to(memory_format=_memory_format(p) if value.ndim else torch.preserve_format)
             for key, value in values.items()
         }
 

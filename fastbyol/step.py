@@ -125,6 +125,6 @@ class TrainStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of `state_dict`; the loss scale only if both have one. Raises as `load_named_state`."""
-        load_named_state(self.optimizer, self.model, state["optimizer"])
+        load_named_state(self.optimizer, self.model, state["optimizer"], self.device)
         if self.loss_scale is not None and state.get("loss_scale"):
             self.loss_scale.load_state_dict(state["loss_scale"])

@@ -25,7 +25,7 @@ from fastbyol.config import (
 )
 from fastbyol.kernels import dispatch
 from fastbyol.runtime import cores
-from fastbyol.runtime.logging import format_record, logger
+from fastbyol.runtime.logging import console_logging, format_record, logger
 from fastbyol.tools.corpora import prepare_photos
 
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
@@ -60,6 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def compiled_from_the_sources() -> None:
     """No test runs a kernel from numba's cache that was compiled with another unchecked.py or vectors.py."""
     dispatch.compile_cpu_kernels(lambda text: None)
+
+
+@pytest.fixture(autouse=True)
+def logs_to_the_console() -> Iterator[None]:
+    """Messages are printed as under the command line."""
+    with console_logging():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,17 @@
-"""Checkpoints: written atomically, verified when read, loadable by torch.load(weights_only=True).
+"""Checkpoints: written atomically, verified on load, readable by torch.load(weights_only=True).
 
 A checkpoint is a dict of plain values and tensors:
 
-    format, version, step (optimizer steps done), config (nested dict), images (in the training split), files and
-    sample (what tells them from other images: ImageSet.fingerprint and ImageSet.sample),
-    model (state dict with plain names), optimizer (state by parameter name), rng (torch's generators),
-    knn (last and best online accuracy)
+    format, version
+    step        optimizer steps done
+    config      nested dict
+    images      number of training images; files and sample identify them (ImageSet.fingerprint, ImageSet.sample)
+    model       state dict with plain names
+    optimizer   state by parameter name; loss_scale with float16
+    rng         torch's generators
+    knn, ...    state of the callbacks, by name
 
-A file is a zip archive whose members carry a CRC-32; `load` checks them all, so a truncated or damaged file is
-recognized before a value of it is used.
+A file is a zip archive with a CRC-32 per member. `load` checks all of them before it uses a value.
 """
 
 import errno
@@ -45,20 +48,20 @@ _KEYS = {
 
 
 def save(folder: Path, state: dict[str, Any], *, keep_last: int, best: bool) -> Path:
-    """Writes FOLDER/step_XXXXXXXX.pt: temporary file, fsync, rename. Then drops old checkpoints.
+    """Write FOLDER/step_XXXXXXXX.pt (temporary file, fsync, rename), then delete old checkpoints.
 
     Args:
-        state: the dict described at the top, without format and version.
-        keep_last: newest checkpoints that stay.
+        state: the dict described above, without format and version.
+        keep_last: number of newest checkpoints to keep.
         best: also keep this one as FOLDER/best.pt.
 
     Raises:
-        RunError: it cannot be written (full disk, say). Older checkpoints are untouched then.
+        RunError: it cannot be written, for example because the disk is full. Older checkpoints are not touched.
     """
     path = folder / f"step_{state['step']:08d}.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.partial"):  # of a process that was killed while it wrote
+        for leftover in folder.glob(".*.partial"):  # from a process killed while writing
             if not leftover.is_dir():
                 leftover.unlink()
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -72,17 +75,17 @@ def save(folder: Path, state: dict[str, Any], *, keep_last: int, best: bool) -> 
         keep = f"the last good checkpoint is {older[-1]}" if older else "there is no older checkpoint"
         remedy = "free some space and resume" if getattr(cause, "errno", None) in _FULL else "fix that and resume"
         raise RunError(f"checkpoint {path} could not be written ({error_reason(cause)}); {keep}; {remedy}") from None
-    # Later ones are damaged: the run goes on from before them.
+    # Later checkpoints are damaged: the run continues from before them.
     for old in [old for old in list_checkpoints(folder) if old.name <= path.name][:-keep_last]:
         old.unlink(missing_ok=True)
     return path
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads and verifies a checkpoint; its tensors are on the CPU.
+    """Read and verify a checkpoint. Tensors are on the CPU.
 
     Raises:
-        InputError: missing, damaged, not a fastbyol checkpoint, of a newer format, or holding more than plain data.
+        InputError: the file is missing, damaged, not a fastbyol checkpoint, of another format, or holds more than plain data.
     """
     where = f"checkpoint {path}"
     if path.exists() and not path.is_file():
@@ -110,7 +113,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _fault(state: dict[str, Any]) -> str | None:
-    """Which of a checkpoint's values no run writes."""
+    """Return what is wrong with the values of a checkpoint, None if they are valid."""
     if not 0 <= state["step"] < _MOST_STEPS:
         return f"its step is {state['step']}"
     files, sample = state.get("files", {}), state.get("sample", [])
@@ -128,10 +131,10 @@ def _is_entry(entry: Any) -> bool:
 
 
 def checkpoint_config(path: Path, state: dict[str, Any]) -> Config:
-    """The config of the run that wrote a checkpoint.
+    """Return the config of the run that wrote a checkpoint. Renamed settings have their current names.
 
     Raises:
-        InputError: this version does not know one of its settings or values.
+        InputError: this version does not know a setting or value.
     """
     if missing := {"data", "model", "optim"} - state["config"].keys():
         raise InputError(f"checkpoint {path} cannot be used: its config has no {min(missing)}")
@@ -142,17 +145,17 @@ def checkpoint_config(path: Path, state: dict[str, Any]) -> Config:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The optimizer steps that a numbered checkpoint has done, by its name."""
+    """Return the optimizer steps done, from the name of a numbered checkpoint."""
     return int(path.stem.removeprefix("step_"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The numbered checkpoints of a folder, oldest first."""
+    """Return the numbered checkpoints of a folder, oldest first."""
     return sorted(p for p in folder.glob("step_*.pt") if _NAME.fullmatch(p.name))
 
 
 def latest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies; `warn` gets one line for each newer one that does not."""
+    """Return the newest valid checkpoint, None without one. `warn` receives one line for each newer, damaged one."""
     found = list_checkpoints(folder)
     while found:
         try:
@@ -164,10 +167,10 @@ def latest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[
 
 
 def resolve(run_or_file: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint named by its file or by its run's folder (then the newest good one).
+    """Return the checkpoint of a file, or the newest valid one of a run's folder.
 
     Raises:
-        InputError: there is none, or it does not verify.
+        InputError: there is none, or it is damaged.
     """
     if run_or_file.is_dir():
         for folder in (run_or_file / "checkpoints", run_or_file):
@@ -180,7 +183,7 @@ def resolve(run_or_file: Path, warn: Callable[[str], None]) -> tuple[Path, dict[
 
 
 def _link(path: Path, link: Path) -> None:
-    """Makes `link` the same file as `path`, atomically; a copy where the file system has no hard links."""
+    """Make `link` a hard link to `path`, atomically; a copy if the file system has no hard links."""
     temporary = link.with_name(f".{link.name}.partial")
     temporary.unlink(missing_ok=True)
     try:

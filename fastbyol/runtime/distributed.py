@@ -1,9 +1,9 @@
-"""torchrun's world: the process group, statistics and gradients over ranks, and how all ranks stop together.
+"""Processes started by torchrun: the process group, collectives, errors on one rank, and stopping all ranks at the same step.
 
-`torchrun --nproc-per-node N -m fastbyol train ...` starts N processes that find each other through the environment (RANK,
-WORLD_SIZE, LOCAL_RANK, MASTER_ADDR). One process without torchrun is a world of one, with no process group at all.
+`torchrun --nproc-per-node N -m fastbyol train ...` starts N processes, which find each other through RANK, WORLD_SIZE, LOCAL_RANK and
+MASTER_ADDR. A process without torchrun is a world of size 1 without a process group.
 
-CUDA tensors travel by NCCL, CPU tensors by gloo, in the same group.
+One group sends CUDA tensors with NCCL and CPU tensors with gloo.
 """
 
 import itertools
@@ -28,40 +28,40 @@ from fastbyol.errors import FastbyolError, InputError, PeerFailure, RunError, fi
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among all."""
+    """Rank of the process among all."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Place among the processes of this machine: the number of its GPU."""
+    """Index among the processes of this machine, and of the GPU."""
     restarts: int = 0
-    """How often torchrun has started the workers anew."""
+    """Number of times torchrun has restarted the workers."""
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """True on rank 0, which writes files and logs."""
         return self.rank == 0
 
     def shard(self, batch_size: int, micro_batches: int) -> NDArray[np.int64]:
-        """The positions of a global batch that are this rank's: of every micro-batch N / R neighboring ones.
+        """Return this rank's positions in a global batch: N / R consecutive ones of every micro-batch.
 
-        A micro-batch is thus the same set of images for any number of ranks, and so are its BatchNorm statistics.
+        A micro-batch therefore holds the same images, and has the same BatchNorm statistics, for any number of ranks.
         """
-        places = np.arange(batch_size).reshape(micro_batches, self.size, -1)
-        return places[:, self.rank].reshape(-1)
+        positions = np.arange(batch_size).reshape(micro_batches, self.size, -1)
+        return positions[:, self.rank].reshape(-1)
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of `x` over all ranks; every rank must call it."""
+        """Return the mean of `x` over all ranks. Every rank must call this."""
         return x if self.size == 1 else mean_over_ranks(x, dist.group.WORLD, self.size)
 
     def maximum(self, x: Tensor) -> Tensor:
-        """The element-wise maximum over all ranks; every rank must call it."""
+        """Return the element-wise maximum over all ranks. Every rank must call this."""
         if self.size > 1:
             dist.all_reduce(x := x.clone(), dist.ReduceOp.MAX)
         return x
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value` (any picklable), by rank; every rank must call it."""
+        """Return every rank's `value` (picklable), by rank. Every rank must call this."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -69,7 +69,7 @@ class World:
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """All ranks get past the block, or none does: the first rank with an error raises it, the others leave quietly."""
+        """Context manager: if the block raises on any rank, it ends on all. The first such rank raises its error, the others PeerFailure."""
         error = None
         try:
             yield
@@ -81,10 +81,10 @@ class World:
 
 
 def world_from_environment() -> World:
-    """What torchrun says; a world of one without it.
+    """Return the world that torchrun's variables describe, a world of size 1 without them.
 
     Raises:
-        InputError: the variables are incomplete or no numbers.
+        InputError: a variable is missing or not a number.
     """
     if "WORLD_SIZE" not in os.environ:
         return World()
@@ -106,14 +106,14 @@ _groups = itertools.count()
 
 
 class ProcessGroup:
-    """Context: the default process group of a world, left when the run ends; nothing for a world of one.
+    """Context manager: the default process group. Does nothing for a world of size 1.
 
-    When a rank fails, exactly one of them says why: the first that reaches the store which all share. A rank that only
-    notices that another is gone leaves quietly if that one has spoken.
+    If ranks fail, exactly one of them reports why: the first to reach the shared store. The others raise PeerFailure, which suppresses
+    the duplicate error.
 
-    Raises (on leaving):
-        RunError: this rank failed first, or lost another one that could say nothing (it was killed, or its machine died).
-        StoppedByAnother: another rank has said why the run ends.
+    Raises (on exit):
+        RunError: this rank failed first, or lost a peer that could not report (it was killed, or its machine failed).
+        PeerFailure: another rank reports why the run ends.
     """
 
     def __init__(self, world: World, config: DistributedConfig, device: torch.device) -> None:
@@ -123,7 +123,7 @@ class ProcessGroup:
         if self._world.size == 1:
             return
         shared, rank, size = next(dist.rendezvous("env://", timeout=self._timeout))
-        # Addresses that an earlier group of this process, or an earlier attempt, has left in the store are stale.
+        # The store may hold stale addresses of an earlier group or attempt: use a new prefix.
         self._store = dist.PrefixStore(f"fastbyol/{self._world.restarts}/{next(_groups)}", shared)
         backend = "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
         bound = {"device_id": self._device} if self._device.type == "cuda" else {}
@@ -134,10 +134,10 @@ class ProcessGroup:
             return
         if error is None:
             dist.destroy_process_group()
-            return  # after an error the others may be gone: leaving the group would wait for them
+            return  # after an error peers may be gone, and destroying the group would wait for them
         if isinstance(error, PeerFailure) or not isinstance(error, FastbyolError | RuntimeError):
             return
-        if not self._speaks_first():
+        if not self._reports_first():
             raise PeerFailure from None
         if isinstance(error, FastbyolError):
             raise type(error)(f"rank {self._world.rank}: {error}") from None
@@ -147,25 +147,25 @@ class ProcessGroup:
                 f"({first_line(error)}); restart with --resume auto"
             ) from None
 
-    def _speaks_first(self) -> bool:
-        """Whether no other rank has claimed the one message of this attempt."""
+    def _reports_first(self) -> bool:
+        """Return True if no other rank reports the failure of this attempt."""
         me = str(self._world.rank)
         try:
             return self._store.compare_set("failed", "", me).decode() == me
         except RuntimeError:
-            return True  # the store has died with its machine: nobody else can have said it
+            return True  # the store died with its machine
 
 
 def _is_lost_contact(error: BaseException) -> bool:
-    """Whether a RuntimeError is a collective's: torch has a class of its own for some of them only."""
+    """Return True if a collective raised the RuntimeError; torch has a special class for only some of these."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(w in text for w in ("gloo", "nccl", "connection closed by peer"))
 
 
 class StopConsensus:
-    """Lets all ranks leave their loop after the same step when any of them wants to, without waiting for each other.
+    """Lets all ranks leave their loop after the same step if any of them wants to, without waiting for each other.
 
-    Every step starts an exchange of one byte between the hosts and looks at the result of the one before.
+    Every step starts an asynchronous all-reduce of one byte on the hosts and reads the result of the step before.
     """
 
     def __init__(self, world: World) -> None:
@@ -181,7 +181,7 @@ class StopConsensus:
             self._work.wait()
 
     def agree(self, stop: bool) -> bool:
-        """Whether any rank wanted to stop at its last call (of a world of one: wants to now); equal on all ranks."""
+        """Return True, on all ranks, if any rank wanted to stop at its last call (a single rank: at this call)."""
         if self._world.size == 1:
             return stop
         if self._work is not None:
@@ -193,7 +193,7 @@ class StopConsensus:
 
 
 class _MeanOverRanks(torch.autograd.Function):
-    """y = mean over ranks of x. Its gradient is the mean over ranks of dy: every rank's y depends on every rank's x."""
+    """y = mean over ranks of x. The gradient is the mean over ranks of dy, since every rank's y depends on every rank's x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, ranks: int) -> Tensor:
@@ -206,5 +206,5 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 def mean_over_ranks(x: Tensor, group: Any, ranks: int) -> Tensor:
-    """The mean of `x` over the `ranks` members of `group`; differentiable, and a compiler can trace it."""
+    """Return the mean of `x` over the `ranks` members of `group`. Differentiable and traceable by the compiler."""
     return _MeanOverRanks.apply(x, group, ranks)

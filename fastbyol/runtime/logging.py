@@ -4,12 +4,14 @@ As a library, fastbyol logs to the standard logger "fastbyol" and configures not
 """
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 
 from fastbyol.errors import printable
+from fastbyol.runtime.console import Output
 
 logger = logging.getLogger("fastbyol")
 
@@ -21,19 +23,23 @@ def format_record(record: logging.LogRecord) -> str:
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints records to the current sys.stdout, one line each, above a progress bar if there is one."""
+    """Prints records to the current sys.stdout, one line each, above a progress bar if there is one. Never raises."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record; warnings are yellow on a terminal."""
         style = "yellow" if record.levelno >= logging.WARNING else None
-        console = Console(emoji=False)  # sys.stdout may have been replaced since the last record
+        # sys.stdout may have been replaced since the last record.
+        console = Console(file=Output.of(sys.stdout), emoji=False)  # type: ignore[arg-type]
         console.print(format_record(record), style=style, highlight=False, markup=False, soft_wrap=True)
         console.file.flush()
 
 
 @contextmanager
 def console_logging() -> Iterator[None]:
-    """Context: the package's logger prints to the console. Records of level INFO and above are shown."""
+    """Context manager: the package's logger prints records of level INFO and above to the console, each once."""
+    if any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+        yield
+        return
     handler, level, propagate = ConsoleHandler(), logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -48,7 +54,7 @@ def console_logging() -> Iterator[None]:
 
 @contextmanager
 def muted(mute: bool) -> Iterator[None]:
-    """Context: the logger drops records below ERROR if `mute`. All ranks but the main process are muted."""
+    """Context manager: the logger drops records below ERROR if `mute`. All ranks but the main process are muted."""
     logger.addFilter(drop := lambda record: not mute or record.levelno >= logging.ERROR)
     try:
         yield

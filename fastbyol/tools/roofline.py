@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -218,7 +218,7 @@ class _Note:
         self.work.operators.append((0, size))
 
 
-def _count_by_formula(model: BYOL) -> _Note:
+def _count_by_formula(model: nn.Module) -> _Note:
     """Make BatchNorm and max-pool of a model on the meta device record the bytes of their kernels' passes and compute nothing."""
     note = _Note()
 

@@ -20,6 +20,7 @@ from helpers.on_device import (
 
 from fastbyol import batch_size
 from fastbyol.api import pretrain as train
+from fastbyol.build import build_model
 from fastbyol.config import (
     CheckpointConfig,
     Config,
@@ -150,7 +151,9 @@ def test_the_batch_that_auto_finds_fits_and_four_times_as_much_does_not(make_con
         step={"mode": "eager"},
     )
     with memory_limited_to(GIB):
-        size = batch_size.find_batch_size(config, DEVICE, World())
+        size = batch_size.find_batch_size(
+            config, DEVICE, World(), build_model(config.model, config.data.image_size_px, 0)
+        )
         assert size >= 4
         assert size & (size - 1) == 0
         assert GIB / 4 < bytes_of_a_step(config, size) < GIB

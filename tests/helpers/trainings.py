@@ -2,9 +2,12 @@
 
 from helpers.steps import CPU
 
+from fastbyol.build import build_training
+from fastbyol.data import find_images
+from fastbyol.kernels.dispatch import compile_cpu_kernels
 from fastbyol.runtime.distributed import World
-from fastbyol.tools.profiling import build
 
 
 def training_of(config):
-    return build(config, World(), CPU, lambda text: None)
+    compile_cpu_kernels(lambda text: None)
+    return build_training(config, World(), CPU, find_images(config.data, "train"))

@@ -14,11 +14,12 @@ from helpers.common import BATCH, HANG_S, ROOT
 from helpers.trainings import training_of
 from torch.profiler import ProfilerActivity
 
-from fastbyol import cli
+from fastbyol import cli, spans
+from fastbyol.optim import Update
 from fastbyol.spans import AUGMENT, COPY, WAIT
 from fastbyol.tools import bench, profiling
 from fastbyol.tools.clock import REST, Clock
-from fastbyol.tools.profiling import BACKWARD, EXCHANGE, ONLINE, TARGET, Loop, Marks, profile
+from fastbyol.tools.profiling import BACKWARD, EXCHANGE, ONLINE, TARGET, Instruments, Loop, profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -60,9 +61,10 @@ def test_a_part_lasts_until_the_next_begins(monkeypatch):
 
 def test_marks_stand_around_every_part_in_order(make_config, new_loop):
     loop = new_loop(make_config())
-    clock = Clock(CPU)
-    with Marks(loop.training).on(clock):
-        loop(clock)
+    instruments = Instruments(loop.training)
+    clock = instruments.clock()
+    with instruments.recording(clock):
+        loop()
     seen = [part for part, _ in clock._marks]
     assert [part for part in seen if part != REST] == [WAIT, TARGET, ONLINE, BACKWARD, "LARS + target"]
     assert seen[-1] == REST
@@ -70,12 +72,13 @@ def test_marks_stand_around_every_part_in_order(make_config, new_loop):
 
 def test_micro_batches_and_other_optimizers_are_marked_too(make_config, new_loop):
     loop = new_loop(make_config(step={"micro_batches": 2}, optim={"name": "adam", "base_lr": 1e-3}))
-    clock, marks = Clock(CPU), Marks(loop.training)
-    with marks.on(clock):
-        loop(clock)
+    instruments = Instruments(loop.training)
+    clock = instruments.clock()
+    with instruments.recording(clock):
+        loop()
     seen = [part for part, _ in clock._marks if part != REST]
     assert seen == [WAIT, *[TARGET, ONLINE, BACKWARD] * 2, "optimizer + target"]
-    assert marks.update == "optimizer + target"
+    assert instruments.update == "optimizer + target"
 
 
 # --- costs nothing ---
@@ -97,25 +100,22 @@ def test_a_step_is_the_same_before_beside_and_after_marks(make_config, new_loop,
     for _ in range(2):
         loop.step(batch)
     before = operators_of(lambda: loop.step(batch))
-    clock, marks = Clock(CPU), Marks(loop.training)
-    with marks.on(clock):
+    instruments = Instruments(loop.training)
+    clock = instruments.clock()
+    with instruments.recording(clock):
         clock.mark(WAIT)
         beside = operators_of(lambda: loop.step(batch))
     after = operators_of(lambda: loop.step(batch))
     assert len(before[0]) > 20
     assert before == beside == after
-    training = loop.training
-    assert not {"targets", "predict", "_backward", "_update"} & (
-        vars(training.model).keys() | vars(training.step).keys()
-    )
+    assert spans._recorder is None
 
 
 # --- profile ---
 
 
-def test_profile_writes_a_page_figures_and_a_trace(make_config, tmp_path, small_peaks):
-    said = []
-    result = profile(make_config(precision="fp32"), steps=7, out=tmp_path / "p", say=said.append)
+def test_profile_writes_a_page_figures_and_a_trace(make_config, tmp_path, small_peaks, log_lines):
+    result = profile(make_config(precision="fp32"), steps=7, out=tmp_path / "p")
     assert json.loads((tmp_path / "p" / "profile.json").read_text()) == result
     assert [row["part"] for row in result["parts"]] == PARTS
     assert sum(row["mean_ms"] for row in result["parts"]) == pytest.approx(result["marked_step_ms"]["mean_ms"])
@@ -126,7 +126,7 @@ def test_profile_writes_a_page_figures_and_a_trace(make_config, tmp_path, small_
     assert all(row["p20_ms"] <= row["p50_ms"] <= row["p95_ms"] for row in result["parts"])
     assert result["host_syncs_per_step"] == 0
     assert result["graph_breaks"] is result["recompilations"] is None  # an eager step has no graphs
-    assert "host syncs a step: 0; not compiled" in said
+    assert "host syncs a step: 0; not compiled" in log_lines
     threads = result["loader_threads"]
     assert all(threads[name] > 0 for name in ("read", "decode", "crop", "augment", "rest"))
     roof = result["roofline"]
@@ -142,12 +142,12 @@ def test_profile_writes_a_page_figures_and_a_trace(make_config, tmp_path, small_
     assert {WAIT, TARGET, ONLINE, BACKWARD, "LARS + target", REST} <= names
     page = (tmp_path / "p" / "profile.html").read_text()
     assert "aten::convolution_backward" in page and "online forward" in page and "data:image/png" in page
-    assert any("the parts add up to" in line for line in said)
+    assert any("the parts add up to" in line for line in log_lines)
 
 
 def test_operators_are_those_of_their_part(make_config, tmp_path, small_peaks):
     """In float32, whose convolutions are oneDNN's on every processor."""
-    result = profile(make_config(precision="fp32"), steps=1, out=tmp_path / "p", say=lambda text: None)
+    result = profile(make_config(precision="fp32"), steps=1, out=tmp_path / "p")
     by = {part: {row["name"]: row["calls"] for row in rows} for part, rows in result["operators"].items()}
     convolutions = 21  # of a ResNet-18 whose first stage is narrower than its stem
     assert by[TARGET]["aten::mkldnn_convolution"] == by[ONLINE]["aten::mkldnn_convolution"] == convolutions
@@ -157,9 +157,9 @@ def test_operators_are_those_of_their_part(make_config, tmp_path, small_peaks):
 
 
 def test_a_host_sync_in_a_step_is_counted(make_config, tmp_path, small_peaks, monkeypatch):
-    update = profiling.TrainStep._update
-    monkeypatch.setattr(profiling.TrainStep, "_update", lambda self: (self.lr.item(), update(self))[1])
-    result = profile(make_config(), steps=1, out=tmp_path / "p", say=lambda text: None)
+    update = Update.__call__
+    monkeypatch.setattr(Update, "__call__", lambda self: (self._tau.item(), update(self))[1])
+    result = profile(make_config(), steps=1, out=tmp_path / "p")
     assert result["host_syncs_per_step"] == 1
 
 
@@ -174,9 +174,9 @@ def test_a_compiled_step_is_profiled_as_two_graphs(make_config, tmp_path, small_
         return real(call, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", compile_quickly)
-    result = profile(make_config(step={"mode": "compile"}), steps=2, out=tmp_path / "p", say=lambda text: None)
+    result = profile(make_config(step={"mode": "compile"}), steps=2, out=tmp_path / "p")
     by = {row["part"]: row["mean_ms"] for row in result["parts"]}
-    assert compiled == ["forward", "targets", "predict"]
+    assert compiled == ["forward", "target_projections", "online_loss"]
     assert min(by[TARGET], by[ONLINE], by[BACKWARD]) > 0
     assert (result["graph_breaks"], result["recompilations"]) == (0, 0)
 
@@ -252,10 +252,9 @@ def test_two_ranks_are_profiled_and_measured_together(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_measures_every_part_in_every_round(make_config, tmp_path):
-    said = []
+def test_bench_measures_every_part_in_every_round(make_config, tmp_path, log_lines):
     out = tmp_path / "bench.json"
-    result = bench.bench(make_config(), rounds=2, steps=3, out=out, say=said.append)
+    result = bench.bench(make_config(), rounds=2, steps=3, out=out)
     assert json.loads(out.read_text()) == result
     rates = result["images_per_s"]
     assert {name: len(values) for name, values in rates.items()} == dict.fromkeys(
@@ -266,8 +265,8 @@ def test_bench_measures_every_part_in_every_round(make_config, tmp_path):
         assert result["step_over_bound"][k] == pytest.approx(rates["step"][k] / (3 / 8 * rates["supervised"][k]))
         assert result["whole_over_step"][k] == pytest.approx(rates["whole"][k] / rates["step"][k])
     assert result["limit"] == "cores"
-    assert any("whole training" in line for line in said)
-    assert said[-1] == f"limit: cores; {result['advice']}"
+    assert any("training" in line for line in log_lines)
+    assert log_lines[-1] == f"limit: cores; {result['advice']}"
 
 
 def test_the_rates_are_images_over_seconds(make_config, monkeypatch):

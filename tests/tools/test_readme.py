@@ -6,7 +6,7 @@ import against
 import readme_tables
 from helpers.common import ROOT
 
-from fastbyol import train as train_main
+from fastbyol import resume
 from fastbyol.config import Config
 
 README = (ROOT / "README.md").read_text()
@@ -22,7 +22,7 @@ def test_tables_and_picture_are_those_of_the_result_files():
 
 
 def test_pages_link_to_what_exists_and_name_settings_that_exist():
-    known = set(train_main._flat(Config().to_dict()))
+    known = set(resume._flat(Config().to_dict()))
     for page in readme_tables.PAGES:
         text = page.read_text()
         for target in re.findall(r"\]\(([^)#:]+)\)", text):

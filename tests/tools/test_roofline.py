@@ -37,7 +37,7 @@ def test_a_resnet50_has_the_flops_that_torchvision_states():
 def test_a_linear_layer_by_hand():
     """(8, 32) times (32, 16): every operand and the result once."""
     work = Work()
-    with roofline._by_formula() as note, roofline._Counter(work, note):
+    with roofline._Counter(work, roofline._Note()):
         x = torch.empty(8, 32, device="meta", dtype=torch.bfloat16)
         x @ torch.empty(32, 16, device="meta", dtype=torch.bfloat16)
     assert work.operators == [(2 * 8 * 32 * 16, 2 * (8 * 32 + 32 * 16 + 8 * 16))]
@@ -53,11 +53,11 @@ def test_batch_norm_takes_the_passes_of_its_kernels(residual, relu, forward, bac
     x = torch.empty(4, 8, 6, 6, device="meta", dtype=torch.bfloat16, requires_grad=True)
     other = torch.empty_like(x, requires_grad=True) if residual else None
     there, back = Work(), Work()
-    with roofline._by_formula() as note:
-        with roofline._Counter(there, note):
-            y = norm(x, other)
-        with roofline._Counter(back, note):
-            y.backward(torch.empty_like(y))
+    note = roofline._count_by_formula(norm)
+    with roofline._Counter(there, note):
+        y = norm(x, other)
+    with roofline._Counter(back, note):
+        y.backward(torch.empty_like(y))
     values = 2 * x.numel()
     assert (0, forward * values) in there.operators
     assert (0, backward * values) in back.operators
@@ -68,11 +68,12 @@ def test_max_pool_takes_the_passes_of_its_kernel():
     """Forward reads x, writes y and a byte a place; backward reads both and writes dx (kernels/max_pool.py)."""
     x = torch.empty(2, 8, 7, 6, device="meta", dtype=torch.bfloat16, requires_grad=True)
     there, back = Work(), Work()
-    with roofline._by_formula() as note:
-        with roofline._Counter(there, note):
-            y = MaxPool(3, 2, 1)(x)
-        with roofline._Counter(back, note):
-            y.backward(torch.empty_like(y))
+    pool = MaxPool(3, 2, 1)
+    note = roofline._count_by_formula(pool)
+    with roofline._Counter(there, note):
+        y = pool(x)
+    with roofline._Counter(back, note):
+        y.backward(torch.empty_like(y))
     assert y.shape == (2, 8, 4, 3)
     pooled = 2 * 8 * 4 * 3
     assert [size for _, size in there.operators] == [2 * x.numel() + 3 * pooled]

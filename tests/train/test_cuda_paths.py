@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_capture_is_deaf_to_other_threads_and_all_steps_before_it_share_a_stream
     for k in range(6):
         step(k, new_batch(k))
     assert [options["capture_error_mode"] for options in captures] == ["thread_local"]
-    assert captures[0]["stream"] is step._side
+    assert captures[0]["stream"] is step._graph._stream
     assert Stream.made == 1
 
 
@@ -82,8 +83,8 @@ def test_a_dropped_graph_is_captured_anew_without_another_warm_up(captures):
         step(3, new_batch(3))
         step(4, new_batch(4))
         assert len(captures) == captured
-        step.drop_graph()
-        assert step._graph is step._output is None
+        step._graph.drop()
+        assert step._graph._graph is step._graph._output is None
     step.close()
     with pytest.raises(TypeError):
         step(4, new_batch(4))
@@ -92,16 +93,12 @@ def test_a_dropped_graph_is_captured_anew_without_another_warm_up(captures):
 def test_profile_drops_the_graph_before_it_marks_steps(make_config):
     from helpers.trainings import training_of
 
-    from fastbyol.tools.clock import Clock
-    from fastbyol.tools.profiling import Marks
-
-    training = training_of(make_config())
-    training.step._graph, emptied = object(), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-        with Marks(training).on(Clock(torch.device("cpu"))):
-            assert training.step._graph is None
-    assert emptied == [1]
+    training, dropped = training_of(make_config()), []
+    graph = training.step._graph = SimpleNamespace(drop=lambda: dropped.append(1))
+    with training.step.instrumented():
+        assert training.step._graph is None
+        assert dropped == [1]
+    assert training.step._graph is graph
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])

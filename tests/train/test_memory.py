@@ -86,6 +86,11 @@ def test_the_prediction_is_what_a_large_step_keeps(make_config):
     assert low + (high - low) / 4 * 60 == pytest.approx(large, rel=0.01)
 
 
+def found(config, world=None):
+    """The batch size that fits, tried with a new model."""
+    return find_batch_size(config, CPU, world or World(), build_model(config.model, config.data.image_size_px, 0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 4])
 def test_the_largest_power_of_two_that_fits(make_config, monkeypatch, parts):
@@ -93,7 +98,7 @@ def test_the_largest_power_of_two_that_fits(make_config, monkeypatch, parts):
     sizes = []
     for free in (0.2 * GIB, 0.4 * GIB, 0.8 * GIB):
         monkeypatch.setattr(batch_size, "free_bytes", lambda device, free=free: int(free))
-        sizes.append(find_batch_size(config, CPU, World()))
+        sizes.append(found(config))
     assert all(size & (size - 1) == 0 for size in sizes)
     assert sizes[0] < sizes[1] < sizes[2] <= 8 * sizes[0]
     model = build_model(config.model, 32, 0).to(memory_format=torch.channels_last)
@@ -106,15 +111,15 @@ def test_the_largest_power_of_two_that_fits(make_config, monkeypatch, parts):
 def test_nothing_fits(make_config, monkeypatch):
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: 1000)
     with pytest.raises(InputError, match=r"data.batch_size=auto: 2 images need about .* GiB, 0.0 GiB are free"):
-        find_batch_size(make_config(data={"batch_size": "auto"}), CPU, World())
+        found(make_config(data={"batch_size": "auto"}))
 
 
 def test_ranks_of_a_machine_share_its_memory(make_config, monkeypatch):
     config = make_config(data={"batch_size": "auto"})
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: GIB // 2)
-    alone = find_batch_size(config, CPU, World())
+    alone = found(config)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert find_batch_size(config, CPU, World(0, 8)) == alone // 4
+    assert found(config, World(0, 8)) == alone // 4
 
 
 def test_auto_trains_scales_the_rate_and_keeps_its_size_on_resume(make_config, monkeypatch, capsys):
@@ -122,7 +127,7 @@ def test_auto_trains_scales_the_rate_and_keeps_its_size_on_resume(make_config, m
     options = {"optim": {"epochs": 2, "warmup_epochs": 0, "base_lr": 2.0}, "knn": {"every_epochs": 0}}
     first = train(make_config(data={"batch_size": "auto"}, **options))
     output = capsys.readouterr().out
-    assert "data.batch_size=auto: 64; the learning rate rises to 0.5 (optim.base_lr * 64 / 256)" in output
+    assert "data.batch_size=auto: 64; the peak learning rate is 0.5 (optim.base_lr * 64 / 256)" in output
     assert first.total_steps == 2
     lines = [json.loads(line) for line in (first.folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["lr"] == pytest.approx(2.0 * 64 / 256)
@@ -158,6 +163,6 @@ def test_a_trial_that_runs_out_of_memory_leaves_nothing_behind(make_config, monk
     config = make_config(precision="fp32")
     model = build_model(config.model, 32, 0)
     before = activations()
-    monkeypatch.setattr("fastbyol.model.pair_loss", full)
+    monkeypatch.setattr("fastbyol.model.byol_loss", full)
     assert not batch_size._fits(model, config, 64, torch.device("cpu"))
     assert activations() == before

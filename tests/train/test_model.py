@@ -189,9 +189,9 @@ def test_projection_std_of_spread_and_collapsed_projections():
     [
         ({"backbone": "resnet51"}, "did you mean .*resnet50"),
         ({"backbone": "vgg11", "width": 2}, "vgg11 has no width multiplier"),
-        ({"backbone": "vgg11", "width": 1, "stem": "small"}, "model.stem=small is for plain ResNets"),
+        ({"backbone": "vgg11", "width": 1, "stem": "small"}, "model.stem=small needs a plain ResNet"),
         ({"width": 0.01}, "whole number of channels"),
-        ({"backbone": "vit_tiny_patch16_224", "width": 1}, "cannot take data.image_size_px=32"),
+        ({"backbone": "vit_tiny_patch16_224", "width": 1}, "does not accept data.image_size_px=32"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_one_clear_line(changes, message):

@@ -261,7 +261,7 @@ def test_recomputed_activations_change_nothing_but_the_memory(backbone, stages):
 
 @pytest.mark.slow
 def test_a_backbone_without_checkpointing_is_refused():
-    with pytest.raises(InputError, match="step.activation_checkpointing=2: VGG has no gradient checkpointing"):
+    with pytest.raises(InputError, match="step.activation_checkpointing=2: VGG does not support it"):
         new_step(backbone="vgg11_bn", activation_checkpointing=2)
 
 

@@ -31,7 +31,7 @@ from fastbyol.runtime import checkpoint, run_log
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.files import FolderLock
 from fastbyol.runtime.run_log import RunLog, read_metrics
-from fastbyol.train import _StopSignals
+from fastbyol.runtime.signals import StopSignals
 
 STEPS = 16  # 4 epochs of 4 batches
 
@@ -394,11 +394,11 @@ def test_a_sighup_that_is_ignored_stays_ignored():
     """Under nohup, say."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with _StopSignals() as stop:
+        with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.received is None
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with _StopSignals() as stop:
+        with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGHUP)  # shell and kernel may each send one
             assert stop.received == signal.SIGHUP

@@ -402,7 +402,7 @@ def test_a_checkpoint_without_the_online_classifier_says_that_it_starts_anew(mak
     config = make_config(knn={"every_epochs": 0}, checkpoint={"keep_last": 99})
     found = train(config).folder / "checkpoints" / "step_00000008.pt"
     train(replace(config, name="again", resume=str(found), probe=ProbeConfig(enabled=True)))
-    assert f"checkpoint {found} has no online classifier: it starts anew" in capfd.readouterr().out
+    assert f"checkpoint {found} has no state of 'probe': it starts from scratch" in capfd.readouterr().out
 
 
 def test_a_run_that_diverges_says_so_before_the_online_classifier_sums_it_up(make_config, capfd):

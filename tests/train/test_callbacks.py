@@ -1,0 +1,58 @@
+"""Hooks of a run: when they are called, and what their state is for."""
+
+import json
+
+import torch
+
+from fastbyol.callbacks import Callback
+from fastbyol.train import train
+
+
+class Counter(Callback):
+    """Counts its calls, and keeps the count of steps over a resume."""
+
+    name = "counter"
+
+    def __init__(self):
+        self.calls, self.steps = [], 0
+
+    def on_model(self, model, config):
+        self.calls.append("model")
+
+    def on_build(self, training):
+        self.calls.append("build")
+
+    def on_step(self, run, batch, output):
+        self.steps += 1
+
+    def on_epoch_end(self, run, done):
+        self.calls.append(done)
+        return done == 4
+
+    def summary(self):
+        return {"counted": self.steps}
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def test_hooks_are_called_in_order_and_their_state_is_resumed(make_config):
+    first, second = Counter(), Counter()
+    result = train(make_config(optim={"epochs": 2, "warmup_epochs": 0, "base_lr": 2.0}), [first])
+    assert first.calls == ["model", "build", 4, 8]
+    assert json.loads((result.folder / "summary.json").read_text())["counted"] == 8
+    best = torch.load(result.folder / "checkpoints" / "best.pt", weights_only=True)
+    assert (best["step"], best["counter"]) == (4, {"steps": 4})
+    train(make_config(optim={"epochs": 3, "warmup_epochs": 0, "base_lr": 2.0}, resume="auto"), [second])
+    assert second.calls == ["build", 12]
+    assert second.steps == 12
+
+
+def test_a_run_without_callbacks_trains_and_saves(make_config):
+    result = train(make_config(optim={"epochs": 1, "warmup_epochs": 0, "base_lr": 2.0}))
+    assert result.step == 4
+    saved = torch.load(result.folder / "checkpoints" / "step_00000004.pt", weights_only=True)
+    assert saved["knn"] == {}
