@@ -46,8 +46,8 @@ def measure(configs: dict[str, Config], steps: int, folder: Path, say: Callable[
     """One round: set -> what profile and bench found."""
     found = {}
     for name, config in configs.items():
-        profiled = profile(config, steps=steps, out=folder, say=say)
-        benched = bench(config, rounds=1, steps=steps, out=folder / f"{len(found)}.json", say=say)
+        profiled = profile(config, steps=steps, out=folder)
+        benched = bench(config, rounds=1, steps=steps, out=folder / f"{len(found)}.json")
         found[name] = profiled, benched
     return found
 

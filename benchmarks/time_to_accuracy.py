@@ -35,10 +35,10 @@ import torch
 from bench_step import LightlyBYOL
 from torch import nn
 
-from fastbyol.build import build_backbone
+from fastbyol.build import build_backbone, build_training
 from fastbyol.cli import train_config
 from fastbyol.config import Config
-from fastbyol.data import open_split
+from fastbyol.data import find_images, open_split
 from fastbyol.evaluate.features import extract
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.layers import set_num_views
@@ -46,7 +46,6 @@ from fastbyol.runtime import environment
 from fastbyol.runtime.distributed import World
 from fastbyol.schedules import target_decay
 from fastbyol.tools.corpora import prepare_fashion_mnist
-from fastbyol.tools.profiling import build
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = results_csv.FOLDER / "accuracy.csv"
@@ -63,7 +62,7 @@ def checkpoint_config(root: Path, seed: int, epochs: int, base_lr: float) -> Con
 
 
 def fastbyol(config: Config) -> Trained:
-    training = build(config, World(), CPU, lambda text: None)
+    training = build_training(config, World(), CPU, find_images(config.data, "train"))
     step = training.step
     began = time.perf_counter()
     for k, batch in enumerate(training.loader.batches(0, step.total_steps)):

@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from helpers.on_device import DEVICE, Network, run, weights_of
 
-from fastbyol import step as step_module
+from fastbyol import parallel
 from fastbyol.config import DistributedConfig
 from fastbyol.layers import batch_norms
-from fastbyol.parallel import data_parallel
 from fastbyol.runtime.distributed import ProcessGroup, StopConsensus, World, mean_over_ranks
 
 STEPS = 3
@@ -28,8 +27,8 @@ def main() -> None:
         group = dist.group.WORLD
         for norm in batch_norms(step.model):
             norm.reduce = lambda x: mean_over_ranks(x, group, 1)
-        step_module._compile_parts(step.model)
-        step._forward = data_parallel(step.model, config, DEVICE, static_graph=True)
+        parallel._compile_parts(step.model)
+        step.forward = parallel.data_parallel(step.model, config, DEVICE, static_graph=True)
         with StopConsensus(world) as consensus:
             found = {
                 "plain": plain,

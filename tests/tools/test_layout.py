@@ -57,8 +57,12 @@ def modules():
 
 
 def imported(path):
-    """Yield the dotted modules of fastbyol that a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Yield the dotted modules of fastbyol that a file imports, inside functions too, but not for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastbyol":
             for alias in node.names:
                 inner = node.module.split(".")[1:]
