@@ -29,7 +29,8 @@ from fastbyol.evaluate.finetune import finetune
 from fastbyol.layers import one_view
 from fastbyol.model import build_model
 from fastbyol.runtime import environment
-from fastbyol.weights.load import load_backbone, save_backbone
+from fastbyol.weights.files import save_backbone
+from fastbyol.weights.load import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = results_csv.FOLDER / "variants.csv"

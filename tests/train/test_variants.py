@@ -20,7 +20,7 @@ from fastbyol.model import build_model, noisy_views
 from fastbyol.runtime import checkpoint
 from fastbyol.step import TrainStep
 from fastbyol.train import train
-from fastbyol.weights.load import save_backbone
+from fastbyol.weights.files import save_backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
