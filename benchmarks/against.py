@@ -2,8 +2,8 @@
 
     python benchmarks/against.py --results runs/bench [--device cuda]
 
-Reads result files, measures nothing. Prints the table and writes it to DIR/against_DEVICE.md, and the
-chart to DIR/against_DEVICE.svg. The README shows those of benchmarks/results for the CPU.
+Reads result files, measures nothing. Prints the table and writes it to DIR/against_DEVICE.md, and
+the chart to DIR/against_DEVICE.svg. The README shows those of benchmarks/results for the CPU.
 """
 
 import argparse
@@ -126,7 +126,7 @@ _FILES: dict[str, dict[str, Callable[[str, list[dict[str, str]]], list[Compariso
 
 
 def table(found: list[Comparison], folder: str = "benchmarks/results") -> str:
-    """Return the markdown table of fastbyol's results and the slowdown of each peer relative to fastbyol."""
+    """Return the table of fastbyol's results and the slowdown of each peer as markdown."""
     peers = [peer for peer in PEERS if any(peer in each.times for each in found)]
     lines = []
     for each in found:

@@ -2,13 +2,17 @@
 
     python benchmarks/agreement.py [--sets "R18 96 px, batch 32" ...] [--rounds 3]
 
-Each round profiles and benchmarks every workload, in one process. Columns of benchmarks/results/agreement.csv:
+Each round profiles and benchmarks every workload, in one process. Columns of
+benchmarks/results/agreement.csv:
 
-    parts_over_step      profile: sum of all spans / time of an uninstrumented step, median of its windows
-    bench_over_profile   time per step of bench's end-to-end training / profile's uninstrumented step
-    plan_over_bench      images/s estimated by plan / measured by bench; plan uses the rates of bench in that round
-    plan_from_other      the same, with the rates of another workload (`rates_from`): tests how efficiency and
-                         loader throughput transfer to another network and image size
+    parts_over_step      profile: sum of all spans / time of an uninstrumented step, median of its
+                         windows
+    bench_over_profile   time per step of bench's end-to-end training / profile's uninstrumented
+                         step
+    plan_over_bench      images/s estimated by plan / measured by bench; plan uses the rates of
+                         bench in that round
+    plan_from_other      the same, with the rates of another workload (`rates_from`): tests how
+                         efficiency and loader throughput transfer to another network and image size
 """
 
 import argparse

@@ -1,30 +1,31 @@
-"""Time data loading on CPU cores, two BYOL views per JPEG file: fastbyol, other libraries, and decoding only.
+"""Time data loading, two BYOL views per JPEG file: fastbyol, other libraries, decoding only.
 
     make bench-loader                                      # in the environment with all peers
     python benchmarks/bench_loader.py --sizes 224 --rounds 1 --only fastbyol lightly
-    python benchmarks/bench_loader.py --set backends       # folders and .beton files with all data backends
+    python benchmarks/bench_loader.py --set backends       # all formats and backends
     python benchmarks/bench_loader.py --set loader_cuda    # on a GPU
 
-Each measurement runs in its own process, which separates CPU time and peak memory (workers included).
-Rounds are interleaved (A B C A B C ...), so that drift of the machine affects all contenders equally. All use
-all cores, read the same files from the page cache and discard the batches. The first batches (start of
-workers, compilation, prefetching) are not timed.
+Each measurement runs in its own process, which separates CPU time and peak memory (workers
+included). Rounds are interleaved (A B C A B C ...), so that drift of the machine affects all
+contenders equally. All use all cores, read the same files from the page cache and discard the
+batches. The first batches (start of workers, compilation, prefetching) are not timed.
 
 Contenders (--set loader and backends):
     decode only      libjpeg-turbo in threads: the upper bound (1 thread: scaling of the machine)
     fastbyol         data/native.py, float32 batches (also bfloat16, and one thread)
-    ... .beton jpg   the same from a .beton file with JPEGs; raw: with pixels, of 1,000 of the images
+    ... .beton jpg   the same from a .beton file with JPEGs; raw: with pixels, of 1,000 of the
+                     images
     ... dali, ffcv   the DALI backend on the folder, and the FFCV backend on a .beton file
     lightly          BYOLTransform in a DataLoader, one worker process per core
     torchvision v2   tensor transforms after torchvision.io's decoder, in the same DataLoader
     DALI CPU         the same operations with DALI's operators, in threads
     FFCV             less work: one view with crop and flip only (RandomResizedCropRGBImageDecoder)
 
-With --set loader_cuda the batches are on a GPU: copied by a side stream (native), or decoded there (DALI), for
-several shares of JPEGs that the hardware decoder takes.
+With --set loader_cuda the batches are on a GPU: copied by a side stream (native), or decoded there
+(DALI), for several shares of JPEGs that the hardware decoder takes.
 
-Writes benchmarks/results/SET.csv after every measurement. The exit code is 1 if a contender failed. The corpus
-is generated if missing, in data/photos-500px or the folder that FASTBYOL_CORPUS names.
+Writes benchmarks/results/SET.csv after every measurement. The exit code is 1 if a contender failed.
+The corpus is generated if missing, in data/photos-500px or the folder that FASTBYOL_CORPUS names.
 """
 
 import argparse
@@ -130,7 +131,7 @@ def torchvision_v2(size: int) -> Iterator[int]:
                     size, interpolation=v2.InterpolationMode.BICUBIC
                 ),  # antialiased, which is the fast path
                 v2.RandomHorizontalFlip(),
-                v2.ToDtype(torch.float32, scale=True),  # before jitter and blur, which are faster on floats
+                v2.ToDtype(torch.float32, scale=True),  # jitter and blur are faster on floats
                 v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
                 v2.RandomGrayscale(0.2),
                 v2.RandomApply([v2.GaussianBlur(2 * radius + 1, (0.1, 2.0))], blur_p),
@@ -328,7 +329,7 @@ def prepare_corpus() -> None:
 
 
 def prepare_betons() -> None:
-    """Pack the images into two .beton files; only some as raw pixels, which take six times the bytes."""
+    """Pack the images into two .beton files. Raw pixels take six times the bytes, so only 1,000."""
     from fastbyol.data import open_split
     from fastbyol.data.beton import pack
 

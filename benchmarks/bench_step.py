@@ -1,38 +1,45 @@
-"""Time one BYOL training step on a cached batch: fastbyol, other libraries, and the throughput bound.
+"""Time one BYOL training step on a cached batch: fastbyol, other libraries, and the bound.
 
     make bench-step                                       # in the environment with all peers
-    python benchmarks/bench_step.py --sets "R18 32 px, batch 4" --rounds 1 --only fastbyol "plain torch" --out /tmp/step.csv
+    python benchmarks/bench_step.py --rounds 1 --only fastbyol "plain torch" --out /tmp/step.csv
 
-A step consists of the forward passes, loss, backward pass, and updates of weights and target, on random
-views in each contender's dtype and memory format. Rounds are interleaved (A B C A B C ...). Each
-measurement builds the contender, warms up, times the next steps and frees everything. On a CPU it runs in
-its own process, because fastbyol configures malloc to keep memory. On a GPU, where a new process is slow to
-warm up, torch's global switches are restored instead, and the queue is synchronized before and after timing.
-Float32 of the peers is PyTorch's default: on a GPU, TF32 for convolutions and exact matrix products.
+A step consists of the forward passes, loss, backward pass, and updates of weights and target, on
+random views in each contender's dtype and memory format. Rounds are interleaved (A B C A B C ...).
+Each measurement builds the contender, warms up, times the next steps and frees everything. On a CPU
+it runs in its own process, because fastbyol configures malloc to keep memory. On a GPU, where a new
+process is slow to warm up, torch's global switches are restored instead, and the queue is
+synchronized before and after timing. Float32 of the peers is PyTorch's default: on a GPU, TF32 for
+convolutions and exact matrix products.
 
 Contenders:
     fastbyol                        the step with the defaults of this device
     fastbyol eager fp32             step.mode=eager, precision=fp32
     fastbyol eager, compile, cuda_graph
-                                    other values of step.mode (with --modes; cuda_graph on a GPU only)
-    lightly                         the BYOL example in its documentation, with heads as wide as ours (4096, 256):
-                                    separate forward passes per view, symmetric NegativeCosineSimilarity,
-                                    update_momentum, SGD; float32, NCHW
-    byol-pytorch                    the loop in its README: Adam, update_moving_average, both views in one batch
-                                    (joint BatchNorm statistics), simplicial embeddings by default. Its augmentation
-                                    inside the step is replaced by the identity
-    stable-pretraining              its BYOL module around a timm backbone: separate views, its teacher update, SGD;
-                                    float32, NCHW
-    plain torch                     a typical PyTorch loop: float32, NCHW, separate views, torch's SGD, foreach EMA
+                                    other values of step.mode (with --modes; cuda_graph on a GPU
+                                    only)
+    lightly                         the BYOL example in its documentation, with heads as wide as
+                                    ours (4096, 256): separate forward passes per view, symmetric
+                                    NegativeCosineSimilarity, update_momentum, SGD; float32, NCHW
+    byol-pytorch                    the loop in its README: Adam, update_moving_average, both views
+                                    in one batch (joint BatchNorm statistics), simplicial embeddings
+                                    by default. Its augmentation inside the step is replaced by the
+                                    identity
+    stable-pretraining              its BYOL module around a timm backbone: separate views, its
+                                    teacher update, SGD; float32, NCHW
+    plain torch                     a typical PyTorch loop: float32, NCHW, separate views, torch's
+                                    SGD, foreach EMA
     plain torch channels-last       the same with channels-last weights and views
     plain torch channels-last bf16  the same with bfloat16 autocast, fused SGD and cuDNN's autotuner
-    plain torch compiled            the same with network and loss under torch.compile (on a CPU with --modes)
-    supervised                      on a GPU: cross-entropy and fused SGD on the same backbone with torch.compile and
-                                    CUDA graphs, channels-last, bfloat16. An image costs 3 units here and 8 in BYOL,
-                                    so 3/8 of this throughput is the bound of BYOL
+    plain torch compiled            the same with network and loss under torch.compile (on a CPU
+                                    with --modes)
+    supervised                      on a GPU: cross-entropy and fused SGD on the same backbone with
+                                    torch.compile and CUDA graphs, channels-last, bfloat16. An image
+                                    costs 3 units here and 8 in BYOL, so 3/8 of this throughput is
+                                    the bound of BYOL
 
-Writes benchmarks/results/step_DEVICE.csv after every measurement, one row per workload, round and contender.
-The exit code is 1 if a contender failed. Contenders that exceed the GPU's memory are skipped.
+Writes benchmarks/results/step_DEVICE.csv after every measurement, one row per workload, round and
+contender. The exit code is 1 if a contender failed. Contenders that exceed the GPU's memory are
+skipped.
 """
 
 import argparse
@@ -111,7 +118,7 @@ class Trainer:
     """A contender's network and training step."""
 
     module: nn.Module
-    step: Callable[[Tensor, Tensor], Tensor]  # two views (B, 3, S, S) -> loss; updates weights and target
+    step: Callable[[Tensor, Tensor], Tensor]  # views (B, 3, S, S) -> loss; updates all weights
     dtype: torch.dtype = torch.float32  # of the views
     memory_format: torch.memory_format = torch.contiguous_format  # of the views
 
@@ -153,7 +160,7 @@ def fastbyol(work: Work, device: torch.device, precision: str = "auto", mode: st
 
 
 class LightlyBYOL(nn.Module):
-    """The module of lightly's example (docs.lightly.ai, examples/byol) for a backbone with F features."""
+    """The module of lightly's example (docs.lightly.ai, examples/byol)."""
 
     def __init__(self, backbone: nn.Module, features: int, hidden: int = HIDDEN, projection: int = PROJECTION) -> None:
         super().__init__()
@@ -362,7 +369,7 @@ _SWITCHES = (
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
-    """Context: free a contender's memory and compiled code on exit, and restore torch's global switches."""
+    """Context: on exit, free memory and compiled code, and restore torch's global switches."""
     before = [getattr(owner, name) for owner, name in _SWITCHES]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -413,7 +420,7 @@ def measure(contender: str, work: Work, device: torch.device, round_: int) -> di
         except Exception as error:  # the other contenders are measured nevertheless
             traceback.print_exc()
             skipped = Skipped(error_summary(error))
-        if skipped is not None:  # raised here, where the first exception no longer holds the contender's memory
+        if skipped is not None:  # the first exception no longer holds the contender's memory here
             raise skipped
         peak = f"{torch.cuda.max_memory_reserved() / 2**30:.2f}" if device.type == "cuda" else ""
     ms = median(values)
@@ -438,7 +445,7 @@ def in_own_process(*arguments: Any) -> dict[str, Any]:
 
 
 def with_bound(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add the bound, 3/8 of the supervised throughput in the same round, and each contender's share of it."""
+    """Add the bound, 3/8 of the supervised throughput in the same round, and the share of it."""
     rates = {(r["set"], r["round"]): float(r["images_per_s"]) for r in rows if r["contender"] == "supervised"}
     for row in rows:
         rate = rates.get((row["set"], row["round"]))
@@ -449,7 +456,7 @@ def with_bound(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def machine() -> dict[str, str]:
-    """Return the columns that describe machine, versions and commit. load_before should be near 0."""
+    """Return the columns on machine, versions and commit. load_before should be near 0."""
     facts = environment.describe()
     names = ("fastbyol", "cpu", "gpu", "python", "torch", "torchvision", "timm", "numba", "triton")
     peers = {name: environment.installed(name) or "" for name in PACKAGES}

@@ -1,22 +1,25 @@
 """Time end-to-end training from JPEG files on all cores: fastbyol against lightly.
 
     make bench-train                                      # in the environment with all peers
-    python benchmarks/bench_train.py --rounds 1 --seconds 5 --only fastbyol "lightly 1 thread" --out /tmp/train.csv
+    python benchmarks/bench_train.py --rounds 1 --seconds 5 --only fastbyol --out /tmp/train.csv
 
-Each measurement runs in its own process, and rounds are interleaved (A B C A B C ...). All contenders read
-the corpus of bench_loader.py from the page cache. The first steps (start of workers, compilation, prefetching)
-are not timed. On a GPU, the queue is synchronized before and after timing.
+Each measurement runs in its own process, and rounds are interleaved (A B C A B C ...). All
+contenders read the corpus of bench_loader.py from the page cache. The first steps (start of
+workers, compilation, prefetching) are not timed. On a GPU, the queue is synchronized before and
+after timing.
 
 Contenders:
-    fastbyol             data/native.py and step.py with their defaults: the loop of train.py without logging and evaluation
-    lightly              BYOLTransform in a DataLoader with one worker process per core, and the step in bench_step.py:
-                         float32, NCHW
-    lightly 1 thread     on a CPU: the same with one thread for the step, which leaves the cores to the workers
+    fastbyol             data/native.py and step.py with their defaults: the loop of train.py
+                         without logging and evaluation
+    lightly              BYOLTransform in a DataLoader with one worker process per core, and the
+                         step in bench_step.py: float32, NCHW
+    lightly 1 thread     on a CPU: the same with one thread for the step, which leaves the cores to
+                         the workers
     ... step only        the same step on a cached batch, without a loader
 
-Writes benchmarks/results/train_DEVICE.csv after every measurement. The exit code is 1 if a contender failed.
-The column wait_share is the share of time in which the loop waits for a batch; share_of_step_only is the
-throughput relative to the step-only throughput in the same round.
+Writes benchmarks/results/train_DEVICE.csv after every measurement. The exit code is 1 if a
+contender failed. The column wait_share is the share of time in which the loop waits for a batch;
+share_of_step_only is the throughput relative to the step-only throughput in the same round.
 """
 
 import argparse
@@ -61,7 +64,7 @@ def fastbyol(work: Work, device: torch.device) -> Loop:
 
 
 def lightly(work: Work, device: torch.device, threads: int | None = None) -> Loop:
-    """Build the loop of lightly's example, with `threads` for the step on a CPU (default: one per core)."""
+    """Build the loop of lightly's example. `threads` compute the step (default: one per core)."""
     if threads is not None:
         torch.set_num_threads(threads)
     trainer = bench_step.lightly(work, device)

@@ -1,9 +1,9 @@
-"""Measure the effect of data.dct_scaling: the share of images decoded at a reduced size, and the change of their views.
+"""Measure how many images data.dct_scaling decodes at a reduced size, and how their views change.
 
     python benchmarks/dct_scaling.py
 
-Loads the same images of bench_loader.py's corpus with and without the option, and compares the views before
-normalization, in units of 1/255. Writes benchmarks/results/dct_scaling.csv.
+Loads the same images of bench_loader.py's corpus with and without the option, and compares the
+views before normalization, in units of 1/255. Writes benchmarks/results/dct_scaling.csv.
 """
 
 import subprocess

@@ -2,8 +2,9 @@
 
     python benchmarks/demo_seeds.py [--seeds 0 1 2]
 
-For each seed, runs `fastbyol train --config configs/demo.yaml --seed S` and both evaluations on the same
-corpus. Writes one row per seed to benchmarks/results/demo_seeds.csv. A seed takes about 3 minutes on two cores.
+For each seed, runs `fastbyol train --config configs/demo.yaml --seed S` and both evaluations on the
+same corpus. Writes one row per seed to benchmarks/results/demo_seeds.csv. A seed takes about 3
+minutes on two cores.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python benchmarks/readme_tables.py [--check]
 
-A table stands between `<!-- NAME: ... -->` and `<!-- end -->`, where NAME is a key of TABLES. `--check`
-writes nothing and exits with 1 if a page or the chart is out of date; the tests check the same.
+A table stands between `<!-- NAME: ... -->` and `<!-- end -->`, where NAME is a key of TABLES.
+`--check` writes nothing and exits with 1 if a page or the chart is out of date; the tests check the
+same.
 """
 
 import re
@@ -22,7 +23,7 @@ Rows = list[dict[str, str]]
 
 
 def source_note(rows: Rows, packages: tuple[str, ...], name: str, target: str) -> str:
-    """Return the note below a table: machine, versions, commits, rounds and NAME.csv, written by `make TARGET`."""
+    """Return the note below the table of NAME.csv, which `make TARGET` writes."""
     first = rows[0]
     versions = ", ".join(f"{package} {first[package]}" for package in packages if first.get(package))
     rounds = len({row["round"] for row in rows})
@@ -117,7 +118,7 @@ def _loaders(file: str, pairs: list[tuple[str, str]]) -> str:
 
 
 def dct_scaling() -> str:
-    """Share of images that data.dct_scaling decodes at a reduced size, and the difference of their views."""
+    """Share of images that data.dct_scaling decodes at a reduced size, and change of their views."""
     rows, lines = read("dct_scaling"), []
     for row in rows:
         if float(row["share_reduced"]) == 0:
@@ -201,7 +202,7 @@ def train_run(device: str = "cpu") -> str:
 
 
 def agreement() -> str:
-    """Ratios between the results of profile, bench and plan on one machine; median and range over the rounds."""
+    """Ratios between the results of profile, bench and plan: median and range over the rounds."""
     rows, lines = read("agreement"), []
     digits = {"parts_over_step": 3, "bench_over_profile": 3, "plan_over_bench": 2, "plan_from_other": 2}
     for name in _unique(rows, "set"):
@@ -221,7 +222,7 @@ def agreement() -> str:
 
 
 def kernels_cuda() -> str:
-    """Times of BatchNorm and the LARS + EMA update on a GPU, and their bandwidth relative to a copy."""
+    """Times and relative bandwidth of BatchNorm and the LARS + EMA update on a GPU."""
     files = {"batch_norm_cuda": "BatchNorm, forward and backward,", "lars_ema_cuda": "LARS + EMA update,"}
     found, lines = {name: read(name) for name in files}, []
     for file, title in files.items():

@@ -39,7 +39,7 @@ def read(name: str, folder: Path | None = None) -> list[dict[str, str]]:
 
 
 def machine(name: str, row: dict[str, str]) -> str:
-    """Return the hardware that NAME.csv depends on: CPU, GPU, or both if the CPU loads images for the GPU."""
+    """Return the hardware that NAME.csv depends on: CPU, GPU, or both if the CPU loads images."""
     if not name.endswith("_cuda"):
         return row["cpu"]
     return f"{row['gpu']}; {row['cpu']}" if name in ("loader_cuda", "train_cuda") else row["gpu"]

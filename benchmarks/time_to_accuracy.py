@@ -3,22 +3,23 @@
     make bench-accuracy                                    # in the environment with all peers
     python benchmarks/time_to_accuracy.py --seeds 0 --epochs 2 --out /tmp/accuracy.csv
 
-Both train the network of configs/fashion_mnist.yaml (the same timm module, heads of equal width) on the same
-10,000 PNG files, for equal epochs and batch sizes, from weights drawn from the same seed. Each run has its own
-process, and contenders are interleaved. Timing starts with the first request for a batch (start of the loader
-included) and ends with the last step; imports, model construction and first-time compilation of kernels are
-excluded. Afterwards, the same weighted kNN classifies the first 2,000 validation images from the features of
-each backbone in eval mode, float32.
+Both train the network of configs/fashion_mnist.yaml (the same timm module, heads of equal width) on
+the same 10,000 PNG files, for equal epochs and batch sizes, from weights drawn from the same seed.
+Each run has its own process, and contenders are interleaved. Timing starts with the first request
+for a batch (start of the loader included) and ends with the last step; imports, model construction
+and first-time compilation of kernels are excluded. Afterwards, the same weighted kNN classifies the
+first 2,000 validation images from the features of each backbone in eval mode, float32.
 
 Contenders:
-    fastbyol    data/native.py and step.py as in `fastbyol train`: LARS, the config's schedules, bfloat16 if the CPU
-                supports it
-    lightly     its BYOLTransform for this image size in a DataLoader with one worker process per core, its heads,
-                loss and update_momentum; SGD with momentum and cosine decay, target decay from 0.99 to 1 on a cosine
-                schedule, float32, as in the example of its documentation
+    fastbyol    data/native.py and step.py as in `fastbyol train`: LARS, the config's schedules,
+                bfloat16 if the CPU supports it
+    lightly     its BYOLTransform for this image size in a DataLoader with one worker process per
+                core, its heads, loss and update_momentum; SGD with momentum and cosine decay,
+                target decay from 0.99 to 1 on a cosine schedule, float32, as in the example of its
+                documentation
 
-`--base_lrs` sets the learning rates per 256 images. The defaults are the best of the sweep in LOG.md, which has
-equally many rates for both. Writes benchmarks/results/accuracy.csv.
+`--base_lrs` sets the learning rates per 256 images. The defaults are the best of the sweep in
+LOG.md, which has equally many rates for both. Writes benchmarks/results/accuracy.csv.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Timing of kernels with pytest-benchmark: warm-up, then repeated calls, synchronized with the device."""
+"""Timing of kernels with pytest-benchmark: warm-up, then repeated and synchronized calls."""
 
 import time
 from collections.abc import Callable

@@ -1,10 +1,11 @@
-"""Measure the accuracy of every variant in docs/variants.md: demo corpus and Fashion-MNIST, three seeds, kNN and linear probe.
+"""Measure the accuracy of every variant in docs/variants.md on two corpora, with three seeds.
 
     python benchmarks/variants.py [--corpora photos fashion-mnist] [--seeds 0 1 2] [--only LayerNorm ...]
 
-Each row of benchmarks/results/variants.csv contains its command; `fastbyol eval knn` and `eval linear` follow it.
-Existing rows are kept, so an interrupted run continues; `--fresh` measures all again. Accuracy does not
-depend on the load of the machine. The column `seconds` does, and is not a benchmark.
+Each row of benchmarks/results/variants.csv contains its command; `fastbyol eval knn` and `eval
+linear` follow it. Existing rows are kept, so an interrupted run continues; `--fresh` measures all
+again. Accuracy does not depend on the load of the machine. The column `seconds` does, and is not a
+benchmark.
 """
 
 import argparse
@@ -177,7 +178,7 @@ def _run(given: list[str]) -> None:
 
 
 def default_rows() -> list[str]:
-    """Return the rows of the result file, in its order: variants, each with its untrained network, and the supervised start."""
+    """Return the names of all rows in the order of the result file."""
     starts = {variant: title for title, variant in UNTRAINED.items()}
     variants = [variant for variant in VARIANTS if variant != START]
     pairs = ((name, starts[name]) if name in starts else (name,) for name in variants)

@@ -1,1 +1,1 @@
-"""Backbone weights: loading from timm, torchvision and fastbyol files, and export to other libraries."""
+"""Backbone weights: loading from timm, torchvision and fastbyol, and export."""

@@ -1,4 +1,4 @@
-"""Reading and writing weight files: fastbyol's .safetensors, and state dicts saved by torch.save."""
+"""Reading and writing of weight files: fastbyol's .safetensors, and torch.save's state dicts."""
 
 import dataclasses
 import errno
@@ -193,7 +193,7 @@ def read_torch(path: Path, where: str) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if (member := archive.testzip()) is not None:
                     raise InputError(f"{where}: damaged: checksum mismatch in {member}")
-        with warnings.catch_warnings(action="ignore"):  # about pickle protocols; these files raise anyway
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols; such files raise
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         if error.errno == errno.EINVAL:  # offsets in a truncated archive can be negative
@@ -221,7 +221,7 @@ def unwrap_state_dict(content: Any, path: Path, where: str) -> StoredWeights:
     tensors = content if entry is None else outer[entry]
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise InputError(f"{where}: contains no state dict, which maps names to tensors")
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # of torch.compile and DistributedDataParallel
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # torch.compile, DistributedDataParallel
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     arch = outer.get("arch") if entry is not None else None

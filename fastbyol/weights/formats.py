@@ -78,7 +78,7 @@ class Format(NamedTuple):
     suffixes: tuple[str, ...]
     """The first one is the default."""
     write: Callable[[Source, Path, str], None]
-    """(source, temporary path, suffix); raises InputError if the format cannot store the backbone."""
+    """(source, temporary path, suffix); raises InputError if the library has no such network."""
     usage: Callable[[Source, Path], str]
     """(source, final absolute path) -> markdown that shows how to load the file."""
 
@@ -194,7 +194,8 @@ def torchvision_network(name: str, size: int) -> tuple[str, dict[str, int]] | No
     if name in (*RESNETS, *_CONVNEXTS):
         return name, {}
     family, _, side = name.rpartition("_")
-    if family in _VITS and side.isdigit():
+    # torchvision's ViTs require whole patches; their names end with the patch size.
+    if family in _VITS and side.isdigit() and size % int(_VITS[family][-2:]) == 0:
         return _VITS[family], {} if size == 224 else {"image_size": size}
     return None
 
@@ -203,7 +204,7 @@ def _write_torchvision(source: Source, file: Path, suffix: str) -> None:
     _reject_settings(source, "torchvision", (*_LAYER_FIELDS, "width", "stem"))
     if (network := torchvision_network(source.name, source.size)) is None:
         raise InputError(
-            f"--format torchvision: no torchvision network computes the same as {source.name}; "
+            f"--format torchvision: no torchvision network computes the same as {source.name} at {source.size} px; "
             "use --format timm or safetensors"
         )
     tensors, naming = plain_tensors(source.backbone), torchvision_naming(source.backbone)
@@ -291,7 +292,7 @@ def _write_onnx(source: Source, file: Path, suffix: str) -> None:
         raise InputError(f"--format onnx: {source.name} exceeds ONNX's limit of 2 GB; use --format safetensors")
     example = torch.zeros(2, 3, source.size, source.size)
     try:
-        with warnings.catch_warnings(action="ignore"):  # about the exporter itself; the result is verified below
+        with warnings.catch_warnings(action="ignore"):  # about the exporter; verified below
             program = torch.onnx.export(
                 source.backbone,
                 (example,),

@@ -1,4 +1,4 @@
-"""Load weights into a backbone, from timm's hub, a run, or a file of fastbyol, timm or torchvision."""
+"""Load a backbone's weights from timm's hub, a run, or a file of fastbyol, timm or torchvision."""
 
 import pickle
 from pathlib import Path
@@ -99,7 +99,7 @@ def _download(source: str, name: str, where: str) -> StoredWeights:
     if _architecture(source) != _architecture(name):
         raise InputError(f"{where}: not the weights of {name}; set model.backbone={_architecture(source)}")
     verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # the hub warns about every attempt; the error below reports it once
+    hub_logging.set_verbosity_error()  # it warns about every attempt; the error below reports it once
     try:
         network = timm.create_model(source, pretrained=True)
     except (OSError, *_HUB_ERRORS) as error:
@@ -152,7 +152,7 @@ def _load_tensors(stored: StoredWeights, backbone: nn.Module, where: str) -> tup
         The number of loaded tensors, and a note for each kind of tensor that was not.
 
     Raises:
-        InputError: A tensor is missing, unexpected, not finite, or of another shape or kind of type.
+        InputError: A tensor is missing, unexpected, not finite, or has another shape or type.
     """
     expected: Tensors = backbone.state_dict()
     tensors, skipped = _select_tensors(stored.tensors, backbone, expected)
@@ -172,7 +172,7 @@ def _load_tensors(stored: StoredWeights, backbone: nn.Module, where: str) -> tup
 
 
 def _select_tensors(tensors: Tensors, backbone: nn.Module, expected: Tensors) -> tuple[Tensors, list[str]]:
-    """Return the tensors under timm's names without the classifier, and the names of the classifier's."""
+    """Return the tensors under timm's names, and the names of the classifier's, which are skipped."""
     naming = torchvision_naming(backbone)
     if naming is not None and naming.marker not in tensors:
         naming = None

@@ -1,4 +1,4 @@
-"""Benchmarks: every contender trains, failures are handled, and tables and estimates are correct."""
+"""Benchmarks: contenders train, failures are handled, tables and estimates are correct."""
 
 import dataclasses
 import math
@@ -142,7 +142,7 @@ def test_compiled_baseline_runs_by_default_only_on_gpu():
 
 @pytest.mark.parametrize("contender", ["plain torch channels-last bf16", "plain torch compiled"])
 def test_fast_baselines_are_tuned(contender: str, monkeypatch: pytest.MonkeyPatch):
-    """Fused SGD, cuDNN's autotuner, channels-last bfloat16; torch.compile gets the networks and the loss."""
+    """Fused SGD, cuDNN's autotuner, channels-last bfloat16; the loss is compiled too."""
     options, compiled = [], []
     sgd, module = torch.optim.SGD, bench_step.PlainBYOL
 
@@ -196,7 +196,7 @@ def test_exchange_counts_of_r50(r50: exchange.Counts):
     projector = (2048 + 1) * 4096 + 2 * 4096 + 4096 * 256
     predictor = (256 + 1) * 4096 + 2 * 4096 + 4096 * 256
     assert r50.gradient_values == backbone + projector + predictor
-    # The stem has 64 channels; blocks have w, w and 4 w, and 4 w in a stage's shortcut; each head has 4096.
+    # Channels: 64 in the stem; w, w and 4 w in a block; 4 w in a stage's shortcut; 4096 in a head.
     backbone_channels = 64 + sum(blocks * 6 * w + 4 * w for blocks, w in ((3, 64), (4, 128), (6, 256), (3, 512)))
     backbone_layers = 1 + 3 * (3 + 4 + 6 + 3) + 4
     assert (r50.online_channels, r50.target_channels) == (backbone_channels + 2 * 4096, backbone_channels + 4096)

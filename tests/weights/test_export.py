@@ -1,4 +1,4 @@
-"""Export: other libraries compute the same features from an exported file as the checkpoint's backbone."""
+"""Export: other libraries compute the same features from a file as the checkpoint's backbone."""
 
 import copy
 import os
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def randomize(network):
-    """Make every tensor affect the output: ConvNeXt's layer scales start at 1e-6, BatchNorm's statistics at 0 and 1."""
+    """Make every tensor affect the output, such as ConvNeXt's layer scales, which start at 1e-6."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in network.state_dict().items():
         if name.endswith(("running_var", "gamma")):
@@ -61,7 +61,7 @@ def configured(size, model):
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Factory: a run's folder with one untrained checkpoint, and its online backbone in eval mode."""
+    """Factory of a run's folder with one untrained checkpoint, and its online backbone."""
 
     def make(size=32, **model):
         config = configured(size, model)
@@ -81,7 +81,7 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def written(tmp_path, log_lines):
-    """Factory: export a new backbone; returns the backbone in eval mode, the file and its card. Nothing may be logged."""
+    """Factory that exports a new backbone and returns the backbone, the file and its card."""
 
     def make(form, size=32, suffix=None, network=None, **model):
         config = configured(size, model)
@@ -207,6 +207,7 @@ def test_all_torchvision_networks_have_matching_names_and_shapes():
 
 def test_torchvision_vit_gets_image_size():
     assert torchvision_network("vit_base_patch16_384", 384) == ("vit_b_16", {"image_size": 384})
+    assert torchvision_network("vit_base_patch16_224", 100) is None  # not a multiple of the patch size
     assert torchvision_network("vit_tiny_patch16_224", 224) is None
 
 
@@ -230,7 +231,7 @@ def test_safetensors_file_is_self_contained(written, model):
 
 
 def detectron2_names(blocks, convolutions, first_shortcut):
-    """Return {detectron2's name: timm's name} of a ResNet's tensors, without the code under test."""
+    """Return {detectron2's name: timm's name} of a ResNet, independent of the code under test."""
     pairs = {}
 
     def conv(theirs, ours, norm):
@@ -250,7 +251,7 @@ def detectron2_names(blocks, convolutions, first_shortcut):
 
 
 def detectron2_forward(weights, x, strides):
-    """Reference of detectron2's ResNet (STRIDE_IN_1X1: False), followed by global average pooling."""
+    """Reference of detectron2's ResNet (STRIDE_IN_1X1: False) and global average pooling."""
 
     def conv(name, x, stride=1):
         kernel = weights[f"{name}.weight"]
@@ -426,7 +427,7 @@ def test_non_utf8_path_raises_input_error(written, make_config, tmp_path):
 
 
 def exported(form, folder, name, relative=False):
-    """Export a small backbone as NAME.SUFFIX; returns the backbone without gradients and the card."""
+    """Export a small backbone as NAME.SUFFIX; returns the backbone and the card."""
     small = {} if form in ("torchvision", "detectron2") else {"width": 0.125}
     config = configured(32, {"backbone": "resnet18"} | small)
     config.name = name
@@ -488,7 +489,7 @@ def test_card_code_runs_in_fresh_process(tmp_path):
         (
             "torchvision",
             {"backbone": "resnet26"},
-            "no torchvision network computes the same as resnet26; use --format timm or safetensors",
+            "no torchvision network computes the same as resnet26 at 32 px; use --format timm or safetensors",
         ),
         ("torchvision", {"backbone": "resnet50d"}, "no torchvision network computes the same as resnet50d"),
         ("torchvision", {"backbone": "convnext_atto"}, "no torchvision network computes the same as convnext_atto"),
