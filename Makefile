@@ -100,7 +100,7 @@ $(BENCH_STAMP): benchmarks/requirements.txt pyproject.toml
 
 bench-loader: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py
-	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py --set doors
+	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py --set backends
 
 # Everything against everyone, in fewer and shorter turns than the targets below take; only on a machine with nothing else to do do ratios mean anything.
 bench: $(BENCH_STAMP)

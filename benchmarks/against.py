@@ -1,8 +1,9 @@
-"""Everything that was measured against other people's trainers and loaders, as one table and one picture; reads result files alone.
+"""Summarize the comparisons with other trainers and loaders as one table and one bar chart.
 
     python benchmarks/against.py --results runs/bench [--device cuda]
 
-Prints the table and writes it to DIR/against_DEVICE.md, the picture to DIR/against_DEVICE.svg. The README has those of the CPU in benchmarks/results/.
+Reads result files, measures nothing. Prints the table and writes it to DIR/against_DEVICE.md, and
+the chart to DIR/against_DEVICE.svg. The README shows those of benchmarks/results for the CPU.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
-from results_csv import FOLDER, Rounds, by_round, machine, ratios, read, spread
+from results_csv import FOLDER, Rounds, by_round, commits, machine, markdown_table, ratios, read, spread
 
 PICTURE = FOLDER / "against_cpu.svg"
 PEERS = (
@@ -26,29 +27,29 @@ PEERS = (
     "kornia",
 )
 OURS = "fastbyol"
-_WIDTH, _NAME, _BAR, _ROW = 860, 150, 480, 18  # of the picture, in pixels
+_WIDTH, _NAME, _BAR, _ROW = 860, 150, 480, 18  # of the chart, its columns and rows, in pixels
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One thing that several do, in turn."""
+    """One task that fastbyol and its peers were measured on."""
 
     title: str
     unit: str
     values: Rounds
-    """In `unit`."""
+    """Results in `unit`."""
     times: Rounds
-    """Of the same work; only their ratios count."""
+    """Times for equal work, in any unit."""
     source: str
     """File, machine and commit."""
 
-    def times_ours(self, peer: str) -> list[float]:
-        """How many times as long as fastbyol's a peer's takes, in every round."""
+    def slowdowns(self, peer: str) -> list[float]:
+        """Return a peer's time relative to fastbyol's, for every round."""
         return ratios(self.times[peer], self.times[OURS])
 
 
 def comparisons(folder: Path = FOLDER, device: str = "cpu") -> list[Comparison]:
-    """Of every result file of a device that is there."""
+    """Return the comparisons of all result files of a device in `folder`."""
     found = []
     for name, take in _FILES[device].items():
         if (folder / f"{name}.csv").exists():
@@ -57,13 +58,12 @@ def comparisons(folder: Path = FOLDER, device: str = "cpu") -> list[Comparison]:
 
 
 def _source(name: str, rows: list[dict[str, str]]) -> str:
-    first, commits = rows[0], dict.fromkeys(row["fastbyol"].split()[-1] for row in rows)
-    rounds = len({row.get("round", row.get("seed")) for row in rows})
-    return f"{name}.csv ({machine(name, first)}; torch {first['torch']}; commit {', '.join(commits)}; {rounds} rounds)"
+    first, rounds = rows[0], len({row.get("round", row.get("seed")) for row in rows})
+    return f"{name}.csv ({machine(name, first)}; torch {first['torch']}; commit {commits(rows)}; {rounds} rounds)"
 
 
-def _rated(rows: list[dict[str, str]], title: str, source: str) -> Comparison:
-    """Of rows with images/s, and milliseconds of a step where there are steps."""
+def _throughput(rows: list[dict[str, str]], title: str, source: str) -> Comparison:
+    """Compare the column images_per_s. Slowdowns come from the column ms, if there is one."""
     rates = by_round(rows, "images_per_s")
     if "ms" in rows[0]:
         return Comparison(title, "images/s", rates, by_round(rows, "ms"), source)
@@ -74,7 +74,7 @@ def _rated(rows: list[dict[str, str]], title: str, source: str) -> Comparison:
 def _loader(name: str, rows: list[dict[str, str]]) -> list[Comparison]:
     size = max((row["size_px"] for row in rows), key=int)
     own = [row for row in rows if row["size_px"] == size]
-    return [_rated(own, f"loader, {size} px", _source(name, own))]
+    return [_throughput(own, f"loader, {size} px", _source(name, own))]
 
 
 def _sets(title: str) -> Callable[[str, list[dict[str, str]]], list[Comparison]]:
@@ -82,7 +82,7 @@ def _sets(title: str) -> Callable[[str, list[dict[str, str]]], list[Comparison]]
         found = []
         for work in dict.fromkeys(row["set"] for row in rows):
             own = [row for row in rows if row["set"] == work]
-            found.append(_rated(own, f"{title}, {work}", _source(name, own)))
+            found.append(_throughput(own, f"{title}, {work}", _source(name, own)))
         return found
 
     return take
@@ -90,12 +90,12 @@ def _sets(title: str) -> Callable[[str, list[dict[str, str]]], list[Comparison]]
 
 def _accuracy(name: str, rows: list[dict[str, str]]) -> list[Comparison]:
     seconds = by_round(rows, "seconds", "seed")
-    title = f"run to kNN accuracy, Fashion-MNIST, {rows[0]['epochs']} epochs"
+    title = f"training run, Fashion-MNIST, {rows[0]['epochs']} epochs"
     return [Comparison(title, "s", seconds, seconds, _source(name, rows))]
 
 
 def _update(name: str, rows: list[dict[str, str]]) -> list[Comparison]:
-    return [_kernel("LARS + target, R50 pair", name, [row for row in rows if row["set"] == "R50"])]
+    return [_kernel("LARS + EMA update, R50", name, [row for row in rows if row["set"] == "R50"])]
 
 
 def _augment(name: str, rows: list[dict[str, str]]) -> list[Comparison]:
@@ -111,14 +111,14 @@ _FILES: dict[str, dict[str, Callable[[str, list[dict[str, str]]], list[Compariso
     "cpu": {
         "loader": _loader,
         "step_cpu": _sets("step"),
-        "train_cpu": _sets("whole training"),
+        "train_cpu": _sets("end-to-end training"),
         "accuracy": _accuracy,
         "lars_ema_cpu": _update,
         "augment_cpu": _augment,
     },
     "cuda": {
         "step_cuda": _sets("step"),
-        "train_cuda": _sets("whole training"),
+        "train_cuda": _sets("end-to-end training"),
         "lars_ema_cuda": _update,
         "augment_cuda": _augment,
     },
@@ -126,17 +126,16 @@ _FILES: dict[str, dict[str, Callable[[str, list[dict[str, str]]], list[Compariso
 
 
 def table(found: list[Comparison], folder: str = "benchmarks/results") -> str:
-    """fastbyol's own figure, and how many times as long as fastbyol each peer takes."""
+    """Return the table of fastbyol's results and the slowdown of each peer as markdown."""
     peers = [peer for peer in PEERS if any(peer in each.times for each in found)]
-    lines = ["| | fastbyol | " + " | ".join(peers) + " |", "|---" * (len(peers) + 2) + "|"]
+    lines = []
     for each in found:
-        own = median(each.values[OURS].values())
-        cells = (spread(each.times_ours(peer), 2) if peer in each.times else "" for peer in peers)
-        lines.append(f"| {each.title} | {_figure(own)} {each.unit} | " + " | ".join(cells) + " |")
+        own = f"{_figure(median(each.values[OURS].values()))} {each.unit}"
+        slowdowns = (spread(each.slowdowns(peer), 2) if peer in each.times else "" for peer in peers)
+        lines.append([each.title, own, *slowdowns])
     sources = "; ".join(dict.fromkeys(each.source for each in found))
-    return (
-        "\n".join([*lines, "", f"Median (range) of the ratios within a round. Sources, in {folder}: {sources}."]) + "\n"
-    )
+    note = f"Slowdown: median (range) of the ratios within each round. Sources, in {folder}: {sources}."
+    return markdown_table(["", "fastbyol", *peers], lines, note)
 
 
 def _figure(value: float) -> str:
@@ -144,21 +143,21 @@ def _figure(value: float) -> str:
 
 
 def picture(found: list[Comparison]) -> str:
-    """SVG: a block of bars per comparison, the speed of each beside fastbyol's."""
+    """Return the bar chart as SVG: per comparison, the speed of each peer relative to fastbyol."""
     shapes, y = [], 8
     for each in found:
         y += 16
         shapes.append(f'<text x="8" y="{y}" font-weight="bold">{escape(each.title)}</text>')
         y += 6
         for name in (OURS, *(peer for peer in PEERS if peer in each.times)):
-            times = 1.0 if name == OURS else median(each.times_ours(name))
+            slowdown = 1.0 if name == OURS else median(each.slowdowns(name))
             label = f"{_figure(median(each.values[name].values()))} {each.unit}"
-            label += "" if name == OURS else f", {times:.2f} times as long"
-            middle, bar = y + _ROW - 5, _BAR / times
+            label += "" if name == OURS else f", {slowdown:.2f}x the time"
+            baseline, bar = y + _ROW - 5, _BAR / slowdown
             color = "#1f6feb" if name == OURS else "#9aa5b1"
-            shapes.append(f'<text x="{_NAME - 8}" y="{middle}" text-anchor="end">{name}</text>')
+            shapes.append(f'<text x="{_NAME - 8}" y="{baseline}" text-anchor="end">{name}</text>')
             shapes.append(f'<rect x="{_NAME}" y="{y + 2}" width="{bar:.1f}" height="{_ROW - 4}" fill="{color}"/>')
-            shapes.append(f'<text x="{_NAME + bar + 6:.1f}" y="{middle}">{label}</text>')
+            shapes.append(f'<text x="{_NAME + bar + 6:.1f}" y="{baseline}">{label}</text>')
             y += _ROW
         y += 6
     style = 'font-family="sans-serif" font-size="12" fill="#24292f"'
@@ -177,10 +176,10 @@ def main() -> None:
     args = parser().parse_args()
     found = comparisons(args.results, args.device)
     if not found:
-        parser().exit(2, f"error: --results {args.results}: none of {', '.join(_FILES[args.device])} is there\n")
+        parser().exit(2, f"error: --results {args.results}: contains none of {', '.join(_FILES[args.device])}\n")
     page, image = (args.results / f"against_{args.device}.{ending}" for ending in ("md", "svg"))
     text = table(found, str(args.results))
-    page.write_text(f"![speed beside others]({image.name})\n\n{text}")
+    page.write_text(f"![speed relative to fastbyol]({image.name})\n\n{text}")
     image.write_text(picture(found))
     print(f"{text}\nwrote {page} and {image}")
 

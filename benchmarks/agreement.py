@@ -1,14 +1,18 @@
-"""Do `fastbyol profile`, `bench` and `plan` say the same of one machine?
+"""Compare the results of `fastbyol profile`, `bench` and `plan` on one machine.
 
     python benchmarks/agreement.py [--sets "R18 96 px, batch 32" ...] [--rounds 3]
 
-All in one process, in turn: for every set a profile and a bench, round by round. Rows of benchmarks/results/agreement.csv:
+Each round profiles and benchmarks every workload, in one process. Columns of
+benchmarks/results/agreement.csv:
 
-    parts_over_step      the profile's parts together over its own steps without marks: median of its windows
-    bench_over_profile   milliseconds of whole training by bench over a step without marks by profile
-    plan_over_bench      images/s that plan estimates over those that bench found. The estimate takes the rates that bench measured in that round
-    plan_from_other      the same with the rates that bench measured on another set, named in `rates_from`: efficiency and loader are carried from one
-                         network and size to another
+    parts_over_step      profile: sum of all spans / time of an uninstrumented step, median of its
+                         windows
+    bench_over_profile   time per step of bench's end-to-end training / profile's uninstrumented
+                         step
+    plan_over_bench      images/s estimated by plan / measured by bench; plan uses the rates of
+                         bench in that round
+    plan_from_other      the same, with the rates of another workload (`rates_from`): tests how
+                         efficiency and loader throughput transfer to another network and image size
 """
 
 import argparse
@@ -33,8 +37,8 @@ SETS = ["R18 96 px, batch 32", "R18 128 px, batch 32", "R50 96 px, batch 16"]
 IMAGES = 512
 
 
-def checkpoint_config(work: Work, root: Path) -> Config:
-    """Of a set, far enough from the end of its schedules."""
+def workload_config(work: Work, root: Path) -> Config:
+    """Return the config of a workload, with schedules that do not end during the measurement."""
     return Config(
         data=DataConfig(root=str(root), batch_size=work.batch, image_size_px=work.size),
         model=ModelConfig(backbone=work.backbone),
@@ -43,7 +47,7 @@ def checkpoint_config(work: Work, root: Path) -> Config:
 
 
 def measure(configs: dict[str, Config], steps: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """One round: set -> what profile and bench found."""
+    """Run one round and return {workload: (result of profile, result of bench)}."""
     found = {}
     for name, config in configs.items():
         profiled = profile(config, steps=steps, out=folder)
@@ -52,18 +56,18 @@ def measure(configs: dict[str, Config], steps: int, folder: Path, say: Callable[
     return found
 
 
-def _planned(config: Config, rates: Path) -> float:
-    """Images/s."""
+def _planned_rate(config: Config, rates: Path) -> float:
+    """Return plan's estimate in images/s."""
     return plan(config, gpus=1, gpu=None, rates=rates, images=IMAGES, say=lambda text: None)["images_per_s"]
 
 
 def rows_of(found: dict[str, Any], configs: dict[str, Config], folder: Path) -> list[dict[str, Any]]:
-    """A row of each set."""
+    """Return one row per workload."""
     rows, names = [], list(configs)
     for k, (name, (profiled, benched)) in enumerate(found.items()):
         other = (k + 1) % len(names)
         rate = benched["images_per_s"]["whole"][0]
-        own, carried = (_planned(configs[name], folder / f"{source}.json") for source in (k, other))
+        own, carried = (_planned_rate(configs[name], folder / f"{source}.json") for source in (k, other))
         step_ms = profiled["step_ms"]["p50"]
         whole_ms = 1e3 * configs[name].data.batch_size / rate
         rows.append(
@@ -89,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", type=Work.parse, default=[Work.parse(text) for text in SETS])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=15, help="of each measurement")
+    parser.add_argument("--steps", type=int, default=15, help="steps per measurement")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     facts = {key: environment.describe()[key] for key in ("fastbyol", "cpu", "gpu", "torch", "timm", "numba")}
@@ -97,7 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare_photos(folder / "photos", IMAGES, seed=0)
-        configs = {str(work): checkpoint_config(work, folder / "photos") for work in args.sets}
+        configs = {str(work): workload_config(work, folder / "photos") for work in args.sets}
         for k in range(args.rounds):
             found = measure(configs, args.steps, folder, lambda text: None)
             rows += [{"round": k, **row, **facts} for row in rows_of(found, configs, folder)]

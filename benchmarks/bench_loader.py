@@ -1,30 +1,31 @@
-"""Two BYOL views per image from JPEG files on CPU cores: fastbyol against other people's loaders, and against its floor.
+"""Time data loading, two BYOL views per JPEG file: fastbyol, other libraries, decoding only.
 
-    make bench-loader                                     # in the peers' environment
+    make bench-loader                                      # in the environment with all peers
     python benchmarks/bench_loader.py --sizes 224 --rounds 1 --only fastbyol lightly
-    python benchmarks/bench_loader.py --set doors         # folder and .beton files, through each of our backends
-    python benchmarks/bench_loader.py --set loader_cuda   # on a GPU
+    python benchmarks/bench_loader.py --set backends       # all formats and backends
+    python benchmarks/bench_loader.py --set loader_cuda    # on a GPU
 
-Every measurement is a process of its own, so that its CPU time and its peak memory (with its workers) are its own; the
-contenders take turns (A B C A B C ...), so that a drift of the machine meets them alike. All read the same files with a
-warm page cache on all cores of the machine, and throw the batches away. The first batches are not counted: worker start-up,
-compilation and filling of queues.
+Each measurement runs in its own process, which separates CPU time and peak memory (workers
+included). Rounds are interleaved (A B C A B C ...), so that drift of the machine affects all
+contenders equally. All use all cores, read the same files from the page cache and discard the
+batches. The first batches (start of workers, compilation, prefetching) are not timed.
 
-Contenders (--set loader and doors):
-    decode only      libjpeg-turbo in threads, nothing else: the floor (with one thread: how the machine itself scales)
-    fastbyol         data/native.py, float32 batches (and bfloat16, and with one thread)
-    ... .beton jpg   the same from a .beton file that holds the JPEGs; raw: one that holds pixels, of 1,000 of the images
-    ... dali, ffcv   DALI's decoder or FFCV's loader, and our kernels: data/dali.py on the folder, data/ffcv.py on a .beton file
+Contenders (--set loader and backends):
+    decode only      libjpeg-turbo in threads: the upper bound (1 thread: scaling of the machine)
+    fastbyol         data/native.py, float32 batches (also bfloat16, and one thread)
+    ... .beton jpg   the same from a .beton file with JPEGs; raw: with pixels, of 1,000 of the
+                     images
+    ... dali, ffcv   the DALI backend on the folder, and the FFCV backend on a .beton file
     lightly          BYOLTransform in a DataLoader, one worker process per core
-    torchvision v2   tensor transforms on torchvision.io's decoder, likewise
-    DALI CPU         the same operations with DALI's own operators, threads
-    FFCV             less work: one view, crop and flip alone (RandomResizedCropRGBImageDecoder)
+    torchvision v2   tensor transforms after torchvision.io's decoder, in the same DataLoader
+    DALI CPU         the same operations with DALI's operators, in threads
+    FFCV             less work: one view with crop and flip only (RandomResizedCropRGBImageDecoder)
 
-With --set loader_cuda batches are made on a GPU: native.py's copied by a side stream, DALI's decoded there, with the share of the
-JPEGs that the hardware decoder takes swept from none to all.
+With --set loader_cuda the batches are on a GPU: copied by a side stream (native), or decoded there
+(DALI), for several shares of JPEGs that the hardware decoder takes.
 
-Writes benchmarks/results/SET.csv, one row per measurement, after each. A contender that fails is named and has no further turns; the exit code
-is then 1. The corpus is made where it is missing, in data/photos-500px or the folder that FASTBYOL_CORPUS names.
+Writes benchmarks/results/SET.csv after every measurement. The exit code is 1 if a contender failed.
+The corpus is generated if missing, in data/photos-500px or the folder that FASTBYOL_CORPUS names.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from typing import Any
 
 import results_csv
 import torch
-from turns import Turns, result_of
+from runner import Runner, run_json
 
 from fastbyol.runtime import environment
 
@@ -68,7 +69,7 @@ def fastbyol(
     loader = build_loader(config, images, seed=0, device=torch.device(device), dtype=dtype)
     for _ in loader.batches(0, 10**9):
         if device == "cuda":
-            torch.cuda.synchronize()  # a batch counts when it is there
+            torch.cuda.synchronize()  # count complete batches
         yield config.batch_size
 
 
@@ -105,7 +106,7 @@ def _data_loader(dataset: torch.utils.data.Dataset) -> Iterator[int]:
 
 
 def lightly_images(size: int) -> torch.utils.data.Dataset:
-    """The corpus with lightly's views: items of ([view1, view2], class)."""
+    """Build the corpus with lightly's views; items are ([view1, view2], class)."""
     from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
     from torchvision.datasets import ImageFolder
 
@@ -126,9 +127,11 @@ def torchvision_v2(size: int) -> Iterator[int]:
         radius = int(size / 10 / 2)
         return v2.Compose(
             [
-                v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC),  # antialiased: its fast path
+                v2.RandomResizedCrop(
+                    size, interpolation=v2.InterpolationMode.BICUBIC
+                ),  # antialiased, which is the fast path
                 v2.RandomHorizontalFlip(),
-                v2.ToDtype(torch.float32, scale=True),  # here rather than last: jitter and blur are faster on floats
+                v2.ToDtype(torch.float32, scale=True),  # jitter and blur are faster on floats
                 v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
                 v2.RandomGrayscale(0.2),
                 v2.RandomApply([v2.GaussianBlur(2 * radius + 1, (0.1, 2.0))], blur_p),
@@ -256,7 +259,7 @@ CONTENDERS: dict[str, Callable[[int], Iterator[int]]] = {
 }
 
 
-DOORS: dict[str, Callable[[int], Iterator[int]]] = {
+BACKENDS: dict[str, Callable[[int], Iterator[int]]] = {
     "decode only": decode_only,
     "fastbyol": fastbyol,
     "fastbyol .beton jpg": lambda size: fastbyol(size, "jpg.beton"),
@@ -277,12 +280,12 @@ GPU_CONTENDERS: dict[str, Callable[[int], Iterator[int]]] = {
     )
     for load in (0.0, 0.5, 0.65, 0.75, 0.9, 1.0)
 }
-SETS = {"loader": CONTENDERS, "doors": DOORS, "loader_cuda": GPU_CONTENDERS}
-ALL = CONTENDERS | DOORS | GPU_CONTENDERS
+SETS = {"loader": CONTENDERS, "backends": BACKENDS, "loader_cuda": GPU_CONTENDERS}
+ALL = CONTENDERS | BACKENDS | GPU_CONTENDERS
 
 
 def measure(name: str, size: int, seconds: float) -> None:
-    """Runs one contender in this process and prints a line of JSON."""
+    """Measure one contender in this process and print one line of JSON."""
     torch.set_num_threads(1 if name in ("lightly", "torchvision v2") else CORES)
     batches = ALL[name](size)
     for _ in range(WARM_UP_BATCHES):
@@ -292,11 +295,11 @@ def measure(name: str, size: int, seconds: float) -> None:
         images += next(batches)
     used = _cpu_seconds() - cpu
     print(json.dumps({"images": images, "seconds": elapsed, "cpu_seconds": used, "peak_mb": _peak_mb()}), flush=True)
-    os._exit(0)  # peers' workers and threads are not waited for
+    os._exit(0)  # do not wait for workers and threads
 
 
 def _processes() -> list[int]:
-    """The process itself and the worker processes below it."""
+    """Return this process and its descendants."""
     found = [os.getpid()]
     for pid in found:
         children = Path(f"/proc/{pid}/task/{pid}/children")
@@ -319,25 +322,25 @@ def _peak_mb() -> float:
 
 
 def prepare_corpus() -> None:
-    """Makes the JPEG files if they are not there."""
+    """Generate the JPEG files if they are missing."""
     if not CORPUS.exists():
         command = ["prepare", "photos", "--out", str(CORPUS), "--images", "5000"]
         subprocess.run([sys.executable, "-m", "fastbyol", *command], check=True)
 
 
 def prepare_betons() -> None:
-    """The same images in two .beton files; raw ones take six times the bytes, so only a part of them."""
+    """Pack the images into two .beton files. Raw pixels take six times the bytes, so only 1,000."""
     from fastbyol.data import open_split
     from fastbyol.data.beton import pack
 
     images = open_split(CORPUS, "train")
-    for mode, part in (("jpg", images), ("raw", images.spread(1000))):
+    for mode, subset in (("jpg", images), ("raw", images.spread(1000))):
         if not (CORPUS / f"{mode}.beton").exists():
-            print(pack(part, CORPUS / f"{mode}.beton", mode=mode))
+            print(pack(subset, CORPUS / f"{mode}.beton", mode=mode))
 
 
 def print_summary(rows: list[dict]) -> None:
-    """Medians and ranges."""
+    """Print medians and ranges."""
     for size in dict.fromkeys(row["size_px"] for row in rows):
         print(f"{size} px")
         for name in dict.fromkeys(row["contender"] for row in rows):
@@ -349,25 +352,19 @@ def print_summary(rows: list[dict]) -> None:
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument(
-        "--set", choices=list(SETS), default="loader", help="which contenders; names the result file too"
+        "--set", choices=list(SETS), default="loader", help="contenders; also the name of the result file"
     )
-    options.add_argument("--sizes", type=int, nargs="+", help="pixels; 224 128 96, on a GPU 224")
+    options.add_argument("--sizes", type=int, nargs="+", help="pixels (default: 224 128 96, on a GPU 224)")
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--seconds", type=float, default=6, help="of each measurement")
+    options.add_argument("--seconds", type=float, default=6, help="duration of a measurement")
     options.add_argument("--only", nargs="+", choices=list(ALL))
     options.add_argument("--out", type=Path)
     options.add_argument("--measure", choices=list(ALL), help=argparse.SUPPRESS)
     return options
 
 
-def main() -> int:
-    args = parser().parse_args()
-    if args.set == "loader_cuda" and not torch.cuda.is_available():
-        parser().exit(2, "error: --set loader_cuda: torch sees no CUDA device here\n")
-    sizes = args.sizes or ([224] if args.set == "loader_cuda" else [224, 128, 96])
-    if args.measure:
-        measure(args.measure, sizes[0], args.seconds)
-    names = args.only or list(SETS[args.set])
+def installed(names: list[str]) -> list[str]:
+    """Return the contenders whose package is installed. Print the others."""
     for module, title, command in (
         ("nvidia.dali", "DALI", environment.dali_install_command()),
         ("ffcv", "FFCV", environment.FFCV_COMMAND),
@@ -375,12 +372,15 @@ def main() -> int:
     ):
         needing = [name for name in names if title.lower() in name.lower()]
         if needing and not environment.has_module(module):
-            print(f"{', '.join(needing)}: left out, as {title} is not installed here: {command}")
+            print(f"{', '.join(needing)}: skipped because {title} is not installed: {command}")
             names = [name for name in names if name not in needing]
-    prepare_corpus()
-    prepare_betons()
+    return names
+
+
+def machine() -> dict[str, str]:
+    """Return the columns that describe machine, versions and commit."""
     facts = environment.describe()
-    keys = (
+    names = (
         "fastbyol",
         "cpu",
         "gpu",
@@ -392,13 +392,26 @@ def main() -> int:
         "nvidia-dali-cuda130",
         "ffcv",
     )
-    facts = {key: facts.get(key, "") for key in keys} | {"lightly": environment.installed("lightly") or ""}
+    return {name: facts.get(name, "") for name in names} | {"lightly": environment.installed("lightly") or ""}
+
+
+def main() -> int:
+    args = parser().parse_args()
+    if args.set == "loader_cuda" and not torch.cuda.is_available():
+        parser().exit(2, "error: --set loader_cuda: torch sees no CUDA device here\n")
+    sizes = args.sizes or ([224] if args.set == "loader_cuda" else [224, 128, 96])
+    if args.measure:
+        measure(args.measure, sizes[0], args.seconds)
+    names = installed(args.only or list(SETS[args.set]))
+    prepare_corpus()
+    prepare_betons()
+    facts = machine()
     out = args.out or results_csv.FOLDER / f"{args.set}.csv"
-    turns = Turns(out, lambda rows: [row | facts for row in rows])
+    runner = Runner(out, lambda rows: [row | facts for row in rows])
 
     def row_of(name: str, size: int, round_: int) -> dict[str, Any]:
         command = [sys.executable, __file__, "--measure", name, "--sizes", str(size), "--seconds", str(args.seconds)]
-        result = result_of(command)
+        result = run_json(command)
         row = {"round": round_, "size_px": size, "contender": name, "cores": CORES}
         row |= {"images": result["images"], "images_per_s": f"{result['images'] / result['seconds']:.1f}"}
         row |= {"cpu_s_per_1000": f"{1000 * result['cpu_seconds'] / result['images']:.3f}"}
@@ -407,12 +420,12 @@ def main() -> int:
     for round_ in range(args.rounds):
         for size in sizes:
             for name in names:
-                row = turns.take((size, name), f"{size} px: {name}", partial(row_of, name, size, round_))
+                row = runner.measure((size, name), f"{size} px: {name}", partial(row_of, name, size, round_))
                 if row is not None:
                     rate = float(row["images_per_s"])
                     print(f"round {round_}  {size} px  {name:<34} {rate:7.0f} images/s", flush=True)
-    print_summary(turns.rows)
-    return turns.end()
+    print_summary(runner.rows)
+    return runner.finish()
 
 
 if __name__ == "__main__":

@@ -1,42 +1,52 @@
-"""One BYOL training step on a batch that is already there: fastbyol against other people's loops, and against its bound.
+"""Time one BYOL training step on a cached batch: fastbyol, other libraries, and the bound.
 
-    make bench-step                                       # in the peers' environment
-    python benchmarks/bench_step.py --sets "R18 32 px, batch 4" --rounds 1 --only fastbyol "plain torch" --out /tmp/step.csv
+    make bench-step                                       # in the environment with all peers
+    python benchmarks/bench_step.py --rounds 1 --only fastbyol "plain torch" --out /tmp/step.csv
 
-The contenders take turns (A B C A B C ...). A turn builds its contender, does the warm-up steps, times the next ones and drops
-everything again, so that one network at a time lies in memory. On a CPU a turn is a process of its own, since fastbyol tells malloc
-to keep memory and its peers do not; on a GPU, where a process takes long to warm up, torch's switches that a contender sets
-are set back before the next. A contender that raises is named and has no further turns. Every contender does all of an optimizer step (forward passes, loss, backward pass, weights,
-target) on random views of its own dtype and memory format. On a GPU its queue is waited for before and after the timed calls, and
-peers' float32 is torch's default there: convolutions in TF32, matrix products exact.
+A step consists of the forward passes, loss, backward pass, and updates of weights and target, on
+random views in each contender's dtype and memory format. Rounds are interleaved (A B C A B C ...).
+Each measurement builds the contender, warms up, times the next steps and frees everything. On a CPU
+it runs in its own process, because fastbyol configures malloc to keep memory. On a GPU, where a new
+process is slow to warm up, torch's global switches are restored instead, and the queue is
+synchronized before and after timing. Float32 of the peers is PyTorch's default: on a GPU, TF32 for
+convolutions and exact matrix products.
 
 Contenders:
-    fastbyol                        step.py as it runs by default on this device
-    fastbyol eager fp32             its step in mode eager, precision fp32
+    fastbyol                        the step with the defaults of this device
+    fastbyol eager fp32             step.mode=eager, precision=fp32
     fastbyol eager, compile, cuda_graph
-                                    its modes (--modes; cuda_graph on a GPU, eager where it is not the default)
-    lightly                         the BYOL example of its documentation: views one by one, NegativeCosineSimilarity both ways,
-                                    update_momentum, SGD; float32, NCHW. Heads as wide as ours (4096, 256)
-    byol-pytorch                    the loop of its README: Adam, update_moving_average; both views as one batch (joint BatchNorm
-                                    statistics), simplicial embeddings as by default. It augments inside the step: here it gets
-                                    the identity for that, so that only the step is measured
-    stable-pretraining              its BYOL module around a timm backbone: views one by one, its teacher update, SGD; float32, NCHW
-    plain torch                     a loop of the usual kind: float32, NCHW, views one by one, torch's SGD, foreach EMA
+                                    other values of step.mode (with --modes; cuda_graph on a GPU
+                                    only)
+    lightly                         the BYOL example in its documentation, with heads as wide as
+                                    ours (4096, 256): separate forward passes per view, symmetric
+                                    NegativeCosineSimilarity, update_momentum, SGD; float32, NCHW
+    byol-pytorch                    the loop in its README: Adam, update_moving_average, both views
+                                    in one batch (joint BatchNorm statistics), simplicial embeddings
+                                    by default. Its augmentation inside the step is replaced by the
+                                    identity
+    stable-pretraining              its BYOL module around a timm backbone: separate views, its
+                                    teacher update, SGD; float32, NCHW
+    plain torch                     a typical PyTorch loop: float32, NCHW, separate views, torch's
+                                    SGD, foreach EMA
     plain torch channels-last       the same with channels-last weights and views
-    plain torch channels-last bf16  the same under bfloat16 autocast, with fused SGD and cuDNN's choice of the fastest algorithm
-    plain torch compiled            the same with networks and loss under torch.compile: what one gets for one line more (by default on a GPU, with
-                                    --modes on a CPU)
-    supervised                      on a GPU: cross-entropy and fused SGD on the same backbone with torch.compile and its CUDA graphs,
-                                    channels-last, bfloat16. One image costs it 3 units and BYOL 8: 3/8 of its rate is BYOL's bound
+    plain torch channels-last bf16  the same with bfloat16 autocast, fused SGD and cuDNN's autotuner
+    plain torch compiled            the same with network and loss under torch.compile (on a CPU
+                                    with --modes)
+    supervised                      on a GPU: cross-entropy and fused SGD on the same backbone with
+                                    torch.compile and CUDA graphs, channels-last, bfloat16. An image
+                                    costs 3 units here and 8 in BYOL, so 3/8 of this throughput is
+                                    the bound of BYOL
 
-Writes benchmarks/results/step_DEVICE.csv, one row per set, round and contender, after every turn. The exit code is 1 where a contender
-failed; one that the GPU's memory does not hold is left out and named.
+Writes benchmarks/results/step_DEVICE.csv after every measurement, one row per workload, round and
+contender. The exit code is 1 if a contender failed. Contenders that exceed the GPU's memory are
+skipped.
 """
 
 import argparse
 import copy
 import gc
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import re
@@ -58,8 +68,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from runner import Runner, Skipped, error_summary
 from torch import Tensor, nn
-from turns import LeftOut, Turns, one_line
 
 from fastbyol.build import build_model
 from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepConfig
@@ -73,10 +83,10 @@ SETS = {
     "cuda": ["R50 224 px, batch 256", "R50 224 px, batch 64"],
 }
 WARM_UP = {"cpu": 2, "cuda": 15}  # steps
-REPEATS = {"cpu": 3, "cuda": 5}  # measurements of a turn; its row has their median
-CALLS = {"cpu": 1, "cuda": 10}  # steps in a measurement
+REPEATS = {"cpu": 3, "cuda": 5}  # timings per row, which contains their median
+CALLS = {"cpu": 1, "cuda": 10}  # steps per timing
 HIDDEN, PROJECTION, MOMENTUM = 4096, 256, 0.99
-PACKAGES = {  # distributions of peers and their modules
+PACKAGES = {  # peers: distribution -> module
     "lightly": "lightly",
     "byol-pytorch": "byol_pytorch",
     "stable-pretraining": "stable_pretraining",
@@ -85,7 +95,7 @@ PACKAGES = {  # distributions of peers and their modules
 
 @dataclass(frozen=True)
 class Work:
-    """What a step is done on: `batch` images (B) of `size` pixels (S), two views each."""
+    """Workload of a step: a ResNet, and `batch` images (B) of `size` pixels (S), two views each."""
 
     backbone: str
     size: int
@@ -93,10 +103,10 @@ class Work:
 
     @classmethod
     def parse(cls, text: str) -> "Work":
-        """From a set's name, e.g. 'R50 224 px, batch 8'."""
+        """Parse a name such as 'R50 224 px, batch 8'."""
         match = re.fullmatch(r"R(\d+) (\d+) px, batch (\d+)", text)
         if match is None:
-            raise argparse.ArgumentTypeError(f"{text!r}: a set is named like 'R50 224 px, batch 8'")
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a workload such as 'R50 224 px, batch 8'")
         return cls(f"resnet{match[1]}", int(match[2]), int(match[3]))
 
     def __str__(self) -> str:
@@ -105,28 +115,28 @@ class Work:
 
 @dataclass(frozen=True)
 class Trainer:
-    """A contender's network and its step."""
+    """A contender's network and training step."""
 
     module: nn.Module
-    step: Callable[[Tensor, Tensor], Tensor]  # two views (B, 3, S, S) -> loss; weights and target have moved
+    step: Callable[[Tensor, Tensor], Tensor]  # views (B, 3, S, S) -> loss; updates all weights
     dtype: torch.dtype = torch.float32  # of the views
     memory_format: torch.memory_format = torch.contiguous_format  # of the views
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A zero-argument callable: one step of a trainer on its resident batch; returns the loss."""
+    """A training step bound to a cached batch; calling it runs one step."""
 
     module: nn.Module
     run: Callable[[], Tensor]
 
     def __call__(self) -> Tensor:
-        """One step; the loss."""
+        """Run one step and return the loss."""
         return self.run()
 
 
 def fastbyol_step(work: Work, device: torch.device, precision: str = "auto", mode: str = "auto") -> TrainStep:
-    """fastbyol's step, far enough from the ends of its schedules that no learning rate is 0."""
+    """Build fastbyol's step in the middle of its schedules, where the learning rate is not 0."""
     config = Config(
         precision=precision,
         data=DataConfig(batch_size=work.batch, image_size_px=work.size),
@@ -141,18 +151,16 @@ def fastbyol_step(work: Work, device: torch.device, precision: str = "auto", mod
 def fastbyol(work: Work, device: torch.device, precision: str = "auto", mode: str = "auto") -> Trainer:
     step = fastbyol_step(work, device, precision, mode)
     labels, indices = torch.full((work.batch,), -1), torch.arange(work.batch)
-    done = 0
+    counter = itertools.count()
 
     def run(view1: Tensor, view2: Tensor) -> Tensor:
-        nonlocal done
-        done += 1
-        return step(done - 1, Batch((view1, view2), labels, indices)).loss
+        return step(next(counter), Batch((view1, view2), labels, indices)).loss
 
     return Trainer(step.model, run, step.dtype, torch.channels_last)
 
 
 class LightlyBYOL(nn.Module):
-    """The module of lightly's example (docs.lightly.ai, examples/byol) around a backbone of F features, heads as wide as ours."""
+    """The module of lightly's example (docs.lightly.ai, examples/byol)."""
 
     def __init__(self, backbone: nn.Module, features: int, hidden: int = HIDDEN, projection: int = PROJECTION) -> None:
         super().__init__()
@@ -177,7 +185,7 @@ class LightlyBYOL(nn.Module):
         return self.projection_head_momentum(self.backbone_momentum(x).flatten(start_dim=1)).detach()
 
     def loss(self, view1: Tensor, view2: Tensor, decay: float) -> Tensor:
-        """Moves the target, then the loss of its documentation: half of what the paper sums."""
+        """Update the target and return the loss of the example, which is half of the paper's."""
         from lightly.models.utils import update_momentum
 
         update_momentum(self.backbone, self.backbone_momentum, m=decay)
@@ -210,7 +218,7 @@ def byol_pytorch(work: Work, device: torch.device) -> Trainer:
     optimizer = torch.optim.Adam(learner.parameters(), lr=3e-4)
 
     def step(view1: Tensor, view2: Tensor) -> Tensor:
-        loss = learner(view1)  # it makes both views of the batch itself
+        loss = learner(view1)  # creates both views itself
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -239,7 +247,7 @@ def stable_pretraining(work: Work, device: torch.device) -> Trainer:
 
 
 class PlainBYOL(nn.Module):
-    """Online network, predictor and target as one writes them down from the paper."""
+    """Straightforward implementation of online network, predictor and target."""
 
     def __init__(self, work: Work) -> None:
         super().__init__()
@@ -251,7 +259,7 @@ class PlainBYOL(nn.Module):
 
     @staticmethod
     def head(features: int) -> nn.Sequential:
-        """Projector or predictor."""
+        """Build the projector or predictor."""
         return nn.Sequential(
             nn.Linear(features, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, PROJECTION, bias=False)
         )
@@ -274,7 +282,7 @@ def plain_torch(
     tuned: bool = False,
     compiled: bool = False,
 ) -> Trainer:
-    """`tuned` takes the switches that cost nothing: fused SGD and cuDNN's search for the fastest algorithm."""
+    """Build a plain PyTorch loop. `tuned` enables fused SGD and cuDNN's autotuner."""
     torch.backends.cudnn.benchmark |= tuned
     model = PlainBYOL(work).to(device=device, memory_format=memory_format)
     loss_of = torch.compile(model) if compiled else model
@@ -296,7 +304,7 @@ def plain_torch(
 
 
 def supervised(work: Work, device: torch.device) -> Trainer:
-    """`fastbyol bench`'s step of timm's network as it is; uses one view."""
+    """Build the supervised step of `fastbyol bench` with timm's network; uses one view."""
     torch.backends.cudnn.benchmark = True
     model = timm.create_model(work.backbone, num_classes=CLASSES).to(device=device, memory_format=torch.channels_last)
     mode = "compile" if device.type == "cuda" else "eager"
@@ -326,21 +334,21 @@ CONTENDERS: dict[str, Callable[[Work, torch.device], Trainer]] = {
 
 
 def defaults(device: torch.device, modes: bool) -> list[str]:
-    """The contenders of a plain run on this device."""
-    left_out = set() if modes else {"fastbyol eager", "fastbyol compile", "fastbyol cuda_graph"}
+    """Return the contenders that run on a device by default, or with --modes."""
+    excluded = set() if modes else {"fastbyol eager", "fastbyol compile", "fastbyol cuda_graph"}
     if device.type == "cpu":
-        left_out |= {"fastbyol eager", "fastbyol cuda_graph", "supervised"}
-        left_out |= set() if modes else {"plain torch compiled"}
-    return [name for name in CONTENDERS if name not in left_out]
+        excluded |= {"fastbyol eager", "fastbyol cuda_graph", "supervised"}
+        excluded |= set() if modes else {"plain torch compiled"}
+    return [name for name in CONTENDERS if name not in excluded]
 
 
 def is_installed(contender: str) -> bool:
-    """Whether the peer behind a contender can be imported; all that needs no peer can."""
+    """Return True if the package that a contender needs, if any, is installed."""
     return contender not in PACKAGES or importlib.util.find_spec(PACKAGES[contender]) is not None
 
 
 def prepare(contender: str, work: Work, device: torch.device) -> Prepared:
-    """Builds a contender and its batch."""
+    """Build a contender and its cached batch."""
     torch.manual_seed(0)
     trainer = CONTENDERS[contender](work, device)
     view1, view2 = (
@@ -360,8 +368,8 @@ _SWITCHES = (
 
 
 @contextmanager
-def own_turn(device: torch.device) -> Iterator[None]:
-    """Afterwards nothing of a contender is left: memory, compiled code, torch's process-wide switches."""
+def isolated(device: torch.device) -> Iterator[None]:
+    """Context: on exit, free memory and compiled code, and restore torch's global switches."""
     before = [getattr(owner, name) for owner, name in _SWITCHES]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -378,7 +386,7 @@ def own_turn(device: torch.device) -> Iterator[None]:
 
 
 def timed_ms(step: Callable[[], Tensor], device: torch.device) -> list[float]:
-    """Milliseconds per step, one value per measurement, after the warm-up."""
+    """Return REPEATS timings in milliseconds per step, after the warm-up."""
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -397,23 +405,23 @@ def timed_ms(step: Callable[[], Tensor], device: torch.device) -> list[float]:
     return values
 
 
-def turn(contender: str, work: Work, device: torch.device, round_: int) -> dict[str, Any]:
-    """One row.
+def measure(contender: str, work: Work, device: torch.device, round_: int) -> dict[str, Any]:
+    """Measure a contender once and return its row.
 
     Raises:
-        LeftOut: the contender raised something; the traceback has been printed.
+        Skipped: The contender raised an exception. Its traceback is printed.
     """
-    with own_turn(device):
-        values, why = [], None
+    with isolated(device):
+        values, skipped = [], None
         try:
             values = timed_ms(prepare(contender, work, device), device)
         except torch.cuda.OutOfMemoryError:
-            why = LeftOut("it does not fit into the GPU's memory", failed=False)
-        except Exception as error:  # whatever it is, the next contender has its turn
+            skipped = Skipped("out of GPU memory", failed=False)
+        except Exception as error:  # the other contenders are measured nevertheless
             traceback.print_exc()
-            why = LeftOut(one_line(error))
-        if why is not None:  # out here the exception no longer holds the contender's memory
-            raise why
+            skipped = Skipped(error_summary(error))
+        if skipped is not None:  # the first exception no longer holds the contender's memory here
+            raise skipped
         peak = f"{torch.cuda.max_memory_reserved() / 2**30:.2f}" if device.type == "cuda" else ""
     ms = median(values)
     return {
@@ -428,16 +436,16 @@ def turn(contender: str, work: Work, device: torch.device, round_: int) -> dict[
 
 
 def in_own_process(*arguments: Any) -> dict[str, Any]:
-    """`turn` in a fresh process."""
+    """Call `measure` in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         try:
-            return process.submit(turn, *arguments).result()
+            return process.submit(measure, *arguments).result()
         except BrokenProcessPool:
-            raise LeftOut("its process died") from None
+            raise Skipped("the process died") from None
 
 
 def with_bound(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds 3/8 of the supervised rate of the same set and round, and BYOL's share of it."""
+    """Add the bound, 3/8 of the supervised throughput in the same round, and the share of it."""
     rates = {(r["set"], r["round"]): float(r["images_per_s"]) for r in rows if r["contender"] == "supervised"}
     for row in rows:
         rate = rates.get((row["set"], row["round"]))
@@ -448,7 +456,7 @@ def with_bound(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def machine() -> dict[str, str]:
-    """Machine, versions and commit of every row; the load before the first measurement should be near 0."""
+    """Return the columns on machine, versions and commit. load_before should be near 0."""
     facts = environment.describe()
     names = ("fastbyol", "cpu", "gpu", "python", "torch", "torchvision", "timm", "numba", "triton")
     peers = {name: environment.installed(name) or "" for name in PACKAGES}
@@ -457,13 +465,13 @@ def machine() -> dict[str, str]:
 
 
 def print_summary(rows: list[dict[str, Any]]) -> None:
-    """Medians and ranges, and how many times as long as fastbyol's step, within the same round."""
+    """Print medians and ranges, and slowdowns relative to fastbyol within each round."""
     for name in dict.fromkeys(row["set"] for row in rows):
         print(name)
         times = results_csv.by_round([row for row in rows if row["set"] == name], "ms")
         for contender, ms in times.items():
             ratios = results_csv.ratios(ms, times.get("fastbyol", {}))
-            ratio = f"{results_csv.spread(ratios, 2)} times fastbyol's" if ratios else ""
+            ratio = f"slowdown {results_csv.spread(ratios, 2)}" if ratios else ""
             print(f"  {contender:<32} {results_csv.spread(list(ms.values()), 1):>26} ms  {ratio}")
         shares = [
             float(r["share_of_bound"])
@@ -472,7 +480,7 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
             if r["share_of_bound"]
         ]
         if shares:
-            print(f"  fastbyol's share of 3/8 of the supervised rate: {results_csv.spread(shares, 2)}")
+            print(f"  fastbyol / bound (3/8 of supervised): {results_csv.spread(shares, 2)}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -481,24 +489,24 @@ def parser() -> argparse.ArgumentParser:
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         choices=["cpu", "cuda"],
-        help="where it runs",
+        help="default: cuda if available",
     )
     options.add_argument(
-        "--sets", nargs="+", type=Work.parse, help=f"by default {SETS}; any ResNet, size and batch will do"
+        "--sets", nargs="+", type=Work.parse, help=f"workloads: any ResNet, size and batch (default: {SETS})"
     )
-    options.add_argument("--rounds", type=int, default=5, help="how often every contender has its turn")
-    options.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these contenders alone")
+    options.add_argument("--rounds", type=int, default=5, help="measurements of every contender")
+    options.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="measure only these contenders")
     options.add_argument(
         "--modes",
         action="store_true",
-        help="fastbyol's other modes too: compile, on a GPU eager and cuda_graph; on a CPU plain torch compiled as well",
+        help="add fastbyol's other step modes, and on a CPU plain torch compiled",
     )
-    options.add_argument("--out", type=Path, help="by default benchmarks/results/step_DEVICE.csv")
+    options.add_argument("--out", type=Path, help="default: benchmarks/results/step_DEVICE.csv")
     return options
 
 
 def device_of(name: str) -> torch.device:
-    """The device, or the end with one line where it is not there."""
+    """Return the device, or exit with an error if it is not available."""
     if name == "cuda" and not torch.cuda.is_available():
         parser().exit(2, "error: --device cuda: torch sees no CUDA device here\n")
     return torch.device(name)
@@ -510,20 +518,20 @@ def main() -> int:
     names = args.only or defaults(device, args.modes)
     for name in names:
         if not is_installed(name):
-            print(f"{name} is not installed here and is left out: make bench-setup")
+            print(f"{name} is not installed and is skipped: make bench-setup")
     names = [name for name in names if is_installed(name)]
     facts = machine()
-    measure = in_own_process if device.type == "cpu" else turn
+    function = in_own_process if device.type == "cpu" else measure
     out = args.out or results_csv.FOLDER / f"step_{device.type}.csv"
-    turns = Turns(out, lambda rows: [row | facts for row in with_bound(rows)])
+    runner = Runner(out, lambda rows: [row | facts for row in with_bound(rows)])
     for round_ in range(args.rounds):
         for work in args.sets or [Work.parse(text) for text in SETS[device.type]]:
             for name in names:
-                row = turns.take((work, name), f"{work}: {name}", partial(measure, name, work, device, round_))
+                row = runner.measure((work, name), f"{work}: {name}", partial(function, name, work, device, round_))
                 if row is not None:
                     print(f"round {round_}  {work}  {name:<32} {float(row['ms']):9.1f} ms", flush=True)
-    print_summary(turns.rows)
-    return turns.end()
+    print_summary(runner.rows)
+    return runner.finish()
 
 
 if __name__ == "__main__":

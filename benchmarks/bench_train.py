@@ -1,21 +1,25 @@
-"""Whole training, loader and step, from JPEG files on all cores: fastbyol against lightly's loop.
+"""Time end-to-end training from JPEG files on all cores: fastbyol against lightly.
 
-    make bench-train                                      # in the peers' environment
-    python benchmarks/bench_train.py --rounds 1 --seconds 5 --only fastbyol "lightly 1 thread" --out /tmp/train.csv
+    make bench-train                                      # in the environment with all peers
+    python benchmarks/bench_train.py --rounds 1 --seconds 5 --only fastbyol --out /tmp/train.csv
 
-Every measurement is a process of its own, and the contenders take turns (A B C A B C ...). All read the corpus of
-bench_loader.py with a warm page cache and train for some seconds; the first steps are not counted (worker start-up,
-compilation, filling of queues), and on a GPU its queue is waited for before and after. Ratios are within a round.
+Each measurement runs in its own process, and rounds are interleaved (A B C A B C ...). All
+contenders read the corpus of bench_loader.py from the page cache. The first steps (start of
+workers, compilation, prefetching) are not timed. On a GPU, the queue is synchronized before and
+after timing.
 
 Contenders:
-    fastbyol             data/native.py and step.py as they run by default: the loop of train.py without logs and evaluation
-    lightly              BYOLTransform in a DataLoader with one worker process per core, and the step of bench_step.py: float32, NCHW
-    lightly 1 thread     on the CPU: the same with one thread for the step, since the workers want the cores too
-    ... step alone       the same step on a batch that is already there: what the loader costs is the difference
+    fastbyol             data/native.py and step.py with their defaults: the loop of train.py
+                         without logging and evaluation
+    lightly              BYOLTransform in a DataLoader with one worker process per core, and the
+                         step in bench_step.py: float32, NCHW
+    lightly 1 thread     on a CPU: the same with one thread for the step, which leaves the cores to
+                         the workers
+    ... step only        the same step on a cached batch, without a loader
 
-Writes benchmarks/results/train_DEVICE.csv, one row per measurement, after each. A contender that fails is named and has no further
-turns; the exit code is then 1. `wait_share` is the part of the time for which the loop
-stood still for a batch, `share_of_step_alone` the rate beside that of the step alone in the same round.
+Writes benchmarks/results/train_DEVICE.csv after every measurement. The exit code is 1 if a
+contender failed. The column wait_share is the share of time in which the loop waits for a batch;
+share_of_step_only is the throughput relative to the step-only throughput in the same round.
 """
 
 import argparse
@@ -33,20 +37,20 @@ import bench_loader
 import bench_step
 import results_csv
 import torch
-import turns
 from bench_step import Work
+from runner import Runner, run_json
 
 from fastbyol.runtime import environment
 
 SETS = {"cpu": ["R18 96 px, batch 32"], "cuda": ["R50 224 px, batch 256"]}
 WARM_UP = {"cpu": 8, "cuda": 40}  # steps
-MIN_STEPS = 5  # of a measurement, however long they take
-ALONE = " step alone"
-Loop = tuple[Iterator[Any], Callable[[Any], object]]  # endless batches, and a step on one of them
+MIN_STEPS = 5  # per measurement
+STEP_ONLY = " step only"
+Loop = tuple[Iterator[Any], Callable[[Any], object]]  # infinite batches, and the step
 
 
 def fastbyol(work: Work, device: torch.device) -> Loop:
-    """The parts that train.py puts together."""
+    """Build loader and step as in train.py."""
     from fastbyol.config import DataConfig
     from fastbyol.data import build_loader, open_split
     from fastbyol.kernels import dispatch
@@ -60,7 +64,7 @@ def fastbyol(work: Work, device: torch.device) -> Loop:
 
 
 def lightly(work: Work, device: torch.device, threads: int | None = None) -> Loop:
-    """The loop of its example; `threads` of torch carry out the step on the CPU, by default one per core."""
+    """Build the loop of lightly's example. `threads` compute the step (default: one per core)."""
     if threads is not None:
         torch.set_num_threads(threads)
     trainer = bench_step.lightly(work, device)
@@ -71,11 +75,11 @@ def lightly(work: Work, device: torch.device, threads: int | None = None) -> Loo
         drop_last=True,
         num_workers=bench_loader.CORES,
     )
-    endless = itertools.chain.from_iterable(itertools.repeat(loader))
-    return endless, lambda batch: trainer.step(batch[0][0].to(device), batch[0][1].to(device))
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    return batches, lambda batch: trainer.step(batch[0][0].to(device), batch[0][1].to(device))
 
 
-def alone(contender: str, work: Work, device: torch.device) -> Loop:
+def step_only(contender: str, work: Work, device: torch.device) -> Loop:
     step = bench_step.prepare(contender, work, device)
     return itertools.repeat(None), lambda batch: step()
 
@@ -84,13 +88,13 @@ CONTENDERS: dict[str, Callable[[Work, torch.device], Loop]] = {
     "fastbyol": fastbyol,
     "lightly": lightly,
     "lightly 1 thread": lambda work, device: lightly(work, device, threads=1),
-    f"fastbyol{ALONE}": lambda work, device: alone("fastbyol", work, device),
-    f"lightly{ALONE}": lambda work, device: alone("lightly", work, device),
+    f"fastbyol{STEP_ONLY}": lambda work, device: step_only("fastbyol", work, device),
+    f"lightly{STEP_ONLY}": lambda work, device: step_only("lightly", work, device),
 }
 
 
 def measure(contender: str, work: Work, device: torch.device, seconds: float) -> None:
-    """Runs one contender in this process and prints a line of JSON."""
+    """Measure one contender in this process and print one line of JSON."""
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -109,33 +113,33 @@ def measure(contender: str, work: Work, device: torch.device, seconds: float) ->
     synchronize()
     elapsed = time.perf_counter() - began
     print(json.dumps({"steps": steps, "seconds": elapsed, "waited_s": waited}), flush=True)
-    os._exit(0)  # workers and threads are not waited for
+    os._exit(0)  # do not wait for workers and threads
 
 
 def run(contender: str, work: Work, device: torch.device, seconds: float) -> dict[str, float]:
-    """The JSON of a measurement in a process of its own."""
+    """Call `measure` in a new process and return its JSON."""
     command = [sys.executable, __file__, "--measure", contender, "--sets", str(work)]
     command += ["--device", device.type, "--seconds", str(seconds)]
-    return turns.result_of(command)
+    return run_json(command)
 
 
 def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds the share that the whole loop keeps of its step's own rate, within a round."""
+    """Add the throughput relative to the step-only throughput of the same round."""
     rates = {(r["set"], r["round"], r["contender"]): float(r["images_per_s"]) for r in rows}
     for row in rows:
-        rate = rates.get((row["set"], row["round"], row["contender"] + ALONE))
-        row["share_of_step_alone"] = f"{float(row['images_per_s']) / rate:.3f}" if rate else ""
+        rate = rates.get((row["set"], row["round"], row["contender"] + STEP_ONLY))
+        row["share_of_step_only"] = f"{float(row['images_per_s']) / rate:.3f}" if rate else ""
     return rows
 
 
 def print_summary(rows: list[dict[str, Any]]) -> None:
-    """Medians and ranges, and fastbyol's rate over the others' within a round."""
+    """Print medians and ranges, and slowdowns relative to fastbyol within each round."""
     for name in dict.fromkeys(row["set"] for row in rows):
         print(name)
         rates = results_csv.by_round([row for row in rows if row["set"] == name], "images_per_s")
         for contender, own in rates.items():
             ratios = results_csv.ratios(rates.get("fastbyol", {}), own)
-            ratio = f"fastbyol / it {results_csv.spread(ratios, 2)}" if ratios else ""
+            ratio = f"slowdown {results_csv.spread(ratios, 2)}" if ratios else ""
             print(f"  {contender:<22} {results_csv.spread(list(own.values()), 1):>22} images/s  {ratio}")
 
 
@@ -145,13 +149,13 @@ def parser() -> argparse.ArgumentParser:
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         choices=["cpu", "cuda"],
-        help="where it runs",
+        help="default: cuda if available",
     )
-    options.add_argument("--sets", nargs="+", type=Work.parse, help=f"by default {SETS}")
+    options.add_argument("--sets", nargs="+", type=Work.parse, help=f"workloads (default: {SETS})")
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--seconds", type=float, default=30, help="of each measurement")
+    options.add_argument("--seconds", type=float, default=30, help="duration of a measurement")
     options.add_argument("--only", nargs="+", choices=list(CONTENDERS))
-    options.add_argument("--out", type=Path, help="by default benchmarks/results/train_DEVICE.csv")
+    options.add_argument("--out", type=Path, help="default: benchmarks/results/train_DEVICE.csv")
     options.add_argument("--measure", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     return options
 
@@ -164,14 +168,14 @@ def main() -> int:
         measure(args.measure, sets[0], device, args.seconds)
     names = args.only or [name for name in CONTENDERS if device.type == "cpu" or name != "lightly 1 thread"]
     for name in (n for n in names if not bench_step.is_installed(n.split()[0])):
-        print(f"{name} is not installed here and is left out: make bench-setup")
+        print(f"{name} is not installed and is skipped: make bench-setup")
     names = [name for name in names if bench_step.is_installed(name.split()[0])]
     bench_loader.prepare_corpus()
     for path in sorted((bench_loader.CORPUS / "train").rglob("*.jpg")):
-        path.read_bytes()  # into the page cache
+        path.read_bytes()  # fills the page cache
     facts = bench_step.machine() | {name: environment.installed(name) or "" for name in ("simplejpeg", "pillow")}
     out = args.out or results_csv.FOLDER / f"train_{device.type}.csv"
-    taken = turns.Turns(out, lambda rows: [row | facts for row in with_shares(rows)])
+    runner = Runner(out, lambda rows: [row | facts for row in with_shares(rows)])
 
     def row_of(name: str, work: Work, round_: int) -> dict[str, Any]:
         result = run(name, work, device, args.seconds)
@@ -184,11 +188,11 @@ def main() -> int:
     for round_ in range(args.rounds):
         for work in sets:
             for name in names:
-                row = taken.take((work, name), f"{work}: {name}", partial(row_of, name, work, round_))
+                row = runner.measure((work, name), f"{work}: {name}", partial(row_of, name, work, round_))
                 if row is not None:
                     print(f"round {round_}  {work}  {name:<22} {float(row['images_per_s']):8.1f} images/s", flush=True)
-    print_summary(taken.rows)
-    return taken.end()
+    print_summary(runner.rows)
+    return runner.finish()
 
 
 if __name__ == "__main__":

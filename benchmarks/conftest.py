@@ -1,4 +1,4 @@
-"""Turns what pytest-benchmark measures into result files: one CSV per benchmark and device, one row per measurement."""
+"""Write pytest-benchmark's measurements to result files: one CSV per benchmark and device."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -17,10 +17,10 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rounds", type=int, default=ROUNDS, help="how often every contender has its turn")
+    parser.addoption("--rounds", type=int, default=ROUNDS, help="measurements of every contender")
     parser.addoption("--devices", nargs="+", default=DEVICES, choices=["cpu", "cuda"])
-    parser.addoption("--results", type=Path, default=results_csv.FOLDER, help="folder of the result files")
-    parser.addoption("--views", type=int, help="how many views bench_augment.py augments; by default 32, on a GPU 512")
+    parser.addoption("--results", type=Path, default=results_csv.FOLDER, help="folder for the result files")
+    parser.addoption("--views", type=int, help="views in bench_augment.py (default: 32, on a GPU 512)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The rounds go outermost, so that the contenders take turns (A B C A B C ...)."""
+    """Parametrize rounds and devices."""
     if "turn" in metafunc.fixturenames:
         metafunc.parametrize("turn", range(metafunc.config.getoption("rounds")), ids=lambda k: f"round{k}")
     if "device" in metafunc.fixturenames:
@@ -36,6 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Interleave the contenders (A B C A B C ...), so that drift of the machine affects all equally.
     items.sort(key=lambda item: item.callspec.params["turn"])
     if "cuda" in config.getoption("devices") and not torch.cuda.is_available() and not config.option.collectonly:
         raise pytest.UsageError("--devices cuda: torch sees no CUDA device here")
@@ -43,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Writes all rows so far after every measurement, so that a run that is killed loses one at most."""
+    """Write all rows after every measurement, so that a killed run loses at most one."""
     yield
     measured = item.funcargs["benchmark"].stats
     if measured is not None:  # not with --benchmark-disable
@@ -63,7 +64,10 @@ def _machine() -> dict[str, str]:
 
 
 def _record(config: pytest.Config, stem: str, info: dict[str, Any], seconds: list[float]) -> None:
-    """Adds a row and writes NAME_DEVICE.csv; `share_of_copy` is the bandwidth over that of the copy in the same round."""
+    """Add a row and write NAME_DEVICE.csv.
+
+    The column share_of_copy is the bandwidth relative to the copy in the same round.
+    """
     ms = 1e3 * median(seconds) / info["calls"]
     row = {key: info[key] for key in ("round", "set", "contender")}
     row |= {"ms": f"{ms:.4f}", "n": len(seconds) * info["calls"], "bytes": info["bytes"]}

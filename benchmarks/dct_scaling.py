@@ -1,9 +1,9 @@
-"""What data.dct_scaling changes: how many images it decodes smaller, and by how much their views differ.
+"""Measure how many images data.dct_scaling decodes at a reduced size, and how their views change.
 
     python benchmarks/dct_scaling.py
 
-Runs the loader with and without the option over the same images of the loader benchmark's corpus and compares the views
-before normalization, in 255ths. Writes benchmarks/results/dct_scaling.csv.
+Loads the same images of bench_loader.py's corpus with and without the option, and compares the
+views before normalization, in units of 1/255. Writes benchmarks/results/dct_scaling.csv.
 """
 
 import subprocess

@@ -1,9 +1,10 @@
-"""The demo with three seeds: is the one that ships a lucky one?
+"""Run the demo with three seeds, to measure how much its results depend on the seed.
 
     python benchmarks/demo_seeds.py [--seeds 0 1 2]
 
-Runs `fastbyol train --config configs/demo.yaml --seed S` and both evaluations for each seed, on one corpus, and writes
-one row per seed to benchmarks/results/demo_seeds.csv. Takes about 3 minutes a seed on two cores.
+For each seed, runs `fastbyol train --config configs/demo.yaml --seed S` and both evaluations on the
+same corpus. Writes one row per seed to benchmarks/results/demo_seeds.csv. A seed takes about 3
+minutes on two cores.
 """
 
 import argparse

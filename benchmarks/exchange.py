@@ -1,11 +1,12 @@
-"""What GPUs would have to send each other: an estimate on paper, from the model's own tensors and published link rates.
+"""Estimate the communication between GPUs from the model's tensors and published link rates.
 
     python benchmarks/exchange.py [--batch 4096] [--gpus 1 8 64 512] [--rate a100-80=1100]
 
-Nothing here is measured; fastbyol/plan.py has the formulas and the sources. What a GPU computes per second is by default the bound of BYOL R50, 3/8
-of a published supervised rate: faster computing than anybody's, so that less can hide behind it.
+Nothing is measured. fastbyol/tools/plan.py contains the formulas and sources. The default compute
+rate of a GPU is the bound of BYOL with a ResNet-50, 3/8 of a published supervised rate. No
+implementation computes faster, so the estimated overlap with communication is a lower bound.
 
-Writes benchmarks/results/exchange.csv, every row marked as an estimate.
+Writes benchmarks/results/exchange.csv; every row is marked as an estimate.
 """
 
 import argparse
@@ -24,7 +25,7 @@ RESULT = results_csv.FOLDER / "exchange.csv"
 
 
 def counts_of(backbone: str, size: int) -> Counts:
-    """Of the pair with that backbone."""
+    """Count the tensors of the online and target network with a backbone."""
     return count(meta_model(Config(data=DataConfig(image_size_px=size), model=ModelConfig(backbone=backbone))))
 
 
@@ -38,50 +39,53 @@ def estimate(
     gradient_dtype: str,
     latency_us: tuple[float, float] = LATENCY_US,
 ) -> dict[str, Any]:
-    """A row: bytes and times of one optimizer step, per GPU.
+    """Return a row: bytes and times of one optimizer step, per GPU.
 
     Args:
-        gpus: n, in one ring.
-        batch: images of a step, over all GPUs.
-        images_per_s: what one GPU computes.
-        latency_us: of a collective within a node and beyond it.
+        counts: Sizes of the model's tensors.
+        gpu: Type of GPU and its links.
+        gpus: Number of GPUs in one ring.
+        batch: Images per step, over all GPUs.
+        images_per_s: Compute rate of one GPU.
+        gradient_dtype: Key of GRADIENT_BYTES.
+        latency_us: Latency of a collective within a node and between nodes.
     """
     step_ms = 1e3 * batch / gpus / images_per_s
     backward_ms = step_ms * BACKWARD_SHARE
     sent = exchange(
         counts, gpu, gpus=gpus, backward_ms=backward_ms, gradient_dtype=gradient_dtype, latency_us=latency_us
     )
-    several = sent.link is not None
+    communicates = sent.link is not None
     return {
         "kind": "estimate",
         "gpus": gpus,
         "images_per_gpu": batch // gpus,
         "gradient_dtype": gradient_dtype,
-        "gradient_bytes": GRADIENT_BYTES[gradient_dtype] * counts.gradient_values if several else 0,
+        "gradient_bytes": GRADIENT_BYTES[gradient_dtype] * counts.gradient_values if communicates else 0,
         "gradient_bytes_sent": sent.gradient_bytes_sent,
-        "syncbn_bytes": counts.syncbn_bytes if several else 0,
+        "syncbn_bytes": counts.syncbn_bytes if communicates else 0,
         "syncbn_bytes_sent": sent.syncbn_bytes_sent,
-        "syncbn_collectives": counts.collectives if several else 0,
-        "link": sent.link.name if several else "",
-        "link_gb_per_s_one_way": f"{sent.link.gb_per_s:g}" if several else "",
+        "syncbn_collectives": counts.collectives if communicates else 0,
+        "link": sent.link.name if communicates else "",
+        "link_gb_per_s_one_way": f"{sent.link.gb_per_s:g}" if communicates else "",
         "gradient_link_ms": f"{sent.gradient_ms:.3f}",
         "syncbn_link_ms": f"{sent.syncbn_ms:.4f}",
-        "assumed_latency_us": f"{latency_us[gpus > NODE]:g}" if several else "",
+        "assumed_latency_us": f"{latency_us[gpus > NODE]:g}" if communicates else "",
         "syncbn_latency_ms": f"{sent.latency_ms:.2f}",
         "images_per_s_per_gpu": f"{images_per_s:.0f}",
         "step_ms": f"{step_ms:.2f}",
         "backward_ms": f"{backward_ms:.2f}",
-        "gradient_share_hidden": f"{min(1.0, backward_ms / sent.gradient_ms):.3f}" if several else "",
+        "gradient_share_hidden": f"{min(1.0, backward_ms / sent.gradient_ms):.3f}" if communicates else "",
         "exposed_ms": f"{sent.exposed_ms:.2f}",
-        "link_source": sent.link.source if several else "",
+        "link_source": sent.link.source if communicates else "",
     }
 
 
 def rate(text: str) -> tuple[str, float]:
-    """NAME=IMAGES_PER_S."""
+    """Parse NAME=IMAGES_PER_S."""
     name, _, value = text.partition("=")
     if name not in GPUS:
-        raise argparse.ArgumentTypeError(f"{text!r}: no such GPU, one of {', '.join(GPUS)}")
+        raise argparse.ArgumentTypeError(f"{text!r}: unknown GPU; expected one of {', '.join(GPUS)}")
     return name, float(value)
 
 
@@ -89,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="pixels")
-    parser.add_argument("--batch", type=int, default=4096, help="images of an optimizer step over all GPUs")
+    parser.add_argument("--batch", type=int, default=4096, help="images per optimizer step over all GPUs")
     parser.add_argument("--gpu", nargs="+", choices=list(GPUS), default=["a100-80", "h100"])
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument(
@@ -97,10 +101,14 @@ def main() -> None:
         type=rate,
         action="append",
         default=[],
-        help="NAME=X: this GPU does BYOL at X images/s, not at its bound",
+        help="NAME=X: BYOL runs at X images/s on this GPU (default: its bound)",
     )
     parser.add_argument(
-        "--latency-us", type=float, nargs=2, default=LATENCY_US, help="of a collective: within a node, beyond it"
+        "--latency-us",
+        type=float,
+        nargs=2,
+        default=LATENCY_US,
+        help="latency of a collective within a node and between nodes",
     )
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()

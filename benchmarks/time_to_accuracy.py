@@ -1,21 +1,25 @@
-"""Wall time and accuracy of whole training runs: Fashion-MNIST, equal epochs, the same backbone, fastbyol against lightly's BYOL.
+"""Compare wall time and accuracy of training runs on Fashion-MNIST: fastbyol against lightly's BYOL.
 
-    make bench-accuracy                                    # in the peers' environment
+    make bench-accuracy                                    # in the environment with all peers
     python benchmarks/time_to_accuracy.py --seeds 0 --epochs 2 --out /tmp/accuracy.csv
 
-Both train configs/fashion_mnist.yaml's network (the same timm module, heads of the same width) on the same 10,000 PNG files
-for as many epochs of as many images a batch, and start with weights drawn from the same seed. Every run is a process of its own;
-contenders take turns. The clock runs from the first request for a batch to the last step, loader start-up included; importing, building
-networks and compiling kernels for the first time on a machine is not counted. Afterwards one and the same weighted kNN classifies the
-2,000 first validation images by the features of each backbone in evaluation mode, float32.
+Both train the network of configs/fashion_mnist.yaml (the same timm module, heads of equal width) on
+the same 10,000 PNG files, for equal epochs and batch sizes, from weights drawn from the same seed.
+Each run has its own process, and contenders are interleaved. Timing starts with the first request
+for a batch (start of the loader included) and ends with the last step; imports, model construction
+and first-time compilation of kernels are excluded. Afterwards, the same weighted kNN classifies the
+first 2,000 validation images from the features of each backbone in eval mode, float32.
 
 Contenders:
-    fastbyol    data/native.py and step.py as `fastbyol train` runs them: LARS, the schedules of the config, bfloat16 where the processor has it
-    lightly     its BYOLTransform for this size in a DataLoader with one worker process per core, its heads, loss and update_momentum;
-                SGD with momentum and a cosine, target decay from 0.99 to 1 by a cosine, float32, as in its documentation's example
+    fastbyol    data/native.py and step.py as in `fastbyol train`: LARS, the config's schedules,
+                bfloat16 if the CPU supports it
+    lightly     its BYOLTransform for this image size in a DataLoader with one worker process per
+                core, its heads, loss and update_momentum; SGD with momentum and cosine decay,
+                target decay from 0.99 to 1 on a cosine schedule, float32, as in the example of its
+                documentation
 
-`--base_lrs` gives each contender the learning rate per 256 images; the defaults are the best of the sweep in LOG.md, the same
-number of rates for both. Writes benchmarks/results/accuracy.csv.
+`--base_lrs` sets the learning rates per 256 images. The defaults are the best of the sweep in
+LOG.md, which has equally many rates for both. Writes benchmarks/results/accuracy.csv.
 """
 
 import argparse
@@ -55,10 +59,10 @@ BASE_LRS = {"fastbyol": 4.0, "lightly": 0.6}
 Trained = tuple[nn.Module, float]  # backbone, seconds
 
 
-def checkpoint_config(root: Path, seed: int, epochs: int, base_lr: float) -> Config:
-    """configs/fashion_mnist.yaml with these values."""
-    words = ["--config", str(ROOT / "configs" / "fashion_mnist.yaml"), "--data.root", str(root), "--seed", str(seed)]
-    return train_config([*words, "--optim.epochs", str(epochs), "--optim.base_lr", str(base_lr)])
+def run_config(root: Path, seed: int, epochs: int, base_lr: float) -> Config:
+    """Return configs/fashion_mnist.yaml with the given values."""
+    options = ["--config", str(ROOT / "configs" / "fashion_mnist.yaml"), "--data.root", str(root), "--seed", str(seed)]
+    return train_config([*options, "--optim.epochs", str(epochs), "--optim.base_lr", str(base_lr)])
 
 
 def fastbyol(config: Config) -> Trained:
@@ -109,17 +113,17 @@ CONTENDERS: dict[str, Callable[[Config], Trained]] = {"fastbyol": fastbyol, "lig
 
 
 def measure(contender: str, config: Config) -> None:
-    """Trains and classifies in this process and prints a line of JSON."""
+    """Train and classify in this process, and print one line of JSON."""
     backbone, seconds = CONTENDERS[contender](config)
     options = {"size": config.data.image_size_px, "device": CPU, "dtype": torch.float32, "threads": 0}
     train, val = (extract(backbone, open_split(config.data.root, split), **options) for split in ("train", "val"))
     accuracy = knn_accuracy(train, val, k=config.knn.k, temperature=config.knn.temperature)
     print(json.dumps({"seconds": seconds, **accuracy}), flush=True)
-    os._exit(0)  # workers are not waited for
+    os._exit(0)  # do not wait for workers
 
 
 def run(contender: str, root: Path, seed: int, epochs: int, base_lr: float) -> dict[str, float]:
-    """The JSON of a run in a process of its own."""
+    """Call `measure` in a new process and return its JSON."""
     command = [sys.executable, __file__, "--measure", contender, "--root", str(root), "--seeds", str(seed)]
     command += ["--epochs", str(epochs), "--base_lrs", str(base_lr), str(base_lr)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -129,7 +133,7 @@ def run(contender: str, root: Path, seed: int, epochs: int, base_lr: float) -> d
 
 
 def print_summary(rows: list[dict[str, Any]]) -> None:
-    """Seconds and kNN of each, and both as fastbyol against lightly with the same seed."""
+    """Print seconds and kNN accuracy of both, and the ratios of times for equal seeds."""
     by = {name: {r["seed"]: r for r in rows if r["contender"] == name} for name in CONTENDERS}
     for name, own in by.items():
         if not own:
@@ -148,13 +152,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--base_lrs", type=float, nargs=2, default=list(BASE_LRS.values()), metavar=tuple(CONTENDERS))
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--root", type=Path, help="the corpus; by default it is made")
+    parser.add_argument("--root", type=Path, help="the corpus (default: generated)")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--measure", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     base_lrs = dict(zip(CONTENDERS, args.base_lrs, strict=True))
     if args.measure:
-        measure(args.measure, checkpoint_config(args.root, args.seeds[0], args.epochs, base_lrs[args.measure]))
+        measure(args.measure, run_config(args.root, args.seeds[0], args.epochs, base_lrs[args.measure]))
     with tempfile.TemporaryDirectory() as temporary:
         root = args.root or Path(temporary) / "fashion-mnist"
         if args.root is None:

@@ -1,4 +1,4 @@
-"""One way to time a contender: warm up, then rounds of a few calls each, with the device's work waited for."""
+"""Timing of kernels with pytest-benchmark: warm-up, then repeated and synchronized calls."""
 
 import time
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-MOST_CALLS = {"cpu": 1, "cuda": 20}  # of a round; a GPU's queue fills only where several are sent
-ROUND_S = 0.2  # as many calls as fit, at least one: what takes long needs no second
+MAX_CALLS = {"cpu": 1, "cuda": 20}  # per measurement; a single call does not fill a GPU's queue
+TARGET_S = 0.2  # duration of a measurement
 
 
 def measure(
@@ -20,16 +20,20 @@ def measure(
     contender: str,
     moved: int,
 ) -> None:
-    """Times `call`.
+    """Time `call` and record its row.
 
     Args:
-        turn: number of this round.
-        set_name: what it works on.
-        moved: bytes that a call must read and write; of contenders that move more, what they would have to.
+        benchmark: Fixture of pytest-benchmark.
+        call: The operation.
+        device: "cpu" or "cuda".
+        turn: Index of the round.
+        set_name: Workload.
+        contender: Implementation.
+        moved: Minimum number of bytes that the operation reads and writes.
     """
-    for _ in range(2):  # compiles, allocates
+    for _ in range(2):  # compiles and allocates
         seconds = _seconds(call, device)
-    calls = calls_of_a_round(seconds, device)
+    calls = calls_per_measurement(seconds, device)
 
     def run() -> None:
         for _ in range(calls):
@@ -43,9 +47,9 @@ def measure(
     benchmark.pedantic(run, warmup_rounds=1 if calls > 1 else 0, rounds=7, iterations=1)
 
 
-def calls_of_a_round(seconds: float, device: str) -> int:
-    """How many calls that take so long each."""
-    return max(1, min(MOST_CALLS[device], int(ROUND_S / max(seconds, 1e-9))))
+def calls_per_measurement(seconds: float, device: str) -> int:
+    """Return how many calls of the given duration make up one measurement."""
+    return max(1, min(MAX_CALLS[device], int(TARGET_S / max(seconds, 1e-9))))
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:

@@ -1,14 +1,16 @@
-"""What every variant of docs/variants.md learns: the demo corpus and Fashion-MNIST, three seeds, kNN and linear probe.
+"""Measure the accuracy of every variant in docs/variants.md on two corpora, with three seeds.
 
-    python benchmarks/variants.py [--corpora photos fashion-mnist] [--seeds 0 1 2] [--only SimSiam ...]
+    python benchmarks/variants.py [--corpora photos fashion-mnist] [--seeds 0 1 2] [--only LayerNorm ...]
 
-Every row of benchmarks/results/variants.csv is the command that stands in it, then `fastbyol eval knn` and `eval linear`. Rows that are
-there are kept and not measured again, so a run that was cut goes on where it was; `--fresh` starts anew. Accuracy does not depend
-on what else the machine does; a row's seconds do, and are no measurement of speed.
+Each row of benchmarks/results/variants.csv contains its command; `fastbyol eval knn` and `eval
+linear` follow it. Existing rows are kept, so an interrupted run continues; `--fresh` measures all
+again. Accuracy does not depend on the load of the machine. The column `seconds` does, and is not a
+benchmark.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import shlex
 import subprocess
@@ -29,7 +31,8 @@ from fastbyol.evaluate.features import open_splits
 from fastbyol.evaluate.finetune import finetune
 from fastbyol.layers import set_num_views
 from fastbyol.runtime import environment
-from fastbyol.weights.load import load_backbone, save_backbone
+from fastbyol.weights.files import save_backbone
+from fastbyol.weights.load import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = results_csv.FOLDER / "variants.csv"
@@ -43,20 +46,20 @@ CORPORA = {
     ),
 }  # config, arguments of `prepare`, epochs
 
-SUPERVISED = "supervised weights alone"
+SUPERVISED = "supervised weights only"
 START = "supervised start, linear heads, MSE, Adam 1e-4, batch 32"
 VARIANTS: dict[str, str] = {
     "BYOL": "",
-    "BatchNorm of each rank, 2 ranks": "--distributed.sync_bn_ranks 1",
+    "per-rank BatchNorm, 2 ranks": "--distributed.sync_bn_ranks 1",
     "LayerNorm": "--model.norm layer",
     "GroupNorm": "--model.norm group",
     "GroupNorm, weight standardization": "--model.norm group --model.weight_standardization true",
     "Euclidean distance": "--model.loss euclidean",
     "mean squared error": "--model.loss mse",
-    "hinge on the distance": "--model.loss hinge",
+    "hinge loss": "--model.loss hinge",
     "feature noise": "--model.feature_noise 0.5 --data.augmentation none",
     "linear heads": "--model.heads linear",
-    "SimSiam: no moving target": "--model.target online",
+    "SimSiam (no EMA target)": "--model.target online",
     "contrastive term, beta 0.5": "--model.contrastive_weight 0.5",
     "InfoNCE, beta 1": "--model.contrastive_weight 1",
     "masked patches, 30 %": "--model.mask_ratio 0.3 --model.mask_patch_px 7",
@@ -66,11 +69,11 @@ VARIANTS: dict[str, str] = {
 
 UNTRAINED = {"untrained network": "BYOL"} | {
     f"untrained network, {name}": name for name in ("LayerNorm", "GroupNorm", "GroupNorm, weight standardization")
-}  # title -> the variant whose run starts from it
+}  # title -> variant that starts from it
 
 
 def prepare(corpus: str, data: Path) -> Path:
-    """The corpus, made once."""
+    """Return the folder of a corpus, which is generated if missing."""
     root = data / corpus
     if not root.exists():
         kind, *rest = CORPORA[corpus][1]
@@ -79,14 +82,14 @@ def prepare(corpus: str, data: Path) -> Path:
 
 
 def arguments(corpus: str, variant: str, seed: int, root: str, weights: str) -> list[str]:
-    """Of `fastbyol train`, as they stand in the result file."""
+    """Return the arguments of `fastbyol train`."""
     (config,), _, epochs = CORPORA[corpus]
     common = f"--config {config} --data.root {root} --optim.epochs {epochs} --knn.every_epochs 0 --seed {seed}"
     return shlex.split(f"{common} {VARIANTS[variant].format(weights=weights)}")
 
 
 def measure(corpus: str, variant: str, seed: int, root: Path, runs: Path, weights: Path) -> dict[str, str]:
-    """One row: trains and evaluates."""
+    """Train and evaluate a variant, and return its row."""
     run = run_of(corpus, variant, seed, runs)
     given = [
         "train",
@@ -120,22 +123,22 @@ def _evaluated(protocol: str, run: Path, *options: str) -> dict[str, Any]:
 
 
 def untrained(corpus: str, title: str, seed: int, runs: Path) -> dict[str, str]:
-    """The baseline that both protocols report for a variant's run."""
+    """Return the row of the untrained network that both evaluations report for a variant's run."""
     run = run_of(corpus, UNTRAINED[title], seed, runs)
-    row = {"command": f"fastbyol eval knn --run RUN, of the row {UNTRAINED[title]!r}", "seconds": "0"}
+    row = {"command": f"fastbyol eval knn --run RUN (RUN of row {UNTRAINED[title]!r})", "seconds": "0"}
     for protocol in ("knn", "linear"):
         result = _evaluated(protocol, run)
         row[f"{protocol}_top1"] = f"{result['rows'][UNTRAINED_ROW]['top1']:.4f}"
     return row
 
 
-def checkpoint_config(corpus: str, root: Path, seed: int) -> Config:
+def byol_config(corpus: str, root: Path, seed: int) -> Config:
     return cli.train_config(arguments(corpus, "BYOL", seed, str(root), ""))
 
 
 def supervised_weights(corpus: str, root: Path, out: Path, seed: int, epochs: int) -> None:
-    """A network of the corpus's config trained on its labels from random weights, as a file for --init."""
-    config = checkpoint_config(corpus, root, seed)
+    """Train the corpus's network on its labels from random weights, and save it for --init."""
+    config = byol_config(corpus, root, seed)
     options = KnnEval(run="x", device="cpu")
     frame, splits = eval_context(config, options, print), open_splits(options, config)
     backbone = _backbone(config)
@@ -145,11 +148,11 @@ def supervised_weights(corpus: str, root: Path, out: Path, seed: int, epochs: in
 
 
 def evaluate_weights(corpus: str, root: Path, weights: Path, seed: int) -> dict[str, str]:
-    """What the supervised start is worth before BYOL."""
-    config = checkpoint_config(corpus, root, seed)
+    """Return the row of the supervised weights before BYOL training."""
+    config = byol_config(corpus, root, seed)
     backbone = _backbone(config)
     load_backbone(str(weights), backbone, config.model.backbone)
-    row = {"command": "the weights that the row below starts from, not trained further", "seconds": "0"}
+    row = {"command": "initial weights of the next row, without BYOL training", "seconds": "0"}
     for protocol, kind in (("knn", KnnEval), ("linear", LinearEval)):
         options = kind(run="x", device="cpu")
         data, frame = open_splits(options, config), eval_context(config, options, print)
@@ -159,13 +162,13 @@ def evaluate_weights(corpus: str, root: Path, weights: Path, seed: int) -> dict[
 
 
 def _backbone(config: Config) -> torch.nn.Module:
-    """With random weights, for plain batches."""
+    """Build a backbone with random weights, for batches of one view."""
     backbone = build_model(config.model, config.data.image_size_px, config.seed).online.backbone
     return set_num_views(backbone, 1).to(memory_format=torch.channels_last)
 
 
 def run_of(corpus: str, variant: str, seed: int, runs: Path) -> Path:
-    """A row's run."""
+    """Return the folder of a row's run."""
     return runs / f"{corpus}-{list(VARIANTS).index(variant)}-{seed}"
 
 
@@ -174,14 +177,36 @@ def _run(given: list[str]) -> None:
         sys.exit(f"fastbyol {shlex.join(given)}: exit code {code}")
 
 
+def default_rows() -> list[str]:
+    """Return the names of all rows in the order of the result file."""
+    starts = {variant: title for title, variant in UNTRAINED.items()}
+    variants = [variant for variant in VARIANTS if variant != START]
+    pairs = ((name, starts[name]) if name in starts else (name,) for name in variants)
+    return [*itertools.chain.from_iterable(pairs), SUPERVISED, START]
+
+
+def measure_row(corpus: str, name: str, seed: int, roots: dict[str, Path], work: Path) -> dict[str, str]:
+    """Measure a variant, an untrained network or the supervised weights."""
+    if name in UNTRAINED:
+        return untrained(corpus, name, seed, work / "runs")
+    other = next(key for key in CORPORA if key != corpus)
+    weights = work / f"{other}-as-{corpus}-{seed}.safetensors"
+    if name in (SUPERVISED, START) and not weights.exists():
+        # The other corpus's images, with this corpus's network and image size.
+        supervised_weights(corpus, roots[other], weights, seed, epochs=CORPORA[other][2])
+    if name == SUPERVISED:
+        return evaluate_weights(corpus, roots[corpus], weights, seed)
+    return measure(corpus, name, seed, roots[corpus], work / "runs", weights)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpora", nargs="+", choices=list(CORPORA), default=list(CORPORA))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=[*VARIANTS, *UNTRAINED, SUPERVISED])
-    parser.add_argument("--work", type=Path, help="folder for corpora and runs; by default a temporary one")
+    parser.add_argument("--work", type=Path, help="folder for corpora and runs (default: temporary)")
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--fresh", action="store_true", help="measure rows again that are there")
+    parser.add_argument("--fresh", action="store_true", help="measure existing rows again")
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="fastbyol-variants-"))
     (work / "data").mkdir(parents=True, exist_ok=True)
@@ -191,26 +216,13 @@ def main() -> None:
             rows = list(csv.DictReader(file))
     done = {(row["corpus"], row["variant"], int(row["seed"])) for row in rows}
     facts = {key: environment.describe()[key] for key in ("fastbyol", "cpu", "python", "torch", "timm")}
-    starts = {variant: [title] for title, variant in UNTRAINED.items()}
-    names = args.only or [n for variant in list(VARIANTS)[:-1] for n in (variant, *starts.get(variant, []))]
-    names += [] if args.only else [SUPERVISED, START]
     roots = {corpus: prepare(corpus, work / "data") for corpus in CORPORA}
     for seed in args.seeds:
         for corpus in args.corpora:
-            other = next(name for name in CORPORA if name != corpus)
-            for name in names:
+            for name in args.only or default_rows():
                 if (corpus, name, seed) in done:
                     continue
-                weights = work / f"{other}-as-{corpus}-{seed}.safetensors"
-                if name in (SUPERVISED, START) and not weights.exists():
-                    # The other corpus's pictures, in this corpus's network and size.
-                    supervised_weights(corpus, roots[other], weights, seed, epochs=CORPORA[other][2])
-                if name in UNTRAINED:
-                    row = untrained(corpus, name, seed, work / "runs")
-                elif name == SUPERVISED:
-                    row = evaluate_weights(corpus, roots[corpus], weights, seed)
-                else:
-                    row = measure(corpus, name, seed, roots[corpus], work / "runs", weights)
+                row = measure_row(corpus, name, seed, roots, work)
                 rows.append({"corpus": corpus, "variant": name, "seed": seed, **row, **facts})
                 results_csv.write(args.out, rows)
                 print(f"{corpus}  {name}  seed {seed}: kNN {row['knn_top1']}, linear {row['linear_top1']}", flush=True)

@@ -436,7 +436,7 @@ def _report(call: Call) -> int:
 def _export(call: Call) -> int:
     from fastbyol.weights.export import export
 
-    say(export(call.options.checkpoint, call.options.format, call.options.out, say))
+    say(export(call.options.checkpoint, call.options.format, call.options.out))
     return 0
 
 

@@ -24,7 +24,7 @@ from fastbyol.evaluate.features import extract_features, feature_count, open_spl
 from fastbyol.evaluate.knn import top_accuracies
 from fastbyol.evaluate.protocol import EvalContext, Protocol, Row
 from fastbyol.precision import autocast
-from fastbyol.weights.load import check_new, save_backbone
+from fastbyol.weights.files import check_new, save_backbone
 
 _MOMENTUM = 0.9
 _HOLDOUT = 0.2

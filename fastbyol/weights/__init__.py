@@ -1,1 +1,1 @@
-"""Backbone weights in and out: other libraries' formats, and export."""
+"""Backbone weights: loading from timm, torchvision and fastbyol, and export."""

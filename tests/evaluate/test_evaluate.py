@@ -730,7 +730,7 @@ def test_the_finetuned_backbone_is_saved_for_init_and_not_twice(run, make_config
     file = tmp_path / "tuned.safetensors"
     options = FinetuneEval(run=str(run), epochs=1, batch_size=24, save=str(file))
     evaluate("finetune", options, print)
-    with pytest.raises(InputError, match=r"^save .*tuned.safetensors exists; it is not overwritten"):
+    with pytest.raises(InputError, match=r"^save .*tuned.safetensors: already exists"):
         evaluate("finetune", options, print)
     config = make_config(name="from", init=str(file), optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})
     started = train(config).folder

@@ -113,7 +113,7 @@ def test_an_evaluation_says_what_it_says_on_a_cpu(trained, tmp_path, name, kind,
 def test_an_exported_backbone_gives_the_run_s_features(trained, tmp_path, form):
     """On the GPU and on the CPU, to a thousandth of the largest: cuDNN may take Winograd's convolutions, which round more."""
     out = tmp_path / {"safetensors": "b.safetensors", "torchvision": "b.pth"}[form]
-    export(trained.folder, form, out, silent)
+    export(trained.folder, form, out)
     backbone = open_backbone(out) if form == "safetensors" else torchvision.models.resnet18()
     if form == "torchvision":
         backbone.fc = torch.nn.Identity()

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: every contender trains, and the estimate of the exchange counts every tensor."""
+"""Benchmarks: contenders train, failures are handled, tables and estimates are correct."""
 
 import dataclasses
 import math
@@ -12,10 +12,11 @@ import exchange
 import pytest
 import readme_tables
 import results_csv
+import runner
 import timing
 import torch
 import torchvision
-import turns
+import variants
 
 from fastbyol.tools import plan
 
@@ -32,29 +33,28 @@ CONTENDERS = [
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-def test_two_steps_of_a_contender_train_it(contender: str):
+def test_contender_trains_in_two_steps(contender: str):
     if not bench_step.is_installed(contender):
-        pytest.skip(f"{contender} is not installed here: make bench-setup")
-    with bench_step.own_turn(CPU):
+        pytest.skip(f"{contender} is not installed: make bench-setup")
+    with bench_step.isolated(CPU):
         step = bench_step.prepare(contender, TINY, CPU)
         before = {name: p.detach().clone() for name, p in step.module.named_parameters() if p.ndim > 1}
         losses = [float(step()) for _ in range(2)]
     assert all(map(math.isfinite, losses))
     assert losses[0] != losses[1]
     now = dict(step.module.named_parameters())
-    still = [name for name, weight in before.items() if torch.equal(now[name], weight)]
-    assert [
-        name for name in still if not name.endswith("net.fc.weight")
-    ] == []  # byol-pytorch carries an unused classifier
+    unchanged = [name for name, weight in before.items() if torch.equal(now[name], weight)]
+    # byol-pytorch contains an unused classifier.
+    assert [name for name in unchanged if not name.endswith("net.fc.weight")] == []
 
 
-def test_an_own_turn_leaves_no_switch_behind():
+def test_isolated_restores_torch_switches():
     def switches() -> tuple[bool, bool, bool]:
         cudnn = torch.backends.cudnn
         return cudnn.benchmark, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
     before = switches()
-    with bench_step.own_turn(CPU):
+    with bench_step.isolated(CPU):
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = not before[0], not before[1]
         torch.set_float32_matmul_precision("highest" if before[2] else "high")
     assert switches() == before
@@ -62,7 +62,7 @@ def test_an_own_turn_leaves_no_switch_behind():
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a contender that sets a switch, and raises."""
+    """Name of a contender that changes a switch and raises."""
 
     def build(work: bench_step.Work, device: torch.device) -> bench_step.Trainer:
         torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
@@ -72,37 +72,37 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> str:
     return "broken"
 
 
-def test_a_turn_that_fails_says_why_in_one_line_and_cleans_up(broken: str):
+def test_failure_is_one_line_and_restores_switches(broken: str):
     before = torch.backends.cudnn.benchmark
-    with pytest.raises(turns.LeftOut) as caught:
-        bench_step.turn(broken, TINY, CPU, 0)
+    with pytest.raises(runner.Skipped) as caught:
+        bench_step.measure(broken, TINY, CPU, 0)
     assert (caught.value.reason, caught.value.failed) == ("ValueError: no such layer", True)
     assert torch.backends.cudnn.benchmark == before
 
 
-def test_a_network_that_does_not_fit_is_no_failure(broken: str, monkeypatch: pytest.MonkeyPatch):
+def test_out_of_gpu_memory_is_not_a_failure(broken: str, monkeypatch: pytest.MonkeyPatch):
     def build(work: bench_step.Work, device: torch.device) -> bench_step.Trainer:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setitem(bench_step.CONTENDERS, broken, build)
-    with pytest.raises(turns.LeftOut) as caught:
-        bench_step.turn(broken, TINY, CPU, 0)
+    with pytest.raises(runner.Skipped) as caught:
+        bench_step.measure(broken, TINY, CPU, 0)
     assert not caught.value.failed
 
 
-def test_a_contender_that_fails_ends_neither_the_others_nor_their_rows(
+def test_failed_contender_is_skipped_and_sets_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Rows are in the file after every turn; the exit code says that something failed."""
+    """Rows are written after every measurement."""
     out, seen = tmp_path / "new" / "step.csv", []
 
-    def turn(name: str, work: bench_step.Work, device: torch.device, round_: int) -> dict[str, object]:
+    def measure(name: str, work: bench_step.Work, device: torch.device, round_: int) -> dict[str, object]:
         seen.append((name, round_, len(results_csv.read("step", out.parent)) if out.exists() else 0))
         if name == "plain torch":
-            raise turns.LeftOut("it broke")
+            raise runner.Skipped("it broke")
         return {"set": str(work), "round": round_, "contender": name, "ms": "10.0", "images_per_s": "400"}
 
-    monkeypatch.setattr(bench_step, "in_own_process", turn)
+    monkeypatch.setattr(bench_step, "in_own_process", measure)
     words = ["--device", "cpu", "--sets", str(TINY), "--rounds", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["x", *words, "--only", "fastbyol", "plain torch", "plain torch compiled"])
     assert bench_step.main() == 1
@@ -117,32 +117,32 @@ def test_a_contender_that_fails_ends_neither_the_others_nor_their_rows(
         "fastbyol",
         "plain torch compiled",
     ]
-    said = capsys.readouterr().out
-    assert "R18 32 px, batch 4: plain torch failed: it broke\n" in said
-    assert said.endswith("failed: R18 32 px, batch 4: plain torch\n")
+    output = capsys.readouterr().out
+    assert "R18 32 px, batch 4: plain torch failed: it broke\n" in output
+    assert output.endswith("failed: R18 32 px, batch 4: plain torch\n")
 
 
 @pytest.mark.parametrize(("name", "code"), [("fastbyol", 0), ("plain torch", 1)])
-def test_the_exit_code_of_a_benchmark(tmp_path: Path, name: str, code: int):
+def test_exit_code_of_runner(tmp_path: Path, name: str, code: int):
     def measure() -> dict[str, object]:
         if name == "plain torch":
-            raise turns.LeftOut("too large", failed=False)
+            raise runner.Skipped("too large", failed=False)
         return {"contender": name}
 
-    taken = turns.Turns(tmp_path / "x.csv", lambda rows: rows)
-    taken.take(name, name, measure)
-    assert taken.end() == code  # 1 where nothing was measured
+    run = runner.Runner(tmp_path / "x.csv", lambda rows: rows)
+    run.measure(name, name, measure)
+    assert run.finish() == code  # 1 if nothing was measured
 
 
-def test_what_is_compiled_by_default_on_a_gpu_alone():
+def test_compiled_baseline_runs_by_default_only_on_gpu():
     assert "plain torch compiled" in bench_step.defaults(torch.device("cuda"), modes=False)
     assert "plain torch compiled" in bench_step.defaults(CPU, modes=True)
     assert "plain torch compiled" not in bench_step.defaults(CPU, modes=False)
 
 
 @pytest.mark.parametrize("contender", ["plain torch channels-last bf16", "plain torch compiled"])
-def test_fast_baselines_take_what_costs_nothing(contender: str, monkeypatch: pytest.MonkeyPatch):
-    """Fused SGD, cuDNN's search, channels-last bfloat16; and the compiler gets the whole loss."""
+def test_fast_baselines_are_tuned(contender: str, monkeypatch: pytest.MonkeyPatch):
+    """Fused SGD, cuDNN's autotuner, channels-last bfloat16; the loss is compiled too."""
     options, compiled = [], []
     sgd, module = torch.optim.SGD, bench_step.PlainBYOL
 
@@ -152,7 +152,7 @@ def test_fast_baselines_take_what_costs_nothing(contender: str, monkeypatch: pyt
 
     monkeypatch.setattr(torch.optim, "SGD", new_sgd)
     monkeypatch.setattr(torch, "compile", lambda model, **given: compiled.append(type(model)) or model)
-    with bench_step.own_turn(CPU):
+    with bench_step.isolated(CPU):
         trainer = bench_step.CONTENDERS[contender](TINY, CPU)
         assert torch.backends.cudnn.benchmark
     assert options == [{"lr": 0.03, "momentum": 0.9, "fused": True}]
@@ -164,11 +164,11 @@ def test_fast_baselines_take_what_costs_nothing(contender: str, monkeypatch: pyt
     ("seconds", "device", "calls"),
     [(1e-5, "cuda", 20), (0.02, "cuda", 10), (0.15, "cuda", 1), (30.0, "cuda", 1), (1e-5, "cpu", 1), (30.0, "cpu", 1)],
 )
-def test_a_round_of_calls_takes_a_fifth_of_a_second_at_most(seconds: float, device: str, calls: int):
-    assert timing.calls_of_a_round(seconds, device) == calls
+def test_measurement_takes_at_most_200_ms(seconds: float, device: str, calls: int):
+    assert timing.calls_per_measurement(seconds, device) == calls
 
 
-def test_a_set_is_named_as_it_is_printed():
+def test_workload_name_round_trip():
     work = bench_step.Work.parse("R50 224 px, batch 256")
     assert (work.backbone, work.size, work.batch) == ("resnet50", 224, 256)
     assert str(work) == "R50 224 px, batch 256"
@@ -196,7 +196,7 @@ def test_exchange_counts_of_r50(r50: exchange.Counts):
     projector = (2048 + 1) * 4096 + 2 * 4096 + 4096 * 256
     predictor = (256 + 1) * 4096 + 2 * 4096 + 4096 * 256
     assert r50.gradient_values == backbone + projector + predictor
-    # 64 in the stem; blocks of w, w and 4 w channels, and 4 w in a group's shortcut; 4096 in either head
+    # Channels: 64 in the stem; w, w and 4 w in a block; 4 w in a stage's shortcut; 4096 in a head.
     backbone_channels = 64 + sum(blocks * 6 * w + 4 * w for blocks, w in ((3, 64), (4, 128), (6, 256), (3, 512)))
     backbone_layers = 1 + 3 * (3 + 4 + 6 + 3) + 4
     assert (r50.online_channels, r50.target_channels) == (backbone_channels + 2 * 4096, backbone_channels + 4096)
@@ -239,12 +239,12 @@ def test_step_table_compares_within_a_round(tmp_path: Path, monkeypatch: pytest.
     write_step(tmp_path, {("fastbyol", 0): 10, ("other", 0): 20, ("fastbyol", 1): 20, ("other", 1): 60})
     monkeypatch.setattr(results_csv, "FOLDER", tmp_path)
     lines = readme_tables.step().splitlines()
-    assert "| fastbyol | 15.0 (10.0-20.0) | 750 |  |" in lines
+    assert "| fastbyol | 15.0 (10.0-20.0) | 750 | |" in lines
     assert "| other | 40.0 (20.0-60.0) | 333 | 2.50 (2.00-3.00) |" in lines
-    assert lines[-1].startswith("a CPU; torch 2; commit abc; 2 rounds in turn")
+    assert lines[-1].startswith("a CPU; torch 2; commit abc; 2 interleaved rounds")
 
 
-def test_others_are_shown_beside_the_same_round_of_ours(tmp_path: Path):
+def test_against_compares_within_a_round(tmp_path: Path):
     write_step(tmp_path, {("fastbyol", 0): 10, ("lightly", 0): 20, ("fastbyol", 1): 20, ("lightly", 1): 60})
     found = against.comparisons(tmp_path)
     assert against.table(found).splitlines()[2] == "| step, s | 750 images/s | 2.50 (2.00-3.00) |"
@@ -253,8 +253,7 @@ def test_others_are_shown_beside_the_same_round_of_ours(tmp_path: Path):
     assert against.comparisons(tmp_path, "cuda") == []
 
 
-def test_a_gpus_table_names_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """And one of the CPU on the same machine the processor."""
+def test_table_names_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(results_csv, "FOLDER", tmp_path)
     for device, machine in (("cpu", "a CPU"), ("cuda", "a card")):
         write_step(tmp_path, {("fastbyol", 0): 10, ("plain torch compiled", 0): 20}, device)
@@ -267,9 +266,19 @@ def test_a_gpus_table_names_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert results_csv.machine("train_cuda", row) == results_csv.machine("loader_cuda", row) == "a card; a CPU"
 
 
-def test_writing_results_leaves_no_unfinished_file(tmp_path: Path):
+def test_writing_results_leaves_no_temporary_file(tmp_path: Path):
     for _ in range(2):
         results_csv.write(tmp_path / "a.csv", [{"x": 1}], quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
     results_csv.write(Path("/dev/null"), [{"x": 1}])
     assert Path("/dev/null").is_char_device()
+
+
+def test_markdown_table_pads_short_lines():
+    text = results_csv.markdown_table(["", "a", "b"], [["**x**"], ["y", "", "1"]], "note")
+    assert text == "| | a | b |\n|---|---|---|\n| **x** | | |\n| y | | 1 |\n\nnote\n"
+
+
+def test_variant_rows_match_result_file():
+    rows = results_csv.read("variants")
+    assert list(dict.fromkeys(row["variant"] for row in rows)) == variants.default_rows()

@@ -21,7 +21,7 @@ from fastbyol.loss import regression_loss
 from fastbyol.runtime import checkpoint
 from fastbyol.step import TrainStep
 from fastbyol.variants import contrastive_term, euclidean_loss, hinge_loss, mse_loss, noisy_views, pair_loss
-from fastbyol.weights.load import save_backbone
+from fastbyol.weights.files import save_backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
