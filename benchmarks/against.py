@@ -2,7 +2,7 @@
 
     python benchmarks/against.py --results runs/bench [--device cuda]
 
-Prints the table and writes it to DIR/against_DEVICE.md, the picture to DIR/against_DEVICE.svg. The README has those of the CPU in benchmarks/results/.
+Prints the table and writes it to DIR/against_DEVICE.md, the picture to DIR/against_DEVICE.svg. docs/performance.md has those of the CPU.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from statistics import median
 
 from results_csv import FOLDER, Rounds, by_round, machine, ratios, read, spread
 
-PICTURE = FOLDER / "against_cpu.svg"
+PICTURE = FOLDER.parent.parent / "docs" / "images" / "against_cpu.svg"
 PEERS = (
     "lightly",
     "byol-pytorch",
