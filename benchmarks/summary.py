@@ -32,7 +32,7 @@ _WIDTH, _NAME, _BAR, _ROW = 860, 200, 480, 20  # pixels
 
 def table() -> str:
     """Return the README's table as Markdown."""
-    lines = ["| | hardware | fastbyol | compared with | |", "|---|---|---|---|---|"]
+    lines = ["| | hardware | fastbyol | compared with | status |", "|---|---|---|---|---|"]
     lines += [_gpu_step(), _gpu_loader(), *_cpu_steps(), _cpu_training(), _cpu_loader(), _demo(), _estimate()]
     return "\n".join(lines) + "\n"
 
