@@ -429,7 +429,7 @@ TABLES = {
     "dct_scaling": dct_scaling,
     "demo_seeds": demo_seeds,
     "loader": loader,
-    "doors": doors,
+    "backends": doors,
     "step": step,
     "step_cuda": lambda: step("cuda"),
     "train_run": train_run,
