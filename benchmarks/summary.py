@@ -66,7 +66,9 @@ def _gpu_step() -> str:
 def _gpu_loader() -> str:
     rows = read("loader_cuda")
     rate = {row["contender"]: float(row["images_per_s"]) for row in rows}
-    ours = f"{rate['fastbyol native']:,.0f} images/s from JPEG; {rate['fastbyol native .beton raw']:,.0f} from raw pixels"
+    ours = (
+        f"{rate['fastbyol native']:,.0f} images/s from JPEG; {rate['fastbyol native .beton raw']:,.0f} from raw pixels"
+    )
     hardware = f"{rows[0]['cores']} CPU cores next to the {_gpu(rows)}"
     return _row(f"loader, {rows[0]['size_px']} px", hardware, ours, "", _measured(rows))
 
