@@ -79,7 +79,7 @@ lint: $(STAMP)
 
 # .venv has mkdocs through the dev extra, since the tests build the site too. Strict: a broken link or anchor fails.
 docs: $(STAMP)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "== open site/index.html"
 
 data/photos: | $(STAMP)
