@@ -13,7 +13,7 @@ LOADERS := "decode only" fastbyol lightly "torchvision v2" "DALI CPU" "FFCV (1 v
 GPU_PYTHON ?= $(BIN)/python
 KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-disable-gc
 
-.PHONY: help demo test test-slow lint setup gpu ffcv-packages bench bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-agreement \
+.PHONY: help demo test test-slow lint docs setup gpu ffcv-packages bench bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-agreement \
 	bench-exchange clean
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test   set up, ruff, the fast tests (5 minutes after set-up)"
 	@echo "make test-slow   the others: compilers, the interpreter, several ranks, whole runs (12 to 20 minutes)"
 	@echo "make lint   ruff alone"
+	@echo "make docs   build the documentation site into site/; open site/index.html, no server needed (seconds after set-up)"
 	@echo "make bench  everything against everyone on this CPU: kernels, loader, step, training, accuracy; runs/bench/against_cpu.md (20 minutes)"
 	@echo "make bench-loader   the loader against lightly, torchvision, DALI and FFCV, in an environment of its own"
 	@echo "make bench-kernels  optimizer, target and augmentation on the CPU against other people's, in that environment"
@@ -29,7 +30,7 @@ help:
 	@echo "make bench-accuracy whole runs on Fashion-MNIST, time and accuracy, against lightly's, in that environment"
 	@echo "make bench-agreement whether profile, bench and plan say the same of this machine"
 	@echo "make gpu    on a CUDA machine: facts, tests, short trainings, then the step, kernels, loaders and whole runs (25 minutes by estimate)"
-	@echo "make clean  remove the virtual environment, the demo's corpus and its run"
+	@echo "make clean  remove the virtual environments, the demo's corpus and run, and the documentation site"
 
 setup: $(STAMP)
 
@@ -75,6 +76,11 @@ test-slow: $(TEST_STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# .venv has mkdocs through the dev extra, since the tests build the site too. Strict: a broken link or anchor fails.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "== open site/index.html"
 
 data/photos: | $(STAMP)
 	$(BIN)/fastbyol prepare photos --out data/photos --images 3600 --size 80 --seed 0
@@ -139,4 +145,4 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) data/photos runs/demo
+	rm -rf $(VENV) $(BENCH_VENV) data/photos runs/demo site

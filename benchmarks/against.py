@@ -3,7 +3,7 @@
     python benchmarks/against.py --results runs/bench [--device cuda]
 
 Reads result files, measures nothing. Prints the table and writes it to DIR/against_DEVICE.md, and
-the chart to DIR/against_DEVICE.svg. The README shows those of benchmarks/results for the CPU.
+the chart to DIR/against_DEVICE.svg. docs/performance.md shows those of the CPU.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from statistics import median
 
 from results_csv import FOLDER, Rounds, by_round, commits, machine, markdown_table, ratios, read, spread
 
-PICTURE = FOLDER / "against_cpu.svg"
+PICTURE = FOLDER.parent.parent / "docs" / "images" / "against_cpu.svg"
 PEERS = (
     "lightly",
     "byol-pytorch",

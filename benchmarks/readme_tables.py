@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import against
+import summary
 from results_csv import by_round, commits, machine, markdown_table, ratios, read, spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -413,6 +414,7 @@ def accuracy() -> str:
 
 
 TABLES = {
+    "summary": summary.table,
     "against": lambda: against.table(against.comparisons()),
     "variants": variants,
     "variant_commands": variant_commands,
@@ -443,8 +445,9 @@ def render(text: str) -> str:
 def main() -> int:
     fresh = {page: render(page.read_text()) for page in PAGES}
     fresh[against.PICTURE] = against.picture(against.comparisons())
+    fresh[summary.PICTURE] = summary.picture()
     if "--check" in sys.argv:
-        return int(any(page.read_text() != text for page, text in fresh.items()))
+        return int(any(not page.exists() or page.read_text() != text for page, text in fresh.items()))
     for page, text in fresh.items():
         page.write_text(text)
     return 0
