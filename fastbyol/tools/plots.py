@@ -22,9 +22,7 @@ def to_png(figure: Figure) -> bytes:
     for text in figure.findobj(Text):
         text.set_parse_math(False)
         if not text.get_text().isascii():
-            string, families = _with_fallback_fonts(
-                text.get_text(), font_manager.findfont(text.get_fontproperties())
-            )
+            string, families = _with_fallback_fonts(text.get_text(), font_manager.findfont(text.get_fontproperties()))
             text.set_text(string)
             text.set_fontfamily([*text.get_fontfamily(), *families])
     buffer = io.BytesIO()

@@ -82,7 +82,7 @@ def draw_views(config: Config, images: ImageSet) -> bytes:
         top, column = 3 * (i // _COLUMNS), i % _COLUMNS
         for axis, (pixels, title) in zip(grid[top : top + 3, column], cells, strict=True):
             axis.imshow(pixels, interpolation="nearest")
-            axis.set_title(title, fontsize=7)
+            axis.set_title(title, fontsize=9)
     return to_png(figure)
 
 

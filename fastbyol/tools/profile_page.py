@@ -87,7 +87,7 @@ def _color(part: str) -> str:
 
 
 def _draw_memory(timeline: dict[str, Any]) -> bytes:
-    """Plot allocated memory over one step, on the colors of its parts."""
+    """Plot allocated memory over the traced steps, with the parts as colored background."""
     figure = Figure(figsize=(11, 3), layout="constrained")
     axis = figure.subplots()
     for span in timeline["parts"]:
@@ -96,7 +96,7 @@ def _draw_memory(timeline: dict[str, Any]) -> bytes:
     mebibytes = [size / 2**20 for size in timeline["bytes"]]
     axis.step(timeline["ms"], mebibytes, where="post", color=INK, linewidth=1)
     # The CPU's profiler sees allocations, but not how much was allocated before.
-    label = "allocated" if timeline["base_bytes"] else "allocated since the start of the step"
+    label = "allocated" if timeline["base_bytes"] else "allocated since the trace began"
     axis.set_ylabel(f"MiB {label}", fontsize=8)
     axis.set_xlabel("ms", fontsize=8)
     axis.tick_params(labelsize=8)

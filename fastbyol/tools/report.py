@@ -96,7 +96,7 @@ def _summary(run: Path) -> dict[str, Any] | None:
             cards.append(("Waiting for data", f"{values['wait_share']:.1%}", "of the time (median)"))
             cards.append(("Last loss", f"{values['loss']:.3f}", ""))
         if values["knn_best"] is not None:
-            cards.append(("Online kNN top-1", f"{values['knn_last']:.1%}", f"best {values['knn_best']:.1%}"))
+            cards.append(("Online kNN", f"{values['knn_last']:.1%}", f"top-1, best {values['knn_best']:.1%}"))
         cards.append(("Skipped images", str(len(skipped)), ""))
         return {"cards": cards, "skipped": list(skipped.items())[:_MAX_SKIPPED_IMAGES]}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
