@@ -180,7 +180,7 @@ def published_machine(name: str, precision: str) -> Machine:
         sources=(
             f"peaks: {gpu.peaks.flops_per_s / 1e12:.0f} TFLOP/s (bfloat16, dense), "
             f"{gpu.peaks.bytes_per_s / 1e12:.2f} TB/s ({gpu.peaks_source})",
-            f"efficiency: {efficiency:.0%}, the roofline of supervised ResNet-50 training at 224 px over its rate of "
+            f"efficiency: {efficiency:.0%} of the roofline, as in supervised ResNet-50 training at 224 px with "
             f"{gpu.supervised_images_per_s:,.0f} images/s ({gpu.supervised_source})",
         ),
     )

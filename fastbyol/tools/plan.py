@@ -105,7 +105,7 @@ def _estimate(config: Config, machine: Machine, gpus: int, cores: int) -> dict[s
         "memory_bytes": memory,
         "memory_limit_bytes": memory_limit,
         "limit": limit,
-        "sources": [*machine.sources, f"loader: {loader_ms:.2f} ms per image and thread ({machine.loader_source})"],
+        "sources": [*machine.sources, f"loader thread: {loader_ms:.2f} ms per image ({machine.loader_source})"],
     }
 
 
@@ -209,7 +209,7 @@ def _lines(config: Config, result: dict[str, Any]) -> list[str]:
         _memory_line(result),
         *_network_lines(result["exchange"]),
         f"  limit: {_LIMITS[result['limit']]}",
-        *(f"  source of {source}" for source in result["sources"]),
+        *(f"  {source}" for source in result["sources"]),
     ]
 
 
