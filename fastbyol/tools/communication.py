@@ -3,13 +3,14 @@
 Gradients: one ring all-reduce of all gradients of the online network and predictor, in float32 or
 bfloat16. It overlaps the backward pass.
 
-SyncBN: both views pass through as one batch. Per forward pass, a BatchNorm layer of C channels makes one
-all-reduce of (2 views, 2 moments, C) in float64; per backward pass, one of the same shape in float32. The
-target has no backward pass, and the predictor has no target. The next layer waits for each of them.
+SyncBN: both views pass through as one batch. In a forward pass, a BatchNorm layer of C channels
+makes one all-reduce of (2 views, 2 moments, C) in float64; in a backward pass, one of the same
+shape in float32. The target has no backward pass, and the predictor has no target. The next layer
+waits for each of them.
 
-In a ring of n GPUs, each GPU sends 2 (n - 1) / n times the payload of an all-reduce. Times are bytes over the
-one-way rate of the slowest link of the ring: NVLink within a node, each GPU's InfiniBand port between nodes.
-Latencies are assumptions.
+In a ring of n GPUs, each GPU sends 2 (n - 1) / n times the payload of an all-reduce. Times are
+bytes over the one-way rate of the slowest link of the ring: NVLink within a node, each GPU's
+InfiniBand port between nodes. Latencies are assumptions.
 """
 
 from dataclasses import dataclass

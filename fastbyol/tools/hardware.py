@@ -1,4 +1,4 @@
-"""What a machine can do: published rates of GPUs and links, or the rates that `fastbyol bench` measured."""
+"""Rates of machines: published rates of GPUs and links, or rates measured by `fastbyol bench`."""
 
 from dataclasses import dataclass, fields
 from functools import cache
@@ -30,12 +30,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published peak rates of a GPU, its links, and a published rate of supervised ResNet-50 training at 224 px.
+    """Published rates of a GPU and its links.
 
     Attributes:
         peaks: Dense bfloat16 matrix products, and memory bandwidth.
         node: The link to GPUs of the same node.
         cluster: The link to other nodes.
+        supervised_images_per_s: Supervised ResNet-50 training at 224 px.
     """
 
     peaks: Peaks
@@ -60,8 +61,9 @@ GPUS = {
     "h100": Gpu(Peaks(989e12, 3.35e12), 67e12, 80, _H100_SHEET, _NVLINK4, _NDR, 7010, "MLPerf"),
 }
 
-# Loader rates assumed next to a published GPU: one thread of an AMD EPYC, 500x375 px images, 224 px views
-# (medians of benchmarks/results/loader.csv: 1,000 images/s decoded, 640 images/s with both views).
+# Loader rates assumed next to a published GPU: one thread of an AMD EPYC, 500x375 px images, 224 px
+# views (medians of benchmarks/results/loader.csv: 1,000 images/s decoded, 640 images/s with both
+# views).
 _LOADER_MS = {"decode": 1.0, "crop": 0.2, "augment": 0.35, "rest": 0.01}
 _LOADER_VIEW_PX = 224
 _LOADER_SOURCE = "one thread of an AMD EPYC on 500x375 px, benchmarks/results/loader.csv"
@@ -209,7 +211,7 @@ _REFERENCE_BATCH = 256
 
 
 def published_efficiency(gpu: Gpu) -> float:
-    """Return the efficiency of published supervised ResNet-50 training: its roofline time over its actual time.
+    """Return the roofline time of supervised ResNet-50 training over its published time.
 
     A supervised step of 2 B images is the online network's forward and backward pass of BYOL with
     B images, which have two views each.

@@ -6,10 +6,10 @@
 
 If CPU cores both load images and compute, an image takes step time / images + loader time / cores.
 
-Operators are counted on the config's own model (roofline.py). Peak rates and loader rates are published, or
-measured by `fastbyol bench --out` (hardware.py). Efficiency is the roofline time of a training step over its
-actual time: of published supervised ResNet-50 training at 224 px, or of the measured step. Communication is
-counted on the model, over published link rates (communication.py).
+Operators are counted on the config's own model (roofline.py). Peak rates and loader rates are
+published, or measured by `fastbyol bench --out` (hardware.py). Efficiency is the roofline time of a
+training step over its actual time: of published supervised ResNet-50 training at 224 px, or of the
+measured step. Communication is counted on the model, over published link rates (communication.py).
 """
 
 from dataclasses import asdict
@@ -44,7 +44,7 @@ def plan(
     cores: int = 0,
     images: int = 0,
 ) -> dict[str, Any]:
-    """Estimate and log a run's throughput, duration, loader, memory and communication, and what limits it.
+    """Estimate and log a run's throughput, duration, memory, communication and bottleneck.
 
     Args:
         config: The run's config.
@@ -140,7 +140,7 @@ def _memory_bytes(config: Config, model: BYOL, machine: Machine, images: int) ->
 
 
 def _slower_side(work: dict[str, Work], peaks: Peaks) -> str:
-    """Return whether compute-bound or memory-bound operators take more of the roofline time."""
+    """Return which takes more roofline time: compute-bound or memory-bound operators."""
     arithmetic = traffic = 0.0
     for part in work.values():
         for flops, size in part.operators:

@@ -1,4 +1,4 @@
-"""`fastbyol preview`: a grid of training images and both augmented views of each, with the sampled parameters."""
+"""`fastbyol preview`: draws training images and both augmented views of each."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ _JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
 def write_preview(config: Config, out: Path) -> str:
-    """Draw the first images of the run's first epoch, with exactly the views that the run trains on.
+    """Draw the first images of the run's first epoch, with the exact views of the run.
 
     Notes on the data set are logged as warnings.
 
@@ -87,7 +87,9 @@ def draw_views(config: Config, images: ImageSet) -> bytes:
 
 
 def _first_readable(images: ImageSet, order: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.uint8]]]:
-    """Return the positions in `order` and the pixels of the first readable images. Training skips the others too.
+    """Return the first readable images: positions in `order`, and pixels.
+
+    Training skips unreadable images too.
 
     Raises:
         InputError: No image can be read.

@@ -47,7 +47,7 @@ def write_profile_page(out: Path, result: dict[str, Any]) -> Path:
 
 
 def _bars(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return stacked bars of one time scale: measured parts, their operators, and their roofline."""
+    """Return stacked bars on one time scale: measured parts, operators, and roofline."""
     total_ms = sum(row["mean_ms"] for row in result["parts"])
     segments = {
         "Measured": [(row["part"], row["part"], row["mean_ms"]) for row in result["parts"]],

@@ -1,4 +1,4 @@
-"""report.html of a run: one self-contained page with its summary, curves, evaluations and settings."""
+"""report.html of a run: summary, training curves, evaluations and settings on one page."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def write_report(run: Path, *, root: str | None = None) -> Path:
         checkpoint=path.name,
         summary=_summary(run),
         curves=draw_curves(read_metrics(run, logger.warning), config),
-        evaluations=[_evaluation(path, result) for path, result in read_results(run, logger.warning)],
+        evaluations=[_evaluation(*found) for found in read_results(run, logger.warning)],
         settings=_settings(config),
         environment=read_json_or(run / ENVIRONMENT, logger.warning).items(),
         **_images(config, model, root),
@@ -81,7 +81,11 @@ def refresh_report(run_or_file: Path, *, root: str | None = None) -> None:
 
 
 def _summary(run: Path) -> dict[str, Any] | None:
-    """Return `cards` (label, value, detail) and `skipped` (image, reason); None without a valid summary.json."""
+    """Return the content of summary.json; None if it is missing or damaged.
+
+    Returns:
+        `cards`: (label, value, detail) each. `skipped`: (image, reason) each.
+    """
     values = read_json_or(run / SUMMARY, logger.warning)
     if not values:
         return None

@@ -82,7 +82,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["prepare", "photos"], "out"),
         (["prepare", "photos", "--out", "/tmp"], "--out /tmp exists"),
         (["preview", "--data.root", "/nowhere"], "there is no folder /nowhere/train"),
-        (["report", "--run", "/nowhere"], "there is no such folder"),
+        (["report", "--run", "/nowhere"], "--run /nowhere: folder not found"),
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
         (["eval", "kn", "--run", "x"], "unknown command 'kn'; did you mean 'knn'?"),
         (["prepare", "fashion-mnis"], "unknown command 'fashion-mnis'; did you mean 'fashion-mnist'?"),

@@ -1,4 +1,4 @@
-"""Estimates agree with hand counts, the published rates they are based on, and the memory of a real step."""
+"""Estimates agree with hand counts, with published rates, and with the memory of a real step."""
 
 import json
 
@@ -28,7 +28,7 @@ def estimate(config, **options):
 
 @pytest.fixture
 def rates(tmp_path):
-    """Write the rates of a two-core CPU: 1 GFLOP/s, 1 GB/s, 50% efficiency, 3 ms of loading per 32 px image."""
+    """Write the rates of two cores: 1 GFLOP/s, 1 GB/s, 50% efficiency, 3 ms per loaded image."""
 
     def write(**changes):
         values = {
@@ -49,7 +49,7 @@ def rates(tmp_path):
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_byol_resnet50_reaches_three_eighths_of_the_supervised_rate(gpu):
-    """The efficiency comes from that rate; a BYOL step costs 8 forward passes of a view, a supervised step 3."""
+    """The efficiency comes from that rate; BYOL costs 8 forward passes of a view, supervised 3."""
     found = estimate(run_config(256, 224, {}), gpu=gpu)
     supervised = GPUS[gpu].supervised_images_per_s
     assert found["images_per_s"] == pytest.approx(3 / 8 * supervised, rel=0.02)

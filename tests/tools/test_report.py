@@ -1,4 +1,4 @@
-"""report.html and its figures: multiple evaluations, damaged files, arbitrary names, moved data sets."""
+"""report.html and its figures: evaluations, damaged files, arbitrary names, moved data sets."""
 
 import importlib.resources
 import io
