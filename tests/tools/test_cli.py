@@ -710,9 +710,7 @@ sys.exit(main(["pack", {str(photos / "train")!r}, {str(tmp_path / "x.beton")!r}]
 
 def test_under_torchrun_signals_are_not_caught(capsys, torchrun, monkeypatch):
     found = []
-    monkeypatch.setattr(
-        "fastbyol.tools.doctor.diagnose", lambda: found.append(signal.getsignal(signal.SIGTERM)) or 0
-    )
+    monkeypatch.setattr("fastbyol.tools.doctor.diagnose", lambda: found.append(signal.getsignal(signal.SIGTERM)) or 0)
     run(capsys, "doctor")
     torchrun(0)
     run(capsys, "doctor")
