@@ -58,7 +58,7 @@ def measure(configs: dict[str, Config], steps: int, folder: Path, say: Callable[
 
 def _planned_rate(config: Config, rates: Path) -> float:
     """Return plan's estimate in images/s."""
-    return plan(config, gpus=1, gpu=None, rates=rates, images=IMAGES, say=lambda text: None)["images_per_s"]
+    return plan(config, gpus=1, gpu=None, rates=rates, images=IMAGES)["images_per_s"]
 
 
 def rows_of(found: dict[str, Any], configs: dict[str, Config], folder: Path) -> list[dict[str, Any]]:

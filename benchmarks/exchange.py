@@ -2,7 +2,7 @@
 
     python benchmarks/exchange.py [--batch 4096] [--gpus 1 8 64 512] [--rate a100-80=1100]
 
-Nothing is measured. fastbyol/tools/plan.py contains the formulas and sources. The default compute
+Nothing is measured. fastbyol/tools/communication.py contains the formulas and sources. The default compute
 rate of a GPU is the bound of BYOL with a ResNet-50, 3/8 of a published supervised rate. No
 implementation computes faster, so the estimated overlap with communication is a lower bound.
 
@@ -18,7 +18,15 @@ import results_csv
 from fastbyol.config import Config, DataConfig, ModelConfig
 from fastbyol.runtime import environment
 from fastbyol.tools.bench import BOUND
-from fastbyol.tools.plan import BACKWARD_SHARE, GPUS, GRADIENT_BYTES, LATENCY_US, NODE, Counts, Gpu, count, exchange
+from fastbyol.tools.communication import (
+    BACKWARD_SHARE,
+    GRADIENT_BYTES,
+    LATENCY_US,
+    Counts,
+    count_exchange,
+    estimate_exchange,
+)
+from fastbyol.tools.hardware import GPUS, GPUS_PER_NODE, Gpu
 from fastbyol.tools.roofline import meta_model
 
 RESULT = results_csv.FOLDER / "exchange.csv"
@@ -26,7 +34,7 @@ RESULT = results_csv.FOLDER / "exchange.csv"
 
 def counts_of(backbone: str, size: int) -> Counts:
     """Count the tensors of the online and target network with a backbone."""
-    return count(meta_model(Config(data=DataConfig(image_size_px=size), model=ModelConfig(backbone=backbone))))
+    return count_exchange(meta_model(Config(data=DataConfig(image_size_px=size), model=ModelConfig(backbone=backbone))))
 
 
 def estimate(
@@ -52,7 +60,7 @@ def estimate(
     """
     step_ms = 1e3 * batch / gpus / images_per_s
     backward_ms = step_ms * BACKWARD_SHARE
-    sent = exchange(
+    sent = estimate_exchange(
         counts, gpu, gpus=gpus, backward_ms=backward_ms, gradient_dtype=gradient_dtype, latency_us=latency_us
     )
     communicates = sent.link is not None
@@ -70,7 +78,7 @@ def estimate(
         "link_gb_per_s_one_way": f"{sent.link.gb_per_s:g}" if communicates else "",
         "gradient_link_ms": f"{sent.gradient_ms:.3f}",
         "syncbn_link_ms": f"{sent.syncbn_ms:.4f}",
-        "assumed_latency_us": f"{latency_us[gpus > NODE]:g}" if communicates else "",
+        "assumed_latency_us": f"{latency_us[gpus > GPUS_PER_NODE]:g}" if communicates else "",
         "syncbn_latency_ms": f"{sent.latency_ms:.2f}",
         "images_per_s_per_gpu": f"{images_per_s:.0f}",
         "step_ms": f"{step_ms:.2f}",

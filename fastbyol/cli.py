@@ -350,7 +350,7 @@ def _train(call: Call) -> int:
         return 130 if result.stopped_by == signal.SIGINT else 0
     if result.is_main_process:
         try:
-            say(f"report: {write_report(result.folder, say)}")
+            say(f"report: {write_report(result.folder)}")
         except InputError as error:  # the run is over: this is no mistake in its input
             raise RunError(str(error)) from None
     return 0
@@ -362,7 +362,7 @@ def _eval(call: Call) -> int:
 
     evaluate(call.name, call.options, say)
     try:
-        refresh_report(Path(call.options.run), say, root=call.options.root)
+        refresh_report(Path(call.options.run), root=call.options.root)
     except FastbyolError as error:  # the run's folder may not be ours; the result is written
         say(f"warning: {error}")
     return 0
@@ -401,7 +401,7 @@ def _with_progress(name: str, work: Callable[..., str]) -> str:
 def _preview(call: Call) -> int:
     from fastbyol.tools.preview import write_preview
 
-    say(write_preview(call.config, call.options.out, say))
+    say(write_preview(call.config, call.options.out))
     return 0
 
 
@@ -422,14 +422,14 @@ def _bench(call: Call) -> int:
 def _plan(call: Call) -> int:
     from fastbyol.tools.plan import plan
 
-    plan(call.config, **asdict(call.options), say=say)
+    plan(call.config, **asdict(call.options))
     return 0
 
 
 def _report(call: Call) -> int:
     from fastbyol.tools.report import write_report
 
-    say(write_report(call.options.run, say, root=call.options.root))
+    say(write_report(call.options.run, root=call.options.root))
     return 0
 
 
@@ -443,7 +443,7 @@ def _export(call: Call) -> int:
 def _doctor(call: Call) -> int:
     from fastbyol.tools.doctor import diagnose
 
-    return diagnose(say)
+    return diagnose()
 
 
 COMMANDS = Group(

@@ -1,9 +1,13 @@
-"""`fastbyol doctor`: what this machine is, what works on it, and the one command that mends what does not."""
+"""`fastbyol doctor`: describes the machine and checks what fastbyol can use on it.
+
+A failed check names the command that fixes it.
+"""
 
 import importlib
 import shutil
 import subprocess
 from collections.abc import Callable
+from typing import NamedTuple
 
 import llvmlite.binding
 import numpy as np
@@ -17,40 +21,54 @@ from fastbyol.kernels import dispatch
 from fastbyol.precision import compute_dtype
 from fastbyol.runtime import environment
 from fastbyol.runtime.device import choose_device
-
-
-def diagnose(say: Callable[[str], None]) -> int:
-    """Prints facts and checks; returns 0 if everything that fastbyol needs works, else 1."""
-    for name, value in environment.describe().items():
-        say(f"{name:<20} {value}")
-    say("")
-    failures = 0
-    for required, name, check in _CHECKS:
-        try:
-            verdict, text = "ok", check()
-        except _Missing as missing:
-            verdict, text = ("FAIL" if required else "--"), str(missing)
-            failures += required
-        say(f"{verdict:<5} {name:<20} {text}")
-    return 1 if failures else 0
-
+from fastbyol.runtime.logging import logger
 
 _GRAY = 200
+_JPEG_TOLERANCE = 3
+_CPU_FEATURES = ("avx2", "avx512f", "avx512bf16", "amx-bf16", "neon", "sve")
+_APEX_COMMAND = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex"
 
 
-class _Missing(Exception):
-    """Something does not work; the text names the command that mends it."""
+def diagnose() -> int:
+    """Log the environment and the result of each check.
+
+    Returns:
+        0 if everything that fastbyol requires works, else 1.
+    """
+    for name, value in environment.describe().items():
+        logger.info(f"{name:<20} {value}")
+    logger.info("")
+    passed = True
+    for check in _CHECKS:
+        try:
+            status, text = "ok", check.run()
+        except _CheckFailed as error:
+            status, text = ("FAIL" if check.required else "--"), str(error)
+            passed = passed and not check.required
+        logger.info(f"{status:<5} {check.name:<20} {text}")
+    return 0 if passed else 1
+
+
+class _CheckFailed(Exception):
+    """A component is missing or broken. The text names the command that fixes it."""
+
+
+# --- checks: each returns a description, or raises _CheckFailed ---
+
+
+def _images() -> str:
+    error = _gray_error(decode(_gray_jpeg()))
+    if error > _JPEG_TOLERANCE:
+        raise _CheckFailed(f"a gray JPEG decodes {error}/255 off: pip install --force-reinstall simplejpeg")
+    return "JPEG decoding by libjpeg-turbo"
 
 
 def _gray_jpeg() -> bytes:
     return simplejpeg.encode_jpeg(np.full((8, 8, 3), _GRAY, dtype=np.uint8))
 
 
-def _images() -> str:
-    worst = int(np.abs(decode(_gray_jpeg()).astype(int) - _GRAY).max())
-    if worst > 3:
-        raise _Missing(f"a gray JPEG came back {worst}/255 off: pip install --force-reinstall simplejpeg")
-    return "JPEG decode by libjpeg-turbo"
+def _gray_error(pixels: np.ndarray) -> int:
+    return int(np.abs(pixels.astype(int) - _GRAY).max())
 
 
 def _cpu_kernels() -> str:
@@ -64,99 +82,103 @@ def _precision() -> str:
     return f"precision=auto is {str(dtype).removeprefix('torch.')} on {device}{note}"
 
 
+def _cpu_features() -> str:
+    features = llvmlite.binding.get_host_cpu_features()
+    names = [name for name in _CPU_FEATURES if features.get(name)]
+    if not names:
+        raise _CheckFailed("no AVX2, AVX-512, AMX, NEON or SVE: everything works, but slowly")
+    return ", ".join(names)
+
+
 def _gpu() -> str:
     if not torch.cuda.is_available():
-        reason = "torch is a CPU build" if torch.version.cuda is None else "no driver or no GPU is visible"
-        raise _Missing(f"{reason}; with a GPU: install its driver, then pip install torch (default build)")
-    free, total = torch.cuda.mem_get_info()
-    return (
-        f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-    )
+        reason = "torch is a CPU build" if torch.version.cuda is None else "no driver or no visible GPU"
+        raise _CheckFailed(f"{reason}; with a GPU: install its driver, then pip install torch (default build)")
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {free:.0f} of {total:.0f} GiB free"
 
 
 def _driver() -> str:
     if shutil.which("nvidia-smi") is None:
-        raise _Missing("nvidia-smi is not here: on a machine with a GPU install NVIDIA's driver")
+        raise _CheckFailed("nvidia-smi not found: on a machine with a GPU, install NVIDIA's driver")
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+        process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise _Missing(f"nvidia-smi fails ({first_line(error)}): install the driver again, then reboot") from None
-    if not found:
-        raise _Missing("nvidia-smi lists no GPU: install the driver again, then reboot")
-    return f"{found[0]} for {len(found)} GPU(s), torch is built for CUDA {torch.version.cuda}"
+        raise _CheckFailed(f"nvidia-smi fails ({first_line(error)}): reinstall the driver, then reboot") from None
+    versions = process.stdout.splitlines()  # one per GPU
+    if not versions:
+        raise _CheckFailed("nvidia-smi lists no GPU: reinstall the driver, then reboot")
+    return f"{versions[0]} for {len(versions)} GPU(s), torch is built for CUDA {torch.version.cuda}"
 
 
 def _triton() -> str:
     version = environment.installed("triton")
     if version is None:
-        raise _Missing("not installed: pip install torch (the default build brings it); needed on a GPU only")
+        raise _CheckFailed("not installed: pip install torch (part of the default build); only needed on a GPU")
     if not torch.cuda.is_available():
         return f"{version}, no GPU to run its kernels on"
     weight, target = torch.ones(64, device="cuda"), torch.zeros(64, device="cuda")
     dispatch.ema_update(torch.device("cuda"))([(weight, target)], torch.tensor(0.75, device="cuda"))
     if not torch.allclose(target, torch.full_like(target, 0.25)):
-        raise _Missing(f"{version} computes a wrong target update here: pip install --force-reinstall triton")
+        raise _CheckFailed(f"{version} computes a wrong target update: pip install --force-reinstall triton")
     return f"{version}, the target update runs on the GPU"
 
 
 def _dali() -> str:
+    command = environment.dali_install_command()
     if not environment.has_module("nvidia.dali"):
         stub = environment.installed("nvidia-dali")
-        note = f"{stub} is the stub of that name, not DALI" if stub else "not installed"
-        raise _Missing(f"{note}: {environment.dali_install_command()} (the name without a CUDA version is a stub)")
+        reason = f"nvidia-dali {stub} is only a stub" if stub else "not installed"
+        raise _CheckFailed(f"{reason}: {command} (the package without a CUDA version in its name is a stub)")
     from nvidia import dali
 
     try:
-        pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=None)
-        with pipe:
+        pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=None)
+        with pipeline:
             encoded = dali.fn.external_source(source=lambda: [np.frombuffer(_gray_jpeg(), dtype=np.uint8)])
-            pipe.set_outputs(dali.fn.decoders.image(encoded))
-        worst = int(np.abs(np.asarray(pipe.run()[0][0]).astype(int) - _GRAY).max())
+            pipeline.set_outputs(dali.fn.decoders.image(encoded))
+        pixels = np.asarray(pipeline.run()[0][0])
     except RuntimeError as error:
-        raise _Missing(
-            f"{dali.__version__} fails ({first_line(error)}): {environment.dali_install_command()}"
-        ) from None
-    return f"{dali.__version__}, decodes on the CPU, a gray JPEG within {worst}/255"
+        raise _CheckFailed(f"{dali.__version__} fails ({first_line(error)}): {command}") from None
+    return f"{dali.__version__}, decodes a gray JPEG on the CPU with an error of {_gray_error(pixels)}/255"
 
 
 def _ffcv() -> str:
     if not environment.has_module("ffcv"):
-        raise _Missing(f"not installed (.beton files are read without it too): {environment.FFCV_COMMAND}")
+        raise _CheckFailed(f"not installed (not needed to read .beton files): {environment.FFCV_COMMAND}")
     try:
         with preserve_torch_threads():
             importlib.import_module("ffcv.loader")
     except (ImportError, OSError) as error:
-        raise _Missing(f"cannot be loaded ({first_line(error)}): {environment.FFCV_COMMAND}") from None
-    return f"{environment.installed('ffcv')}, its loader can be used (data.backend=ffcv)"
-
-
-def _cpu_features() -> str:
-    features = llvmlite.binding.get_host_cpu_features()
-    names = [name for name in ("avx2", "avx512f", "avx512bf16", "amx-bf16", "neon", "sve") if features.get(name)]
-    if not names:
-        raise _Missing("none of AVX2, AVX-512, AMX, NEON, SVE: everything works, slowly")
-    return ", ".join(names)
+        raise _CheckFailed(f"cannot be imported ({first_line(error)}): {environment.FFCV_COMMAND}") from None
+    return f"{environment.installed('ffcv')}, its loader works (data.backend=ffcv)"
 
 
 def _apex() -> str:
     if not environment.has_module("amp_C") or not environment.has_module("apex.multi_tensor_apply"):
-        raise _Missing(
-            "NVIDIA's apex is not built (a baseline of the benchmarks, nothing else; PyPI's apex is another project): APEX_CPP_EXT=1 "
-            "APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex"
+        raise _CheckFailed(
+            "NVIDIA's apex is not built (only a baseline of the benchmarks; apex on PyPI is another project): "
+            + _APEX_COMMAND
         )
     return "NVIDIA's, with multi_tensor_apply"
 
 
-_CHECKS: tuple[tuple[bool, str, Callable[[], str]], ...] = (
-    (True, "images", _images),
-    (True, "CPU kernels", _cpu_kernels),
-    (True, "precision", _precision),
-    (False, "CPU features", _cpu_features),
-    (False, "GPU", _gpu),
-    (False, "driver", _driver),
-    (False, "Triton", _triton),
-    (False, "DALI", _dali),
-    (False, "FFCV", _ffcv),
-    (False, "apex", _apex),
+class _Check(NamedTuple):
+    name: str
+    run: Callable[[], str]
+    required: bool = False
+
+
+_CHECKS = (
+    _Check("images", _images, required=True),
+    _Check("CPU kernels", _cpu_kernels, required=True),
+    _Check("precision", _precision, required=True),
+    _Check("CPU features", _cpu_features),
+    _Check("GPU", _gpu),
+    _Check("driver", _driver),
+    _Check("Triton", _triton),
+    _Check("DALI", _dali),
+    _Check("FFCV", _ffcv),
+    _Check("apex", _apex),
 )

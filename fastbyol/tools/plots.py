@@ -1,4 +1,4 @@
-"""Figures as files."""
+"""The palette of pages and figures, and matplotlib figures as PNG files."""
 
 import functools
 import io
@@ -9,46 +9,52 @@ from matplotlib.text import Text
 
 from fastbyol.errors import printable
 
-_LONGEST_NAME = 44  # characters of a name that stand above a picture; a longer one would squeeze the pictures
+INK, MUTED, ACCENT, GOOD, BAD = "#22262b", "#59636e", "#1f6feb", "#2e9e52", "#d1383d"
+_MAX_TITLE_LENGTH = 44  # characters; longer titles would make matplotlib shrink the images below them
 
 
 def to_png(figure: Figure) -> bytes:
-    """A matplotlib figure as the bytes of a PNG file.
+    """Render a matplotlib figure to PNG.
 
-    Its texts may hold any names: `$` starts no mathematics, other fonts draw what the usual one lacks, and what no font here has is escaped.
+    Texts may hold any file or class name: `$` does not start math mode, other installed fonts
+    provide the glyphs that the default font lacks, and characters without a glyph are escaped.
     """
     for text in figure.findobj(Text):
         text.set_parse_math(False)
         if not text.get_text().isascii():
-            string, fonts = _drawable(text.get_text(), font_manager.findfont(text.get_fontproperties()))
+            string, families = _with_fallback_fonts(text.get_text(), font_manager.findfont(text.get_fontproperties()))
             text.set_text(string)
-            text.set_fontfamily([*text.get_fontfamily(), *fonts])
+            text.set_fontfamily([*text.get_fontfamily(), *families])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
-def title(name: str) -> str:
-    """A name to stand above a picture: printable, and without its middle if it is long."""
+def image_title(name: str) -> str:
+    """Return a name as the title of an image: printable, the middle of a long name elided."""
     name = printable(name)
-    half = _LONGEST_NAME // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[:half]}...{name[3 - half :]}"
+    half = _MAX_TITLE_LENGTH // 2
+    return name if len(name) <= _MAX_TITLE_LENGTH else f"{name[:half]}...{name[3 - half :]}"
 
 
-def _drawable(text: str, usual: str) -> tuple[str, list[str]]:
-    """The text with what no installed font has escaped, and the families that its other characters need beside the usual font."""
+def _with_fallback_fonts(text: str, default_font: str) -> tuple[str, list[str]]:
+    """Return the drawable text and the font families it needs in addition to the default font.
+
+    Characters that no installed font has are escaped.
+    """
     families: list[str] = []
-    drawn = []
+    drawable = []
     for character in text:
-        family = "" if character.isspace() or _has(usual, character) else _family_with(character)
-        drawn.append(character.encode("unicode_escape").decode() if family is None else character)
+        known = character.isspace() or _has_glyph(default_font, character)
+        family = "" if known else _family_with(character)
+        drawable.append(character.encode("unicode_escape").decode() if family is None else character)
         if family and family not in families:
             families.append(family)
-    return "".join(drawn), families
+    return "".join(drawable), families
 
 
-def _has(path: str, character: str) -> bool:
-    return _font(path).get_char_index(ord(character)) != 0
+def _has_glyph(font_path: str, character: str) -> bool:
+    return _font(font_path).get_char_index(ord(character)) != 0
 
 
 @functools.lru_cache(maxsize=8)
@@ -58,9 +64,9 @@ def _font(path: str) -> ft2font.FT2Font:
 
 @functools.cache
 def _family_with(character: str) -> str | None:
-    """The first installed family that draws a character; None if there is none."""
+    """Return the first installed font family that has the character, or None."""
     for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: entry.name):
-        # LastResort draws a box for everything.
-        if "LastResort" not in entry.fname and _has(entry.fname, character):
+        # LastResort draws a box for every character.
+        if "LastResort" not in entry.fname and _has_glyph(entry.fname, character):
             return entry.name
     return None

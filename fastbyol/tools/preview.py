@@ -1,6 +1,5 @@
-"""A picture of what the augmentation does: originals and both views of a few images, with the parameters drawn."""
+"""`fastbyol preview`: draws training images and both augmented views of each."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,90 +13,116 @@ from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime.files import check_output, write_output
-from fastbyol.tools.plots import title, to_png
+from fastbyol.runtime.logging import logger
+from fastbyol.tools.plots import image_title, to_png
 
 IMAGES = 8
-_PNG = b"\x89PNG"
-_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+_MAX_TRIED = 4 * IMAGES  # images read to find IMAGES readable ones
+_COLUMNS = 4
+_PNG_SIGNATURE = b"\x89PNG"
+_JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
-def write_preview(config: Config, out: Path, say: Callable[[str], None]) -> str:
-    """Draws the first images that epoch 0 of this config visits, exactly as the run will see them.
+def write_preview(config: Config, out: Path) -> str:
+    """Draw the first images of the run's first epoch, with the exact views of the run.
+
+    Notes on the data set are logged as warnings.
+
+    Args:
+        config: The run's config.
+        out: The PNG file to write. Only a PNG or an empty file is overwritten.
 
     Returns:
-        one line saying what was written, and one for each note on the images.
+        One line that names the file and the data set.
 
     Raises:
-        InputError: no images, none readable, or no file can be written at `out`.
-        RunError: `out` could not be written in the end.
+        InputError: No image can be read, or `out` cannot be written.
+        RunError: Writing `out` failed.
     """
     check_output(out, f"--out {out}")
-    if out.is_file() and not _is_ours(out):
-        raise InputError(f"--out {out}: exists and is no PNG file: it is not overwritten; name another file")
-    folder = find_images(config.data, "train")
-    for note in folder.notes:
-        say(f"warning: {note}")
-    write_output(out, draw_views(config, folder), f"--out {out}")
-    return f"{out}: {IMAGES} images of {folder.root} and both views of each"
+    if out.is_file() and not _is_png_or_empty(out):
+        raise InputError(f"--out {out}: exists and is not a PNG file, so it is not overwritten; name another file")
+    images = find_images(config.data, "train")
+    for note in images.notes:
+        logger.warning(note)
+    write_output(out, draw_views(config, images), f"--out {out}")
+    return f"{out}: {IMAGES} images of {images.root} and both views of each"
 
 
-def _is_ours(out: Path) -> bool:
-    """Whether a file may be replaced by a picture: it is empty or a PNG."""
-    with out.open("rb") as file:
-        return file.read(len(_PNG)) in (b"", _PNG)
+def _is_png_or_empty(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_PNG_SIGNATURE)) in (b"", _PNG_SIGNATURE)
 
 
-def draw_views(config: Config, folder: ImageSet) -> bytes:
-    """The grid as PNG.
+def draw_views(config: Config, images: ImageSet) -> bytes:
+    """Draw the grid of images and views.
+
+    Returns:
+        The grid as PNG.
 
     Raises:
-        InputError: fewer than one image can be read.
+        InputError: None of the first images can be read.
     """
-    order = views.epoch_order(config.seed, 0, len(folder))
-    positions, images = [], []
-    for position, index in enumerate(order[: 4 * IMAGES]):
-        try:
-            images.append(decode(folder.read(int(index))))
-            positions.append(position)
-        except (OSError, BadImage):  # the run names and skips these; a preview shows the others
-            continue
-        if len(images) == IMAGES:
-            break
-    if not images:
-        raise InputError(f"{folder.root}: none of the first {min(len(order), 4 * IMAGES)} images can be read")
-    size = config.data.image_size_px
-    params = views.sample(config.data.augmentation, config.seed, 0, positions, [image.shape[:2] for image in images])
-    pictures = views.apply_reference([torch.from_numpy(image) for image in images], params, size)
-    columns = 4
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(3.6 * columns, 6.6 * rows), layout="constrained")
-    grid = figure.subplots(3 * rows, columns, squeeze=False)
+    order = views.epoch_order(config.seed, 0, len(images))
+    positions, originals = _first_readable(images, order[:_MAX_TRIED])
+    shapes = [original.shape[:2] for original in originals]
+    params = views.sample(config.data.augmentation, config.seed, 0, positions, shapes)
+    tensors = [torch.from_numpy(original) for original in originals]
+    augmented = views.apply_reference(tensors, params, config.data.image_size_px)  # (views, N, 3, S, S)
+    rows = -(-len(originals) // _COLUMNS)
+    figure = Figure(figsize=(3.6 * _COLUMNS, 6.6 * rows), layout="constrained")
+    grid = figure.subplots(3 * rows, _COLUMNS, squeeze=False)  # an image takes three rows of one column
     for axis in grid.flat:
         axis.axis("off")
-    for i, image in enumerate(images):
-        top, column = 3 * (i // columns), i % columns
-        for v, picture in enumerate((image, to_pixels(pictures[0, i]), to_pixels(pictures[1, i]))):
-            axis = grid[top + v, column]
-            axis.imshow(picture, interpolation="nearest")
-            name = title(folder.name(order[positions[i]]))
-            original = f"{name}\n{image.shape[1]}x{image.shape[0]}"
-            axis.set_title(original if v == 0 else _describe(params, i, v - 1), fontsize=7)
+    for i, original in enumerate(originals):
+        height, width = original.shape[:2]
+        name = image_title(images.name(order[positions[i]]))
+        cells = [(original, f"{name}\n{width}x{height}")]
+        cells += [(to_pixels(augmented[v, i]), _describe(params, i, v)) for v in range(views.VIEWS)]
+        top, column = 3 * (i // _COLUMNS), i % _COLUMNS
+        for axis, (pixels, title) in zip(grid[top : top + 3, column], cells, strict=True):
+            axis.imshow(pixels, interpolation="nearest")
+            axis.set_title(title, fontsize=9)
     return to_png(figure)
 
 
+def _first_readable(images: ImageSet, order: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.uint8]]]:
+    """Return the first readable images: positions in `order`, and pixels.
+
+    Training skips unreadable images too.
+
+    Raises:
+        InputError: No image can be read.
+    """
+    positions, originals = [], []
+    for position, index in enumerate(order):
+        try:
+            originals.append(decode(images.read(int(index))))
+        except (OSError, BadImage):
+            continue
+        positions.append(position)
+        if len(originals) == IMAGES:
+            break
+    if not originals:
+        raise InputError(f"{images.root}: none of the first {len(order)} images can be read")
+    return positions, originals
+
+
 def to_pixels(view: torch.Tensor) -> NDArray[np.uint8]:
-    """A normalized view (3, S, S) -> (S, S, 3) uint8."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    """Convert a normalized view, shape (3, S, S), to uint8 pixels, shape (S, S, 3)."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((view.float() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def _describe(params: views.ViewParams, i: int, v: int) -> str:
+    """Return the parameters of view `v` of image `i`, one line per kind of operation."""
     top, left, height, width = params.box[i, v]
-    text = f"view {v + 1}: {width}x{height}+{left}+{top}{' flip' if params.flip[i, v] else ''}"
+    lines = [f"view {v + 1}: {width}x{height}+{left}+{top}{' flip' if params.flip[i, v] else ''}"]
     if params.jitter[i, v]:
-        values = [getattr(params, name)[i, v] for name in _OPERATIONS]
-        text += "\n" + " ".join(f"{_OPERATIONS[op][0]}{values[op]:+.2f}" for op in params.order[i, v])
-    extras = [name for name in ("gray", "solarize") if getattr(params, name)[i, v]]
-    if params.blur[i, v]:
-        extras.insert(0, f"blur {params.sigma[i, v]:.2f}")
-    return text + ("\n" + " ".join(extras) if extras else "")
+        strengths = [getattr(params, name)[i, v] for name in _JITTER]
+        lines.append(" ".join(f"{_JITTER[op][0]}{strengths[op]:+.2f}" for op in params.order[i, v]))
+    others = [f"blur {params.sigma[i, v]:.2f}"] if params.blur[i, v] else []
+    others += [name for name in ("gray", "solarize") if getattr(params, name)[i, v]]
+    if others:
+        lines.append(" ".join(others))
+    return "\n".join(lines)

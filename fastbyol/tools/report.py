@@ -1,268 +1,185 @@
-"""report.html of a run: one self-contained file with settings, curves, pictures and results."""
+"""report.html of a run: summary, training curves, evaluations and settings on one page."""
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-
-from fastbyol import __version__
 from fastbyol.config import Config
-from fastbyol.data import ImageSet, find_images
+from fastbyol.data import find_images
 from fastbyol.data.decode import BadImage, decode
-from fastbyol.data.native import center_crops
-from fastbyol.errors import InputError, first_line, printable
+from fastbyol.errors import InputError, first_line
 from fastbyol.evaluate import TASKS, is_metric, load_checkpoint_model, read_results
-from fastbyol.evaluate.features import CENTER_FRACTION, check_splits, extract
-from fastbyol.evaluate.knn import nearest
+from fastbyol.evaluate.features import check_splits
 from fastbyol.model import BYOL
-from fastbyol.precision import compute_dtype
-from fastbyol.runtime.device import choose_device
 from fastbyol.runtime.files import check_output, read_json_or
+from fastbyol.runtime.logging import logger
 from fastbyol.runtime.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, SUMMARY
 from fastbyol.runtime.run_log import read_metrics
-from fastbyol.tools.pages import ACCENT, BAD, GOOD, image, section, table, text, write_page
-from fastbyol.tools.plots import title, to_png
-from fastbyol.tools.preview import draw_views, to_pixels
+from fastbyol.tools.pages import write_page
+from fastbyol.tools.preview import draw_views
+from fastbyol.tools.report_figures import draw_curves, draw_neighbors
 
-_QUERIES, _NEIGHBORS = 8, 5
-_NO_METRICS = {"base_lr", "held_out_top1"}  # of a row: how it came about
-
-_CURVES = (  # kind, key, title, unit
-    ("train", "loss", "Loss", ""),
-    ("knn", "top1", "Online kNN top-1", "%"),
-    ("train", "lr", "Learning rate", ""),
-    ("train", "tau", "Target decay tau", ""),
-    ("train", "projection_std", "Std of normalized projections", ""),
-    ("train", "images_per_s", "Images per second", ""),
-    ("train", "wait_share", "Time waiting for data", "%"),
-)
+_MAX_SKIPPED_IMAGES = 50
+_NOT_METRICS = {"base_lr", "held_out_top1"}  # numbers of a row that describe how it was trained
+_BAR_PX = 120  # width of the bar of an accuracy of 100%
 
 
-def write_report(run: Path, say: Callable[[str], None], *, root: str | None = None) -> Path:
-    """Writes RUN/report.html from what the run and its evaluations left in the folder.
+def write_report(run: Path, *, root: str | None = None) -> Path:
+    """Write RUN/report.html from the files of a run and of its evaluations.
+
+    Damaged files are logged as warnings and left out.
 
     Args:
-        root: the data set that the pictures are taken from; by default the run's.
+        run: The run's folder.
+        root: The data set that images are drawn from. Default: the run's.
 
     Returns:
-        the file written.
+        The path of the report.
 
     Raises:
-        InputError: the folder holds no run, or no file can be written there.
-        RunError: the file could not be written in the end.
+        InputError: `run` holds no run, or no file can be written there.
+        RunError: Writing the report failed.
     """
     if not run.is_dir():
-        raise InputError(f"--run {run}: there is no such folder")
+        raise InputError(f"--run {run}: folder not found")
     if root is not None and not os.path.lexists(root):
-        raise InputError(f"--root {root}: there is no such data set")
+        raise InputError(f"--root {root}: data set not found")
     if run.name == CHECKPOINTS and not (run / CHECKPOINTS).exists():
-        raise InputError(f"--run {run}: holds checkpoints; name the run's folder, {run.parent}")
+        raise InputError(f"--run {run}: is a folder of checkpoints; name the run's folder, {run.parent}")
     check_output(run / REPORT, str(run / REPORT))
-    path, config, model, _ = load_checkpoint_model(run, say)
-
-    def warn(fault: str) -> None:
-        say(f"warning: {fault}")
-
-    lines = read_metrics(run)
-    settings = json.dumps(config.to_dict(), indent=2, ensure_ascii=False).splitlines()
-    parts = [
-        f"<h1>{text(config.name)}</h1><p class=note>BYOL pre-training by fastbyol {__version__}, "
-        f"checkpoint {text(path.name)}</p>",
-        _summary(run, warn),
-        _results(run, warn),
-        section("Curves", image(_draw_curves(lines, config))) if lines else "",
-        _pictures(config, model, root, say),
-        section("Settings", f"<pre>{'<br>'.join(map(text, settings))}</pre>"),
-        _environment(run, warn),
-    ]
-    return write_page(run / REPORT, config.name, parts)
+    path, config, model, _ = load_checkpoint_model(run, logger.info)
+    return write_page(
+        run / REPORT,
+        "report",
+        name=config.name,
+        backbone=config.model.backbone,
+        data_set=config.data.root,
+        checkpoint=path.name,
+        summary=_summary(run),
+        curves=draw_curves(read_metrics(run), config),
+        evaluations=[_evaluation(*found) for found in read_results(run, logger.warning)],
+        settings=_settings(config),
+        environment=read_json_or(run / ENVIRONMENT, logger.warning).items(),
+        **_images(config, model, root),
+    )
 
 
-def refresh_report(run_or_file: Path, say: Callable[[str], None], *, root: str | None = None) -> None:
-    """Writes the report again after an evaluation, where a whole run was evaluated that has one.
+def refresh_report(run_or_file: Path, *, root: str | None = None) -> None:
+    """Update an existing report after an evaluation; do nothing if there is none.
 
     Args:
-        root: the data set of the evaluation, which pictures are taken from where the run's has been moved.
+        run_or_file: The evaluated run or checkpoint. Only runs have reports.
+        root: The data set of the evaluation. Images are drawn from it if the run's has been moved.
     """
     if not (run_or_file / REPORT).exists():
         return
     data = read_json_or(run_or_file / CONFIG, lambda text: None).get("data")
-    own = data.get("root") if isinstance(data, dict) else None
-    moved = isinstance(own, str) and not os.path.lexists(own)
-    say(f"report: {write_report(run_or_file, say, root=root if moved else None)}")
+    own_root = data.get("root") if isinstance(data, dict) else None
+    moved = isinstance(own_root, str) and not os.path.lexists(own_root)
+    logger.info(f"report: {write_report(run_or_file, root=root if moved else None)}")
 
 
-def _summary(run: Path, warn: Callable[[str], None]) -> str:
-    values = read_json_or(run / SUMMARY, warn)
+def _summary(run: Path) -> dict[str, Any] | None:
+    """Return the content of summary.json; None if it is missing or damaged.
+
+    Returns:
+        `cards`: (label, value, detail) each. `skipped`: (image, reason) each.
+    """
+    values = read_json_or(run / SUMMARY, logger.warning)
     if not values:
-        return ""
+        return None
     try:
-        rows = [("steps", f"{values['steps']} of {values['total_steps']}"), ("time", f"{values['seconds']:.0f} s")]
+        skipped = values["bad_images"]
+        cards = [
+            ("Steps", str(values["steps"]), f"of {values['total_steps']}"),
+            ("Time", f"{values['seconds']:.0f} s", ""),
+        ]
         if values["images_per_s"] is not None:
-            rows.append(("speed", f"{values['images_per_s']:.0f} images/s (median)"))
-            rows.append(("waiting for data", f"{values['wait_share']:.1%} of the time (median)"))
-            rows.append(("last loss", f"{values['loss']:.3f}"))
+            cards.append(("Speed", f"{values['images_per_s']:.0f}", "images/s (median)"))
+            cards.append(("Waiting for data", f"{values['wait_share']:.1%}", "of the time (median)"))
+            cards.append(("Last loss", f"{values['loss']:.3f}", ""))
         if values["knn_best"] is not None:
-            rows.append(("online kNN", f"{values['knn_last']:.1%} at the end, {values['knn_best']:.1%} at best"))
-        rows.append(("skipped images", str(len(values["bad_images"]))))
-        first = list(values["bad_images"].items())[:50]
+            cards.append(("Online kNN", f"{values['knn_last']:.1%}", f"top-1, best {values['knn_best']:.1%}"))
+        cards.append(("Skipped images", str(len(skipped)), ""))
+        return {"cards": cards, "skipped": list(skipped.items())[:_MAX_SKIPPED_IMAGES]}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        warn(f"{run / SUMMARY}: not what a run writes; it is left out")
-        return ""
-    bad = "".join(f"<li>{text(name)}: {text(reason)}</li>" for name, reason in first)
-    return section("Run", table(rows) + (f"<ul>{bad}</ul>" if bad else ""))
+        logger.warning(f"{run / SUMMARY}: is not the summary of a run; it is left out")
+        return None
 
 
-def _results(run: Path, warn: Callable[[str], None]) -> str:
-    """A table for each evaluation: one per protocol, data set, checkpoint and settings."""
-    tables = [_result(path, result, warn) for path, result in read_results(run, warn)]
-    return section("What the features are worth", f"<div class=columns>{''.join(tables)}</div>") if tables else ""
-
-
-def _result(path: Path, result: dict[str, Any], warn: Callable[[str], None]) -> str:
-    protocol = TASKS.get(result["protocol"])
-    settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))
-    names = list(
-        dict.fromkeys(key for row in result["rows"].values() for key, value in row.items() if is_metric(value))
-    )
-    metrics = [key for key in names if key not in _NO_METRICS]
-    head = "".join(f"<th>{text(key.replace('_', ' '))}</th>" for key in metrics)
-    rows = "".join(
-        f"<tr{' class=best' if i == 0 else ''}><td>{text(name)}</td>"
-        + "".join(f"<td class=number>{f'{row[key]:.1%}' if is_metric(row.get(key)) else ''}</td>" for key in metrics)
-        + _accuracy_bar(row.get(metrics[0]) if metrics else None, baseline=i > 0)
-        for i, (name, row) in enumerate(result["rows"].items())
-    )
-    picture = _picture(path.with_suffix(".png"), warn) if protocol and protocol.draw else ""
+def _evaluation(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the table of one evaluation: a row per network, a column per metric."""
+    task = TASKS.get(result["protocol"])
+    rows = result["rows"]
+    names = dict.fromkeys(key for row in rows.values() for key, value in row.items() if is_metric(value))
+    metrics = [name for name in names if name not in _NOT_METRICS]
+    checkpoint = Path(result["checkpoint"]).name + (f", step {result['step']}" if "step" in result else "")
     splits = ", ".join(map(str, result.get("splits") or []))
-    step = f", step {result['step']}" if "step" in result else ""
-    return (
-        f"<div><h3>{text(protocol.title if protocol else result['protocol'])}</h3>"
-        f"<p class=note>{text(result['root'])}{text(f' ({splits})' if splits else '')}, checkpoint {text(Path(result['checkpoint']).name + step)}</p>"
-        f"<table><tr><th>features</th>{head}<th></th></tr>{rows}</table>"
-        f"<p class=note>{text(result['train_images'])} training and {text(result['val_images'])} validation images, "
-        f"{text(result['classes'])} classes; {text(settings)}</p>"
-        f"{picture}</div>"
-    )
+    settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))
+    return {
+        "title": task.title if task else result["protocol"],
+        "source": f"{result['root']}{f' ({splits})' if splits else ''}, checkpoint {checkpoint}",
+        "metrics": [name.replace("_", " ") for name in metrics],
+        "rows": [
+            {
+                "name": name,
+                "cells": [_percent(row.get(metric)) for metric in metrics],
+                "bar_px": _bar_px(row.get(metrics[0]) if metrics else None),
+            }
+            for name, row in rows.items()
+        ],
+        "note": (
+            f"{result['train_images']} training and {result['val_images']} validation images, "
+            f"{result['classes']} classes; {settings}"
+        ),
+        "picture": _read_picture(path.with_suffix(".png")) if task and task.draw else None,
+    }
 
 
-def _picture(path: Path, warn: Callable[[str], None]) -> str:
-    """What an evaluation drew; nothing where it is missing or damaged."""
+def _percent(value: Any) -> str:
+    return f"{value:.1%}" if is_metric(value) else ""
+
+
+def _bar_px(value: Any) -> int:
+    return round(_BAR_PX * min(max(value, 0), 1)) if is_metric(value) else 0
+
+
+def _read_picture(path: Path) -> bytes | None:
+    """Return the figure of an evaluation; None if it is missing or damaged."""
     if not path.is_file():
-        return ""
+        return None
     try:
         png = path.read_bytes()
         decode(png)
     except (OSError, BadImage) as error:
-        warn(f"{path}: {first_line(error)}; it is left out")
-        return ""
-    return image(png)
+        logger.warning(f"{path}: {first_line(error)}; it is left out")
+        return None
+    return png
 
 
-def _accuracy_bar(value: Any, *, baseline: bool) -> str:
-    width = 200 * min(max(value, 0), 1) if is_metric(value) else 0
-    return f"<td><span class='bar{' baseline' if baseline else ''}' style='width:{width:.0f}px'></span></td></tr>"
-
-
-def _draw_curves(lines: list[dict[str, Any]], config: Config) -> bytes:
-    curves = [c for c in _CURVES if any(line["kind"] == c[0] for line in lines)]
-    columns = 2
-    figure = Figure(figsize=(11, 2.3 * -(-len(curves) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(curves) // columns), columns, squeeze=False).ravel()
-    for axis in axes:
-        axis.set_visible(False)
-    for axis, (kind, key, heading, unit) in zip(axes, curves, strict=False):
-        points = [(line["epoch"], line[key]) for line in lines if line["kind"] == kind]
-        scale = 100 if unit == "%" else 1
-        marker = "o" if len(points) < 40 else None
-        axis.plot([x for x, _ in points], [scale * y for _, y in points], color=ACCENT, marker=marker, markersize=3)
-        if key == "projection_std":
-            spread = config.model.projection_dim**-0.5
-            axis.axhline(spread, color=GOOD, linestyle=":", label="evenly spread")
-            axis.axhline(config.log.collapse_threshold * spread, color=BAD, linestyle=":", label="collapse warning")
-            axis.legend(fontsize=8, frameon=False)
-        if key in ("images_per_s", "wait_share", "projection_std"):
-            axis.set_ylim(bottom=0)
-        axis.set_visible(True)
-        axis.set_title(f"{heading}{f' ({unit})' if unit else ''}", fontsize=10, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-        axis.tick_params(labelsize=8)
-        axis.set_xlabel("epoch", fontsize=8)
-    return to_png(figure)
-
-
-def _pictures(config: Config, model: BYOL, root: str | None, say: Callable[[str], None]) -> str:
-    """View grid and nearest neighbors; a data set that is gone by now costs the pictures, not the report."""
-    parts: list[str] = []
+def _images(config: Config, model: BYOL, root: str | None) -> dict[str, bytes | None]:
+    """Draw augmented views and nearest neighbors. Without the data set, the report lacks them."""
+    images: dict[str, bytes | None] = {"views": None, "neighbors": None}
     try:
         train = find_images(config.data, "train", root=root)
-        parts.append(section("The two views", image(draw_views(config, train))))
+        images["views"] = draw_views(config, train)
         val = find_images(config.data, "val", root=root)
         check_splits(train, val)
-        parts.append(section("Nearest neighbors", _neighbors(config, model, train, val, say)))
+        images["neighbors"] = draw_neighbors(config, model, train, val)
     except InputError as error:
-        say(f"warning: the report lacks pictures: {error}")
-    return "".join(parts)
+        logger.warning(f"the report lacks images: {error}")
+    return images
 
 
-def _neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet, say: Callable[[str], None]) -> str:
-    size, device = config.data.image_size_px, choose_device("auto")
-    options = {
-        "size": size,
-        "device": device,
-        "dtype": compute_dtype(config.precision, device),
-        "threads": config.data.threads,
-    }
-    backbone = model.online.backbone.to(device=device, memory_format=torch.channels_last)
-    bank, queries = train.spread(config.knn.max_bank_images), val.spread(_QUERIES)
-    found = extract(backbone, bank, **options), extract(backbone, queries, **options)
-    similarity, index = nearest(found[0].x, found[1].x, _NEIGHBORS)
-    figure = Figure(figsize=(1.45 * (1 + _NEIGHBORS), 1.62 * len(index)), layout="constrained")
-    grid = figure.subplots(len(index), 1 + _NEIGHBORS, squeeze=False)
-    for axis in grid.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-    for images, features in ((bank, found[0]), (queries, found[1])):
-        for k, reason in features.bad.items():
-            say(printable(f"warning: the report's neighbors lack {images.where(k)}: {reason}"))
-    asked, given = _kept(queries, found[1].bad), _kept(bank, found[0].bad)
-    for row, (query, axes) in enumerate(zip(asked, grid, strict=True)):
-        axes[0].imshow(_thumbnail(queries, query, size))
-        axes[0].set_title(title(train.classes[queries.labels[query]]), fontsize=7)
-        for k, axis in enumerate(axes[1:]):
-            neighbor = given[int(index[row, k])]
-            right = bank.labels[neighbor] == queries.labels[query]
-            axis.imshow(_thumbnail(bank, neighbor, size))
-            axis.add_patch(
-                Rectangle(
-                    (0, 0), 1, 1, transform=axis.transAxes, fill=False, linewidth=4, edgecolor=GOOD if right else BAD
-                )
-            )
-            axis.set_title(f"{title(bank.classes[bank.labels[neighbor]])} {similarity[row, k]:.2f}", fontsize=7)
-    note = "Left: a validation image. Right: its nearest training images by cosine similarity; a green frame is the same class."
-    return f"{image(to_png(figure))}<p class=note>{note}</p>"
+def _settings(config: Config) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return (section, settings); the settings outside of sections come first, as "run"."""
+    values = config.to_dict()
+    sections = {"run": {key: value for key, value in values.items() if not isinstance(value, dict)}}
+    sections |= {key: value for key, value in values.items() if isinstance(value, dict)}
+    return [(name, [(key, _setting(value)) for key, value in pairs.items()]) for name, pairs in sections.items()]
 
 
-def _kept(folder: ImageSet, bad: dict[int, str]) -> list[int]:
-    """Indices of the images that have features, in the order of the features."""
-    return [i for i in range(len(folder)) if i not in bad]
-
-
-def _thumbnail(folder: ImageSet, index: int, size: int) -> Any:
-    one = folder.take(np.array([index]))
-    crops = center_crops(one, size=size, fraction=CENTER_FRACTION, batch_size=1, threads=1, bad={})
-    images, _ = next(crops)
-    return to_pixels(images[0])
-
-
-def _environment(run: Path, warn: Callable[[str], None]) -> str:
-    facts = read_json_or(run / ENVIRONMENT, warn)
-    return section("Environment", table([(key, str(value)) for key, value in facts.items()])) if facts else ""
+def _setting(value: Any) -> str:
+    """Format a setting as in a YAML config."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -530,7 +530,7 @@ def test_a_training_goes_on_and_names_the_bad_of_mutated_files(mixed, make_confi
     bad = {name: reason for name, reason in expected.items() if isinstance(reason, str)}
     assert summary["bad_images"] == bad
     assert np.isfinite(summary["loss"])
-    assert str(tmp_path / "p.png") in write_preview(config, tmp_path / "p.png", print)
+    assert str(tmp_path / "p.png") in write_preview(config, tmp_path / "p.png")
 
 
 def test_mutated_files_of_dense_evaluations_are_one_line(tmp_path):

@@ -232,7 +232,7 @@ def test_a_root_that_no_folder_can_be_is_one_line(tmp_path, path):
 # --- who says what was left out ---
 
 
-def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path, capsys, one_thread):
+def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path, capsys, one_thread, log_lines):
     root = tmp_path / "data"
     shutil.copytree(photos, root)
     (root / "train/moon/deep").mkdir()
@@ -247,9 +247,9 @@ def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path
     said: list[str] = []
     evaluate("knn", KnnEval(run=str(folder), baselines=False), said.append)
     assert said[:2] == [f"warning: {note}" for note in notes]
-    lines = []
-    write_preview(config, tmp_path / "p.png", lines.append)
-    assert lines == [f"warning: {notes[0]}"]
+    log_lines.clear()
+    write_preview(config, tmp_path / "p.png")
+    assert log_lines == [f"warning: {notes[0]}"]
     assert main(["pack", str(root / "train"), str(tmp_path / "x.beton"), "--mode", "jpg"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"warning: {notes[0]}"
 

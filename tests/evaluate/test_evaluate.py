@@ -47,7 +47,8 @@ from fastbyol.evaluate.protocol import EvalContext, missing_images_warning
 from fastbyol.evaluate.robustness import CORRUPTIONS, STRENGTHS, corrupted
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime.run_log import read_metrics
-from fastbyol.tools.report import _neighbors, write_report
+from fastbyol.tools.report import write_report
+from fastbyol.tools.report_figures import draw_neighbors
 from fastbyol.tools.shapes import prepare_shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -330,13 +331,12 @@ def test_a_validation_split_that_cannot_be_read_ends_the_knn_and_not_the_run(pho
     assert not any("nan" in line for line in lines)
 
 
-def test_the_report_names_what_it_has_no_neighbors_of(run, damaged):
+def test_the_report_names_what_it_has_no_neighbors_of(run, damaged, log_lines):
     root, files = damaged
     config = Config.from_dict(json.loads((run / "config.json").read_text()))
     model = load_checkpoint_model(run, print).model
-    lines = []
-    _neighbors(config, model, open_split(root, "train"), open_split(root, "val"), lines.append)
-    assert [line.split(": ")[1] for line in lines] == [
+    draw_neighbors(config, model, open_split(root, "train"), open_split(root, "val"))
+    assert [line.split(": ")[1] for line in log_lines] == [
         f"the report's neighbors lack {file}" for file in (*files[1:], files[0])
     ]
 
@@ -721,7 +721,7 @@ def test_robustness_has_a_curve_per_corruption_and_a_picture(run):
     assert row["linear_top5_corrupted"] == pytest.approx(expected)
     picture = next(run.glob("eval_robustness_*.png")).read_bytes()
     assert picture.startswith(b"\x89PNG")
-    page = write_report(run, print).read_text()
+    page = write_report(run).read_text()
     assert base64.b64encode(picture).decode() in page
     assert "Robustness to corruptions" in page
 
@@ -763,7 +763,7 @@ def test_dense_protocols_go_through_the_same_door(run, tmp_path, protocol, metri
     assert (result["train_images"], result["val_images"], result["classes"]) == (12, 3, 8)
     again = evaluate(protocol, replace(options, baselines=False), print)
     assert again["rows"][BYOL_ROW] == result["rows"][BYOL_ROW]
-    assert TASKS[protocol].title in write_report(run, print).read_text()
+    assert TASKS[protocol].title in write_report(run).read_text()
 
 
 @pytest.mark.parametrize("protocol", ["segmentation", "detection"])

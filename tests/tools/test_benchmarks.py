@@ -18,7 +18,7 @@ import torch
 import torchvision
 import variants
 
-from fastbyol.tools import plan
+from fastbyol.tools.hardware import GPUS, Link
 
 TINY = bench_step.Work.parse("R18 32 px, batch 4")
 CPU = torch.device("cpu")
@@ -206,8 +206,8 @@ def test_exchange_counts_of_r50(r50: exchange.Counts):
 
 def test_exchange_times_of_two_gpus():
     counts = exchange.Counts(gradient_values=10**6, online_channels=500, target_channels=250, collectives=10)
-    link = plan.Link("wire", 2.0, "")
-    gpu = dataclasses.replace(plan.GPUS["h100"], node=link, cluster=link)
+    link = Link("wire", 2.0, "")
+    gpu = dataclasses.replace(GPUS["h100"], node=link, cluster=link)
     row = exchange.estimate(
         counts, gpu, gpus=2, batch=8, images_per_s=2000, gradient_dtype="float32", latency_us=(100, 0)
     )
@@ -221,7 +221,7 @@ def test_exchange_times_of_two_gpus():
 
 
 def test_one_gpu_sends_nothing(r50: exchange.Counts):
-    row = exchange.estimate(r50, plan.GPUS["a100-80"], gpus=1, batch=64, images_per_s=926, gradient_dtype="float32")
+    row = exchange.estimate(r50, GPUS["a100-80"], gpus=1, batch=64, images_per_s=926, gradient_dtype="float32")
     assert row["gradient_bytes_sent"] == row["syncbn_bytes_sent"] == row["syncbn_collectives"] == 0
     assert float(row["exposed_ms"]) == 0
 

@@ -20,7 +20,6 @@ from fastbyol.api import pretrain as train
 from fastbyol.cli import main, train_config
 from fastbyol.config import EVALUATIONS, Config
 from fastbyol.errors import InputError, LoaderTimeout, RunError
-from fastbyol.runtime import environment
 from fastbyol.settings.base import leaves
 from fastbyol.settings.options import options_of
 from fastbyol.train import RunResult
@@ -84,7 +83,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["prepare", "photos"], "out"),
         (["prepare", "photos", "--out", "/tmp"], "--out /tmp exists"),
         (["preview", "--data.root", "/nowhere"], "there is no folder /nowhere/train"),
-        (["report", "--run", "/nowhere"], "there is no such folder"),
+        (["report", "--run", "/nowhere"], "--run /nowhere: folder not found"),
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
         (["eval", "kn", "--run", "x"], "unknown command 'kn'; did you mean 'knn'?"),
         (["prepare", "fashion-mnis"], "unknown command 'fashion-mnis'; did you mean 'fashion-mnist'?"),
@@ -370,7 +369,7 @@ def _numpy():
 
 @pytest.mark.parametrize("work", [_allocates, _overflows, _numpy])
 def test_memory_that_runs_out_is_one_line(capsys, monkeypatch, work):
-    monkeypatch.setattr("fastbyol.tools.doctor.diagnose", lambda say: work())
+    monkeypatch.setattr("fastbyol.tools.doctor.diagnose", lambda: work())
     code, _, err = run(capsys, "doctor")
     assert (code, err.count("\n")) == (1, 1)
     assert err.startswith("fastbyol: error: out of memory or threads: ")
@@ -407,10 +406,10 @@ def test_a_network_that_does_not_fit_into_memory_is_one_line(capsys, photos, tmp
 
 
 def test_an_error_of_the_system_is_one_line_and_a_fault_of_ours_is_not(capsys, monkeypatch):
-    def missing(say):
+    def missing():
         Path("/proc/nowhere").read_text()
 
-    def wrong(say):
+    def wrong():
         raise RuntimeError("a tensor of the wrong shape")
 
     monkeypatch.setattr("fastbyol.tools.doctor.diagnose", missing)
@@ -512,7 +511,7 @@ def test_prepare_train_evaluate_and_report_from_the_command_line(capsys, tmp_pat
         "Linear probe",
         "untrained network",
         "Nearest neighbors",
-        "The two views",
+        "Augmented views",
         "Settings",
         "torch",
     ):
@@ -534,35 +533,8 @@ def test_a_report_without_its_data_set_says_what_it_lacks(capsys, photos, make_c
     shutil.rmtree(copy)
     code, out, _ = run(capsys, "report", "--run", str(folder))
     assert code == 0
-    assert "the report lacks pictures" in out
+    assert "the report lacks images" in out
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.dali
-@pytest.mark.ffcv
-def test_doctor_says_what_works(capsys):
-    code, out, _ = run(capsys, "doctor")
-    assert code == 0
-    assert re.search(r"ok +images", out)
-    assert re.search(r"ok +CPU kernels", out)
-    assert re.search(r"(ok|--) +GPU", out)
-    assert re.search(r"ok +DALI +\S+, decodes on the CPU, a gray JPEG within [0-3]/255", out)
-    assert re.search(r"ok +FFCV +\S+, its loader can be used", out)
-    assert re.search(r"(ok|--) +driver", out)
-    assert re.search(r"ok +Triton", out)
-    assert re.search(r"-- +apex.*PyPI's apex is another project.*pip install", out)
-    assert "FAIL" not in out
-
-
-def test_doctor_names_the_command_for_what_is_missing(capsys, monkeypatch):
-    monkeypatch.setattr(environment, "has_module", lambda name: False)
-    monkeypatch.setattr(environment, "installed", lambda name: "0.1" if name == "nvidia-dali" else None)
-    code, out, _ = run(capsys, "doctor")
-    assert code == 0
-    assert re.search(r"-- +DALI +0.1 is the stub of that name, not DALI: pip install nvidia-dali-cuda\d+", out)
-    assert re.search(r"-- +FFCV +not installed .*: apt-get install libopencv-dev", out)
-    assert re.search(r"-- +Triton +not installed: pip install torch", out)
 
 
 @pytest.mark.slow
@@ -703,7 +675,7 @@ def test_a_command_for_one_process_is_refused_in_several(capsys, torchrun, monke
     assert err == "fastbyol: error: pack runs in one process, but torchrun started 4: start it without torchrun\n"
     monkeypatch.setattr("fastbyol.tools.bench.bench", lambda config, **options: None)
     monkeypatch.setattr("fastbyol.tools.profiling.profile", lambda config, **options: None)
-    monkeypatch.setattr("fastbyol.tools.doctor.diagnose", lambda say: 0)
+    monkeypatch.setattr("fastbyol.tools.doctor.diagnose", lambda: 0)
     for command in ("bench", "profile", "doctor"):
         assert run(capsys, command) == (0, "", "")
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -739,9 +711,7 @@ sys.exit(main(["pack", {str(photos / "train")!r}, {str(tmp_path / "x.beton")!r}]
 
 def test_under_torchrun_signals_are_not_caught(capsys, torchrun, monkeypatch):
     found = []
-    monkeypatch.setattr(
-        "fastbyol.tools.doctor.diagnose", lambda say: found.append(signal.getsignal(signal.SIGTERM)) or 0
-    )
+    monkeypatch.setattr("fastbyol.tools.doctor.diagnose", lambda: found.append(signal.getsignal(signal.SIGTERM)) or 0)
     run(capsys, "doctor")
     torchrun(0)
     run(capsys, "doctor")
@@ -796,7 +766,7 @@ def test_what_is_no_output_of_a_command_is_not_overwritten(capsys, photos, tmp_p
     words = ["preview", "--config", str(config), "--data.root", str(photos), "--out", str(config)]
     code, _, err = run(capsys, *words)
     assert (code, config.read_text()) == (2, "seed: 1\n")
-    assert "exists and is no PNG file: it is not overwritten" in err
+    assert "exists and is not a PNG file, so it is not overwritten" in err
 
 
 def test_a_working_directory_that_is_gone_and_devices_are_one_line(capsys, tmp_path, monkeypatch):

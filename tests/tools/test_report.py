@@ -1,14 +1,18 @@
-"""What evaluations leave beside each other, damaged files, and names of any kind, in report.html and in figures."""
+"""report.html and its figures: evaluations, damaged files, arbitrary names, moved data sets."""
 
+import importlib.resources
 import io
 import json
 import os
+import re
 import shutil
+import tomllib
 import warnings
 
 import numpy as np
 import pytest
-from helpers.common import jpeg
+from helpers.common import ROOT, jpeg
+from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -19,7 +23,7 @@ from fastbyol.data import find_images
 from fastbyol.errors import InputError
 from fastbyol.evaluate import evaluate, read_results
 from fastbyol.tools import plots
-from fastbyol.tools.pages import text
+from fastbyol.tools.pages import TEMPLATES
 from fastbyol.tools.preview import draw_views
 from fastbyol.tools.report import refresh_report, write_report
 
@@ -30,23 +34,122 @@ def fail(line):
     raise AssertionError(line)
 
 
-def test_evaluations_stand_beside_each_other(make_config, photos, tmp_path):
+@pytest.fixture
+def no_neighbors(monkeypatch):
+    monkeypatch.setattr("fastbyol.tools.report.draw_neighbors", lambda *args: None)
+
+
+# --- pages ---
+
+
+def test_templates_are_found_through_the_package():
+    templates = importlib.resources.files("fastbyol.tools") / "templates"
+    names = {file.name for file in templates.iterdir()}
+    assert names >= {"base.html.j2", "macros.html.j2", "report.html.j2", "profile.html.j2"}
+    assert set(TEMPLATES.list_templates()) == names
+    for name in names:
+        TEMPLATES.get_template(name)  # compiles
+
+
+def test_templates_are_part_of_the_installation():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fastbyol").rglob("__init__.py")}
+    folders |= {"fastbyol" / path.parent.relative_to(ROOT) for path in (ROOT / "kernels").rglob("__init__.py")}
+    assert set(setuptools["packages"]) == {".".join(folder.parts) for folder in folders}
+    assert setuptools["package-data"]["fastbyol.tools"] == ["templates/*.html.j2"]
+    assert list((ROOT / "fastbyol" / "tools").glob("templates/*.html.j2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("<b>&", "&lt;b&gt;&amp;"), ("caf\udce9", "caf\\udce9"), ("a\nb", "a\\nb"), ("中", "中"), (3, "3")],
+)
+def test_every_value_of_a_template_is_escaped(name, shown):
+    macro = "{% macro bold(x) %}<b>{{ x }}</b>{% endmacro %}"
+    assert TEMPLATES.from_string("{{ name }}").render(name=name) == shown
+    assert TEMPLATES.from_string(macro + "{{ bold(name) }}").render(name=name) == f"<b>{shown}</b>"
+
+
+def test_a_missing_value_of_a_template_raises():
+    with pytest.raises(UndefinedError, match="'name' is undefined"):
+        TEMPLATES.from_string("{{ name }}").render()
+
+
+def test_pages_load_nothing_from_elsewhere(make_config, no_neighbors):
+    page = write_report(train(make_config(**SHORT)).folder).read_text()
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
+    addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>)]*)""", page)
+    assert addresses
+    assert all(address.startswith("data:") for address in addresses)
+    assert "<script" not in page
+    assert "@import" not in page
+
+
+# --- the report ---
+
+
+def test_the_report_shows_data_set_settings_and_environment(make_config, photos, no_neighbors):
+    config = make_config(**SHORT)
+    page = write_report(train(config).folder).read_text()
+    assert "<h1>run</h1>" in page
+    assert f"BYOL pre-training of resnet18 on <code>{photos}</code>" in page
+    assert "checkpoint step_00000004.pt" in page.lower()
+    for label, value in (("Steps", "4"), ("Skipped images", "0")):
+        assert f'<div class="label">{label}</div>\n<div class="value">{value}</div>' in page
+    for label in ("Time", "Speed", "Waiting for data", "Last loss"):
+        assert f'<div class="label">{label}</div>' in page
+    assert "<th>base_lr</th><td>2.0</td>" in page
+    assert "<th>tensorboard</th><td>false</td>" in page
+    assert "<th>torch</th><td>" in page
+    for section, values in config.to_dict().items():
+        for name in values if isinstance(values, dict) else [section]:
+            assert f"<th>{name}</th>" in page
+
+
+def test_skipped_images_are_listed(make_config, no_neighbors):
+    folder = train(make_config(**SHORT)).folder
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["bad_images"] = {f"train/<{k}>.jpg": "truncated\n" for k in range(60)}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = write_report(folder).read_text()
+    assert page.count("<li>") == 50  # the first ones
+    assert "<li>train/&lt;0&gt;.jpg: truncated\\n</li>" in page
+    assert '<div class="value">60</div>' in page
+
+
+def test_every_evaluation_has_a_table(make_config, photos, tmp_path):
     folder = train(make_config(**SHORT)).folder
     elsewhere = tmp_path / "elsewhere"
     for split in ("train", "val"):
         for name in ("astronaut", "coffee"):
             (elsewhere / split).mkdir(parents=True, exist_ok=True)
             (elsewhere / split / name).symlink_to(photos / split / name)
-    options = [{}, {"k": 5}, {"root": str(elsewhere)}, {}]  # the last is the first again
+    options = [{}, {"k": 5}, {"root": str(elsewhere)}, {}]  # the last one replaces the first
     for changes in options:
         evaluate("knn", KnnEval(run=str(folder), baselines=False, **changes), lambda line: None)
     results = read_results(folder, fail)
     found = sorted((result["root"], result["settings"]["k"]) for _, result in results)
     assert found == sorted([(str(photos), 20), (str(photos), 5), (str(elsewhere), 20)])
-    page = write_report(folder, print).read_text()
+    page = write_report(folder).read_text()
     for root in (photos, elsewhere):
         assert f"{root} (train, val), checkpoint step_00000004.pt" in page
     assert page.count("<h3>Weighted kNN on frozen features</h3>") == 3
+    for _, result in results:
+        assert f'<td class="number">{result["rows"]["BYOL"]["top1"]:.1%}</td>' in page
+
+
+def test_evaluations_of_best_checkpoints_of_different_steps_are_kept(make_config, monkeypatch):
+    folder = train(make_config(optim={"epochs": 2, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
+    best = folder / "checkpoints" / "best.pt"
+    for step in (4, 8):
+        best.unlink(missing_ok=True)
+        best.hardlink_to(folder / "checkpoints" / f"step_{step:08d}.pt")
+        evaluate("knn", KnnEval(run=str(best), baselines=False), lambda line: None)
+    assert len(list(folder.glob("eval_knn_*.json"))) == 2
+    monkeypatch.setattr("fastbyol.tools.report._images", lambda *args: {"views": None, "neighbors": None})
+    page = write_report(folder).read_text()
+    assert "checkpoint best.pt, step 4<" in page
+    assert "checkpoint best.pt, step 8<" in page
 
 
 DAMAGED = {
@@ -56,14 +159,33 @@ DAMAGED = {
     "eval_other.json": b'{"rows": 3}',
     "summary.json": b'{"steps": "x"}',
     "environment.json": b"\xff",
-    "metrics.jsonl": b'\n{"kind": "train", "step": 1\nnull\n{"kind": "train", "step": 1, "epoch": 1}\n{"kind": "x", "step": 1, "epoch": 1}\n',
-    "eval_splits.json": b'{"protocol": "knn", "checkpoint": "c", "root": "r", "train_images": 1, "val_images": 1, "classes": 2, '
-    b'"settings": {}, "rows": {}, "splits": 5}',
+    "metrics.jsonl": b'\n{"kind": "train", "step": 1\nnull\n{"kind": "train", "step": 1, "epoch": 1}\n'
+    b'{"kind": "x", "step": 1, "epoch": 1}\n',
+    "eval_splits.json": b'{"protocol": "knn", "checkpoint": "c", "root": "r", "train_images": 1, "val_images": 1, '
+    b'"classes": 2, "settings": {}, "rows": {}, "splits": 5}',
 }
 
 
-def test_a_damaged_result_is_written_anew_unless_it_was_named(make_config):
-    folder = train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
+def test_damaged_files_are_logged_and_left_out(make_config, log_lines):
+    folder = train(make_config(**SHORT)).folder
+    for name, content in DAMAGED.items():
+        (folder / name).write_bytes(content)
+    log_lines.clear()
+    page = write_report(folder).read_text()
+    assert all(sum(name in line for line in log_lines) == 1 for name in DAMAGED), log_lines
+    assert len(log_lines) == len(DAMAGED)
+    assert all(line.startswith("warning: ") for line in log_lines)
+    assert "<h2>Settings</h2>" in page
+    for heading in ("Evaluations", "Environment", "Training curves"):
+        assert f"<h2>{heading}</h2>" not in page
+    assert "Skipped images" not in page
+    # The damaged summary makes the run unfinished: it is completed again.
+    assert train(make_config(resume="auto", **SHORT)).finished_before is False
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
+
+
+def test_a_damaged_result_is_replaced_unless_the_user_named_it(make_config):
+    folder = train(make_config(**SHORT)).folder
     options = {"run": str(folder), "baselines": False}
     evaluate("knn", KnnEval(**options), lambda line: None)
     (path,) = folder.glob("eval_knn_*.json")
@@ -79,50 +201,49 @@ def test_a_damaged_result_is_written_anew_unless_it_was_named(make_config):
             evaluate("knn", KnnEval(**options, out=str(path)), lines.append)
 
 
-def test_evaluations_of_best_checkpoints_of_other_steps_stand_beside_each_other(make_config, monkeypatch):
-    folder = train(make_config(optim={"epochs": 2, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
-    best = folder / "checkpoints" / "best.pt"
-    for step in (4, 8):
-        best.unlink(missing_ok=True)
-        best.hardlink_to(folder / "checkpoints" / f"step_{step:08d}.pt")
-        evaluate("knn", KnnEval(run=str(best), baselines=False), lambda line: None)
-    assert len(list(folder.glob("eval_knn_*.json"))) == 2
-    monkeypatch.setattr("fastbyol.tools.report._pictures", lambda *args: "")
-    page = write_report(folder, fail).read_text()
-    assert "checkpoint best.pt, step 4<" in page
-    assert "checkpoint best.pt, step 8<" in page
-
-
-def test_damaged_files_are_named_and_block_no_report(make_config):
+def test_bad_paths_raise_before_any_work(make_config, monkeypatch, tmp_path):
     folder = train(make_config(**SHORT)).folder
-    for name, content in DAMAGED.items():
-        (folder / name).write_bytes(content)
-    lines = []
-    page = write_report(folder, lines.append).read_text()
-    assert all(sum(name in line for line in lines) == 1 for name in DAMAGED), lines
-    assert len(lines) == len(DAMAGED)
-    assert "Settings" in page
-    assert "What the features are worth" not in page
-    assert (
-        train(make_config(resume="auto", **SHORT)).already_finished is False
-    )  # its summary was damaged: it is closed again
-    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
+    with pytest.raises(InputError, match=rf"is a folder of checkpoints; name the run's folder, {folder}$"):
+        write_report(folder / "checkpoints")
+    with pytest.raises(InputError, match="--run .*nowhere: folder not found"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="--root /nowhere: data set not found"):
+        write_report(folder, root="/nowhere")
+    assert not (folder / "report.html").exists()
+    (folder / "report.html").mkdir()
+    monkeypatch.setattr("fastbyol.tools.report.load_checkpoint_model", lambda *args: fail("loaded the checkpoint"))
+    with pytest.raises(InputError, match=r"report.html: is a folder; name a file"):
+        write_report(folder)
 
+
+def test_a_moved_data_set_is_found_by_its_new_root(make_config, photos, tmp_path, monkeypatch, no_neighbors, log_lines):
+    monkeypatch.setattr("fastbyol.tools.report.draw_views", lambda config, images: images.read(0))
+    heading = "<h2>Augmented views</h2>"
+    root, moved = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(photos, root)
+    folder = train(make_config(data={"root": str(root)}, **SHORT)).folder
+    report = folder / "report.html"
+    log_lines.clear()
+    assert heading in write_report(folder).read_text()
+    assert log_lines == []
+    root.rename(moved)
+    refresh_report(folder, root=str(moved))
+    assert log_lines == [f"report: {report}"]
+    assert heading in report.read_text()
+    assert main(["report", "--run", str(folder), "--root", str(moved)]) == 0
+    assert heading in report.read_text()
+    moved.rename(root)
+    log_lines.clear()
+    refresh_report(folder, root="/nowhere")  # ignored: the run's own data set exists
+    assert log_lines == [f"report: {report}"]
+
+
+# --- figures ---
 
 NAMES = ["a$b_$", "$x^{", "<b>&amp;", "[red]x", ":smile:", "中文", "tab\there", "new\nline", "x" * 200]
 
 
-def test_what_no_report_can_be_written_of_is_said_before_the_work(make_config, monkeypatch):
-    folder = train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
-    with pytest.raises(InputError, match=rf"checkpoints: holds checkpoints; name the run's folder, {folder}$"):
-        write_report(folder / "checkpoints", fail)
-    (folder / "report.html").mkdir()
-    monkeypatch.setattr("fastbyol.tools.report.load_checkpoint_model", lambda run, say: pytest.fail("it went to work"))
-    with pytest.raises(InputError, match=r"report.html: is a folder; name a file"):
-        write_report(folder, fail)
-
-
-def test_every_name_is_drawn(folder_of, make_config):
+def test_any_file_name_can_be_drawn(folder_of, make_config):
     names = [os.fsencode(name) for name in NAMES] + [b"caf\xe9"]
     root = folder_of({"train/a/0.jpg": jpeg()})
     for k, name in enumerate(names):
@@ -135,7 +256,7 @@ def test_every_name_is_drawn(folder_of, make_config):
         assert image.width > 800
 
 
-def test_a_dollar_is_drawn_as_one_and_a_missing_glyph_by_its_number(monkeypatch):
+def test_dollars_are_literal_and_missing_glyphs_are_escaped():
     def drawn(string):
         figure = Figure(figsize=(4, 0.5))
         figure.text(0, 0.3, string)
@@ -143,45 +264,9 @@ def test_a_dollar_is_drawn_as_one_and_a_missing_glyph_by_its_number(monkeypatch)
             return np.asarray(Image.open(io.BytesIO(plots.to_png(figure))))
 
     assert not np.array_equal(drawn("a$b$"), drawn("ab"))
-    assert np.array_equal(drawn("x \ufffe"), drawn("x \\ufffe"))  # no font has it
-    assert plots.title("a" * 44) == "a" * 44
-    assert plots.title("a" * 30 + "\n" + "b" * 30) == "a" * 22 + "..." + "b" * 19
+    assert np.array_equal(drawn("x \ufffe"), drawn("x \\ufffe"))  # no font has this character
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [("<b>&", "&lt;b&gt;&amp;"), ("caf\udce9", "caf\\udce9"), ("a\nb", "a\\nb"), ("中", "中"), (3, "3")],
-)
-def test_a_name_as_html(name, shown):
-    assert text(name) == shown
-
-
-def test_pictures_come_from_where_the_data_has_been_moved(make_config, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastbyol.tools.report._neighbors", lambda *args: "")
-    monkeypatch.setattr("fastbyol.tools.report.draw_views", lambda config, folder: folder.read(0))
-    root = tmp_path / "here"
-    shutil.copytree(photos, root)
-    short = {"optim": {"epochs": 1, "warmup_epochs": 0}, "knn": {"every_epochs": 0}}
-    folder = train(make_config(data={"root": str(root)}, **short)).folder
-    assert "The two views" in write_report(folder, fail).read_text()
-    root.rename(tmp_path / "there")
-    lines = []
-    refresh_report(folder, lines.append, root=str(tmp_path / "there"))
-    assert lines == [f"report: {folder / 'report.html'}"]
-    assert "The two views" in (folder / "report.html").read_text()
-    assert main(["report", "--run", str(folder), "--root", str(tmp_path / "there")]) == 0
-    assert "The two views" in (folder / "report.html").read_text()
-    (tmp_path / "there").rename(root)  # another data set's evaluation changes no pictures
-    refresh_report(folder, fail_but_report, root="/nowhere")
-
-
-def fail_but_report(line):
-    assert line.startswith("report: ")
-
-
-def test_a_root_that_is_not_there_costs_no_pictures(make_config, photos):
-    short = {"optim": {"epochs": 1, "warmup_epochs": 0}, "knn": {"every_epochs": 0}}
-    folder = train(make_config(**short)).folder
-    with pytest.raises(InputError, match="--root /nowhere: there is no such data set"):
-        write_report(folder, fail, root="/nowhere")
-    assert not (folder / "report.html").exists()
+def test_long_image_titles_are_elided():
+    assert plots.image_title("a" * 44) == "a" * 44
+    assert plots.image_title("a" * 30 + "\n" + "b" * 30) == "a" * 22 + "..." + "b" * 19

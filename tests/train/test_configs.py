@@ -68,7 +68,7 @@ def test_the_hours_are_those_of_the_plan(path):
     words = match[2].split()
     assert words[:2] == ["--config", f"configs/{path.name}"]
     call = read(["plan", "--config", str(path), *words[2:]], cli.COMMANDS)
-    found = plan(call.config, **dataclasses.asdict(call.options), say=lambda text: None)
+    found = plan(call.config, **dataclasses.asdict(call.options))
     assert float(match[1]) == pytest.approx(found["hours"], abs=0.05 if found["hours"] < 100 else 0.5)
     assert found["limit"] != "memory"
     assert f"{found['gpus']} x {found['device'].split('-')[0].upper()}" in header(path)["hardware"]

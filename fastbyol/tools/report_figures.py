@@ -1,0 +1,148 @@
+"""Figures of the report: training curves and nearest neighbors."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from fastbyol.config import Config
+from fastbyol.data import ImageSet
+from fastbyol.data.native import center_crops
+from fastbyol.evaluate.features import CENTER_FRACTION, Features, extract
+from fastbyol.evaluate.knn import nearest
+from fastbyol.model import BYOL
+from fastbyol.precision import compute_dtype
+from fastbyol.runtime.device import choose_device
+from fastbyol.runtime.logging import logger
+from fastbyol.tools.plots import ACCENT, BAD, GOOD, image_title, to_png
+from fastbyol.tools.preview import to_pixels
+
+_COLUMNS = 2  # of the grid of curves
+_MAX_MARKERS = 40  # curves of fewer points show each of them
+_QUERIES, _NEIGHBORS = 8, 5
+
+_CURVES = (  # kind of line in metrics.jsonl, key, title, unit
+    ("train", "loss", "Loss", ""),
+    ("knn", "top1", "Online kNN top-1", "%"),
+    ("train", "lr", "Learning rate", ""),
+    ("train", "tau", "Target EMA decay (tau)", ""),
+    ("train", "projection_std", "Std of normalized projections", ""),
+    ("train", "images_per_s", "Images per second", ""),
+    ("train", "wait_share", "Time waiting for data", "%"),
+)
+_FROM_ZERO = ("images_per_s", "wait_share", "projection_std")
+
+
+def draw_curves(metrics: list[dict[str, Any]], config: Config) -> bytes | None:
+    """Plot a run's metrics by epoch.
+
+    Args:
+        metrics: Lines of metrics.jsonl.
+        config: The run's config.
+
+    Returns:
+        The figure as PNG; None without metrics.
+    """
+    kinds = {line["kind"] for line in metrics}
+    curves = [curve for curve in _CURVES if curve[0] in kinds]
+    if not curves:
+        return None
+    rows = -(-len(curves) // _COLUMNS)
+    figure = Figure(figsize=(11, 2.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
+    for axis in axes[len(curves) :]:
+        axis.set_visible(False)
+    for axis, (kind, key, title, unit) in zip(axes, curves, strict=False):
+        scale = 100 if unit == "%" else 1
+        lines = [line for line in metrics if line["kind"] == kind]
+        epochs, values = [line["epoch"] for line in lines], [scale * line[key] for line in lines]
+        marker = "o" if len(lines) < _MAX_MARKERS else None
+        axis.plot(epochs, values, color=ACCENT, marker=marker, markersize=3)
+        if key == "projection_std":
+            _draw_collapse_levels(axis, config)
+        if key in _FROM_ZERO:
+            axis.set_ylim(bottom=0)
+        axis.set_title(f"{title} ({unit})" if unit else title, fontsize=10, loc="left")
+        axis.set_xlabel("epoch", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return to_png(figure)
+
+
+def _draw_collapse_levels(axis: Axes, config: Config) -> None:
+    """Mark the std of uniformly distributed unit vectors, and the level of the collapse warning."""
+    uniform = config.model.projection_dim**-0.5
+    axis.axhline(uniform, color=GOOD, linestyle=":", label="uniform on the sphere")
+    axis.axhline(config.log.collapse_threshold * uniform, color=BAD, linestyle=":", label="collapse warning")
+    axis.legend(fontsize=8, frameon=False)
+
+
+def draw_neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet) -> bytes:
+    """Draw validation images and their nearest training images by cosine similarity of features.
+
+    Unreadable images are logged as warnings and left out.
+
+    Returns:
+        The figure as PNG: one row per validation image, with its neighbors to the right. A green
+        frame marks a neighbor of the same class.
+
+    Raises:
+        InputError: No image of a split can be read.
+    """
+    size = config.data.image_size_px
+    bank, queries = train.spread(config.knn.max_bank_images), val.spread(_QUERIES)
+    bank_features, query_features = (_extract(config, model, images) for images in (bank, queries))
+    similarity, index = nearest(bank_features.x, query_features.x, _NEIGHBORS)  # (queries, neighbors)
+    bank_indices, query_indices = _readable(bank, bank_features), _readable(queries, query_features)
+    figure = Figure(figsize=(1.45 * (1 + _NEIGHBORS), 1.62 * len(index)), layout="constrained")
+    grid = figure.subplots(len(index), 1 + _NEIGHBORS, squeeze=False)
+    for axis in grid.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for row, query in enumerate(query_indices):
+        axes, query_class = grid[row], queries.labels[query]
+        axes[0].imshow(_center_crop(queries, query, size))
+        axes[0].set_title(image_title(train.classes[query_class]), fontsize=7)
+        for k in range(index.shape[1]):
+            neighbor = bank_indices[int(index[row, k])]
+            neighbor_class, axis = bank.labels[neighbor], axes[1 + k]
+            axis.imshow(_center_crop(bank, neighbor, size))
+            axis.set_title(f"{image_title(bank.classes[neighbor_class])} {similarity[row, k]:.2f}", fontsize=7)
+            _draw_frame(axis, GOOD if neighbor_class == query_class else BAD)
+    return to_png(figure)
+
+
+def _extract(config: Config, model: BYOL, images: ImageSet) -> Features:
+    device = choose_device("auto")
+    return extract(
+        model.online.backbone.to(device=device, memory_format=torch.channels_last),
+        images,
+        size=config.data.image_size_px,
+        device=device,
+        dtype=compute_dtype(config.precision, device),
+        threads=config.data.threads,
+    )
+
+
+def _draw_frame(axis: Axes, color: str) -> None:
+    frame = Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, linewidth=4, edgecolor=color)
+    axis.add_patch(frame)
+
+
+def _readable(images: ImageSet, features: Features) -> list[int]:
+    """Return the indices of the images that have features, in the order of the features."""
+    for index, reason in features.bad.items():
+        logger.warning(f"the report's neighbors lack {images.where(index)}: {reason}")
+    return [index for index in range(len(images)) if index not in features.bad]
+
+
+def _center_crop(images: ImageSet, index: int, size: int) -> NDArray[np.uint8]:
+    """Return the (S, S, 3) crop of an image that the backbone sees."""
+    image = images.take(np.array([index]))
+    crops, _ = next(center_crops(image, size=size, fraction=CENTER_FRACTION, batch_size=1, threads=1, bad={}))
+    return to_pixels(crops[0])
