@@ -22,10 +22,11 @@ import results_csv
 import torch
 
 from fastbyol import cli
-from fastbyol.config import Config, KnnEval, LinearEval
-from fastbyol.evaluate import TASKS, UNTRAINED_ROW, eval_context
+from fastbyol.config import Config
 from fastbyol.evaluate.features import open_splits
 from fastbyol.evaluate.finetune import finetune
+from fastbyol.evaluate.options import KnnEval, LinearEval
+from fastbyol.evaluate.run import TASKS, UNTRAINED_ROW, eval_context
 from fastbyol.layers import one_view
 from fastbyol.model import build_model
 from fastbyol.runtime import environment
@@ -137,7 +138,7 @@ def supervised_weights(corpus: str, root: Path, out: Path, seed: int, epochs: in
     """A network of the corpus's config trained on its labels from random weights, as a file for --init."""
     config = checkpoint_config(corpus, root, seed)
     options = KnnEval(run="x", device="cpu")
-    frame, splits = eval_context(config, options, print), open_splits(options, config)
+    frame, splits = eval_context(config, options), open_splits(options, config)
     backbone = _backbone(config)
     torch.manual_seed(seed)
     network = finetune(backbone, splits.train, frame, base_lr=0.1, epochs=epochs, batch_size=64, seed=seed)
@@ -152,7 +153,7 @@ def evaluate_weights(corpus: str, root: Path, weights: Path, seed: int) -> dict[
     row = {"command": "the weights that the row below starts from, not trained further", "seconds": "0"}
     for protocol, kind in (("knn", KnnEval), ("linear", LinearEval)):
         options = kind(run="x", device="cpu")
-        data, frame = open_splits(options, config), eval_context(config, options, print)
+        data, frame = open_splits(options, config), eval_context(config, options)
         found = TASKS[protocol].measure(backbone, data, options, frame)
         row[f"{protocol}_top1"] = f"{found['top1']:.4f}"
     return row

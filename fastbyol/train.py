@@ -20,10 +20,10 @@ from fastbyol.config import DEFAULT_WARMUP_EPOCHS, Config, OptimConfig
 from fastbyol.data import Batch, ImageSet, build_loader, choose_backend, find_images
 from fastbyol.data.workers import resolve_threads
 from fastbyol.errors import InputError, LoaderTimeout, RunError, error_reason, first_line, is_out_of_memory
+from fastbyol.evaluate.context import missing_images_warning
 from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.evaluate.online_probe import OnlineProbe
-from fastbyol.evaluate.protocol import missing_images_warning
 from fastbyol.kernels import dispatch
 from fastbyol.model import BYOL, BYOLOutput, build_model
 from fastbyol.runtime import checkpoint, cores, environment, memory

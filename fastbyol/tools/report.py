@@ -15,20 +15,22 @@ from fastbyol import __version__
 from fastbyol.config import Config
 from fastbyol.data import ImageSet, find_images
 from fastbyol.data.decode import BadImage, decode
-from fastbyol.data.native import center_crops
+from fastbyol.data.native import CENTER_FRACTION, center_crops
 from fastbyol.errors import InputError, first_line, printable
-from fastbyol.evaluate import TASKS, is_metric, load_checkpoint_model, read_results
-from fastbyol.evaluate.features import CENTER_FRACTION, check_splits, extract
+from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import nearest
+from fastbyol.evaluate.run import TASKS
 from fastbyol.model import BYOL
 from fastbyol.precision import compute_dtype
 from fastbyol.runtime.files import check_output, read_json_or
+from fastbyol.runtime.results import is_metric, read_results
 from fastbyol.runtime.runlog import read_metrics
 from fastbyol.step import choose_device
 from fastbyol.tools.pages import ACCENT, BAD, GOOD, image, section, table, text, write_page
 from fastbyol.tools.plots import title, to_png
 from fastbyol.tools.preview import draw_views, to_pixels
 from fastbyol.train import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, SUMMARY
+from fastbyol.weights.checkpoints import load_checkpoint_model
 
 _QUERIES, _NEIGHBORS = 8, 5
 _NO_METRICS = {"base_lr", "held_out_top1"}  # of a row: how it came about
@@ -64,7 +66,7 @@ def write_report(run: Path, say: Callable[[str], None], *, root: str | None = No
     if run.name == CHECKPOINTS and not (run / CHECKPOINTS).exists():
         raise InputError(f"--run {run}: holds checkpoints; name the run's folder, {run.parent}")
     check_output(run / REPORT, str(run / REPORT))
-    path, config, model, _ = load_checkpoint_model(run, say)
+    path, config, model, _ = load_checkpoint_model(run)
 
     def warn(fault: str) -> None:
         say(f"warning: {fault}")
@@ -121,12 +123,12 @@ def _summary(run: Path, warn: Callable[[str], None]) -> str:
 
 def _results(run: Path, warn: Callable[[str], None]) -> str:
     """A table for each evaluation: one per protocol, data set, checkpoint and settings."""
-    tables = [_result(path, result, warn) for path, result in read_results(run, warn)]
+    tables = [_result(path, result, warn) for path, result in read_results(run)]
     return section("What the features are worth", f"<div class=columns>{''.join(tables)}</div>") if tables else ""
 
 
 def _result(path: Path, result: dict[str, Any], warn: Callable[[str], None]) -> str:
-    protocol = TASKS.get(result["protocol"])
+    task = TASKS.get(result["protocol"])
     settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))
     names = list(
         dict.fromkeys(key for row in result["rows"].values() for key, value in row.items() if is_metric(value))
@@ -139,11 +141,11 @@ def _result(path: Path, result: dict[str, Any], warn: Callable[[str], None]) -> 
         + _accuracy_bar(row.get(metrics[0]) if metrics else None, baseline=i > 0)
         for i, (name, row) in enumerate(result["rows"].items())
     )
-    picture = _picture(path.with_suffix(".png"), warn) if protocol and protocol.draw else ""
+    picture = _picture(path.with_suffix(".png"), warn) if task and task.has_figure else ""
     splits = ", ".join(map(str, result.get("splits") or []))
     step = f", step {result['step']}" if "step" in result else ""
     return (
-        f"<div><h3>{text(protocol.title if protocol else result['protocol'])}</h3>"
+        f"<div><h3>{text(task.title if task else result['protocol'])}</h3>"
         f"<p class=note>{text(result['root'])}{text(f' ({splits})' if splits else '')}, checkpoint {text(Path(result['checkpoint']).name + step)}</p>"
         f"<table><tr><th>features</th>{head}<th></th></tr>{rows}</table>"
         f"<p class=note>{text(result['train_images'])} training and {text(result['val_images'])} validation images, "

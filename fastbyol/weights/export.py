@@ -21,14 +21,15 @@ from torch import nn
 
 from fastbyol import __version__
 from fastbyol.config import Config, ModelConfig
+from fastbyol.data.native import CENTER_FRACTION
 from fastbyol.errors import InputError, RunError, first_line, printable
-from fastbyol.evaluate import is_metric, load_checkpoint_model, read_results
-from fastbyol.evaluate.features import CENTER_FRACTION
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.model import build_backbone
 from fastbyol.runtime import environment
 from fastbyol.runtime.files import check_output, read_json_or
+from fastbyol.runtime.results import is_metric, read_results
 from fastbyol.train import ENVIRONMENT
+from fastbyol.weights.checkpoints import load_checkpoint_model
 from fastbyol.weights.load import (
     BACKBONE_FIELDS,
     DETECTRON2,
@@ -122,7 +123,7 @@ def export(run: Path, form: str, out: Path | None, say: Callable[[str], None]) -
         if out.suffix not in suffixes:
             raise InputError(f"--out {out}: for --format {form} the name must end in {' or '.join(suffixes)}")
         check_output(out, f"--out {out}")
-    checkpoint, config, model, _ = load_checkpoint_model(run, say)
+    checkpoint, config, model, _ = load_checkpoint_model(run)
     backbone, features = build_backbone(config.model, config.data.image_size_px)
     backbone.load_state_dict(model.online.backbone.state_dict())
     source = Source(checkpoint=checkpoint, config=config, backbone=backbone.eval(), features=features)
@@ -341,7 +342,7 @@ def _part(config: Config) -> str:
 def _results(run: Path, warn: Callable[[str], None]) -> str:
     """A table for each evaluation of the run: metrics as they were written, each with its data set and checkpoint."""
     tables = []
-    for _, result in read_results(run, warn):
+    for _, result in read_results(run):
         rows = {name: {k: v for k, v in row.items() if is_metric(v)} for name, row in result["rows"].items()}
         metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
         lines = [f"| features | {' | '.join(map(_cell, metrics))} |", f"|---|{'---|' * len(metrics)}"]

@@ -10,13 +10,14 @@ import pytest
 from helpers.common import jpeg
 
 from fastbyol.cli import COMMANDS, main
-from fastbyol.config import EVALUATIONS, Config, DataConfig, FinetuneEval, KnnEval, expand_path
+from fastbyol.config import Config, DataConfig, expand_path
 from fastbyol.data import find_images, open_split
 from fastbyol.data.beton import pack
 from fastbyol.data.folder import index_folder
 from fastbyol.errors import InputError
-from fastbyol.evaluate import evaluate
 from fastbyol.evaluate.features import check_splits, open_splits
+from fastbyol.evaluate.options import EVALUATIONS, FinetuneEval, KnnEval
+from fastbyol.evaluate.run import evaluate
 from fastbyol.settings.options import read
 from fastbyol.tools.preview import write_preview
 from fastbyol.train import train
@@ -116,9 +117,9 @@ def test_evaluation_moves_to_another_root_and_splits(folder_of, tmp_path):
     config = checkpoint_config(root)
     shutil.copytree(root / "val", root / "holdout")
     shutil.move(root, tmp_path / "moved")
-    with pytest.raises(InputError, match=f"^root: the data set {root} is not there; name it with --root$"):
+    with pytest.raises(InputError, match=f"^root: data set {root} does not exist; name it with --root$"):
         open_splits(KnnEval(run="x"), config)
-    with pytest.raises(InputError, match="^root: the data set /nowhere is not there$"):
+    with pytest.raises(InputError, match="^root: data set /nowhere does not exist$"):
         open_splits(KnnEval(run="x", root="/nowhere"), config)
     moved = str(tmp_path / "moved")
     splits = open_splits(KnnEval(run="x", train_split=f"{moved}/val", val_split=f"{moved}/train"), config)
@@ -232,7 +233,7 @@ def test_a_root_that_no_folder_can_be_is_one_line(tmp_path, path):
 # --- who says what was left out ---
 
 
-def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path, capsys, one_thread):
+def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path, capsys, one_thread, log_lines):
     root = tmp_path / "data"
     shutil.copytree(photos, root)
     (root / "train/moon/deep").mkdir()
@@ -244,9 +245,9 @@ def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path
     out = capsys.readouterr().out
     assert [out.count(f"warning: {note}\n") for note in notes] == [1, 1]
     assert json.loads((folder / "config.json").read_text())["data"]["root"] == str(root)
-    said: list[str] = []
-    evaluate("knn", KnnEval(run=str(folder), baselines=False), said.append)
-    assert said[:2] == [f"warning: {note}" for note in notes]
+    log_lines.clear()
+    evaluate("knn", KnnEval(run=str(folder), baselines=False))
+    assert log_lines[:2] == [f"warning: {note}" for note in notes]
     lines = []
     write_preview(config, tmp_path / "p.png", lines.append)
     assert lines == [f"warning: {notes[0]}"]

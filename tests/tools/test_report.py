@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastbyol.cli import main
-from fastbyol.config import KnnEval
 from fastbyol.data import find_images
 from fastbyol.errors import InputError
-from fastbyol.evaluate import evaluate, read_results
+from fastbyol.evaluate.options import KnnEval
+from fastbyol.evaluate.run import evaluate
+from fastbyol.runtime.results import read_results
 from fastbyol.tools import plots
 from fastbyol.tools.pages import text
 from fastbyol.tools.preview import draw_views
@@ -30,7 +31,7 @@ def fail(line):
     raise AssertionError(line)
 
 
-def test_evaluations_stand_beside_each_other(make_config, photos, tmp_path):
+def test_evaluations_stand_beside_each_other(make_config, photos, tmp_path, log_lines):
     folder = train(make_config(**SHORT)).folder
     elsewhere = tmp_path / "elsewhere"
     for split in ("train", "val"):
@@ -39,8 +40,9 @@ def test_evaluations_stand_beside_each_other(make_config, photos, tmp_path):
             (elsewhere / split / name).symlink_to(photos / split / name)
     options = [{}, {"k": 5}, {"root": str(elsewhere)}, {}]  # the last is the first again
     for changes in options:
-        evaluate("knn", KnnEval(run=str(folder), baselines=False, **changes), lambda line: None)
-    results = read_results(folder, fail)
+        evaluate("knn", KnnEval(run=str(folder), baselines=False, **changes))
+    results = read_results(folder)
+    assert not [line for line in log_lines if line.startswith("warning: ")]
     found = sorted((result["root"], result["settings"]["k"]) for _, result in results)
     assert found == sorted([(str(photos), 20), (str(photos), 5), (str(elsewhere), 20)])
     page = write_report(folder, print).read_text()
@@ -62,21 +64,21 @@ DAMAGED = {
 }
 
 
-def test_a_damaged_result_is_written_anew_unless_it_was_named(make_config):
+def test_a_damaged_result_is_written_anew_unless_it_was_named(make_config, log_lines):
     folder = train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
     options = {"run": str(folder), "baselines": False}
-    evaluate("knn", KnnEval(**options), lambda line: None)
+    evaluate("knn", KnnEval(**options))
     (path,) = folder.glob("eval_knn_*.json")
     whole = path.read_text()
     for damaged in (whole[:50], "[]", "null", '{"protocol": "knn"}', ""):
         path.write_text(damaged)
-        lines = []
-        evaluate("knn", KnnEval(**options), lines.append)
+        log_lines.clear()
+        evaluate("knn", KnnEval(**options))
         assert json.loads(path.read_text())["rows"] == json.loads(whole)["rows"]
-        assert any("is damaged; it will be replaced" in line for line in lines) == bool(damaged)
+        assert any("damaged; it will be replaced" in line for line in log_lines) == bool(damaged)
         path.write_text(damaged or "[]")
-        with pytest.raises(InputError, match=r"is no result of `fastbyol eval`: it is not overwritten"):
-            evaluate("knn", KnnEval(**options, out=str(path)), lines.append)
+        with pytest.raises(InputError, match=r"is not a result of `fastbyol eval`; name another file"):
+            evaluate("knn", KnnEval(**options, out=str(path)))
 
 
 def test_evaluations_of_best_checkpoints_of_other_steps_stand_beside_each_other(make_config, monkeypatch):
@@ -85,7 +87,7 @@ def test_evaluations_of_best_checkpoints_of_other_steps_stand_beside_each_other(
     for step in (4, 8):
         best.unlink(missing_ok=True)
         best.hardlink_to(folder / "checkpoints" / f"step_{step:08d}.pt")
-        evaluate("knn", KnnEval(run=str(best), baselines=False), lambda line: None)
+        evaluate("knn", KnnEval(run=str(best), baselines=False))
     assert len(list(folder.glob("eval_knn_*.json"))) == 2
     monkeypatch.setattr("fastbyol.tools.report._pictures", lambda *args: "")
     page = write_report(folder, fail).read_text()
@@ -93,12 +95,14 @@ def test_evaluations_of_best_checkpoints_of_other_steps_stand_beside_each_other(
     assert "checkpoint best.pt, step 8<" in page
 
 
-def test_damaged_files_are_named_and_block_no_report(make_config):
+def test_damaged_files_are_named_and_block_no_report(make_config, log_lines):
     folder = train(make_config(**SHORT)).folder
     for name, content in DAMAGED.items():
         (folder / name).write_bytes(content)
+    log_lines.clear()
     lines = []
     page = write_report(folder, lines.append).read_text()
+    lines += log_lines
     assert all(sum(name in line for line in lines) == 1 for name in DAMAGED), lines
     assert len(lines) == len(DAMAGED)
     assert "Settings" in page
@@ -117,7 +121,7 @@ def test_what_no_report_can_be_written_of_is_said_before_the_work(make_config, m
     with pytest.raises(InputError, match=rf"checkpoints: holds checkpoints; name the run's folder, {folder}$"):
         write_report(folder / "checkpoints", fail)
     (folder / "report.html").mkdir()
-    monkeypatch.setattr("fastbyol.tools.report.load_checkpoint_model", lambda run, say: pytest.fail("it went to work"))
+    monkeypatch.setattr("fastbyol.tools.report.load_checkpoint_model", lambda run: pytest.fail("it went to work"))
     with pytest.raises(InputError, match=r"report.html: is a folder; name a file"):
         write_report(folder, fail)
 
