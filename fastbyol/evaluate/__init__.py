@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint's backbone: one module per task, `run.py` runs them, `options.py` holds their settings.
+"""Evaluation of a checkpoint's backbone. One module per task; start reading at run.py.
 
-Importing the package itself imports nothing, so that the command line can build its help without torch.
+The package imports nothing itself, so that options.py can be imported without torch.
 """

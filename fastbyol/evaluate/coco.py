@@ -1,13 +1,15 @@
 """COCO-format folders of bounding boxes.
 
+The files of a folder:
+
     annotations/instances_{train,val}.json   or instances_{train,val}2017.json
-    JPEGImages/, {train,val}/, {train,val}2017/ or the folder itself: searched in this order for relative file names
+    JPEGImages/, {train,val}/, {train,val}2017/ or the folder itself: the images
 
-Boxes are clipped to their image; empty ones are dropped. Training images without objects are dropped.
+The image folders are searched in this order. Boxes are clipped to their image; empty ones are
+dropped. Training images without objects are dropped.
 
-The files are validated here and not by pycocotools.coco.COCO, which checks only that the file holds an object, raises
-KeyError on missing fields (and on annotations without "id", which are accepted here), and keeps the last of several
-images with the same id.
+The files are not read by pycocotools.coco.COCO: it does not validate them, and it requires an "id"
+of every annotation.
 """
 
 import json
@@ -43,7 +45,10 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class CocoFolder:
-    """Both splits of a COCO-format folder, and the names of the classes 1 .. K, in the order of their category ids."""
+    """Both splits of a COCO-format folder.
+
+    `classes` names the classes 1 .. K, in the order of their category ids.
+    """
 
     root: Path
     train: list[CocoImage]
@@ -54,7 +59,7 @@ class CocoFolder:
 def open_coco(root: Path, context: EvalContext) -> CocoFolder:
     """Open a COCO-format folder. Checks every annotation and decodes every image once.
 
-    Logs the categories that a split has no box of, and the number of images that are in both splits.
+    Logs categories without a box in a split, and the number of images that are in both splits.
 
     Raises:
         InputError: a file is missing, damaged or malformed, or a split has no objects.
@@ -82,7 +87,7 @@ def open_coco(root: Path, context: EvalContext) -> CocoFolder:
 
 
 def _read_split(root: Path, split: str, context: EvalContext) -> tuple[list[CocoImage], dict[int, str]]:
-    """Return the images of a split, in the file's order, and its categories, id -> name, sorted by id."""
+    """Return the images of a split, in the file's order, and its categories (id -> name)."""
     annotations = _read_annotations(root, split)
     file, images = annotations.file, annotations.images
     if split == "train":
@@ -236,4 +241,5 @@ def _records(file: Path, content: dict[str, Any], key: str, fields: dict[str, ty
 
 
 def _is_coordinate(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MAX_COORDINATE  # not NaN
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < _MAX_COORDINATE  # False for NaN

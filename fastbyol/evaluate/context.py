@@ -16,10 +16,11 @@ from fastbyol.runtime.console import SECONDS_BETWEEN_LINES
 from fastbyol.runtime.logging import logger
 
 T = TypeVar("T")
-Track = Callable[[Iterable[int], int], Iterable[int]]  # (items, total) -> the items, with a progress bar
+Track = Callable[[Iterable[int], int], Iterable[int]]
+"""(items, total) -> the items, with a progress bar."""
 Row = dict[str, Any]  # metric -> value; accuracy, mIoU and mAP lie in [0, 1]
 
-MAX_UNREADABLE_FRACTION = 0.01  # of a split; above it a warning says that results cover only part of it
+MAX_UNREADABLE_FRACTION = 0.01  # of a split; more give a warning
 clock = time.monotonic
 
 
@@ -35,7 +36,7 @@ class EvalContext:
 
     @property
     def training_dtype(self) -> torch.dtype:
-        """Autocast dtype for training: float32 instead of float16, which would need loss scaling."""
+        """Autocast dtype for training: not float16, which would need loss scaling."""
         return torch.float32 if self.dtype == torch.float16 else self.dtype
 
     def track(
@@ -61,7 +62,7 @@ class EvalContext:
                     last_line = now
 
     def skipped(self, images: ImageSet, bad: dict[int, str]) -> None:
-        """Log unreadable images, each once, with a warning if enough are missing to distort the results.
+        """Log unreadable images, each once. Warn if enough are missing to distort the results.
 
         Args:
             bad: index of an image -> reason.

@@ -1,4 +1,4 @@
-"""Parts that segmentation and detection share: a backbone's feature maps, and the training loop.
+"""What segmentation and detection share: a backbone's feature maps and the training loop.
 
 Shapes: n images, H x W pixels.
 """
@@ -8,22 +8,35 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbyol.data.images import ImageSet
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError, RunError, first_line
 from fastbyol.evaluate.context import EvalContext
+from fastbyol.evaluate.image_files import unlabeled_set
 from fastbyol.evaluate.options import DenseEval
+from fastbyol.evaluate.task import EvalTask
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 
 T = TypeVar("T")
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 1e-4
 _WARMUP_STEPS = 50
-_MAX_GRADIENT_NORM = 10.0  # far above that of a usual step: it clips only the rare outlier that would end in NaN
+_MAX_GRADIENT_NORM = 10.0  # far above the usual: clips only rare outliers, which could cause NaN
+
+
+class DenseTask(EvalTask):
+    """Base class of segmentation and detection."""
+
+    uses_pixels = False
+
+    def calibration_images(self, data: Any) -> ImageSet:
+        """Return the training images, which have a `file` each."""
+        return unlabeled_set([image.file for image in data.train])
 
 
 class MapShape(NamedTuple):
@@ -48,7 +61,9 @@ class FeatureMaps(nn.Module):
 
 
 def frozen_copy(backbone: nn.Module, size: int) -> nn.Module:
-    """Return a frozen copy in eval mode for images of S x S pixels. timm resamples a transformer's position grid.
+    """Return a frozen copy in eval mode for images of S x S pixels.
+
+    timm resamples a transformer's position grid.
 
     Raises:
         InputError: the backbone does not support the size.
@@ -61,7 +76,7 @@ def frozen_copy(backbone: nn.Module, size: int) -> nn.Module:
 
 
 def map_shapes(backbone: nn.Module, size: int, *, extra_width: int = 0) -> list[MapShape]:
-    """Return the shapes of a backbone's maps, finest first. Of maps with the same size only the deepest is listed.
+    """Return the shapes of a backbone's maps, finest first; of each size only the deepest map.
 
     Args:
         size: side of the images, S.
@@ -97,13 +112,14 @@ def _size_errors(backbone: nn.Module, size: int, extra_width: int = 0) -> Iterat
 def resolve_image_size(option: int, context: EvalContext) -> int:
     """Return the side in pixels that option `image_size_px` stands for.
 
-    0 is 9/4 of the run's, rounded up to a multiple of 32: the paper pre-trains at 224 and segments at 513.
+    0 is 9/4 of the run's, rounded up to a multiple of 32: the paper pre-trains at 224 and segments
+    at 513.
     """
     return option or 32 * math.ceil(context.size * 9 / 4 / 32)
 
 
 def head_channels(shape: MapShape) -> int:
-    """Return 1/8 of the channels of the backbone's last map, within 64..256: the usual 256 for a ResNet-50."""
+    """Return 1/8 of the last map's channels, within 64..256: the usual 256 for a ResNet-50."""
     return min(max(shape.channels // 8, 64), 256)
 
 
@@ -129,9 +145,10 @@ def fit(
     options: DenseEval,
     context: EvalContext,
 ) -> None:
-    """Train a network's trainable parameters by SGD with momentum, linear warm-up and a cosine schedule to 0.
+    """Train by SGD with momentum, linear warm-up and a cosine schedule to 0.
 
     Args:
+        network: parameters that require no gradient stay unchanged.
         loss_of: batch of samples -> loss.
         make_sample: (image index, random generator) -> sample; called on threads.
         images: number of training images. An incomplete last batch of an epoch is dropped.

@@ -1,19 +1,22 @@
-"""Object detection: torchvision's Faster R-CNN with a feature pyramid on a backbone, on a COCO-format folder (coco.py).
+"""Object detection: torchvision's Faster R-CNN with a feature pyramid, on a COCO-format folder.
 
-Source: Ren et al. 2015 (arXiv 1506.01497) and Lin et al. 2017 (arXiv 1612.03144). The backbone is frozen, or its last
-stages are trained; its norm layers stay in eval mode. The pyramid takes the backbone's last four maps of different
-sizes (layer1 to layer4 of a ResNet), at least three. Metric: COCO's mAP, by torchmetrics.
+Source: Ren et al. 2015 (arXiv 1506.01497) and Lin et al. 2017 (arXiv 1612.03144). The backbone is
+frozen, or its last stages are trained; its norm layers stay in eval mode. The pyramid takes the
+backbone's last four maps of different sizes (layer1 to layer4 of a ResNet), at least three. Metric:
+COCO's mAP, by torchmetrics.
 
-Hyperparameters scale with the shorter side S of the images and with the backbone, so that S = 800 and a ResNet-50 give
-torchvision's own detector:
+Hyperparameters scale with the shorter side S of the images and with the backbone, so that S = 800
+and a ResNet-50 give torchvision's own detector:
 
-- Anchor sides are 0.64 S, 0.32 S, ... from the coarsest level with at least 5 x 5 positions to the finest.
-- The pyramid has 1/8 of the channels of the backbone's last map (64 to 256), the box head four times as many units.
-- RoIAlign takes 2 samples per bin and direction at S = 800; below 600 px, where boxes cover few positions, 1.
+- Anchor sides are 0.64 S, 0.32 S, ... from the coarsest level with at least 5 x 5 positions to the
+  finest.
+- The pyramid has 1/8 of the channels of the backbone's last map (64 to 256), the box head four
+  times as many units.
+- RoIAlign takes 2 samples per bin and direction; 1 below 600 px, where boxes cover few positions.
 - Proposals and training boxes per image scale with the number of pixels, with at least 256 and 32.
 
-Images are resized to a shorter side of S, with a longer side of at most 1333/800 S. Training images are flipped at
-random. Crowds are excluded from training, and detections on them are ignored.
+Images are resized to a shorter side of S, with a longer side of at most 1333/800 S. Training images
+are flipped at random. Crowds are excluded from training, and detections on them are ignored.
 """
 
 from collections import OrderedDict
@@ -30,15 +33,13 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fastbyol.config import Config
-from fastbyol.data.images import ImageSet
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError
 from fastbyol.evaluate import dense
 from fastbyol.evaluate.coco import CocoFolder, CocoImage, open_coco
 from fastbyol.evaluate.context import EvalContext, Row
-from fastbyol.evaluate.image_files import read_pixels, resize, unlabeled_set
+from fastbyol.evaluate.image_files import read_pixels, resize
 from fastbyol.evaluate.options import DetectionEval
-from fastbyol.evaluate.task import EvalTask
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.precision import autocast
 
@@ -71,7 +72,10 @@ class Pyramid(nn.Module):
         self.levels = [name for name, side in sides.items() if side >= MIN_LEVEL_SIDE] or ["0"]
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
-        """Return the levels with anchors, float32 (n, out_channels, h, w). The top-down path uses the other levels."""
+        """Return the levels with anchors, float32 (n, out_channels, h, w).
+
+        The other, coarser levels contribute through the top-down path.
+        """
         with autocast(images.device, self.dtype):
             maps = self.maps(images)
         levels = self.fpn(OrderedDict((str(k), x.float()) for k, x in enumerate(maps)))
@@ -97,7 +101,8 @@ def build_detector(
             f"model.backbone: {type(own).__name__} has maps of {len(shapes)} size(s), detection needs {MIN_MAPS}; "
             "use a backbone whose stages halve the image"
         )
-    dense.map_shapes(own, size, extra_width=_SIZE_DIVISOR)  # raises for a backbone that takes only square images
+    # Raises for a backbone that takes only square images.
+    dense.map_shapes(own, size, extra_width=_SIZE_DIVISOR)
     _unfreeze(own, size, trainable_stages)
     pyramid = Pyramid(dense.FeatureMaps(own, shapes), shapes, dtype)
     levels, area = len(pyramid.levels), (size / _REFERENCE_SIZE) ** 2
@@ -132,7 +137,7 @@ def longest_side(size: int) -> int:
 
 
 def _unfreeze(backbone: nn.Module, size: int, stages: int) -> None:
-    """Make the parameters of the last `stages` stages trainable: those after the last frozen stage's map."""
+    """Make the last `stages` stages trainable: all parameters after the last frozen stage's map."""
     if stages == 0:
         return
     parameters = list(backbone.requires_grad_(True).parameters())
@@ -141,7 +146,7 @@ def _unfreeze(backbone: nn.Module, size: int, stages: int) -> None:
     if stages < len(maps):
         gradients = torch.autograd.grad(maps[-1 - stages].sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.requires_grad_(gradient is None)  # the frozen stage's map does not depend on it
+            parameter.requires_grad_(gradient is None)  # not used by the frozen stages
 
 
 def evaluate_detector(
@@ -150,7 +155,8 @@ def evaluate_detector(
     """Return COCO's mAP, and mAP at IoU 0.5 and 0.75, on the validation images.
 
     Args:
-        detector: list of images (3, H, W) in [0, 1] -> per image boxes (m, 4), labels (m,) and scores (m,).
+        detector: list of images (3, H, W) in [0, 1] -> per image boxes (m, 4), labels (m,) and
+            scores (m,).
     """
     metric = MeanAveragePrecision(backend="pycocotools")
     chunks = [folder.val[i : i + batch_size] for i in range(0, len(folder.val), batch_size)]
@@ -165,20 +171,15 @@ def evaluate_detector(
     return {name: values[key].item() for name, key in (("map", "map"), ("map50", "map_50"), ("map75", "map_75"))}
 
 
-class DetectionTask(EvalTask):
+class DetectionTask(dense.DenseTask):
     """Object detection."""
 
     name = "detection"
     title = "Object detection"
-    uses_pixels = False
 
     def open(self, options: DetectionEval, config: Config, context: EvalContext) -> CocoFolder:
         """Open the COCO-format folder `options.root`."""
         return open_coco(Path(str(options.root)), context)
-
-    def calibration_images(self, data: CocoFolder) -> ImageSet:
-        """Return the training images."""
-        return unlabeled_set([image.file for image in data.train])
 
     def measure(
         self, backbone: nn.Module | None, data: CocoFolder, options: DetectionEval, context: EvalContext

@@ -23,7 +23,7 @@ from fastbyol.evaluate.options import EvalConfig
 from fastbyol.layers import one_view
 from fastbyol.precision import autocast
 
-RAW_PIXELS_SIDE = 64  # larger images are averaged down to it, which bounds raw pixels to 12,288 values
+RAW_PIXELS_SIDE = 64  # larger images are pooled to it: at most 12,288 values per image
 
 
 class Splits(NamedTuple):
@@ -39,7 +39,7 @@ class Splits(NamedTuple):
 
 
 def open_splits(options: EvalConfig, config: Config) -> Splits:
-    """Open both splits, restricted to the run's classes but not to the subset that it was pre-trained on.
+    """Open both splits: the run's classes, but all of their images, not only its training subset.
 
     Raises:
         InputError: a split is missing, or the splits do not match.
@@ -124,7 +124,7 @@ def extract_features_each(
     transforms: Sequence[Transform],
     description: str,
 ) -> list[Features]:
-    """Return the features of a split under each transform, as `extract_features`. Decodes every image once.
+    """As `extract_features`, once per transform. Decodes every image once.
 
     Raises:
         InputError: no image is readable, or a feature is not finite.
@@ -174,7 +174,8 @@ def extract_each(
     """Return the features of center crops under each transform, in index order.
 
     Args:
-        backbone: (n, 3, S, S) -> (n, F), run in eval mode under autocast; None stands for raw pixels.
+        backbone: (n, 3, S, S) -> (n, F), run in eval mode under autocast; None stands for raw
+            pixels.
         size: S.
         dtype: of autocast.
         track: (batches, images per batch) -> the batches, with a progress bar.
@@ -185,7 +186,7 @@ def extract_each(
     rows: list[list[Tensor]] = [[] for _ in transforms]
     kept: list[NDArray[np.int64]] = []
     bad: dict[int, str] = {}
-    # force_eager: a backbone compiled for training would be recompiled for eval mode and for the last batch.
+    # force_eager: a backbone compiled for training would be recompiled for eval mode.
     with eval_mode(backbone), torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
         batches = center_crops(
             split, size=size, fraction=CENTER_FRACTION, batch_size=batch_size, threads=threads, bad=bad
@@ -233,11 +234,11 @@ def feature_dim(backbone: nn.Module | None, context: EvalContext) -> int:
 def training_batches(
     images: ImageSet, context: EvalContext, *, epochs: int, batch_size: int, seed: int, description: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield batches of random crops and flips to train a classifier on. Shows progress, logs unreadable images.
+    """Yield batches of random crops and flips. Shows progress, logs unreadable images.
 
     Yields:
-        Crops (n, 3, S, S) and labels (n,) on the device, and the images' indices (n,) on the CPU. n is
-        `batch_size` minus the unreadable images.
+        Crops (n, 3, S, S) and labels (n,) on the device, and the images' indices (n,) on the CPU. n
+        is `batch_size` minus the unreadable images.
 
     Raises:
         InputError: no image is readable.
@@ -269,8 +270,8 @@ def training_batches(
 def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, context: EvalContext, *, batch_size: int = 256) -> None:
     """Set BatchNorm's running statistics to their average over a split, in float32.
 
-    An untrained network has none. Its initial ones (mean 0, variance 1) would make it a weaker baseline than
-    random weights are.
+    With its initial statistics (mean 0, variance 1), an untrained network would be a weaker
+    baseline than random weights need to be.
 
     Raises:
         InputError: fewer than two images are readable.
@@ -290,7 +291,7 @@ def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, context: EvalConte
     used = 0
     with torch.no_grad():
         for crops, _ in context.track("BatchNorm statistics", batches, len(split), each=batch_size):
-            if len(crops) > 1:  # a single image may have one value per channel, which has no variance
+            if len(crops) > 1:  # one value per channel has no variance
                 backbone(crops.to(context.device))
                 used += 1
     context.skipped(split, bad)

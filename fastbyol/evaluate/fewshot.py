@@ -1,8 +1,9 @@
 """Few-shot episodes on frozen features, classified by the nearest class mean.
 
-An episode draws `ways` classes and, per class, `shots` training images as support and `queries` validation images.
-Features are centered on the mean of the training split and l2-normalized. A query gets the class whose support mean
-is nearest. Source: Wang et al. 2019, "SimpleShot" (arXiv 1911.04623), variant CL2N.
+An episode draws `ways` classes and, per class, `shots` training images as support and `queries`
+validation images. Features are centered on the mean of the training split and l2-normalized. A
+query gets the class whose support mean is nearest. Source: Wang et al. 2019, "SimpleShot" (arXiv
+1911.04623), variant CL2N.
 
 Shapes: W ways, K shots, F features.
 """
@@ -34,7 +35,9 @@ def episode_accuracies(
     seed: int,
     track: Track = lambda episodes, total: episodes,
 ) -> NDArray[np.float64]:
-    """Return the top-1 accuracy of each episode, (episodes,). The draws depend only on seed, shots and labels.
+    """Return the top-1 accuracy of each episode, (episodes,).
+
+    The draws depend only on seed, shots and labels.
 
     Raises:
         InputError: fewer than `ways` classes have enough features.
@@ -59,7 +62,15 @@ def episode_accuracies(
 
 
 def nearest_mean_scores(support: Tensor, queries: Tensor) -> Tensor:
-    """Return the negative Euclidean distances (M, W) of queries (M, F) to the class means of support (W, K, F)."""
+    """Return the negative Euclidean distances of queries to class means.
+
+    Args:
+        support: (W, K, F).
+        queries: (M, F).
+
+    Returns:
+        (M, W).
+    """
     return -torch.cdist(queries, support.mean(1))
 
 
@@ -113,7 +124,7 @@ class FewshotTask(EvalTask):
         return splits
 
     def measure(self, backbone: nn.Module | None, data: Splits, options: FewshotEval, context: EvalContext) -> Row:
-        """Return the mean accuracy and the half-width of its 95 % interval, for each number of shots."""
+        """Return mean accuracy and half-width of its 95 % interval for each number of shots."""
         train, val = (extract_features(backbone, split, context) for split in data)
         row: Row = {}
         for shots in options.shots:

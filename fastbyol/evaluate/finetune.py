@@ -1,8 +1,9 @@
-"""Semi-supervised evaluation: fine-tune the backbone with a linear classifier on a fraction of the labels.
+"""Semi-supervised evaluation: fine-tune backbone and linear classifier on part of the labels.
 
-Protocol: Grill et al. 2020, appendix C.2: random crops and flips, SGD with Nesterov momentum 0.9, cosine schedule, no
-weight decay. With more than one learning rate, the best on held-out labeled images is used. The row of the untrained
-network shows what the same labels give from random weights.
+Protocol: Grill et al. 2020, appendix C.2: random crops and flips, SGD with Nesterov momentum 0.9,
+cosine schedule, no weight decay. With more than one learning rate, the best on held-out labeled
+images is used. The row of the untrained network shows what the same labels give from random
+weights.
 """
 
 import copy
@@ -56,7 +57,7 @@ def finetune(
     batch_size: int,
     seed: int = 0,
 ) -> nn.Sequential:
-    """Train a copy of the backbone (n, 3, S, S) -> (n, F), followed by a linear classifier, on labeled images.
+    """Train a copy of the backbone with a linear classifier on labeled images.
 
     Raises:
         InputError: batches are too small for BatchNorm, or no image is readable.
@@ -103,7 +104,7 @@ def finetune(
 def _select_base_lr(
     backbone: nn.Module, images: ImageSet, options: FinetuneEval, context: EvalContext, training: dict[str, Any]
 ) -> tuple[float, dict[str, float]]:
-    """Return the learning rate that does best on held-out images, and {"held_out_top1": its accuracy}."""
+    """Return the best learning rate on held-out images, and {"held_out_top1": its accuracy}."""
     if len(options.base_lrs) == 1:
         return options.base_lrs[0], {}
     if len(images) < 4:
@@ -157,7 +158,10 @@ class FinetuneTask(EvalTask):
     def measure(
         self, backbone: nn.Module | None, data: FinetuneData, options: FinetuneEval, context: EvalContext
     ) -> Row:
-        """Return top-1, top-5 and the learning rate used. Saves the first network measured, the checkpoint's."""
+        """Return top-1, top-5 and the learning rate used.
+
+        Saves the first network that is measured, the checkpoint's.
+        """
         assert backbone is not None
         training = {"epochs": options.epochs, "batch_size": options.batch_size}
         base_lr, held_out = _select_base_lr(backbone, data.train, options, context, training)

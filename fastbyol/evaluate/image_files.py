@@ -44,7 +44,7 @@ def image_size(file: Path) -> tuple[int, int]:
 
 
 def resize(pixels: NDArray[np.uint8], height: int, width: int, *, labels: bool = False) -> NDArray[np.uint8]:
-    """Resize an image (H, W, 3) by antialiased bicubic interpolation, or a mask (H, W) by nearest neighbor."""
+    """Resize an image (H, W, 3) by antialiased bicubic, or a mask (H, W) by nearest neighbor."""
     method = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
     return np.asarray(Image.fromarray(pixels).resize((width, height), method))
 
@@ -64,7 +64,7 @@ def read_text(file: Path) -> str:
 
 
 def path_spellings(name: str) -> list[str]:
-    """Return the paths that a file name in a list or annotation may stand for, to be tried in this order.
+    """Return the paths that a listed file name may stand for, in order of preference.
 
     They are the name itself, the path of a file: URL, and a Windows path with forward slashes.
     """

@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbor classification on frozen features.
 
-Source: Wu et al. 2018 (arXiv 1805.01978), section 3.4: each of the k nearest training images votes for its class
-with weight exp(s / temperature), where s is the cosine similarity.
+Source: Wu et al. 2018 (arXiv 1805.01978), section 3.4: each of the k nearest training images votes
+for its class with weight exp(s / temperature), where s is the cosine similarity.
 """
 
 import torch
@@ -29,20 +29,21 @@ def knn_scores(
         k: number of neighbors, at most N.
 
     Returns:
-        (M, classes) float32 sums of weights, relative to the weight of the query's nearest neighbor, so that
-        they neither overflow nor all vanish.
+        (M, classes) float32 sums of weights, relative to the weight of the query's nearest
+        neighbor, so that they neither overflow nor all vanish.
     """
     scores = torch.zeros(len(queries), classes, device=queries.device)
     for start in range(0, len(queries), _QUERY_CHUNK):
         rows = slice(start, start + _QUERY_CHUNK)
         similarity, index = nearest(bank, queries[rows], k)
-        difference = (similarity - similarity[:, :1]).double()  # float32 may not hold it divided by the temperature
+        # float64: divided by a low temperature, it may exceed float32.
+        difference = (similarity - similarity[:, :1]).double()
         scores[rows].scatter_add_(1, bank_labels[index], (difference / temperature).exp().float())
     return scores
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return cosine similarities (M, k), descending, and indices (M, k) of the rows of `bank` nearest to each query.
+    """Return similarities, descending, and indices of the k nearest rows of `bank`, each (M, k).
 
     Args:
         bank: (N, F).
@@ -65,7 +66,7 @@ def knn_accuracy(train: Features, val: Features, *, k: int, temperature: float) 
 
 
 def top_accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return the top-1 and top-5 accuracy in [0, 1] of scores (M, classes). Top-5 is top-C with C < 5 classes."""
+    """Return top-1 and top-5 accuracy of scores (M, C). With C < 5 classes, top-5 is top-C."""
     classes = scores.shape[1]
     return {
         f"top{top}": multiclass_accuracy(

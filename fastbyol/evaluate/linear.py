@@ -1,10 +1,11 @@
-"""Linear probe: softmax regression on frozen features. All learning rates of a sweep are trained side by side.
+"""Linear probe: softmax regression on frozen features, with a sweep of learning rates.
 
-Protocol: Grill et al. 2020, appendix C.1: 80 epochs, SGD with Nesterov momentum 0.9, lr = base_lr * batch_size / 256
-with a cosine schedule to 0, no warm-up, no weight decay, random crops and flips. The learning rate is selected on
-held-out training images. `features=augmented` follows it. `features=cached` is faster: it extracts the features of one
-center crop per image once, and standardizes each dimension with the training split's mean and standard deviation
-(the classifier stays linear).
+Protocol: Grill et al. 2020, appendix C.1: 80 epochs, SGD with Nesterov momentum 0.9, lr = base_lr *
+batch_size / 256 with a cosine schedule to 0, no warm-up, no weight decay, random crops and flips.
+The learning rate is selected on held-out training images. `features=augmented` follows it.
+`features=cached` is faster: it extracts the features of one center crop per image once, and
+standardizes each dimension with the training split's mean and standard deviation (the classifier
+stays linear).
 
 Shapes: L classifiers, N images, B images per step, F features, C classes.
 """
@@ -141,7 +142,7 @@ def fit_linear(
     seed: int = 0,
     track: Track = lambda epochs, total: epochs,
 ) -> LinearClassifier:
-    """Fit a probe on cached features: select the learning rate on held-out images, then train on all images.
+    """Select the learning rate on held-out images, then train a probe on all cached features.
 
     Args:
         batch_size: upper limit, see _MIN_STEPS_PER_EPOCH.
@@ -166,7 +167,10 @@ def fit_linear(
 
 
 def linear_accuracy(train: Features, val: Features, **options: Any) -> dict[str, float]:
-    """Return top-1 and top-5 of `val`, the selected base_lr and its held-out accuracy. Options as for `fit_linear`."""
+    """Return top-1 and top-5 of `val`, the selected base_lr and its held-out accuracy.
+
+    Options and errors are those of `fit_linear`.
+    """
     check_finite(val)
     probe = fit_linear(train, **options)
     accuracy = top_accuracies(probe.scores(val.x), val.labels)
@@ -182,10 +186,10 @@ def augmented_accuracy(
     epochs: int,
     batch_size: int,
 ) -> dict[str, float]:
-    """Train and evaluate by the paper's protocol, with new crops and flips every epoch. Returns as `linear_accuracy`.
+    """As `linear_accuracy`, by the paper's protocol: new crops and flips every epoch.
 
-    One pass of the backbone serves two classifiers per learning rate. One learns from all images. The other skips
-    the held-out images, and its held-out accuracy selects the rate.
+    One pass of the backbone serves two classifiers per learning rate. One learns from all images.
+    The other skips the held-out images, and its held-out accuracy selects the rate.
 
     Args:
         backbone: (n, 3, S, S) -> (n, F); None stands for raw pixels.
@@ -220,7 +224,7 @@ def augmented_accuracy(
 
 
 def _best_classifier(scores: Tensor, labels: Tensor) -> tuple[int, float]:
-    """Return the index of the classifier with the lowest cross-entropy on held-out images, and its top-1.
+    """Return index and top-1 of the classifier with the lowest cross-entropy.
 
     On few images, cross-entropy separates the classifiers better than accuracy.
 

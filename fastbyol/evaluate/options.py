@@ -1,4 +1,4 @@
-"""Options of the evaluation tasks. Imports no torch: the command line builds its help from these classes."""
+"""Options of the evaluation tasks. The command line builds its help from them, without torch."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ class EvalConfig(Settings):
     run: str
     """Run folder (its newest valid checkpoint is used) or checkpoint file."""
     root: str | None = None
-    """Data set with the run's train and val splits; default: the one the run was trained on."""
+    """Data set with train and val splits; default: the one the run was trained on."""
     train_split: str | None = None
-    """Training split, if not the run's data.train_split: sub-folder or .beton file of the data set, or another path."""
+    """Training split, if not the run's: sub-folder or .beton file of the data set, or a path."""
     val_split: str | None = None
-    """Validation split, if not the run's data.val_split."""
+    """Validation split, if not the run's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses the GPU if there is one."""
     threads: int = 0
@@ -38,7 +38,7 @@ class EvalConfig(Settings):
     baselines: bool = True
     """Also evaluate the untrained network and, if the task supports it, raw pixels."""
     out: str | None = None
-    """JSON result file; default: eval_TASK_KEY.json in the run folder, with a KEY per data set, checkpoint and settings."""
+    """JSON result file; default: eval_TASK_KEY.json in the run folder (KEY: hash of the inputs)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,9 +80,9 @@ class ProbeTraining(EvalConfig):
     epochs: int = 80
     """Linear probe: passes over the training images."""
     batch_size: int = 256
-    """Linear probe: images per step; with cached features at most 1/16 of the training images."""
+    """Linear probe: images per step; with cached features at most 1/16 of the images."""
     base_lrs: tuple[float, ...] = ()
-    """Linear probe: learning rates per 256 images; the best on held-out training images is used. Default: five rates."""
+    """Linear probe: learning rates per 256 images, selected on held-out images; default: five."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +94,7 @@ class LinearEval(ProbeTraining):
     """Linear probe on frozen features."""
 
     features: Literal["cached", "augmented"] = "cached"
-    """cached extracts center-crop features once; augmented is the paper's protocol: new crops and flips every epoch."""
+    """cached: center-crop features, extracted once; augmented: the paper's crops and flips."""
 
 
 @dataclass(kw_only=True)
@@ -110,7 +110,7 @@ class FinetuneEval(EvalConfig):
     batch_size: int = 256
     """Images per step; at most the number of labeled images."""
     base_lrs: tuple[float, ...] = (0.05,)
-    """Learning rates per 256 images. With more than one, each is tried and the best on held-out training images is used."""
+    """Learning rates per 256 images; if more than one, selected on held-out training images."""
     save: str | None = None
     """Write the fine-tuned backbone to this .safetensors file, for `fastbyol train --init`."""
 
@@ -166,7 +166,7 @@ class DenseEval(EvalConfig):
 
     _format: ClassVar[str]
     image_size_px: int = 0
-    """Segmentation: side of the training crops; detection: shorter side of the images. 0: 9/4 of the run's size."""
+    """Side of segmentation crops, shorter side of detection images; 0: 9/4 of the run's size."""
     epochs: int
     """Passes over the training images."""
     batch_size: int
@@ -205,7 +205,7 @@ class SegmentationEval(DenseEval):
 
 @dataclass(kw_only=True)
 class DetectionEval(DenseEval):
-    """Object detection with torchvision's Faster R-CNN and FPN, on the COCO-format folder --root."""
+    """Object detection with torchvision's Faster R-CNN, on the COCO-format folder --root."""
 
     _format: ClassVar[str] = "COCO"
     epochs: int = 12

@@ -1,8 +1,8 @@
-"""kNN and linear probe under image corruptions of five severities. Both are fitted on clean training images.
+"""kNN and linear probe, fitted on clean images, under corruptions of five severities.
 
-Corruptions and severities: Hendrycks & Dietterich 2019 (arXiv 1903.12261), ImageNet-C: Gaussian noise, Gaussian blur,
-JPEG and contrast, applied to the center crop of a validation image. The blur's sigma, given for 224 px, is scaled with
-the image size.
+Corruptions and severities: Hendrycks & Dietterich 2019 (arXiv 1903.12261), ImageNet-C: Gaussian
+noise, Gaussian blur, JPEG and contrast, applied to the center crop of a validation image. The
+blur's sigma, given for 224 px, is scaled with the image size.
 
 Shapes: n images, S = side in pixels; images are (n, 3, S, S) in [0, 1].
 """
@@ -38,7 +38,7 @@ Corruption = Callable[[Tensor, NDArray[np.int64], int, int], Tensor]
 
 
 def gaussian_noise(images: Tensor, indices: NDArray[np.int64], severity: int, seed: int) -> Tensor:
-    """Add N(0, std) per pixel and channel. An image's noise depends only on seed, severity and index."""
+    """Add N(0, std). An image's noise depends only on seed, severity and index."""
     noise = np.stack(
         [
             np.random.default_rng([seed, severity, int(index)]).standard_normal(images.shape[1:], dtype=np.float32)
@@ -77,7 +77,7 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 
 def corrupt(crops: Tensor, indices: NDArray[np.int64], name: str, severity: int, seed: int) -> Tensor:
-    """Corrupt normalized crops (n, 3, S, S). Values are clipped to [0, 1] before normalization."""
+    """Corrupt normalized crops (n, 3, S, S). Pixels are clipped to [0, 1]."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     images = (crops * std + mean).clamp(0, 1)
     images = CORRUPTIONS[name](images, indices, severity, seed).clamp(0, 1)
@@ -92,7 +92,7 @@ class RobustnessTask(EvalTask):
     has_figure = True
 
     def measure(self, backbone: nn.Module | None, data: Splits, options: RobustnessEval, context: EvalContext) -> Row:
-        """Return clean accuracies, their means over all corruptions and severities, and all curves."""
+        """Return clean accuracies, means over corruptions and severities, and curves."""
         train = extract_features(backbone, data.train, context)
         probe = fit_linear(
             train,
@@ -102,7 +102,7 @@ class RobustnessTask(EvalTask):
         )
         clean = _accuracies(train, probe, extract_features(backbone, data.val, context), options)
         curves: dict[str, dict[str, list[float]]] = {}
-        for name in CORRUPTIONS:  # decodes once per corruption: all their features at once could fill a GPU
+        for name in CORRUPTIONS:  # one pass each: the features of all could fill a GPU
             transforms = [partial(corrupt, name=name, severity=k, seed=options.seed) for k in range(SEVERITIES)]
             accuracies = [
                 _accuracies(train, probe, val, options)
@@ -121,7 +121,7 @@ class RobustnessTask(EvalTask):
         return "  ".join(parts) + "  (top-1, clean -> mean of all corruptions)"
 
     def draw(self, rows: dict[str, Row]) -> Figure:
-        """Plot top-1 against severity: a grid of classifiers and corruptions, with one line per row."""
+        """Plot top-1 over severity, per classifier and corruption, with one line per row."""
         figure = Figure(figsize=(11, 4.6), layout="constrained")
         grid = figure.subplots(len(_CLASSIFIERS), len(CORRUPTIONS), sharex=True, sharey=True, squeeze=False)
         for (key, title), axes in zip(_CLASSIFIERS, grid, strict=True):

@@ -48,8 +48,9 @@ def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
         options: the task's class of options.py.
 
     Returns:
-        The contents of the JSON file: task (as "protocol"), checkpoint, data set, settings, environment, and
-        one row each for the checkpoint, the untrained network and, if the task supports them, raw pixels.
+        The contents of the JSON file: task (as "protocol"), checkpoint, data set, settings,
+        environment, and one row each for the checkpoint, the untrained network and, if the task
+        supports them, raw pixels.
 
     Raises:
         InputError: the checkpoint or data set cannot be used, or `options.out` cannot be written.
@@ -136,7 +137,7 @@ def eval_context(config: Config, options: EvalConfig) -> EvalContext:
 def _networks(
     task: EvalTask, model: BYOL, config: Config, data: Any, context: EvalContext, *, baselines: bool
 ) -> Iterator[tuple[str, nn.Module | None]]:
-    """Yield row titles and backbones, ready for single-view batches on the device; None stands for raw pixels."""
+    """Yield row titles and backbones, on the device; None stands for raw pixels."""
 
     def prepare(backbone: nn.Module) -> nn.Module:
         return one_view(backbone).to(device=context.device, memory_format=torch.channels_last)

@@ -1,14 +1,16 @@
-"""Semantic segmentation: an FCN head on a frozen or fine-tuned backbone, on a VOC-format folder (see voc.py).
+"""Semantic segmentation: an FCN head on a frozen or fine-tuned backbone.
 
-Head: two 3x3 convolutions with BatchNorm and ReLU and a 1x1 convolution, as in Grill et al. 2020, appendix C.6. The
-paper dilates the last stage of a ResNet to stride 16. Here, to support any backbone, the head takes the maps of strides
-8, 16 and 32 (layer2 to layer4 of a ResNet), as FCN-8s does (Long et al. 2015, arXiv 1411.4038), upsampled to the finest
-and concatenated. Of a single-stride transformer it takes the last block. Logits are upsampled bilinearly.
+Head: two 3x3 convolutions with BatchNorm and ReLU and a 1x1 convolution, as in Grill et al. 2020,
+appendix C.6. The paper dilates the last stage of a ResNet to stride 16. Here, to support any
+backbone, the head takes the maps of strides 8, 16 and 32 (layer2 to layer4 of a ResNet), as FCN-8s
+does (Long et al. 2015, arXiv 1411.4038), upsampled to the finest and concatenated. Of a
+single-stride transformer it takes the last block. Logits are upsampled bilinearly.
 
-Training: random scale, flip and crop, SGD with momentum. A frozen backbone stays in eval mode. Validation: the image is
-resized to a longer side of S and padded to S x S; the logits are resized to the mask's size. Metrics, by torchmetrics
-over all pixels of the split: pixel accuracy, and mean IoU over the background and the classes that occur in the masks
-or predictions, as in PASCAL VOC. Void pixels (255) are ignored.
+Training: random scale, flip and crop, SGD with momentum. A frozen backbone stays in eval mode.
+Validation: the image is resized to a longer side of S and padded to S x S; the logits are resized
+to the mask's size. Metrics, by torchmetrics over all pixels of the split: pixel accuracy, and mean
+IoU over the background and the classes that occur in the masks or predictions, as in PASCAL VOC.
+Void pixels (255) are ignored.
 
 Shapes: n images, S x S pixels, K classes and the background.
 """
@@ -25,21 +27,19 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from fastbyol.config import Config
-from fastbyol.data.images import ImageSet
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError
 from fastbyol.evaluate import dense
 from fastbyol.evaluate.context import EvalContext, Row
-from fastbyol.evaluate.image_files import read_pixels, resize, unlabeled_set
+from fastbyol.evaluate.image_files import read_pixels, resize
 from fastbyol.evaluate.options import SegmentationEval
-from fastbyol.evaluate.task import EvalTask
 from fastbyol.evaluate.voc import VOID, VocFolder, VocImage, open_voc, read_mask
 from fastbyol.kernels.augment import IMAGENET_MEAN
 from fastbyol.precision import autocast
 
 SCALES = (0.7, 1.4)  # range of the random scale; the paper trains longer and draws from 0.5 to 2
 STRIDES = (8, 32)  # finest and coarsest map of the head
-_PADDING = np.array([round(255 * value) for value in IMAGENET_MEAN], dtype=np.uint8)  # 0 after normalization
+_PADDING = np.array([round(255 * mean) for mean in IMAGENET_MEAN], dtype=np.uint8)  # normalized: 0
 
 
 class FCN(nn.Module):
@@ -67,7 +67,9 @@ class FCN(nn.Module):
 
 
 def build_segmenter(backbone: nn.Module, size: int, classes: int, *, finetune: bool) -> FCN:
-    """Return a copy of the backbone with a new head, in train mode. A frozen backbone stays in eval mode.
+    """Return a copy of the backbone with a new head, in train mode.
+
+    A frozen backbone stays in eval mode.
 
     Raises:
         InputError: the backbone has no suitable maps.
@@ -87,7 +89,12 @@ def build_segmenter(backbone: nn.Module, size: int, classes: int, *, finetune: b
 def evaluate_segmenter(
     network: nn.Module, folder: VocFolder, size: int, context: EvalContext, *, batch_size: int
 ) -> Row:
-    """Return the mIoU and pixel accuracy of a network (n, 3, S, S) -> (n, 1 + K, S, S) on the validation images."""
+    """Return mIoU and pixel accuracy on the validation images.
+
+    Args:
+        network: images (n, 3, S, S) -> logits (n, 1 + K, S, S).
+        size: S.
+    """
     options = {"num_classes": 1 + len(folder.classes), "ignore_index": VOID}
     metrics = MetricCollection(
         {
@@ -109,20 +116,15 @@ def evaluate_segmenter(
     return {key: value.item() for key, value in metrics.compute().items()}
 
 
-class SegmentationTask(EvalTask):
+class SegmentationTask(dense.DenseTask):
     """Semantic segmentation."""
 
     name = "segmentation"
     title = "Semantic segmentation"
-    uses_pixels = False
 
     def open(self, options: SegmentationEval, config: Config, context: EvalContext) -> VocFolder:
         """Open the VOC-format folder `options.root`."""
         return open_voc(Path(str(options.root)), context)
-
-    def calibration_images(self, data: VocFolder) -> ImageSet:
-        """Return the training images."""
-        return unlabeled_set([image.image for image in data.train])
 
     def measure(
         self, backbone: nn.Module | None, data: VocFolder, options: SegmentationEval, context: EvalContext
@@ -145,7 +147,7 @@ class SegmentationTask(EvalTask):
                 )
                 with autocast(context.device, dtype):
                     logits = network(dense.normalize(images))
-                pixels = (masks != VOID).sum().clamp(min=1)  # a batch of void alone has loss 0, not NaN
+                pixels = (masks != VOID).sum().clamp(min=1)  # all void: loss 0, not NaN
                 return F.cross_entropy(logits, masks.long(), ignore_index=VOID, reduction="sum") / pixels
 
             def make_sample(index: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -159,7 +161,7 @@ def _training_sample(
     image: VocImage, size: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return a random crop of the scaled and flipped image (S, S, 3) and of its mask (S, S)."""
-    pixels, mask = read_pixels(image.image), read_mask(image.mask)
+    pixels, mask = read_pixels(image.file), read_mask(image.mask)
     height, width = _scaled(mask.shape, size * rng.uniform(*SCALES))
     pixels, mask = resize(pixels, height, width), resize(mask, height, width, labels=True)
     if rng.random() < 0.5:
@@ -170,8 +172,8 @@ def _training_sample(
 
 
 def _validation_sample(image: VocImage, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], tuple[int, int]]:
-    """Return the padded image (S, S, 3), the mask at full size, and the image's height and width in the padding."""
-    pixels, mask = read_pixels(image.image), read_mask(image.mask)
+    """Return the padded image (S, S, 3), the unscaled mask and the image's (height, width)."""
+    pixels, mask = read_pixels(image.file), read_mask(image.mask)
     inner = _scaled(mask.shape, size)
     return _pad(resize(pixels, *inner), size, _PADDING), mask, inner
 

@@ -41,7 +41,7 @@ class EvalTask(ABC):
 
     @abstractmethod
     def measure(self, backbone: nn.Module | None, data: Any, options: Any, context: EvalContext) -> Row:
-        """Return a backbone's metrics, the most important first. Its weights and train/eval mode do not change.
+        """Return a backbone's metrics, the most important first. Does not change the backbone.
 
         Args:
             backbone: (n, 3, S, S) -> (n, F), on the context's device; None stands for raw pixels.
@@ -55,5 +55,5 @@ class EvalTask(ABC):
         return f"{text}  (base lr {row['base_lr']:g})" if "base_lr" in row else text
 
     def draw(self, rows: dict[str, Row]) -> Figure:
-        """Return a figure of all rows, stored as PNG next to the result. For tasks with `has_figure`."""
+        """Return a figure of all rows, to be stored next to the result, if `has_figure`."""
         raise NotImplementedError

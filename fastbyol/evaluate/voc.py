@@ -3,7 +3,7 @@
 ImageSets/Segmentation/{train,val}.txt   image names, one per line, with or without extension
 JPEGImages/NAME.jpg                      or another supported image format
 SegmentationClass/NAME.png               palette or gray: 0 background, 1 .. K classes, 255 void
-labels.txt                               names of the classes 1 .. K, one per line; default: the 20 of PASCAL VOC
+labels.txt                               names of the classes, one per line; default: VOC's 20
 """
 
 import os
@@ -30,9 +30,9 @@ VOC_CLASSES = [
 
 
 class VocImage(NamedTuple):
-    """An image file and its mask."""
+    """An image and its mask."""
 
-    image: Path
+    file: Path
     mask: Path
 
 
@@ -47,11 +47,13 @@ class VocFolder:
 
 
 def open_voc(root: Path, context: EvalContext) -> VocFolder:
-    """Open a VOC-format folder. Decodes every image and mask once; logs the classes that a split lacks.
+    """Open a VOC-format folder.
+
+    Decodes every image and mask once. Logs the classes that a split lacks.
 
     Raises:
-        InputError: a file is missing or damaged, an image does not match its mask, or a split's masks hold fewer
-            than two classes.
+        InputError: a file is missing or damaged, an image does not match its mask, or a split's
+            masks hold fewer than two classes.
     """
     if not root.is_dir():
         raise InputError(f"root={root}: no such folder")
@@ -60,7 +62,7 @@ def open_voc(root: Path, context: EvalContext) -> VocFolder:
     finder = _FileFinder(root)
     folder = VocFolder(root, _read_list(root, "train", finder), _read_list(root, "val", finder), _read_classes(root))
     if both := set(folder.train) & set(folder.val):
-        name = min(both).image.stem
+        name = min(both).file.stem
         raise InputError(f"root={root}: {name} is in both train.txt and val.txt; remove it from one of them")
     images = [*folder.train, *folder.val]
     checked = map_in_order(lambda image: _check_image(image, folder), images, context.threads)
@@ -106,7 +108,7 @@ def read_mask(file: Path) -> NDArray[np.uint8]:
 
 def _check_image(image: VocImage, folder: VocFolder) -> set[int]:
     """Check an image and its mask; return the ids in the mask."""
-    size, mask = image_size(image.image), read_mask(image.mask)
+    size, mask = image_size(image.file), read_mask(image.mask)
     if size != mask.shape:
         raise InputError(f"{image.mask}: {_format_size(mask.shape)} pixels but its image has {_format_size(size)}")
     ids = set(np.flatnonzero(np.bincount(mask.ravel(), minlength=VOID + 1)).tolist())

@@ -12,7 +12,10 @@ TASK_ORDER = ("knn", "linear", "finetune", "fewshot", "robustness", "segmentatio
 
 
 def read_results(run: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return all results in a run's folder, ordered by task, data set and checkpoint. Damaged files are logged."""
+    """Return all results in a run's folder, ordered by task, data set and checkpoint.
+
+    Damaged files are logged and skipped.
+    """
     found = []
     for path in sorted(run.glob(f"{PREFIX}*.json")):
         result = read_json_or(path, logger.warning)
@@ -32,7 +35,7 @@ def read_results(run: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def is_result(values: dict[str, Any]) -> bool:
-    """Return True if a JSON object has the fields of a result, in the types that readers rely on."""
+    """Return True if a JSON object has the fields of a result, with the expected types."""
     rows = values.get("rows")
     return (
         all(isinstance(values.get(key), str) for key in ("protocol", "checkpoint", "root"))
@@ -45,5 +48,5 @@ def is_result(values: dict[str, Any]) -> bool:
 
 
 def is_metric(value: object) -> bool:
-    """Return True if a row's value is a number to show. Excludes integers beyond float's range, which files may hold."""
+    """Return True if a row's value is a number within the range of float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300

@@ -20,7 +20,9 @@ class LoadedCheckpoint(NamedTuple):
 
 
 def load_checkpoint_model(run_or_file: Path) -> LoadedCheckpoint:
-    """Load a checkpoint file, or the newest valid checkpoint of a run's folder. Damaged ones are logged.
+    """Load a checkpoint file, or the newest valid checkpoint of a run's folder.
+
+    Newer, damaged checkpoints are logged.
 
     Raises:
         InputError: no valid checkpoint, or this version does not know its config or model.
