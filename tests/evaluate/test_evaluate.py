@@ -46,7 +46,7 @@ from fastbyol.evaluate.options import EVALUATIONS, FewshotEval, FinetuneEval, Kn
 from fastbyol.evaluate.robustness import CORRUPTIONS, SEVERITIES, corrupt
 from fastbyol.evaluate.run import BYOL_ROW, PIXELS_ROW, TASKS, UNTRAINED_ROW, eval_context, evaluate
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
-from fastbyol.runtime.results import TASK_ORDER
+from fastbyol.runtime.results import TASK_ORDER, read_results
 from fastbyol.runtime.runlog import read_metrics
 from fastbyol.tools.report import _neighbors, write_report
 from fastbyol.tools.shapes import prepare_shapes
@@ -791,3 +791,32 @@ def test_float32_precision_is_that_of_the_run(precision, tf32):
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.allow_tf32 = value
+
+
+# --- results ---
+
+
+def test_results_are_ordered_by_task_data_and_checkpoint(tmp_path, log_lines):
+    result = {"train_images": 1, "val_images": 1, "classes": 2, "settings": {}, "rows": {}}
+    keys = [("new", "a", "a"), ("detection", "a", "a"), ("knn", "b", "a"), ("knn", "a", "b"), ("knn", "a", "a")]
+    for k, (task, root, checkpoint) in enumerate(keys):
+        values = {"protocol": task, "root": root, "checkpoint": checkpoint}
+        (tmp_path / f"eval_{k}.json").write_text(json.dumps(result | values))
+    (tmp_path / "eval_5.json").write_text('{"protocol": "knn"}')
+    found = [(values["protocol"], values["root"], values["checkpoint"]) for _, values in read_results(tmp_path)]
+    assert found == [
+        ("knn", "a", "a"),
+        ("knn", "a", "b"),
+        ("knn", "b", "a"),
+        ("detection", "a", "a"),
+        ("new", "a", "a"),
+    ]
+    assert log_lines == [f"warning: {tmp_path}/eval_5.json: not a result of `fastbyol eval`; skipped"]
+
+
+def test_rows_as_text():
+    accuracy = {"top1": 0.642, "top5": 0.91}
+    assert TASKS["knn"].format_row(accuracy) == "top-1  64.2%  top-5  91.0%"
+    linear = accuracy | {"base_lr": 0.1, "held_out_top1": 0.5}
+    assert TASKS["linear"].format_row(linear) == "top-1  64.2%  top-5  91.0%  (base lr 0.1)"
+    assert TASKS["detection"].format_row({"map": 0.3, "map50": 1.0}) == "mAP  30.0%  map50 100.0%"
