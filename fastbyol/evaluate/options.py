@@ -181,7 +181,7 @@ class DenseEval(EvalConfig):
         _require(self.root is not None, "root", self.root, f"name the {self._format}-format folder")
         for key in ("train_split", "val_split"):
             value = getattr(self, key)
-            _require(value is None, key, value, f"not available: the {self._format} format defines the splits")
+            _require(value is None, key, value, f"must not be set: the {self._format} format defines the splits")
         _check_training(self.epochs, self.batch_size, (self.lr,), "lr")
         size = self.image_size_px
         _require(size == 0 or 32 <= size <= 4096, "image_size_px", size, "must be 0 or lie in 32..4096")

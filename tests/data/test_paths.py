@@ -139,7 +139,7 @@ def test_evaluation_moves_to_another_root_and_splits(folder_of, tmp_path):
 
 @pytest.mark.parametrize("protocol", ["segmentation", "detection"])
 def test_formats_with_splits_of_their_own_take_no_others(protocol):
-    with pytest.raises(ValueError, match=r"val_split='x': (VOC|COCO)'s format says where the splits are"):
+    with pytest.raises(ValueError, match=r"val_split='x': must not be set: the (VOC|COCO) format defines the splits"):
         EVALUATIONS[protocol](run="x", root="/x", val_split="x")
 
 
@@ -265,7 +265,7 @@ def test_what_differs_between_splits_is_named_on_both_sides(folder_of):
         check_splits(open_split(root, "train"), open_split(root, "val"))
     assert str(caught.value) == (
         f"{root}/train and {root}/val have different classes: 7 of 8 in {root}/train are not in {root}/val: "
-        f"b, c, d, e, f (+2 more), where the folder b holds no image; 1 of 2 in {root}/val are not in {root}/train: x"
+        f"b, c, d, e, f (+2 more), where folder b has no images; 1 of 2 in {root}/val are not in {root}/train: x"
     )
 
 

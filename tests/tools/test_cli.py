@@ -138,7 +138,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["eval", "fewshot", "--run", "x", "--shots", "1" + 18 * "0"], "shots=.*: must be at most 1000000"),
         (["eval", "knn", "--run", "x", "--threads", "-1"], "threads=-1: must be 0"),
         (["eval", "knn", "--run", "x", "--k=0"], "error: --k=0: must be at least 1"),
-        (["eval", "knn"], r"--run is missing \(text\): A run's folder .* or a checkpoint file$"),
+        (["eval", "knn"], r"--run is missing \(text\): Run folder .* or checkpoint file$"),
         (["eval", "segmentation", "--run", "x"], "--root: name the VOC-format folder"),
         (["eval", "--run", "x", "knn"], "unknown option --run; fastbyol eval takes a command first: one of knn,"),
         (["knn"], "unknown command 'knn'; did you mean 'eval knn'?"),
