@@ -583,7 +583,7 @@ def test_from_the_command_line(make_run, capsys, monkeypatch):
         assert message in err
 
 
-def test_the_card_says_how_the_backbone_came_about(make_run):
+def test_the_card_says_how_the_backbone_came_about(make_run, log_lines):
     folder, _ = make_run(backbone="resnet18", width=0.125)
     (folder / "environment.json").write_text('{"fastbyol": "0.1.0 abc1234", "gpu": "H100"}')
     (folder / "eval_knn.json").write_text(
@@ -604,10 +604,9 @@ def test_the_card_says_how_the_backbone_came_about(make_run):
     ):
         assert part in text
     (folder / "eval_linear.json").write_text('{"rows": 3}')
-    lines = []
-    export.export(folder, "safetensors", folder / "y.safetensors", lines.append)
-    assert len(lines) == 1
-    assert "eval_linear.json: not a result of `fastbyol eval`; it is left out" in lines[0]
+    log_lines.clear()
+    export.export(folder, "safetensors", folder / "y.safetensors", pytest.fail)
+    assert log_lines == [f"warning: {folder}/eval_linear.json: not a result of `fastbyol eval`; skipped"]
     assert "knn, of" in (folder / "y.md").read_text()
 
 
