@@ -1,10 +1,12 @@
-"""Do the demo corpus's features carry over to segmentation and detection? Against the untrained network, on `fastbyol prepare shapes`.
+"""Do the demo corpus's features transfer to segmentation and detection?
 
     python benchmarks/dense_transfer.py [--seeds 0 1 2] [--work DIR]
 
-Takes the BYOL runs of variants.py on the demo corpus (configs/demo.yaml with 6 epochs) where DIR holds them, and trains them where it does not. `fastbyol eval
-segmentation` and `eval detection` then run with their defaults, each in a process of its own whose seconds are counted, start and both networks included.
-Writes benchmarks/results/dense.csv, one row per seed and protocol.
+Compares the BYOL runs of variants.py on the demo corpus (configs/demo.yaml with 6 epochs) with the
+untrained network, on `fastbyol prepare shapes`. Runs that DIR does not hold are trained first. Then
+`fastbyol eval segmentation` and `eval detection` run with their defaults, each in its own process;
+the seconds reported include its start and both networks. Writes benchmarks/results/dense.csv, one
+row per seed and task.
 """
 
 import argparse
@@ -26,7 +28,7 @@ CORPUS = "photos"
 
 
 def run_of(seed: int, work: Path) -> Path:
-    """The run's folder."""
+    """Return the folder of the run; train it if it is missing."""
     run = variants.run_of(CORPUS, "BYOL", seed, work / "runs")
     if not (run / "summary.json").exists():
         root = variants.prepare(CORPUS, work / "data")
@@ -37,16 +39,16 @@ def run_of(seed: int, work: Path) -> Path:
     return run
 
 
-def measure(protocol: str, seed: int, run: Path, shapes: Path) -> dict[str, str]:
-    """A row."""
-    began = time.perf_counter()
-    out = run / f"eval_{protocol}.json"
-    fastbyol("eval", protocol, "--run", str(run), "--root", str(shapes), "--seed", str(seed), "--out", str(out))
-    seconds = time.perf_counter() - began
+def measure(task: str, seed: int, run: Path, shapes: Path) -> dict[str, str]:
+    """Evaluate a run; return the row of the table."""
+    start = time.perf_counter()
+    out = run / f"eval_{task}.json"
+    fastbyol("eval", task, "--run", str(run), "--root", str(shapes), "--seed", str(seed), "--out", str(out))
+    seconds = time.perf_counter() - start
     result = json.loads(out.read_text())
-    row = {"protocol": protocol, "seed": str(seed), "metric": METRICS[protocol]}
+    row = {"protocol": task, "seed": str(seed), "metric": METRICS[task]}
     for name, values in result["rows"].items():
-        row[name.replace(" ", "_")] = f"{values[METRICS[protocol]]:.4f}"
+        row[name.replace(" ", "_")] = f"{values[METRICS[task]]:.4f}"
     row |= {"seconds": f"{seconds:.0f}", "images": f"{result['train_images']}+{result['val_images']}"}
     row["threads"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
     facts = environment.describe()
@@ -56,7 +58,7 @@ def measure(protocol: str, seed: int, run: Path, shapes: Path) -> dict[str, str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--work", type=Path, help="folder for corpora and runs; by default a temporary one")
+    parser.add_argument("--work", type=Path, help="folder for corpora and runs; default: a temporary one")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="fastbyol-dense-"))
@@ -67,8 +69,8 @@ def main() -> None:
     rows = []
     for seed in args.seeds:
         run = run_of(seed, work)
-        for protocol in METRICS:
-            rows.append(measure(protocol, seed, run, shapes))
+        for task in METRICS:
+            rows.append(measure(task, seed, run, shapes))
             results_csv.write(args.out, rows)
 
 

@@ -25,10 +25,11 @@ import torch
 
 from fastbyol import cli
 from fastbyol.build import build_model
-from fastbyol.config import Config, KnnEval, LinearEval
-from fastbyol.evaluate import TASKS, UNTRAINED_ROW, eval_context
+from fastbyol.config import Config
 from fastbyol.evaluate.features import open_splits
 from fastbyol.evaluate.finetune import finetune
+from fastbyol.evaluate.options import KnnEval, LinearEval
+from fastbyol.evaluate.run import TASKS, UNTRAINED_ROW, eval_context
 from fastbyol.layers import set_num_views
 from fastbyol.runtime import environment
 from fastbyol.weights.files import save_backbone
@@ -140,7 +141,7 @@ def supervised_weights(corpus: str, root: Path, out: Path, seed: int, epochs: in
     """Train the corpus's network on its labels from random weights, and save it for --init."""
     config = byol_config(corpus, root, seed)
     options = KnnEval(run="x", device="cpu")
-    frame, splits = eval_context(config, options, print), open_splits(options, config)
+    frame, splits = eval_context(config, options), open_splits(options, config)
     backbone = _backbone(config)
     torch.manual_seed(seed)
     network = finetune(backbone, splits.train, frame, base_lr=0.1, epochs=epochs, batch_size=64, seed=seed)
@@ -155,7 +156,7 @@ def evaluate_weights(corpus: str, root: Path, weights: Path, seed: int) -> dict[
     row = {"command": "initial weights of the next row, without BYOL training", "seconds": "0"}
     for protocol, kind in (("knn", KnnEval), ("linear", LinearEval)):
         options = kind(run="x", device="cpu")
-        data, frame = open_splits(options, config), eval_context(config, options, print)
+        data, frame = open_splits(options, config), eval_context(config, options)
         found = TASKS[protocol].measure(backbone, data, options, frame)
         row[f"{protocol}_top1"] = f"{found['top1']:.4f}"
     return row

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fastbyol import __version__
-from fastbyol.config import EVALUATIONS, Config
+from fastbyol.config import Config
 from fastbyol.errors import (
     FastbyolError,
     InputError,
@@ -34,11 +34,14 @@ from fastbyol.errors import (
     is_out_of_memory,
     printable,
 )
+from fastbyol.evaluate.options import EVALUATIONS
 from fastbyol.runtime import caches
 from fastbyol.runtime.console import safe_stdio, say
 from fastbyol.runtime.logging import console_logging
-from fastbyol.settings.base import expand_path, format_value, require
-from fastbyol.settings.options import HELP, VERSION, Call, Command, Group, HelpAsked, Options, read
+from fastbyol.settings.commands import Call, Command, Group, Options
+from fastbyol.settings.messages import format_value, require
+from fastbyol.settings.options import HELP, VERSION, HelpAsked, read
+from fastbyol.settings.types import expand_path
 
 _NUMBA_THREADS = re.compile(r"\s*\+?0*[1-9][0-9]{0,5}\s*")
 _WAIT_FOR_TORCHRUN_S = 10
@@ -357,10 +360,10 @@ def _train(call: Call) -> int:
 
 
 def _eval(call: Call) -> int:
-    from fastbyol.evaluate import evaluate
+    from fastbyol.evaluate.run import evaluate
     from fastbyol.tools.report import refresh_report
 
-    evaluate(call.name, call.options, say)
+    evaluate(call.name, call.options)
     try:
         refresh_report(Path(call.options.run), root=call.options.root)
     except FastbyolError as error:  # the run's folder may not be ours; the result is written

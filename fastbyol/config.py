@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from fastbyol.settings.base import BadSetting, Settings, expand_path
-from fastbyol.settings.base import require as _require
+from fastbyol.settings.base import Settings
+from fastbyol.settings.messages import BadSetting
+from fastbyol.settings.messages import require as _require
+from fastbyol.settings.types import expand_path
 
 DEFAULT_WARMUP_EPOCHS = 10
 RENAMED = {
@@ -24,7 +26,7 @@ RENAMED = {
 _MOST_THREADS, _MOST_IMAGES, _MOST_SIDE_PX, _MOST_EPOCHS, _MOST_S = 4096, 10**9, 2**16, 10**6, 10**8
 
 
-def _absolute(path: str, key: str) -> str:
+def absolute_path(path: str, key: str) -> str:
     """The path as any working directory finds it. '..' stays, since what it means depends on links."""
     try:
         return str(Path(expand_path(path, key)).absolute())
@@ -94,9 +96,9 @@ class DataConfig(Settings):
         super().__post_init__()
         # Here and not where a run begins, so that whatever stores a config stores what any working directory finds.
         if self.root is not None:
-            self.root = _absolute(self.root, "data.root")
+            self.root = absolute_path(self.root, "data.root")
         if self.file_list is not None:
-            self.file_list = _absolute(self.file_list, "data.file_list")
+            self.file_list = absolute_path(self.file_list, "data.file_list")
         self.train_split = expand_path(self.train_split, "data.train_split")
         self.val_split = expand_path(self.val_split, "data.val_split")
         if self.batch_size != "auto":
@@ -440,237 +442,3 @@ def _check_name(name: str) -> None:
     _require(not name.startswith("-"), "name", name, "must not begin with '-'")
     # A file system allows 255 bytes, and what is put beside a folder has its name and some more.
     _require(len(name.encode()) <= 200, "name", name, "must have at most 200 bytes in UTF-8")
-
-
-@dataclass(kw_only=True)
-class EvalConfig(Settings):
-    """What every evaluation of a checkpoint is told."""
-
-    MOST: ClassVar[dict[str, float]] = {
-        "threads": _MOST_THREADS,
-        "k": 10**6,
-        "epochs": _MOST_EPOCHS,
-        "batch_size": 10**6,
-        "shots": 10**6,
-        "ways": 10**6,
-        "queries": 10**6,
-        "episodes": 10**6,
-    }
-    run: str
-    """A run's folder (its newest good checkpoint is taken) or a checkpoint file."""
-    root: str | None = None
-    """Data set with the run's train and val splits; by default the one it was trained on."""
-    train_split: str | None = None
-    """Training split where it is not the run's data.train_split: sub-folder or .beton file of the data set, or a path elsewhere."""
-    val_split: str | None = None
-    """Likewise in place of data.val_split."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU where there is one."""
-    threads: int = 0
-    """Threads that decode; 0 takes one per CPU core."""
-    baselines: bool = True
-    """Also evaluate the untrained network and, where the protocol allows it, raw pixels."""
-    out: str | None = None
-    """JSON file for the result; by default eval_PROTOCOL_KEY.json in the run's folder, a key for each data set, checkpoint and setting."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.run = expand_path(self.run, "run")
-        if self.root is not None:
-            self.root = _absolute(self.root, "root")
-        for key in ("train_split", "val_split", "out"):
-            if (path := getattr(self, key)) is not None:
-                setattr(self, key, expand_path(path, key))
-        _require(self.threads >= 0, "threads", self.threads, "must be 0 (all cores) or more")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The protocol's own settings: what the fields above do not say."""
-        common = {f.name for f in dataclasses.fields(EvalConfig)}
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in common}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-@dataclass(kw_only=True)
-class KnnEval(EvalConfig):
-    """Weighted kNN on frozen features."""
-
-    k: int = 20
-    """Neighbors that vote."""
-    temperature: float = 0.07
-    """A neighbor of cosine similarity s votes with weight exp(s / temperature)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.k >= 1, "k", self.k, "must be at least 1")
-        _require(self.temperature > 0, "temperature", self.temperature, "must be above 0")
-
-
-@dataclass(kw_only=True)
-class ProbeTraining(EvalConfig):
-    """How linear probes are trained."""
-
-    epochs: int = 80
-    """Linear: passes over the training images."""
-    batch_size: int = 256
-    """Linear: images per step; of cached features at most a sixteenth of them."""
-    base_lrs: tuple[float, ...] = ()
-    """Linear: rates per 256 images, trained side by side, of which the best on held-out training images counts; none: five."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_training(self.epochs, self.batch_size, self.base_lrs)
-
-
-@dataclass(kw_only=True)
-class LinearEval(ProbeTraining):
-    """Linear probe on frozen features."""
-
-    features: Literal["cached", "augmented"] = "cached"
-    """cached computes the features of one center crop once; augmented is the paper's protocol: crop and flip anew every epoch."""
-
-
-@dataclass(kw_only=True)
-class FinetuneEval(EvalConfig):
-    """Semi-supervised: the whole network is fine-tuned on a part of the labels."""
-
-    fraction: float = 1.0
-    """Share of each class's training images whose labels are used, e.g. 0.01, 0.1 or 1."""
-    subset_seed: int = 0
-    """Which images `fraction` takes."""
-    epochs: int = 30
-    """Passes over the labeled images."""
-    batch_size: int = 256
-    """Images per step; at most the number of labeled images."""
-    base_lrs: tuple[float, ...] = (0.05,)
-    """Learning rates per 256 images; of several the best on held-out training images is reported, at the cost of a run each."""
-    save: str | None = None
-    """Write the fine-tuned backbone to this .safetensors file, which `fastbyol train --init` reads."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.save is not None:
-            self.save = expand_path(self.save, "save")
-        _check_training(self.epochs, self.batch_size, self.base_lrs)
-        _require(bool(self.base_lrs), "base_lrs", self.base_lrs, "name at least one")
-        _require(0 < self.fraction <= 1, "fraction", self.fraction, "must lie in (0, 1]")
-        _require(self.subset_seed >= 0, "subset_seed", self.subset_seed, "must be 0 or more")
-
-
-@dataclass(kw_only=True)
-class FewshotEval(EvalConfig):
-    """Few-shot episodes on frozen features, by nearest class mean."""
-
-    shots: tuple[int, ...] = (1, 5, 10)
-    """Labeled images per class, from the training split."""
-    ways: int = 5
-    """Classes per episode."""
-    queries: int = 15
-    """Images per class to be classified, from the validation split."""
-    episodes: int = 600
-    """Episodes per number of shots."""
-    seed: int = 0
-    """Which classes and images the episodes hold."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(bool(self.shots) and min(self.shots) >= 1, "shots", self.shots, "must all be at least 1")
-        _require(self.ways >= 2, "ways", self.ways, "must be at least 2")
-        _require(self.queries >= 1, "queries", self.queries, "must be at least 1")
-        _require(self.episodes >= 2, "episodes", self.episodes, "must be at least 2")
-        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
-
-
-@dataclass(kw_only=True)
-class RobustnessEval(KnnEval, ProbeTraining):
-    """kNN and linear probe, fitted on clean images, under corruptions of five strengths."""
-
-    seed: int = 0
-    """Of the noise."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
-
-
-@dataclass(kw_only=True)
-class DenseEval(EvalConfig):
-    """What dense protocols are told."""
-
-    _format: ClassVar[str]
-    image_size_px: int = 0
-    """Side of the training crops, or the shorter side of detection's images; 0 is 9/4 of the run's, as 513 is of 224."""
-    epochs: int
-    """Passes over the training images."""
-    batch_size: int
-    """Images per step; at most the number of training images."""
-    lr: float
-    """Peak learning rate of SGD with momentum 0.9."""
-    seed: int = 0
-    """Of the head's weights and the sample order."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.root is not None, "root", self.root, f"name the {self._format}-format folder")
-        for key in ("train_split", "val_split"):
-            _require(
-                getattr(self, key) is None,
-                key,
-                getattr(self, key),
-                f"{self._format}'s format says where the splits are",
-            )
-        _check_training(self.epochs, self.batch_size, (self.lr,), "lr")
-        size = self.image_size_px
-        _require(size == 0 or 32 <= size <= 4096, "image_size_px", size, "must be 0 or lie in 32..4096")
-        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
-
-
-@dataclass(kw_only=True)
-class SegmentationEval(DenseEval):
-    """Semantic segmentation with an FCN head on a VOC-format folder, --root."""
-
-    _format: ClassVar[str] = "VOC"
-    finetune: bool = False
-    """Train the backbone too; otherwise its features are frozen and only the head learns."""
-    epochs: int = 30
-    """Passes over the training images."""
-    batch_size: int = 16
-    """Images per step; at most the number of training images."""
-    lr: float = 0.1
-    """Peak learning rate of SGD with momentum 0.9."""
-
-
-@dataclass(kw_only=True)
-class DetectionEval(DenseEval):
-    """Object detection by torchvision's Faster R-CNN with FPN on COCO-format annotations below --root."""
-
-    _format: ClassVar[str] = "COCO"
-    epochs: int = 12
-    """Passes over the training images."""
-    batch_size: int = 8
-    """Images per step; at most the number of training images."""
-    lr: float = 0.02
-    """Peak learning rate of SGD with momentum 0.9."""
-    trainable_stages: int = 0
-    """The last so many of the backbone's stages are trained too; 0 freezes it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(0 <= self.trainable_stages <= 5, "trainable_stages", self.trainable_stages, "must lie in 0..5")
-
-
-EVALUATIONS: dict[str, type[EvalConfig]] = {
-    "knn": KnnEval,
-    "linear": LinearEval,
-    "finetune": FinetuneEval,
-    "fewshot": FewshotEval,
-    "robustness": RobustnessEval,
-    "segmentation": SegmentationEval,
-    "detection": DetectionEval,
-}
-
-
-def _check_training(epochs: int, batch_size: int, lrs: tuple[float, ...], key: str = "base_lrs") -> None:
-    _require(epochs >= 1, "epochs", epochs, "must be at least 1")
-    _require(batch_size >= 1, "batch_size", batch_size, "must be at least 1")
-    _require(all(lr > 0 for lr in lrs), key, lrs if len(lrs) != 1 else lrs[0], "must be above 0")

@@ -382,6 +382,9 @@ def _stacks() -> str:
 Place = Callable[[int, int, int], tuple[Sequence[int], NDArray[np.float32]]]  # (k-th, height, width) -> box, parameters
 
 
+CENTER_FRACTION = 0.875  # 224/256 of the short side: the center crop of BYOL's evaluation
+
+
 def center_crops(
     images: ImageSet, *, size: int, fraction: float, batch_size: int, threads: int, bad: dict[int, str]
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:

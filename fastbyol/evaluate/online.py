@@ -12,9 +12,9 @@ from fastbyol.callbacks import Callback
 from fastbyol.config import Config
 from fastbyol.data import Batch, ImageSet, find_images
 from fastbyol.errors import InputError, RunError
+from fastbyol.evaluate.context import missing_images_warning
 from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
-from fastbyol.evaluate.protocol import missing_images_warning
 from fastbyol.model import BYOLOutput
 from fastbyol.run import Run
 from fastbyol.runtime.logging import logger

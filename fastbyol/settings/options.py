@@ -12,22 +12,9 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from fastbyol.config import Config
 from fastbyol.errors import InputError
-from fastbyol.settings.base import (
-    BadSetting,
-    Settings,
-    check,
-    expand_path,
-    expected,
-    format_name,
-    format_value,
-    is_required,
-    leaves,
-    nearest,
-    parse,
-    parts,
-    read_yaml,
-    sections,
-)
+from fastbyol.settings.base import Settings, is_required, leaves, read_yaml, sections
+from fastbyol.settings.messages import BadSetting, format_name, format_value, nearest
+from fastbyol.settings.types import check, expand_path, expected, parse, parts
 
 HELP = ("-h", "--help", "--help-all")
 VERSION = ("-V", "--version")

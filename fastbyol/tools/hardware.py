@@ -11,7 +11,8 @@ from fastbyol.config import Config, DataConfig
 from fastbyol.data.views import VIEWS
 from fastbyol.errors import InputError, first_line
 from fastbyol.runtime.files import read_json
-from fastbyol.settings.base import BadSetting, check, require
+from fastbyol.settings.messages import BadSetting, require
+from fastbyol.settings.types import check
 from fastbyol.spans import BACKWARD, ONLINE
 from fastbyol.tools.roofline import Peaks, Work, count_step
 

@@ -24,7 +24,7 @@ from fastbyol.data import find_images
 from fastbyol.errors import InputError
 from fastbyol.model import BYOL
 from fastbyol.runtime.logging import logger
-from fastbyol.settings.base import nearest
+from fastbyol.settings.messages import nearest
 from fastbyol.spans import BACKWARD
 from fastbyol.tools.communication import Exchange, count_exchange, estimate_exchange
 from fastbyol.tools.hardware import GPUS, Machine, Rates, measured_machine, published_machine

@@ -9,16 +9,18 @@ from fastbyol.config import Config
 from fastbyol.data import find_images
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError, first_line
-from fastbyol.evaluate import TASKS, is_metric, load_checkpoint_model, read_results
 from fastbyol.evaluate.features import check_splits
+from fastbyol.evaluate.run import TASKS
 from fastbyol.model import BYOL
 from fastbyol.runtime.files import check_output, read_json_or
 from fastbyol.runtime.logging import logger
+from fastbyol.runtime.results import is_metric, read_results
 from fastbyol.runtime.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, SUMMARY
 from fastbyol.runtime.run_log import read_metrics
 from fastbyol.tools.pages import write_page
 from fastbyol.tools.preview import draw_views
 from fastbyol.tools.report_figures import draw_curves, draw_neighbors
+from fastbyol.weights.checkpoints import load_checkpoint_model
 
 _MAX_SKIPPED_IMAGES = 50
 _NOT_METRICS = {"base_lr", "held_out_top1"}  # numbers of a row that describe how it was trained
@@ -48,7 +50,7 @@ def write_report(run: Path, *, root: str | None = None) -> Path:
     if run.name == CHECKPOINTS and not (run / CHECKPOINTS).exists():
         raise InputError(f"--run {run}: is a folder of checkpoints; name the run's folder, {run.parent}")
     check_output(run / REPORT, str(run / REPORT))
-    path, config, model, _ = load_checkpoint_model(run, logger.info)
+    path, config, model, _ = load_checkpoint_model(run)
     return write_page(
         run / REPORT,
         "report",
@@ -58,7 +60,7 @@ def write_report(run: Path, *, root: str | None = None) -> Path:
         checkpoint=path.name,
         summary=_summary(run),
         curves=draw_curves(read_metrics(run), config),
-        evaluations=[_evaluation(*found) for found in read_results(run, logger.warning)],
+        evaluations=[_evaluation(*found) for found in read_results(run)],
         settings=_settings(config),
         environment=read_json_or(run / ENVIRONMENT, logger.warning).items(),
         **_images(config, model, root),
@@ -133,7 +135,7 @@ def _evaluation(path: Path, result: dict[str, Any]) -> dict[str, Any]:
             f"{result['train_images']} training and {result['val_images']} validation images, "
             f"{result['classes']} classes; {settings}"
         ),
-        "picture": _read_picture(path.with_suffix(".png")) if task and task.draw else None,
+        "picture": _read_picture(path.with_suffix(".png")) if task and task.has_figure else None,
     }
 
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from fastbyol.config import Config
 from fastbyol.data import ImageSet
-from fastbyol.data.native import center_crops
-from fastbyol.evaluate.features import CENTER_FRACTION, Features, extract
+from fastbyol.data.native import CENTER_FRACTION, center_crops
+from fastbyol.evaluate.features import Features, extract
 from fastbyol.evaluate.knn import nearest
 from fastbyol.model import BYOL
 from fastbyol.precision import compute_dtype

@@ -29,11 +29,10 @@ from PIL import Image, ImageDraw
 
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError
+from fastbyol.evaluate.voc import LABELS_FILE, VOID
 from fastbyol.tools import corpora as prepare
 
 CLASSES = ["brick", "cell", "clock_motion", "coins", "grass", "gravel", "hubble_deep_field", "moon"]
-VOID = 255
-LABELS_FILE = "labels.txt"
 
 OBJECTS = (1, 3)  # fewest and most per image
 RADIUS = (0.26, 0.42)  # of an object, as a share of the side

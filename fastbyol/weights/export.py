@@ -12,14 +12,15 @@ from typing import Any
 from fastbyol import __version__
 from fastbyol.build import build_backbone
 from fastbyol.config import Config
+from fastbyol.data.native import CENTER_FRACTION
 from fastbyol.errors import InputError, printable
-from fastbyol.evaluate import is_metric, load_checkpoint_model, read_results
-from fastbyol.evaluate.features import CENTER_FRACTION
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime import environment
 from fastbyol.runtime.files import check_output, read_json_or
 from fastbyol.runtime.logging import logger
+from fastbyol.runtime.results import is_metric, read_results
 from fastbyol.runtime.run_folder import ENVIRONMENT
+from fastbyol.weights.checkpoints import load_checkpoint_model
 from fastbyol.weights.files import BACKBONE_FIELDS, new_file
 from fastbyol.weights.formats import FORMATS, Source, fenced
 
@@ -46,7 +47,7 @@ def export(run: Path, format_name: str, out: Path | None) -> str:
         if out.suffix not in suffixes:
             raise InputError(f"--out {out}: for --format {format_name} the name must end in {' or '.join(suffixes)}")
         check_output(out, f"--out {out}")
-    checkpoint, config, model, _ = load_checkpoint_model(run, logger.info)
+    checkpoint, config, model, _ = load_checkpoint_model(run)
     backbone, features = build_backbone(config.model, config.data.image_size_px)
     backbone.load_state_dict(model.online.backbone.state_dict())
     source = Source(checkpoint=checkpoint, config=config, backbone=backbone.eval(), features=features)
@@ -181,7 +182,7 @@ def _subset(config: Config) -> str:
 def _results(run: Path) -> str:
     """Return one table per evaluation of the run, with its data set and checkpoint."""
     tables = []
-    for _, result in read_results(run, logger.warning):
+    for _, result in read_results(run):
         rows = {name: {k: v for k, v in row.items() if is_metric(v)} for name, row in result["rows"].items()}
         metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
         lines = [f"| features | {' | '.join(map(_escape, metrics))} |", f"|---|{'---|' * len(metrics)}"]

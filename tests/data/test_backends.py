@@ -16,11 +16,12 @@ from helpers.ffcv_files import write_with_ffcv
 from helpers.loaders import collect, same
 
 from fastbyol.api import pretrain as train
-from fastbyol.config import DataConfig, KnnEval
+from fastbyol.config import DataConfig
 from fastbyol.data import beton, build_loader, choose_backend, open_split, views
 from fastbyol.data.decode import decode
 from fastbyol.errors import InputError, LoaderTimeout, RunError
-from fastbyol.evaluate import evaluate
+from fastbyol.evaluate.options import KnnEval
+from fastbyol.evaluate.run import evaluate
 
 SIZE, BATCH = 40, 8
 CPU = torch.device("cpu")
@@ -272,7 +273,7 @@ def test_ffcv_leaves_torchs_threads_alone(stored):
     code = f"""
 import torch
 torch.set_num_threads(2)
-from fastbyol.config import DataConfig, KnnEval
+from fastbyol.config import DataConfig
 from fastbyol.data import build_loader, find_images
 config = DataConfig(root={str(stored)!r}, train_split="raw.beton", backend="ffcv", threads=1, batch_size=8, image_size_px=32)
 loader = build_loader(config, find_images(config, "train"), seed=0, device=torch.device("cpu"), dtype=torch.float32)
@@ -315,8 +316,7 @@ def test_training_and_evaluation_are_the_same_from_every_door(photos, stored, ma
         assert len(ours) == 8
         assert max(abs(ours[k] - expected[k]) for k in expected) < 0.02  # the decoders' rounding; none here as yet
     results = [
-        evaluate("knn", KnnEval(run=str(runs["folder"]), root=str(where), baselines=False), lambda text: None)
-        for where in (photos, root)
+        evaluate("knn", KnnEval(run=str(runs["folder"]), root=str(where), baselines=False)) for where in (photos, root)
     ]
     assert results[0]["rows"] == results[1]["rows"]
 

@@ -21,7 +21,7 @@ from fastbyol.data import beton, build_loader, open_split
 from fastbyol.data import decode as module
 from fastbyol.data.decode import BadImage, as_stored, decode, decode_reduced, jpeg_size, without_metadata
 from fastbyol.errors import InputError
-from fastbyol.evaluate import dense, segmentation
+from fastbyol.evaluate import image_files, voc
 from fastbyol.tools.preview import write_preview
 
 UPRIGHT = np.asarray(picture())
@@ -182,7 +182,7 @@ def test_sizes_of_dense_evaluations_are_those_of_decoded_images(tmp_path):
     for k, (name, data) in enumerate(seeds().items()):
         file = tmp_path / f"{k}{name}"
         file.write_bytes(data)
-        assert dense.checked_size(file) == decode(data).shape[:2], name
+        assert image_files.image_size(file) == decode(data).shape[:2], name
 
 
 # --- metadata ---
@@ -537,7 +537,7 @@ def test_mutated_files_of_dense_evaluations_are_one_line(tmp_path):
     file = tmp_path / "x.png"
     for _, data in mutations(seeds(), 150, seed=6):
         file.write_bytes(data)
-        for use in (lambda: segmentation.read_mask(file), lambda: dense.checked_size(file)):
+        for use in (lambda: voc.read_mask(file), lambda: image_files.image_size(file)):
             try:
                 use()
             except InputError as error:
@@ -545,7 +545,7 @@ def test_mutated_files_of_dense_evaluations_are_one_line(tmp_path):
                 assert len(str(error)) > len(f"{file}: ")
     for name in ("nowhere", "a\0b"):
         with pytest.raises(InputError, match="nowhere.png: No such file|null byte"):
-            segmentation.read_mask(tmp_path / f"{name}.png")
+            voc.read_mask(tmp_path / f"{name}.png")
 
 
 def test_a_mask_is_not_refused_for_its_metadata(tmp_path):
@@ -553,7 +553,7 @@ def test_a_mask_is_not_refused_for_its_metadata(tmp_path):
     texts.add_text("k", "x" * (5 << 20), zip=True)
     mask = np.arange(6, dtype=np.uint8).reshape(2, 3)
     Image.fromarray(mask).save(tmp_path / "x.png", pnginfo=texts)
-    assert np.array_equal(segmentation.read_mask(tmp_path / "x.png"), mask)
+    assert np.array_equal(voc.read_mask(tmp_path / "x.png"), mask)
 
 
 # --- every backend ---

@@ -11,14 +11,16 @@ from helpers.common import jpeg
 
 from fastbyol.api import pretrain as train
 from fastbyol.cli import COMMANDS, main
-from fastbyol.config import EVALUATIONS, Config, DataConfig, FinetuneEval, KnnEval, expand_path
+from fastbyol.config import Config, DataConfig
 from fastbyol.data import find_images, open_split
 from fastbyol.data.beton import pack
 from fastbyol.data.folder import index_folder
 from fastbyol.errors import InputError
-from fastbyol.evaluate import evaluate
 from fastbyol.evaluate.features import check_splits, open_splits
+from fastbyol.evaluate.options import EVALUATIONS, FinetuneEval, KnnEval
+from fastbyol.evaluate.run import evaluate
 from fastbyol.settings.options import read
+from fastbyol.settings.types import expand_path
 from fastbyol.tools.preview import write_preview
 
 
@@ -116,9 +118,9 @@ def test_evaluation_moves_to_another_root_and_splits(folder_of, tmp_path):
     config = checkpoint_config(root)
     shutil.copytree(root / "val", root / "holdout")
     shutil.move(root, tmp_path / "moved")
-    with pytest.raises(InputError, match=f"^root: the data set {root} is not there; name it with --root$"):
+    with pytest.raises(InputError, match=f"^root: data set {root} does not exist; name it with --root$"):
         open_splits(KnnEval(run="x"), config)
-    with pytest.raises(InputError, match="^root: the data set /nowhere is not there$"):
+    with pytest.raises(InputError, match="^root: data set /nowhere does not exist$"):
         open_splits(KnnEval(run="x", root="/nowhere"), config)
     moved = str(tmp_path / "moved")
     splits = open_splits(KnnEval(run="x", train_split=f"{moved}/val", val_split=f"{moved}/train"), config)
@@ -138,7 +140,7 @@ def test_evaluation_moves_to_another_root_and_splits(folder_of, tmp_path):
 
 @pytest.mark.parametrize("protocol", ["segmentation", "detection"])
 def test_formats_with_splits_of_their_own_take_no_others(protocol):
-    with pytest.raises(ValueError, match=r"val_split='x': (VOC|COCO)'s format says where the splits are"):
+    with pytest.raises(ValueError, match=r"val_split='x': must not be set: the (VOC|COCO) format defines the splits"):
         EVALUATIONS[protocol](run="x", root="/x", val_split="x")
 
 
@@ -244,12 +246,12 @@ def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path
     out = capsys.readouterr().out
     assert [out.count(f"warning: {note}\n") for note in notes] == [1, 1]
     assert json.loads((folder / "config.json").read_text())["data"]["root"] == str(root)
-    said: list[str] = []
-    evaluate("knn", KnnEval(run=str(folder), baselines=False), said.append)
-    assert said[:2] == [f"warning: {note}" for note in notes]
     log_lines.clear()
-    write_preview(config, tmp_path / "p.png")
-    assert log_lines == [f"warning: {notes[0]}"]
+    evaluate("knn", KnnEval(run=str(folder), baselines=False))
+    assert log_lines[:2] == [f"warning: {note}" for note in notes]
+    lines = []
+    write_preview(config, tmp_path / "p.png", lines.append)
+    assert lines == [f"warning: {notes[0]}"]
     assert main(["pack", str(root / "train"), str(tmp_path / "x.beton"), "--mode", "jpg"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"warning: {notes[0]}"
 
@@ -264,7 +266,7 @@ def test_what_differs_between_splits_is_named_on_both_sides(folder_of):
         check_splits(open_split(root, "train"), open_split(root, "val"))
     assert str(caught.value) == (
         f"{root}/train and {root}/val have different classes: 7 of 8 in {root}/train are not in {root}/val: "
-        f"b, c, d, e, f (+2 more), where the folder b holds no image; 1 of 2 in {root}/val are not in {root}/train: x"
+        f"b, c, d, e, f (+2 more), where folder b has no images; 1 of 2 in {root}/val are not in {root}/train: x"
     )
 
 

@@ -1,4 +1,4 @@
-"""Dense transfer's parts: the copy of the backbone, its maps, images with their labels, the folders' formats, training."""
+"""Segmentation and detection: copies of the backbone, feature maps, samples, folder formats, training."""
 
 import json
 import math
@@ -13,29 +13,23 @@ from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from fastbyol.build import build_backbone
-from fastbyol.config import DetectionEval, ModelConfig, SegmentationEval
+from fastbyol.config import ModelConfig
 from fastbyol.data import open_split
 from fastbyol.data.decode import decode
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate import dense
-from fastbyol.evaluate.detection import DETECTION, CocoImage, _sample, build_detector, evaluate_detector, open_coco
+from fastbyol.evaluate import dense, image_files
+from fastbyol.evaluate.coco import CocoImage
+from fastbyol.evaluate.context import EvalContext
+from fastbyol.evaluate.detection import DETECTION, _sample, build_detector, evaluate_detector
 from fastbyol.evaluate.features import calibrate_batchnorm
-from fastbyol.evaluate.protocol import EvalContext
-from fastbyol.evaluate.segmentation import (
-    SEGMENTATION,
-    VOC_CLASSES,
-    _training_pair,
-    build_segmenter,
-    evaluate_segmenter,
-    open_voc,
-    read_mask,
-)
+from fastbyol.evaluate.options import DetectionEval, SegmentationEval
+from fastbyol.evaluate.segmentation import SEGMENTATION, _training_sample, build_segmenter, evaluate_segmenter
+from fastbyol.evaluate.voc import VOC_CLASSES, VOID, read_mask
 from fastbyol.layers import batch_norms, fuse_layers
-from fastbyol.tools.shapes import VOID
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FRAME = EvalContext(size=32, device=torch.device("cpu"), dtype=torch.float32, threads=2, say=lambda text: None)
+CONTEXT = EvalContext(size=32, device=torch.device("cpu"), dtype=torch.float32, threads=2)
 COLORS = np.array([(40, 40, 40), (230, 40, 40), (40, 40, 230)], dtype=np.uint8)  # of background, class 1, class 2
 
 
@@ -55,7 +49,7 @@ def same(a, b):
 
 
 def write_folder(root: Path, *, train=8, val=4, height=64, width=64):
-    """A folder of both formats: images of two rectangles, whose colors are their classes; also the boxes, by name."""
+    """Write a folder in both formats. Every image has two rectangles, whose colors are their classes."""
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation", "annotations"):
         (root / name).mkdir(parents=True)
     (root / "labels.txt").write_text("red\nblue\n")
@@ -93,8 +87,16 @@ def detection(root, **options):
     return DetectionEval(run="x", root=str(root), **options)
 
 
+def open_voc(root):
+    return SEGMENTATION.open(segmentation(root), None, CONTEXT)
+
+
+def open_coco(root):
+    return DETECTION.open(detection(root), None, CONTEXT)
+
+
 def edit(root, split, change):
-    """Changes the content of a split's COCO file."""
+    """Apply a function to the content of a split's COCO file."""
     file = root / f"annotations/instances_{split}.json"
     content = json.loads(file.read_text())
     change(content)
@@ -104,16 +106,16 @@ def edit(root, split, change):
 # --- training ---
 
 
-def test_a_frozen_segmenter_learns_and_its_backbone_stays(folder):
+def test_frozen_segmenter_learns_and_leaves_backbone_and_global_rng_unchanged(folder):
     backbone = small_backbone().train()
     before, random = state_of(backbone), torch.get_rng_state()
-    data = SEGMENTATION.open(segmentation(folder), None, FRAME)
+    data = open_voc(folder)
     rows = []
     for epochs, seed in ((1, 0), (25, 0), (25, 0), (25, 1)):
         options = segmentation(folder, image_size_px=64, epochs=epochs, batch_size=4, seed=seed)
-        rows.append(SEGMENTATION.measure(backbone, data, options, FRAME))
+        rows.append(SEGMENTATION.measure(backbone, data, options, CONTEXT))
         assert torch.equal(torch.get_rng_state(), random)
-        random = torch.manual_seed(len(rows)).get_state()  # what others draw does not matter
+        random = torch.manual_seed(len(rows)).get_state()  # the state of the global generator does not matter
     assert rows[1]["miou"] > 0.6  # six backbones reach 0.77 to 0.81
     assert rows[1]["miou"] > rows[0]["miou"] + 0.2  # 0.25 to 0.36 after one epoch
     assert rows[1] == rows[2] != rows[3]
@@ -121,7 +123,7 @@ def test_a_frozen_segmenter_learns_and_its_backbone_stays(folder):
 
 
 @pytest.mark.parametrize("finetune", [False, True])
-def test_fine_tuning_changes_a_copy_and_frozen_features_nothing(folder, finetune):
+def test_segmenter_trains_its_copy_of_the_backbone_only_when_fine_tuning(folder, finetune):
     backbone = small_backbone().eval()
     before = state_of(backbone)
     network = build_segmenter(backbone, 64, 2, finetune=finetune)
@@ -129,12 +131,12 @@ def test_fine_tuning_changes_a_copy_and_frozen_features_nothing(folder, finetune
     assert network.training and head.training
     assert own.training is finetune
     first = state_of(own)[0], state_of(head)[0]
-    data, options = open_voc(segmentation(folder), None, FRAME), segmentation(folder, epochs=1, batch_size=4)
+    data, options = open_voc(folder), segmentation(folder, epochs=1, batch_size=4)
 
     def loss_of(batch):
         return network(dense.normalize(torch.from_numpy(np.stack([image for image, _ in batch])))).square().mean()
 
-    dense.fit(network, loss_of, lambda i, rng: _training_pair(data.train[i], 64, rng), 8, options, FRAME)
+    dense.fit(network, loss_of, lambda i, rng: _training_sample(data.train[i], 64, rng), 8, options, CONTEXT)
     unused = {"fc.weight", "fc.bias"}
     changed = [name for name, value in own.state_dict().items() if not torch.equal(value, first[0][name])]
     assert set(changed) == (first[0].keys() - unused if finetune else set())  # weights and running statistics
@@ -143,10 +145,10 @@ def test_fine_tuning_changes_a_copy_and_frozen_features_nothing(folder, finetune
 
 
 @pytest.mark.slow
-def test_a_detector_learns_and_its_backbone_stays(folder, monkeypatch):
+def test_detector_learns_and_leaves_the_backbone_unchanged(folder, monkeypatch):
     backbone = small_backbone().train()
     before = state_of(backbone)
-    data = DETECTION.open(detection(folder), None, FRAME)
+    data = open_coco(folder)
     seen = []
 
     def spy(detector, *args, **options):
@@ -157,35 +159,35 @@ def test_a_detector_learns_and_its_backbone_stays(folder, monkeypatch):
     rows = []
     for changes in ({"epochs": 1}, {"epochs": 40}, {"epochs": 1, "trainable_stages": 1}):
         options = detection(folder, image_size_px=64, batch_size=4, lr=0.05, **changes)
-        rows.append(DETECTION.measure(backbone, data, options, FRAME))
+        rows.append(DETECTION.measure(backbone, data, options, CONTEXT))
     assert rows[1]["map50"] > 0.7  # five backbones reach 1.0
     assert rows[1]["map50"] > rows[0]["map50"] + 0.3  # 0.01 to 0.38 after one epoch
     assert same(state_of(backbone), before)
     trained = [{name for name in own if not torch.equal(own[name], before[0][name])} for own in seen]
     weights = {name for name, _ in backbone.named_parameters() if name.startswith("layer4.")}
-    assert trained == [set(), set(), weights]  # and no running statistics
+    assert trained == [set(), set(), weights]  # no running statistics
 
 
-def test_a_diverged_training_is_said(folder):
-    data = open_voc(segmentation(folder), None, FRAME)
+def test_diverged_segmentation_raises(folder):
+    data = open_voc(folder)
     options = segmentation(folder, image_size_px=32, epochs=2, batch_size=4, lr=1e30, finetune=True)
     with pytest.raises(RunError, match=r"lr=1e\+30: the loss became NaN or infinite; choose a lower one"):
-        SEGMENTATION.measure(small_backbone(), data, options, FRAME)
+        SEGMENTATION.measure(small_backbone(), data, options, CONTEXT)
 
 
-def test_a_calibrated_norm_is_fine_tuned_with_torch_s_momentum(photos):
+def test_calibrated_norms_keep_their_momentum(photos):
     backbone = small_backbone()
     for norm in batch_norms(backbone):
         norm.views = 2
     images = open_split(photos, "train")
-    calibrate_batchnorm(backbone, images, FRAME)
-    for network in (backbone, dense.copy_for(backbone, 64)):
+    calibrate_batchnorm(backbone, images, CONTEXT)
+    for network in (backbone, dense.frozen_copy(backbone, 64)):
         assert {(norm.momentum, norm.views) for norm in batch_norms(network)} == {(0.1, 1)}
 
 
-def test_the_size_is_that_of_the_options_or_follows_the_run():
+def test_image_size_is_the_option_or_9_4_of_the_run():
     def size(option, run):
-        return dense.dense_size(option, EvalContext(**{**vars(FRAME), "size": run}))
+        return dense.resolve_image_size(option, EvalContext(**{**vars(CONTEXT), "size": run}))
 
     assert (size(0, 224), size(0, 48), size(0, 32), size(100, 224)) == (512, 128, 96, 100)
 
@@ -197,7 +199,7 @@ def test_the_size_is_that_of_the_options_or_follows_the_run():
     ("stages", "trained"),
     [(0, []), (1, ["layer4"]), (2, ["layer3", "layer4"]), (4, ["layer1", "layer2", "layer3", "layer4"])],
 )
-def test_the_last_stages_of_a_resnet_are_trained(stages, trained):
+def test_trainable_stages_of_a_resnet(stages, trained):
     detector = build_detector(small_backbone(), 64, 2, dtype=torch.float32, trainable_stages=stages)
     own = detector.backbone.maps.backbone
     assert sorted({n.split(".")[0] for n, p in own.named_parameters() if p.requires_grad}) == trained
@@ -206,7 +208,7 @@ def test_the_last_stages_of_a_resnet_are_trained(stages, trained):
     assert all(p.requires_grad for p in whole.backbone.maps.parameters())
 
 
-def test_800_px_and_a_resnet50_give_torchvision_s_detector():
+def test_detector_for_resnet50_at_800_px_is_torchvision_s():
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
     ours = build_detector(timm.create_model("resnet50", num_classes=0), 800, 90, dtype=torch.float32)
     sides = [round(s) for level in ours.rpn.anchor_generator.sizes for s in level]
@@ -227,10 +229,10 @@ def test_800_px_and_a_resnet50_give_torchvision_s_detector():
     assert ours.transform.max_size == theirs.transform.max_size
 
 
-def test_small_images_have_anchors_on_fine_levels_and_few_samples_of_a_box():
+def test_detector_for_small_images():
     detector = build_detector(small_backbone(), 128, 2, dtype=torch.float32)
     assert detector.roi_heads.box_roi_pool.sampling_ratio == 1
-    assert detector.backbone.levels == ["0", "1", "2"]  # 32, 16 and 8 places wide
+    assert detector.backbone.levels == ["0", "1", "2"]  # 32, 16 and 8 positions wide
     assert detector.rpn.anchor_generator.sizes == ((20.48,), (40.96,), (81.92,))
     levels = detector.backbone(torch.zeros(1, 3, 128, 128))
     assert [tuple(x.shape) for x in levels.values()] == [(1, 64, side, side) for side in (32, 16, 8)]
@@ -245,7 +247,7 @@ def test_small_images_have_anchors_on_fine_levels_and_few_samples_of_a_box():
         ("vit_tiny_patch16_224", [4], {}),
     ],
 )
-def test_the_head_sees_maps_of_strides_8_to_32(name, sides, options):
+def test_segmentation_head_takes_maps_of_strides_8_to_32(name, sides, options):
     backbone = timm.create_model(name, num_classes=0, **options).eval()
     network = build_segmenter(backbone, 64, 3, finetune=False)
     maps = network.maps(torch.zeros(2, 3, 64, 64))
@@ -255,7 +257,7 @@ def test_the_head_sees_maps_of_strides_8_to_32(name, sides, options):
     assert network.maps.indices[-1] == blocks[-1]  # the deepest
 
 
-def test_backbones_that_do_not_suit_are_refused_in_one_line():
+def test_unsuitable_backbones_raise():
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     with pytest.raises(InputError, match=r"VisionTransformer has maps of 1 size\(s\), detection needs 3"):
         build_detector(vit, 64, 2, dtype=torch.float32)
@@ -265,36 +267,36 @@ def test_backbones_that_do_not_suit_are_refused_in_one_line():
     vgg = timm.create_model("vgg11_bn", num_classes=0, mlp_ratio=0.01)
     with pytest.raises(InputError, match="image_size_px=16: VGG cannot take images of 16x16 pixels: .*too small"):
         build_segmenter(vgg, 16, 2, finetune=False)
-    with pytest.raises(InputError, match="timm's Sequential does not give its maps"):
+    with pytest.raises(InputError, match="timm's Sequential does not expose its feature maps"):
         build_segmenter(nn.Sequential(nn.Conv2d(3, 3, 1)), 64, 2, finetune=False)
 
 
-# --- images and their labels ---
+# --- samples ---
 
 
-def test_mask_and_image_are_scaled_flipped_and_cropped_together(tmp_path):
-    data = open_voc(segmentation(write_folder(tmp_path / "wide", height=48, width=80)), None, FRAME)
+def test_training_sample_transforms_image_and_mask_together(tmp_path):
+    data = open_voc(write_folder(tmp_path / "wide", height=48, width=80))
     padded = flipped = 0
     for seed in range(20):
-        image, mask = _training_pair(data.train[0], 64, np.random.default_rng(seed))
+        image, mask = _training_sample(data.train[0], 64, np.random.default_rng(seed))
         assert image.shape == (64, 64, 3) and mask.shape == (64, 64)
         shown = np.abs(image[..., None, :].astype(int) - COLORS).sum(-1).argmin(-1)
         known = mask != VOID
-        assert (shown == mask)[known].mean() > 0.93  # edges are mixed
+        assert (shown == mask)[known].mean() > 0.93  # resizing mixes the colors at edges
         assert (image[~known] == (124, 116, 104)).all()
         padded += (~known).any()
         columns = [np.nonzero(mask == k)[1] for k in (1, 2)]
         flipped += all(map(len, columns)) and columns[0].mean() > columns[1].mean()
-    assert padded == 20  # the shorter side, 48/80 of at most 1.4 * 64 pixels, is always below 64
+    assert padded == 20  # the shorter side is at most 48/80 * 1.4 * 64 < 64 pixels
     assert 0 < flipped < 20
 
 
-def test_a_resized_mask_has_no_new_classes():
+def test_resized_mask_has_no_new_classes():
     mask = np.kron(np.array([[0, 7], [9, VOID]], dtype=np.uint8), np.ones((8, 8), dtype=np.uint8))
-    assert set(np.unique(dense.resize(mask, 23, 11, labels=True))) == {0, 7, 9, VOID}
+    assert set(np.unique(image_files.resize(mask, 23, 11, labels=True))) == {0, 7, 9, VOID}
 
 
-def test_boxes_follow_resizing_and_flipping(tmp_path):
+def test_boxes_follow_resize_and_flip(tmp_path):
     pixels = np.zeros((50, 100, 3), dtype=np.uint8)
     pixels[10:30, 60:90] = 255
     file = tmp_path / "x.png"
@@ -302,15 +304,15 @@ def test_boxes_follow_resizing_and_flipping(tmp_path):
     image = CocoImage(file, np.array([[60, 10, 90, 30]], np.float32), np.array([3]), np.array([False]))
     for size, flip in ((60, False), (60, True), (120, False), (120, True)):
         tensor, target = _sample(image, size, flip=flip)
-        assert tensor.shape == (3, size * 5 // 6, size * 5 // 3)  # the longer side ends at 1333/800
+        assert tensor.shape == (3, size * 5 // 6, size * 5 // 3)  # the longer side is limited to 1333/800
         rows, columns = torch.nonzero(tensor[0] > 0.5, as_tuple=True)
         extent = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert target["boxes"][0].tolist() == pytest.approx([float(v) for v in extent], abs=1)
         assert tensor.min() >= 0 and tensor.max() <= 1
 
 
-def test_validation_scales_logits_back_to_masks_of_any_size(tmp_path):
-    """A network that reads the classes from the colors is right, whatever the masks' sizes."""
+def test_validation_resizes_logits_to_the_mask(tmp_path):
+    """A network that reads the classes from the colors is right at any mask size."""
 
     class Reader(nn.Module):
         def forward(self, x):
@@ -318,26 +320,26 @@ def test_validation_scales_logits_back_to_masks_of_any_size(tmp_path):
             return -(x[:, None] - colors[None, :, :, None, None]).square().sum(2)
 
     for height, width in ((48, 80), (80, 48), (64, 64)):
-        data = open_voc(segmentation(write_folder(tmp_path / f"{height}", height=height, width=width)), None, FRAME)
-        row = evaluate_segmenter(Reader(), data, 64, FRAME, batch_size=3)
+        data = open_voc(write_folder(tmp_path / f"{height}", height=height, width=width))
+        row = evaluate_segmenter(Reader(), data, 64, CONTEXT, batch_size=3)
         assert row["miou"] > 0.9
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_sizes_are_those_of_upright_images(tmp_path, orientation):
+def test_image_size_respects_exif_orientation(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = tmp_path / "x.jpg"
     Image.fromarray(np.zeros((20, 30, 3), dtype=np.uint8)).save(file, exif=exif)
-    assert dense.checked_size(file) == ((20, 30) if orientation < 5 else (30, 20))
+    assert image_files.image_size(file) == ((20, 30) if orientation < 5 else (30, 20))
 
 
-# --- folders ---
+# --- VOC ---
 
 
-def test_a_voc_folder_without_names_has_voc_s(folder):
+def test_default_class_names_are_voc_s(folder):
     (folder / "labels.txt").unlink()
-    data = open_voc(segmentation(folder), None, FRAME)
+    data = open_voc(folder)
     assert data.classes == VOC_CLASSES
     assert (len(VOC_CLASSES), VOC_CLASSES[0], VOC_CLASSES[14], VOC_CLASSES[19]) == (
         20,
@@ -346,62 +348,56 @@ def test_a_voc_folder_without_names_has_voc_s(folder):
         "tvmonitor",
     )
     assert (len(data.train), len(data.val), len(data.classes)) == (8, 4, 20)
-    images = SEGMENTATION.calibration(data)
+    images = SEGMENTATION.calibration_images(data)
     assert len(images) == 8
     assert decode(images.read(0)).shape == (64, 64, 3)
 
 
-def test_a_folder_of_another_kind_is_no_voc_folder(photos):
-    with pytest.raises(InputError, match=r"root=.*: is not a VOC-format folder: it has no ImageSets/Segmentation/"):
-        open_voc(segmentation(photos), None, FRAME)
+def test_folder_without_image_sets_raises(photos):
+    with pytest.raises(InputError, match=r"root=.*: not a VOC-format folder: it has no ImageSets/Segmentation/"):
+        open_voc(photos)
 
 
-def test_what_a_voc_folder_may_not_hold(folder):
-    def refused(text):
+def test_invalid_voc_folders_raise_one_line(folder):
+    def check_error(text):
         with pytest.raises(InputError, match=text) as caught:
-            open_voc(segmentation(folder), None, FRAME)
+            open_voc(folder)
         assert "\n" not in str(caught.value)
 
     mask, image, labels = folder / "SegmentationClass/val1.png", folder / "JPEGImages/val1.jpg", folder / "labels.txt"
     good = mask.read_bytes()
     Image.new("RGB", (64, 64)).save(mask)
-    refused("val1.png: its pixels are RGB, not class numbers; save it as a palette or gray image")
+    check_error("val1.png: its pixels are RGB, not class ids; save it as a palette or gray image")
     mask.write_bytes(b"text")
-    refused("val1.png: not an image file")
+    check_error("val1.png: not an image file")
     mask.write_bytes(good[: len(good) // 2])
-    refused("val1.png: .*truncated")
+    check_error("val1.png: .*truncated")
     mask.write_bytes(good)
     for text in ("", "red\nred\n", "\n".join(str(i) for i in range(255))):
         labels.write_text(text)
-        refused(r"labels.txt: must name the classes 1 to K \(fewer than 255\), each once, one per line")
+        check_error(r"labels.txt: must name the classes 1 to K \(fewer than 255\), each once, one per line")
     labels.write_bytes(b"\xff\xfe\x00")
-    refused("labels.txt: not a text file in UTF-8")
+    check_error("labels.txt: not a text file in UTF-8")
     labels.write_text("red\nblue\n")
     whole = image.read_bytes()
     image.write_bytes(b"text")
-    refused("val1.jpg: not an image file")
-    image.write_bytes(whole[: len(whole) // 2])  # decoded before the training, which would end at it
-    refused("val1.jpg: .*; mend it or take it out of the lists")
+    check_error("val1.jpg: not an image file")
+    image.write_bytes(whole[: len(whole) // 2])  # decoding before the training finds it
+    check_error("val1.jpg: .*; fix it or remove it from the lists")
     image.unlink()
-    refused("val.txt, line 2: 'val1': there is no .*JPEGImages/val1.jpg")
+    check_error("val.txt, line 2: 'val1': there is no .*JPEGImages/val1.jpg")
     image.write_bytes(whole)
     good = mask.read_bytes()
     mask.unlink()
-    refused("val.txt, line 2: 'val1': there is no .*SegmentationClass/val1.png")
+    check_error("val.txt, line 2: 'val1': there is no .*SegmentationClass/val1.png")
     Image.new("L", (60, 64)).save(mask)
-    refused("val1.png: 60x64 pixels but its image has 64x64")
+    check_error("val1.png: 60x64 pixels but its image has 64x64")
     Image.fromarray(np.full((64, 64), 3, np.uint8)).save(mask)
-    refused("val1.png: holds class 3 but there are 2 classes; name all of them in .*labels.txt, one per line")
+    check_error("val1.png: holds class 3 but there are 2 classes; name all of them in .*labels.txt, one per line")
     mask.write_bytes(good)
-    open_voc(segmentation(folder), None, FRAME)
-    with pytest.raises(InputError, match="root=/nowhere: there is no such folder"):
-        open_voc(segmentation("/nowhere"), None, FRAME)
-
-
-def heard():
-    """A frame and the lines that it says."""
-    lines = []
-    return EvalContext(**{**vars(FRAME), "say": lines.append, "bad": {}}), lines
+    open_voc(folder)
+    with pytest.raises(InputError, match="root=/nowhere: no such folder"):
+        open_voc("/nowhere")
 
 
 def rewrite_masks(root, split, change):
@@ -418,7 +414,7 @@ def rewrite_masks(root, split, change):
             ("train", "val"),
             lambda mask: np.where(mask > 0, 255, 0).astype(np.uint8),
             "SegmentationClass: the masks of train hold only 0 and 255: 255 is void, but at least two classes are needed: "
-            "write 0 for the background, 1 to K for objects of the classes, 255 where a pixel is not to count",
+            "write 0 for the background, 1 to K for the classes, 255 for pixels to ignore",
         ),
         (
             ("val",),
@@ -430,54 +426,54 @@ def rewrite_masks(root, split, change):
         (("val",), lambda mask: mask * 0 + 255, "the masks of val hold only 255, which is void: there is nothing to"),
     ],
 )
-def test_masks_of_less_than_two_classes_are_refused(folder, splits, change, text):
+def test_masks_with_fewer_than_two_classes_raise(folder, splits, change, text):
     for split in splits:
         rewrite_masks(folder, split, change)
     with pytest.raises(InputError, match=text) as caught:
-        open_voc(segmentation(folder), None, FRAME)
+        open_voc(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_masks_of_one_bit_are_class_ids(folder):
+def test_one_bit_masks_are_class_ids(folder, log_lines):
     for split in ("train", "val"):
         rewrite_masks(folder, split, lambda mask: mask > 0)
     with Image.open(folder / "SegmentationClass/val0.png") as mask:
         assert mask.mode == "1"
-    frame, lines = heard()
-    data = open_voc(segmentation(folder), None, frame)
+    data = open_voc(folder)
     assert set(np.unique(read_mask(data.val[0].mask))) == {0, 1}
-    assert lines == [
+    assert log_lines == [
         "warning: train has no pixel of blue (1 of 3)",
-        "warning: val has no pixel of blue (1 of 3): these count in the mean IoU only if they are predicted, then as 0",
+        "warning: val has no pixel of blue (1 of 3): the mean IoU counts these only where they are predicted, as 0",
     ]
 
 
-def test_mean_iou_by_hand(folder):
-    """Classes that neither occur nor are predicted count nowhere; what is predicted and does not occur is 0; void does not count."""
+def test_mean_iou(folder, log_lines):
+    """Void pixels and classes in neither masks nor predictions are ignored. A class in predictions only has IoU 0."""
     truth = np.array([[0, 0, 1, 1], [0, 0, 1, 1], [VOID, VOID, 1, 1], [0, 0, 0, 0]], dtype=np.uint8)
     answer = np.array([[0, 0, 1, 1], [0, 1, 1, 1], [3, 3, 1, 1], [0, 0, 0, 4]], dtype=np.uint8)
     (folder / "labels.txt").write_text("".join(f"{k}\n" for k in range(1, 8)))
     rewrite_masks(folder, "val", lambda mask: np.kron(truth, np.ones((16, 16), np.uint8)))
-    frame, lines = heard()
-    data = open_voc(segmentation(folder), None, frame)
-    assert lines[-1].startswith("warning: val has no pixel of 2, 3, 4, 5, 6 (+1 more) (6 of 8): these count in")
+    data = open_voc(folder)
+    assert log_lines[-1].startswith(
+        "warning: val has no pixel of 2, 3, 4, 5, 6 (+1 more) (6 of 8): the mean IoU counts"
+    )
 
     class Answer(nn.Module):
         def forward(self, x):
             logits = torch.nn.functional.one_hot(torch.from_numpy(answer).long(), 8).permute(2, 0, 1)[None].float()
             return torch.nn.functional.interpolate(logits, 64, mode="nearest").expand(len(x), -1, -1, -1)
 
-    row = evaluate_segmenter(Answer(), data, 64, frame, batch_size=3)
-    # Class 0: 6 of 8 + 0 more; class 1: 6 of 6 + 1 more; class 4 is predicted once; 2, 3, 5, 6, 7 (3 on void alone) not.
+    row = evaluate_segmenter(Answer(), data, 64, CONTEXT, batch_size=3)
+    # IoU: class 0: 6 / 8, class 1: 6 / 7, class 4: 0. The others are not predicted, or only on void (3).
     assert row["miou"] == pytest.approx((6 / 8 + 6 / 7 + 0) / 3)
     assert row["pixel_accuracy"] == pytest.approx(12 / 14)
 
 
-def test_an_image_that_is_all_void_changes_nothing(folder):
+def test_all_void_masks_give_finite_metrics(folder):
     backbone, rows = small_backbone(), []
     for part in ("val", "val0"):
         options = segmentation(folder, image_size_px=32, epochs=1, batch_size=1)
-        rows.append(SEGMENTATION.measure(backbone, open_voc(options, None, FRAME), options, FRAME))
+        rows.append(SEGMENTATION.measure(backbone, open_voc(options.root), options, CONTEXT))
         rewrite_masks(folder, "train0", lambda mask: mask * 0 + VOID)
         if part == "val":
             rewrite_masks(folder, "val0", lambda mask: mask * 0 + VOID)
@@ -495,16 +491,16 @@ def test_an_image_that_is_all_void_changes_nothing(folder):
     ],
     ids=["byte order mark", "blanks", "Windows", "extensions", "paths"],
 )
-def test_lists_as_people_write_them(folder, text):
+def test_list_spellings(folder, text):
     (folder / "ImageSets/Segmentation/val.txt").write_text(text, newline="")
     (folder / "labels.txt").write_bytes("\ufeffred \r\nblue\r\n".encode())
-    data = open_voc(segmentation(folder), None, FRAME)
-    assert [one.image.name for one in data.val] == [f"val{i}.jpg" for i in range(4)]
+    data = open_voc(folder)
+    assert [one.file.name for one in data.val] == [f"val{i}.jpg" for i in range(4)]
     assert [one.mask.name for one in data.val] == [f"val{i}.png" for i in range(4)]
     assert data.classes == ["red", "blue"]
 
 
-def test_images_of_other_formats_beside_jpg(folder):
+def test_other_image_formats(folder):
     images = folder / "JPEGImages"
     (images / "val0.jpg").rename(images / "val0.JPG")
     (images / "val1.jpg").rename(images / "val1.jpeg")
@@ -513,29 +509,29 @@ def test_images_of_other_formats_beside_jpg(folder):
     (images / "val2.jpg").unlink()
     (folder / "SegmentationClass/val3.png").rename(folder / "SegmentationClass/val3.PNG")
     (images / "val3.txt").write_text("a note")
-    data = open_voc(segmentation(folder), None, FRAME)
-    assert [one.image.name for one in data.val] == ["val0.JPG", "val1.jpeg", "val2.png", "val3.jpg"]
-    calibration = SEGMENTATION.calibration(data)
+    data = open_voc(folder)
+    assert [one.file.name for one in data.val] == ["val0.JPG", "val1.jpeg", "val2.png", "val3.jpg"]
+    calibration = SEGMENTATION.calibration_images(data)
     assert [calibration.name(i) for i in range(8)] == [f"train{i}.jpg" for i in range(8)]
-    # Two files of a name: .jpg is the format's, or the list says which.
+    # Two candidates, neither of them .jpg: the list must name one.
     with Image.open(images / "val1.jpeg") as image:
         image.save(images / "val1.png")
     with pytest.raises(
-        InputError, match=r"val.txt, line 2: 'val1': .*val1 may be val1.jpeg or val1.png; give its name"
+        InputError, match=r"val.txt, line 2: 'val1': .*val1 may be val1.jpeg or val1.png; give the name with"
     ):
-        open_voc(segmentation(folder), None, FRAME)
+        open_voc(folder)
     (folder / "ImageSets/Segmentation/val.txt").write_text("val0\nval1.png\nval3")
-    assert open_voc(segmentation(folder), None, FRAME).val[1].image.name == "val1.png"
+    assert open_voc(folder).val[1].file.name == "val1.png"
 
 
-def test_names_with_dots_and_spaces_and_folders(folder):
+def test_image_names_with_dots_spaces_and_folders(folder):
     for old, new in (("val0", "2007.000032"), ("val1", "a b"), ("val2", "street/1")):
         for inside, extension in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
             target = folder / inside / f"{new}.{extension}"
             target.parent.mkdir(exist_ok=True)
             (folder / inside / f"{old}.{extension}").rename(target)
     (folder / "ImageSets/Segmentation/val.txt").write_text("2007.000032\na b\nstreet/1.jpg")
-    data = open_voc(segmentation(folder), None, FRAME)
+    data = open_voc(folder)
     assert [str(one.mask.relative_to(folder / "SegmentationClass")) for one in data.val] == [
         "2007.000032.png",
         "a b.png",
@@ -546,35 +542,35 @@ def test_names_with_dots_and_spaces_and_folders(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("val0\nval0.jpg\n", "line 2: 'val0.jpg' is in line 1 already; name it once"),
+        ("val0\nval0.jpg\n", "line 2: 'val0.jpg' duplicates line 1; remove one"),
         ("val0\nval1 val2\n", "line 2: 'val1 val2': there is no .*JPEGImages/val1 val2.jpg"),
-        ("/nowhere/x.jpg\n", "line 1: '/nowhere/x.jpg': names are of files in .*JPEGImages"),
-        ("val0\ntrain0\n", "train0 is in train.txt and in val.txt"),
+        ("/nowhere/x.jpg\n", "line 1: '/nowhere/x.jpg': must be a file in .*JPEGImages"),
+        ("val0\ntrain0\n", "train0 is in both train.txt and val.txt"),
         ("2007.0\n", "line 1: '2007.0': there is no .*2007.0.jpg"),
-        ("\n \n", "val.txt: names no images"),
+        ("\n \n", "val.txt: lists no images"),
     ],
 )
-def test_names_that_mean_no_image_are_one_line(folder, text, message):
+def test_invalid_lists_raise_one_line(folder, text, message):
     (folder / "JPEGImages/2007.jpg").write_bytes((folder / "JPEGImages/val0.jpg").read_bytes())
     (folder / "ImageSets/Segmentation/val.txt").write_text(text)
     with pytest.raises(InputError, match=message) as caught:
-        open_voc(segmentation(folder), None, FRAME)
+        open_voc(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_batches_that_a_norm_cannot_take_are_refused_before_the_training(folder):
+def test_batches_too_small_for_batchnorm_raise_before_training(folder):
     options = segmentation(folder, image_size_px=32, epochs=1, batch_size=1, finetune=True)
-    data = open_voc(options, None, FRAME)
+    data = open_voc(options.root)
     with pytest.raises(
         InputError, match=r"batch_size=1, 8 training image\(s\): at image_size_px=32 BatchNorm would see"
     ):
-        SEGMENTATION.measure(small_backbone(), data, options, FRAME)
+        SEGMENTATION.measure(small_backbone(), data, options, CONTEXT)
 
 
 # --- COCO ---
 
 
-def test_category_ids_may_have_gaps_and_any_order(folder):
+def test_category_ids_with_gaps_in_any_order(folder):
     numbers = {1: 90, 2: 7}
     for split in ("train", "val"):
 
@@ -585,14 +581,14 @@ def test_category_ids_may_have_gaps_and_any_order(folder):
                 found["category_id"] = numbers[found["category_id"]]
 
         edit(folder, split, renumber)
-    data = open_coco(detection(folder), None, FRAME)
+    data = open_coco(folder)
     assert data.classes == ["blue", "red"]
     assert data.val[0].labels.tolist() == [2, 1]
     assert (len(data.train), len(data.val), len(data.classes)) == (8, 4, 2)
-    assert decode(DETECTION.calibration(data).read(0)).shape == (64, 64, 3)
+    assert decode(DETECTION.calibration_images(data).read(0)).shape == (64, 64, 3)
 
 
-def test_boxes_are_clipped_and_empty_ones_and_images_without_objects_left_out(folder):
+def test_boxes_are_clipped_and_empty_boxes_and_images_dropped(folder):
     def change(content):
         own = [a for a in content["annotations"] if a["image_id"] == 0]
         own[0]["bbox"], own[1]["bbox"] = [-5, 10, 15, 100], [10, 10, 0, 5]
@@ -600,19 +596,22 @@ def test_boxes_are_clipped_and_empty_ones_and_images_without_objects_left_out(fo
 
     edit(folder, "train", change)
     edit(folder, "val", change)
-    data = open_coco(detection(folder), None, FRAME)
+    data = open_coco(folder)
     assert data.train[0].boxes.tolist() == data.val[0].boxes.tolist() == [[0, 10, 10, 64]]
-    assert (len(data.train), len(data.val)) == (7, 4)  # a validation image without objects can still be wrong
+    assert (len(data.train), len(data.val)) == (
+        7,
+        4,
+    )  # validation images without objects are kept: they can have false positives
     assert data.val[1].boxes.shape == (0, 4)
 
 
-def test_a_crowd_is_neither_trained_on_nor_counted(folder):
+def test_crowds_are_excluded_from_training_and_metric(folder):
     def change(content):
         content["annotations"][1]["iscrowd"] = 1
 
     edit(folder, "train", change)
     edit(folder, "val", change)
-    data = open_coco(detection(folder), None, FRAME)
+    data = open_coco(folder)
     _, target = _sample(data.train[0], 64, flip=False, crowds=False)
     assert target["labels"].tolist() == [1]
     assert _sample(data.train[0], 64, flip=False)[1]["iscrowd"].tolist() == [0, 1]
@@ -623,28 +622,28 @@ def test_a_crowd_is_neither_trained_on_nor_counted(folder):
             for image in data.val:
                 keep = ~image.crowd
                 boxes, labels = torch.from_numpy(image.boxes[keep]), torch.from_numpy(image.labels[keep])
-                if not keep.all():  # and some guesses within the crowd, surer than the rest
+                if not keep.all():  # more confident detections on the crowd
                     crowd = torch.from_numpy(image.boxes[~keep])
                     boxes, labels = torch.cat((boxes, crowd, crowd)), torch.cat((labels, torch.tensor([2, 2])))
                 scores = torch.linspace(0.5, 1, len(labels))
                 found.append({"boxes": boxes, "labels": labels, "scores": scores})
             return found
 
-    assert evaluate_detector(Answers(), data, 64, FRAME, batch_size=4)["map"] == pytest.approx(1)
+    assert evaluate_detector(Answers(), data, 64, CONTEXT, batch_size=4)["map"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("place", ["train2017", "train", "."])
-def test_names_and_places_of_coco_2017(folder, place):
+@pytest.mark.parametrize("subfolder", ["train2017", "train", "."])
+def test_coco_2017_file_names_and_folders(folder, subfolder):
     for split in ("train", "val"):
         file = folder / f"annotations/instances_{split}.json"
         file.rename(file.with_name(f"instances_{split}2017.json"))
-        target = folder / place.replace("train", split)
+        target = folder / subfolder.replace("train", split)
         target.mkdir(exist_ok=True)
         for image in (folder / "JPEGImages").glob(f"{split}*.jpg"):
             image.rename(target / image.name)
-    data = open_coco(detection(folder), None, FRAME)
-    assert data.train[3].file.resolve() == (folder / place / "train3.jpg").resolve()
-    assert len(DETECTION.calibration(data)) == 8
+    data = open_coco(folder)
+    assert data.train[3].file.resolve() == (folder / subfolder / "train3.jpg").resolve()
+    assert len(DETECTION.calibration_images(data)) == 8
 
 
 @pytest.mark.parametrize(
@@ -658,53 +657,56 @@ def test_names_and_places_of_coco_2017(folder, place):
         (lambda c: c["annotations"][2].update(bbox=[1, 2, 3, -4]), r"annotations\[2\]: bbox=\[1, 2, 3, -4\] is not"),
         (lambda c: c["annotations"][2].update(bbox=[1, 2, "3", 4]), r"annotations\[2\]: bbox=.* is not \[x, y, width"),
         (lambda c: c["annotations"][2].update(bbox=[1, math.nan, 3, 4]), r"annotations\[2\]: bbox=.* is not"),
-        (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\]: 'bbox' is missing, it must be a list of num"),
+        (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\]: 'bbox' is missing; expected a list of num"),
         (lambda c: c["annotations"][2].update(bbox=[1, 10**400, 3, 4]), r"annotations\[2\]: bbox=.* is not"),
-        (lambda c: c["images"][2].update(id="12"), r"images\[2\]: 'id' is '12', it must be a whole number"),
-        (lambda c: c["annotations"][0].update(category_id="1"), r"annotations\[0\]: 'category_id' is '1', it must be"),
+        (lambda c: c["images"][2].update(id="12"), r"images\[2\]: 'id' is '12'; expected a whole number"),
+        (lambda c: c["annotations"][0].update(category_id="1"), r"annotations\[0\]: 'category_id' is '1'; expected a"),
         (lambda c: c["annotations"][0].update(iscrowd="0"), r"annotations\[0\]: iscrowd='0' is neither 0 nor 1"),
         (
             lambda c: c["images"][0].update(width=65),
-            "val0.jpg is said to have a width of 65 and a height of 64 pixels, the",
+            "val0.jpg: width=65 and height=64, but the file has 64x64 pixels",
         ),
-        (lambda c: c["images"][0].update(width="64"), "val0.jpg is said to have a width of '64' and a height of 64"),
+        (lambda c: c["images"][0].update(width="64"), "val0.jpg: width='64' and height=64, but the file has"),
         (
             lambda c: c["images"][1].update(file_name="./val0.jpg"),
-            "images of id 0 and 1 have the same file, .*val0.jpg",
+            "images with ids 0 and 1 are the same file, .*val0.jpg; remove one",
         ),
-        (lambda c: c["images"][1].update(file_name="http://x.org/a/val1.jpg"), "'http://x.org/a/val1.jpg' is an addr"),
+        (lambda c: c["images"][1].update(file_name="http://x.org/a/val1.jpg"), "'http://x.org/a/val1.jpg' is a URL"),
         (
             lambda c: [a.update(bbox=[v / 64 for v in a["bbox"]]) for a in c["annotations"]],
-            "no box is larger than 1 pixel; bbox is .* in pixels, not in shares",
+            "no box is larger than 1 pixel; bbox must be .* in pixels, not relative to the image",
         ),
         (
             lambda c: c["images"][1].update(file_name="/nowhere/x.jpg"),
             "there is no image /nowhere/x.jpg; make file_name relative to ",
         ),
-        (lambda c: c["images"][1].update(file_name=""), "image '' is neither in JPEGImages/"),
-        (lambda c: c["categories"].clear(), "holds no categories"),
-        (lambda c: c["images"][1].update(file_name="gone.jpg"), "image 'gone.jpg' is neither in JPEGImages/, val/ and"),
-        (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], "there are no objects in val"),
-        (lambda c: c["annotations"].clear(), "there are no objects in val"),
+        (lambda c: c["images"][1].update(file_name=""), "image '' is not in .* or its JPEGImages/"),
+        (lambda c: c["categories"].clear(), "has no categories"),
+        (
+            lambda c: c["images"][1].update(file_name="gone.jpg"),
+            "image 'gone.jpg' is not in .* or its JPEGImages/, val/ or val2017/",
+        ),
+        (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], "val has no objects: "),
+        (lambda c: c["annotations"].clear(), "val has no objects: "),
     ],
 )
-def test_what_a_coco_file_may_not_hold(folder, change, text):
+def test_invalid_coco_files_raise_one_line(folder, change, text):
     edit(folder, "val", change)
     with pytest.raises(InputError, match=text) as caught:
-        open_coco(detection(folder), None, FRAME)
+        open_coco(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_a_coco_file_that_is_a_list_and_a_folder_that_is_not_there(folder):
+def test_coco_file_that_is_no_object_and_missing_folder_raise(folder):
     (folder / "annotations/instances_train.json").write_text("[]")
-    with pytest.raises(InputError, match="instances_train.json: not a COCO file: it must hold images"):
-        open_coco(detection(folder), None, FRAME)
-    with pytest.raises(InputError, match="root=/nowhere: there is no such folder"):
-        open_coco(detection("/nowhere"), None, FRAME)
+    with pytest.raises(InputError, match="instances_train.json: not a COCO file: expected an object with images"):
+        open_coco(folder)
+    with pytest.raises(InputError, match="root=/nowhere: no such folder"):
+        open_coco("/nowhere")
 
 
-def spelled(folder, how):
-    """Other names of train3.jpg, and the names of all others as they are."""
+def respell(folder, how):
+    """Move train3.jpg if needed; return its file_name in another spelling."""
     image = folder / "JPEGImages/train3.jpg"
     if how in ("sub-folder", "Windows"):
         (folder / "JPEGImages/a b").mkdir()
@@ -726,12 +728,12 @@ def spelled(folder, how):
 @pytest.mark.parametrize(
     "how", ["absolute", "dot", "from the folder", "sub-folder", "Windows", "elsewhere", "address"], ids=str
 )
-def test_file_names_of_all_kinds(folder, monkeypatch, how, relative):
+def test_file_name_spellings(folder, monkeypatch, how, relative):
     monkeypatch.chdir(folder.parent)
-    name = spelled(folder, how)
+    name = respell(folder, how)
     edit(folder, "train", lambda c: c["images"][3].update(file_name=name))
-    data = open_coco(detection("folder" if relative else folder), None, FRAME)
-    files = DETECTION.calibration(data)
+    data = open_coco("folder" if relative else folder)
+    files = DETECTION.calibration_images(data)
     monkeypatch.chdir("/") if not relative else None
     assert len(data.train) == len(files) == 8
     assert Path(files.where(3)).samefile(data.train[3].file)
@@ -739,19 +741,19 @@ def test_file_names_of_all_kinds(folder, monkeypatch, how, relative):
     assert [Path(files.where(i)).name for i in range(8)] == [f"train{i}.jpg" for i in range(8)]
 
 
-def test_every_image_is_decoded_before_the_training(folder):
+def test_open_decodes_all_images_that_are_used(folder):
     file = folder / "JPEGImages/val2.jpg"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"val2.jpg: .*; mend it or take it out of the lists"):
-        open_coco(detection(folder), None, FRAME)
-    # A training image without objects is not trained on, so nothing is asked of it.
+    with pytest.raises(InputError, match=r"val2.jpg: .*; fix it or remove it from the lists"):
+        open_coco(folder)
+    # Training images without objects are not used.
     file.write_bytes(whole)
     edit(folder, "train", lambda c: c["images"].append({"id": 99, "file_name": "gone.jpg"}))
-    assert len(open_coco(detection(folder), None, FRAME).train) == 8
+    assert len(open_coco(folder).train) == 8
 
 
-def test_sizes_may_be_missing_and_category_ids_start_at_0(folder):
+def test_missing_sizes_and_category_ids_from_0(folder):
     for split in ("train", "val"):
 
         def change(content):
@@ -765,13 +767,13 @@ def test_sizes_may_be_missing_and_category_ids_start_at_0(folder):
                 category["id"] -= 1
 
         edit(folder, split, change)
-    data = open_coco(detection(folder), None, FRAME)
+    data = open_coco(folder)
     assert data.classes == ["red", "blue"]
     assert data.val[0].labels.tolist() == [1, 2]
 
 
 class Truth(nn.Module):
-    """Finds every box of the validation images, and one of class 2 in each image more where it is told to."""
+    """Return the true boxes of the validation images; with `stray`, also a false one of class 2 per image."""
 
     def __init__(self, data, stray=False):
         super().__init__()
@@ -789,42 +791,40 @@ class Truth(nn.Module):
 
 
 @pytest.mark.parametrize("stray", [False, True])
-def test_a_category_without_a_box_in_val_is_said_and_counts_nowhere(folder, stray):
+def test_categories_absent_from_val_are_logged_and_ignored(folder, stray, log_lines):
     def change(content):
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 1 and a["image_id"] != 2]
 
     edit(folder, "val", change)
     for split in ("train", "val"):
         edit(folder, split, lambda c: c["categories"].append({"id": 9, "name": "green"}))
-    frame, lines = heard()
-    data = open_coco(detection(folder), None, frame)
-    assert lines == [
+    data = open_coco(folder)
+    assert log_lines == [
         "warning: train has no box of green (1 of 3)",
         "warning: val has no box of blue, green (2 of 3): mAP is the mean over the others",
     ]
-    row = evaluate_detector(Truth(data, stray), data, 64, frame, batch_size=3)
+    row = evaluate_detector(Truth(data, stray), data, 64, CONTEXT, batch_size=3)
     assert row == pytest.approx({"map": 1, "map50": 1, "map75": 1})
 
 
-def test_a_detector_that_finds_nothing_has_a_map_of_0(folder):
+def test_detector_without_detections_has_map_0(folder):
     class Nothing(nn.Module):
         def forward(self, images):
             none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
             return [none for _ in images]
 
-    data = open_coco(detection(folder), None, FRAME)
-    assert evaluate_detector(Nothing(), data, 64, FRAME, batch_size=3) == {"map": 0, "map50": 0, "map75": 0}
+    data = open_coco(folder)
+    assert evaluate_detector(Nothing(), data, 64, CONTEXT, batch_size=3) == {"map": 0, "map50": 0, "map75": 0}
 
 
-def test_images_of_both_splits_are_said(folder):
+def test_images_in_both_splits_are_logged(folder, log_lines):
     edit(folder, "val", lambda c: c["images"][1].update(file_name="train2.jpg"))
-    frame, lines = heard()
-    open_coco(detection(folder), None, frame)
-    assert lines == [f"warning: 1 image(s) are in train and in val, for example {folder}/JPEGImages/train2.jpg"]
+    open_coco(folder)
+    assert log_lines == [f"warning: 1 image(s) are in both train and val, for example {folder}/JPEGImages/train2.jpg"]
 
 
-def test_a_diverged_detector_is_said(folder):
-    data = open_coco(detection(folder), None, FRAME)
+def test_diverged_detector_raises(folder):
+    data = open_coco(folder)
     options = detection(folder, image_size_px=32, epochs=2, batch_size=4, lr=1e30)
     with pytest.raises(RunError, match=r"lr=1e\+30: the loss became NaN or infinite; choose a lower one"):
-        DETECTION.measure(small_backbone(), data, options, FRAME)
+        DETECTION.measure(small_backbone(), data, options, CONTEXT)

@@ -20,16 +20,16 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from fastbyol.api import pretrain as train
-from fastbyol.config import EVALUATIONS, Config, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
+from fastbyol.config import Config
 from fastbyol.data import open_split
 from fastbyol.data.beton import pack
 from fastbyol.data.folder import ImageFolder
 from fastbyol.data.native import random_crops
 from fastbyol.data.views import apply_reference, epoch_order, sample
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate import BYOL_ROW, PIXELS_ROW, TASKS, UNTRAINED_ROW, eval_context, evaluate, load_checkpoint_model
+from fastbyol.evaluate import context as contexts
 from fastbyol.evaluate import features as extraction
-from fastbyol.evaluate import protocol as protocols
+from fastbyol.evaluate.context import EvalContext, missing_images_warning
 from fastbyol.evaluate.features import Features, Splits, calibrate_batchnorm, extract
 from fastbyol.evaluate.fewshot import episode_accuracies, nearest_mean_scores
 from fastbyol.evaluate.finetune import finetune
@@ -37,31 +37,33 @@ from fastbyol.evaluate.knn import knn_accuracy, knn_scores
 from fastbyol.evaluate.linear import (
     CACHED_BASE_LRS,
     Probes,
-    _held_out,
+    _held_out_mask,
     augmented_accuracy,
     fit_linear,
     linear_accuracy,
     train_probes,
 )
-from fastbyol.evaluate.protocol import EvalContext, missing_images_warning
-from fastbyol.evaluate.robustness import CORRUPTIONS, STRENGTHS, corrupted
+from fastbyol.evaluate.options import EVALUATIONS, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
+from fastbyol.evaluate.robustness import CORRUPTIONS, SEVERITIES, corrupt
+from fastbyol.evaluate.run import BYOL_ROW, PIXELS_ROW, TASKS, UNTRAINED_ROW, eval_context, evaluate
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.runtime.results import TASK_ORDER, read_results
 from fastbyol.runtime.run_log import read_metrics
-from fastbyol.tools.report import write_report
-from fastbyol.tools.report_figures import draw_neighbors
+from fastbyol.tools.report import _neighbors, write_report
 from fastbyol.tools.shapes import prepare_shapes
+from fastbyol.weights.checkpoints import load_checkpoint_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32, "threads": 2}
 
 
-def frame(size=32):
-    return EvalContext(size=size, say=lambda text: None, **CPU)
+def cpu_context(size=32):
+    return EvalContext(size=size, **CPU)
 
 
 def blobs(n, classes, features, spread, seed=0):
-    """Overlapping Gaussian classes."""
+    """Features of overlapping Gaussian classes."""
     rng = np.random.default_rng(seed)
     centers = np.random.default_rng(99).normal(size=(classes, features))
     labels = rng.integers(0, classes, n)
@@ -70,10 +72,10 @@ def blobs(n, classes, features, spread, seed=0):
 
 
 @pytest.mark.parametrize("k", [1, 5, 20, 500])
-def test_knn_equals_scikit_learn_s_weighted_knn(k):
+def test_knn_matches_scikit_learn(k):
     train_set, val = blobs(300, 7, 16, 1.5), blobs(200, 7, 16, 1.5, seed=1)
     temperature = 0.07
-    # scikit-learn gives cosine distances d = 1 - s; weights exp(s / T) up to a common factor.
+    # scikit-learn passes cosine distances d = 1 - s, so exp(-d / T) is exp(s / T) up to a constant factor.
     sklearn = KNeighborsClassifier(min(k, 300), metric="cosine", weights=lambda d: np.exp(-d / temperature))
     sklearn.fit(train_set.x.double().numpy(), train_set.labels.numpy())
     scores = knn_scores(train_set.x, train_set.labels, val.x, k=k, temperature=temperature, classes=7)
@@ -83,17 +85,17 @@ def test_knn_equals_scikit_learn_s_weighted_knn(k):
     assert knn_accuracy(train_set, val, k=k, temperature=temperature)["top1"] == pytest.approx(expected)
 
 
-def test_linear_probe_equals_logistic_regression_within_half_a_point():
+def test_linear_probe_matches_logistic_regression():
     train_set, val = blobs(4000, 5, 12, 1.6), blobs(4000, 5, 12, 1.6, seed=1)
     accuracy = linear_accuracy(train_set, val, base_lrs=(0.01, 0.1), epochs=40)
     sklearn = LogisticRegression(C=1e4, max_iter=1000).fit(train_set.x.numpy(), train_set.labels.numpy())
     assert accuracy["top1"] == pytest.approx(sklearn.score(val.x.numpy(), val.labels.numpy()), abs=0.005)
-    assert 0.5 < accuracy["top1"] < 0.95  # neither trivial nor hopeless
+    assert 0.5 < accuracy["top1"] < 0.95  # neither trivial nor at chance
 
 
 @pytest.mark.slow
-def test_linear_probe_equals_logistic_regression_on_few_real_images():
-    """900 of scikit-learn's digits, both with a strength picked on the same held-out ones; four splits, since an image is 0.1 point."""
+def test_linear_probe_matches_logistic_regression_on_900_digits():
+    """Both select their regularization on the same held-out digits. Four splits average out the resolution of 0.1 %."""
     digits = load_digits()
     gaps = []
     for seed in range(4):
@@ -104,18 +106,18 @@ def test_linear_probe_equals_logistic_regression_on_few_real_images():
         )
         scaler = StandardScaler().fit(train_set.x)
         x, x_val = (scaler.transform(features.x) for features in (train_set, val))
-        held, y = _held_out(900, 0).numpy(), train_set.labels.numpy()
-        strengths = {
+        held, y = _held_out_mask(900, 0).numpy(), train_set.labels.numpy()
+        regularizations = {
             c: log_loss(y[held], LogisticRegression(C=c, max_iter=2000).fit(x[~held], y[~held]).predict_proba(x[held]))
             for c in (0.1, 0.3, 1, 3, 10)
         }
-        best = LogisticRegression(C=min(strengths, key=strengths.get), max_iter=2000).fit(x, y)
+        best = LogisticRegression(C=min(regularizations, key=regularizations.get), max_iter=2000).fit(x, y)
         gaps.append(linear_accuracy(train_set, val, base_lrs=CACHED_BASE_LRS)["top1"] - best.score(x_val, val.labels))
     assert abs(np.mean(gaps)) < 0.005
     assert np.abs(gaps).max() < 0.01
 
 
-def test_batched_probes_equal_torch_s_sgd_one_by_one():
+def test_batched_probes_match_torch_sgd():
     data = blobs(96, 3, 5, 1.0)
     rates = (0.05, 0.4)
     probes = train_probes(data.x, data.labels, 3, base_lrs=rates, epochs=3, batch_size=32, seed=4)
@@ -136,18 +138,18 @@ def test_batched_probes_equal_torch_s_sgd_one_by_one():
         assert (probes.bias[i] - layer.bias).abs().max() < 1e-5
 
 
-def test_the_learning_rate_is_picked_on_held_out_training_images():
+def test_learning_rate_is_selected_on_held_out_training_images():
     train_set, val = blobs(1000, 4, 8, 1.0), blobs(500, 4, 8, 1.0, seed=1)
     result = linear_accuracy(train_set, val, base_lrs=(1e-9, 0.1), epochs=20)
     assert result["base_lr"] == 0.1
-    # Val labels play no part in the choice: shuffled ones change the accuracy alone.
+    # Shuffled validation labels change the accuracy but not the selection.
     shuffled = Features(val.x, val.labels.roll(1), 4, {})
     other = linear_accuracy(train_set, shuffled, base_lrs=(1e-9, 0.1), epochs=20)
     assert (other["base_lr"], other["held_out_top1"]) == (result["base_lr"], result["held_out_top1"])
     assert other["top1"] < 0.5 < result["top1"]
 
 
-def test_non_finite_features_are_refused():
+def test_non_finite_features_raise():
     data = blobs(50, 3, 4, 1.0)
     data.x[3, 2] = float("nan")
     with pytest.raises(InputError, match="diverged"):
@@ -156,7 +158,7 @@ def test_non_finite_features_are_refused():
         linear_accuracy(data, data, base_lrs=(0.1,))
 
 
-def test_extraction_uses_eval_mode_and_restores_train_mode(photos):
+def test_extract_uses_eval_mode_and_restores_train_mode(photos):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
     before = network[1].running_mean.clone()
     features = extract(network, open_split(photos, "val"), size=32, **CPU)
@@ -165,16 +167,16 @@ def test_extraction_uses_eval_mode_and_restores_train_mode(photos):
     assert network.training
 
 
-def test_calibrated_batchnorm_has_the_data_s_statistics(photos):
+def test_calibrated_batchnorm_has_the_statistics_of_the_data(photos):
     folder = open_split(photos, "train")
     network = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    calibrate_batchnorm(network, folder, frame())
+    calibrate_batchnorm(network, folder, cpu_context())
     pixels = extract(None, folder, size=32, **CPU).x.view(72, 3, 32, 32)
     assert (network[0].running_mean - pixels.mean((0, 2, 3))).abs().max() < 1e-3
-    assert network[0].momentum == 0.1  # who trains it further goes on with torch's moving average
+    assert network[0].momentum == 0.1  # restored for further training
 
 
-def test_raw_pixels_of_large_images_are_averaged_down(photos):
+def test_raw_pixels_are_pooled_to_64_px(photos):
     assert extract(None, open_split(photos, "val"), size=96, **CPU).x.shape == (18, 3 * 64 * 64)
 
 
@@ -183,37 +185,36 @@ def run(make_config):
     return train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
 
 
-@pytest.mark.parametrize("protocol", ["knn", "linear"])
-def test_every_protocol_reports_byol_untrained_and_pixels(run, protocol):
-    lines = []
-    few = {"epochs": 3} if protocol == "linear" else {}
-    result = evaluate(protocol, EVALUATIONS[protocol](run=str(run), **few), lines.append)
+@pytest.mark.parametrize("task", ["knn", "linear"])
+def test_result_has_rows_for_byol_untrained_and_pixels(run, task, log_lines):
+    few = {"epochs": 3} if task == "linear" else {}
+    result = evaluate(task, EVALUATIONS[task](run=str(run), **few))
     assert list(result["rows"]) == [BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW]
-    (written,) = run.glob(f"eval_{protocol}_*.json")
+    (written,) = run.glob(f"eval_{task}_*.json")
     assert json.loads(written.read_text()) == result
     assert (result["train_images"], result["val_images"], result["classes"]) == (72, 18, 18)
     assert all(0 <= row["top1"] <= row["top5"] <= 1 for row in result["rows"].values())
-    assert len(lines) == 4
-    assert lines[-1] == f"wrote {written}"
+    assert len(log_lines) == 4
+    assert log_lines[-1] == f"wrote {written}"
 
 
-# --- images that cannot be read ---
+# --- unreadable images ---
 
 
 @pytest.fixture
 def damaged(photos, tmp_path):
-    """The photographs, of which one of val/ and one of train/ break off, and one of train/ is empty."""
+    """A corpus with three unreadable files (their paths are returned): one in val/ and one in train/ truncated, one in train/ empty."""
     root = tmp_path / "damaged"
     shutil.copytree(photos, root)
-    spoilt = [sorted((root / split).rglob("*.jpg"))[k] for split, k in (("val", 0), ("train", 1), ("train", 40))]
-    for file in spoilt[:2]:
+    broken = [sorted((root / split).rglob("*.jpg"))[k] for split, k in (("val", 0), ("train", 1), ("train", 40))]
+    for file in broken[:2]:
         file.write_bytes(file.read_bytes()[:300])
-    spoilt[2].write_bytes(b"")
-    return root, [str(file) for file in spoilt]
+    broken[2].write_bytes(b"")
+    return root, [str(file) for file in broken]
 
 
 def skipped(lines):
-    """The file names of lines that say that an image was skipped."""
+    """Return the files that log lines report as skipped."""
     return [line.split("skipped ")[1].split(": ")[0] for line in lines if line.startswith("warning: skipped ")]
 
 
@@ -222,70 +223,70 @@ FEW |= {"fewshot": {"ways": 3, "shots": (1, 2), "queries": 1, "episodes": 10}}
 
 
 @pytest.mark.parametrize(
-    ("protocol", "more"),
+    ("task", "more"),
     [
         *((name, {}) for name in ("knn", "linear", "finetune", "fewshot", "robustness")),
         ("linear", {"features": "augmented", "batch_size": 24}),
         ("finetune", {"base_lrs": (0.01, 0.1)}),
     ],
 )
-def test_every_protocol_names_unreadable_images_once(run, damaged, protocol, more):
+def test_unreadable_images_are_logged_once(run, damaged, task, more, log_lines):
     root, files = damaged
-    lines = []
-    options = EVALUATIONS[protocol](run=str(run), root=str(root), **FEW.get(protocol, {}) | more)
-    result = evaluate(protocol, options, lines.append)
-    assert sorted(skipped(lines)) == sorted(files)
+    log_lines.clear()
+    options = EVALUATIONS[task](run=str(run), root=str(root), **FEW.get(task, {}) | more)
+    result = evaluate(task, options)
+    assert sorted(skipped(log_lines)) == sorted(files)
     assert sorted(result["bad_images"]) == sorted(files)
-    assert json.loads(next(run.glob(f"eval_{protocol}_*.json")).read_text(), parse_constant=pytest.fail) == result
-    (text,) = {line for line in lines if line.startswith("warning: 1 of 18")}
+    assert json.loads(next(run.glob(f"eval_{task}_*.json")).read_text(), parse_constant=pytest.fail) == result
+    (text,) = {line for line in log_lines if line.startswith("warning: 1 of 18")}
     name = Path(files[0]).parent.name
     assert text == (
-        f"warning: 1 of 18 images of {root}/val cannot be read: results are of the other 17, none is of {name}"
+        f"warning: 1 of 18 images of {root}/val cannot be read: results cover the other 17, without any image of {name}"
     )
 
 
-def test_calibration_names_unreadable_images_and_needs_two(damaged, folder_of):
+def test_calibration_logs_unreadable_images_and_needs_two_readable_ones(damaged, folder_of, log_lines):
     root, files = damaged
-    lines = []
-    told = EvalContext(**{**vars(frame()), "say": lines.append, "bad": {}})
-    calibrate_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), open_split(root, "train"), told)
-    assert sorted(skipped(lines)) == sorted(files[1:])
+    context = cpu_context()
+    calibrate_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), open_split(root, "train"), context)
+    assert sorted(skipped(log_lines)) == sorted(files[1:])
     alone = folder_of({"train/a/0.jpg": jpeg(0), "train/b/1.jpg": b"no"})
     with pytest.raises(
-        InputError, match=r"train: 1 of its images can be read, the statistics of the untrained network"
+        InputError,
+        match=r"train: only 1 image\(s\) can be read, but the BatchNorm statistics of the untrained network need 2",
     ):
-        calibrate_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), open_split(alone, "train"), told)
+        calibrate_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), open_split(alone, "train"), context)
 
 
-def test_a_split_of_which_nothing_can_be_read_is_one_line(run, folder_of):
+def test_split_without_readable_images_raises(run, folder_of):
     root = folder_of({f"{split}/{c}/x.jpg": b"no" for split in ("train", "val") for c in "ab"})
-    for protocol, options in (("knn", {}), ("finetune", {"epochs": 1}), ("linear", {"features": "augmented"})):
+    for task, options in (("knn", {}), ("finetune", {"epochs": 1}), ("linear", {"features": "augmented"})):
         with pytest.raises(
             InputError, match=r"^.*files/train: none of the 2 images can be read, for example .*train/a/x.jpg: not an"
         ):
-            evaluate(protocol, EVALUATIONS[protocol](run=str(run), root=str(root), **options), print)
+            evaluate(task, EVALUATIONS[task](run=str(run), root=str(root), **options))
 
 
-def test_classes_that_lose_their_images_are_not_drawn(damaged, run):
+def test_fewshot_draws_only_classes_with_readable_images(damaged, run):
     root, _ = damaged
     options = FewshotEval(run=str(run), root=str(root), ways=18, shots=(1,), queries=1)
     with pytest.raises(
         InputError, match=r"ways=18: only 17 of 18 classes have readable images: 1 training and 1 valid"
     ):
-        evaluate("fewshot", options, print)
+        evaluate("fewshot", options)
 
 
-def test_shortage_is_said_from_one_per_cent_on_and_of_classes(folder_of):
+def test_warning_above_one_percent_unreadable_or_for_an_empty_class(folder_of):
     images = ImageFolder(Path("/d"), [f"{i}.jpg" for i in range(400)], np.arange(400) // 100, ["a", "b", "c", "d"])
     assert missing_images_warning(images, {1: "x", 2: "x", 3: "x", 4: "x"}) is None
     assert (
-        missing_images_warning(images, range(5)) == "5 of 400 images of /d cannot be read: results are of the other 395"
+        missing_images_warning(images, range(5)) == "5 of 400 images of /d cannot be read: results cover the other 395"
     )
     gone = missing_images_warning(images.take(np.array([0, 1, 2, 150, 250, 350])), [3, 5])
-    assert gone == "2 of 6 images of /d cannot be read: results are of the other 4, none is of b, d"
+    assert gone == "2 of 6 images of /d cannot be read: results cover the other 4, without any image of b, d"
 
 
-def test_online_knn_names_unreadable_images_once_and_its_number_is_of_the_others(damaged, make_config, capsys):
+def test_online_knn_logs_unreadable_images_once_and_ignores_them(damaged, make_config, capsys):
     root, files = damaged
     config = make_config(
         data={"root": str(root), "batch_size": 16, "image_size_px": 32, "threads": 2, "max_bad_fraction": 0.1},
@@ -300,11 +301,11 @@ def test_online_knn_names_unreadable_images_once_and_its_number_is_of_the_others
     )
 
 
-def test_images_named_by_the_online_knn_have_the_set_s_indices(photos):
+def test_spread_images_keep_their_paths(photos):
     images = open_split(photos, "train")
     for limit in (1, 7, 71, 72, 500):
-        part, places = images.spread(limit), images.evenly(limit)
-        assert [part.where(i) for i in range(len(part))] == [images.where(int(i)) for i in places]
+        part, indices = images.spread(limit), images.evenly(limit)
+        assert [part.where(i) for i in range(len(part))] == [images.where(int(i)) for i in indices]
 
 
 def capsys_lines(capsys, work):
@@ -313,7 +314,7 @@ def capsys_lines(capsys, work):
     return capsys.readouterr().out.splitlines()
 
 
-def test_a_validation_split_that_cannot_be_read_ends_the_knn_and_not_the_run(photos, make_config, tmp_path, capsys):
+def test_unreadable_validation_split_disables_online_knn_but_not_the_run(photos, make_config, tmp_path, capsys):
     root = tmp_path / "half"
     shutil.copytree(photos, root)
     for file in (root / "val").rglob("*.jpg"):
@@ -331,69 +332,67 @@ def test_a_validation_split_that_cannot_be_read_ends_the_knn_and_not_the_run(pho
     assert not any("nan" in line for line in lines)
 
 
-def test_the_report_names_what_it_has_no_neighbors_of(run, damaged, log_lines):
+def test_report_logs_images_missing_from_neighbors(run, damaged):
     root, files = damaged
     config = Config.from_dict(json.loads((run / "config.json").read_text()))
-    model = load_checkpoint_model(run, print).model
-    draw_neighbors(config, model, open_split(root, "train"), open_split(root, "val"))
-    assert [line.split(": ")[1] for line in log_lines] == [
+    model = load_checkpoint_model(run).model
+    lines = []
+    _neighbors(config, model, open_split(root, "train"), open_split(root, "val"), lines.append)
+    assert [line.split(": ")[1] for line in lines] == [
         f"the report's neighbors lack {file}" for file in (*files[1:], files[0])
     ]
 
 
-# --- progress where there is no terminal ---
+# --- progress ---
 
 
 class Clock:
-    """Seconds that pass only when they are told to."""
+    """A clock that advances only by `passes`."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
-        monkeypatch.setattr(protocols, "clock", lambda: self.now)
+        monkeypatch.setattr(contexts, "clock", lambda: self.now)
 
     def passes(self, items, seconds):
-        """The items, each of which takes so long to make."""
+        """Yield the items; each advances the clock."""
         for item in items:
             self.now += seconds
             yield item
 
 
-def test_progress_is_a_line_every_ten_seconds(monkeypatch):
-    clock, lines = Clock(monkeypatch), []
-    told = EvalContext(**{**vars(frame()), "say": lines.append})
+def test_progress_without_a_terminal_is_a_line_every_ten_seconds(monkeypatch, log_lines):
+    clock = Clock(monkeypatch)
     batches = list(range(-(-50_000 // 256)))
-    assert list(told.track("features", clock.passes(batches, 2.5), 50_000, each=256)) == batches
-    assert lines[:2] == [
+    assert list(cpu_context().track("features", clock.passes(batches, 2.5), 50_000, each=256)) == batches
+    assert log_lines[:2] == [
         "features: 1,024 of 50,000 images, 8 min left",
         "features: 2,048 of 50,000 images, 8 min left",
     ]
-    assert lines[-1] == "features: 49,152 of 50,000 images, 8 s left"
-    assert len(lines) == 48  # 196 batches, four in ten seconds; none when all is done
+    assert log_lines[-1] == "features: 49,152 of 50,000 images, 8 s left"
+    assert len(log_lines) == 48  # 196 batches, four per ten seconds, no line for the last
 
 
-def test_progress_counts_what_it_is_told_and_says_nothing_of_short_work(monkeypatch):
-    clock, lines = Clock(monkeypatch), []
-    told = EvalContext(**{**vars(frame()), "say": lines.append})
-    list(told.track("linear probe", clock.passes(range(9), 1), 9, unit="epochs"))
-    assert lines == []
-    list(told.track("linear probe", clock.passes(range(3), 9), 3, unit="epochs"))
-    assert lines == ["linear probe: 2 of 3 epochs, 9 s left"]
-    list(told.track("training", clock.passes(range(3), 40_000), 3, unit="steps"))
-    assert lines[1:] == ["training: 1 of 3 steps, 22.2 h left", "training: 2 of 3 steps, 11.1 h left"]
+def test_progress_units_and_durations(monkeypatch, log_lines):
+    clock = Clock(monkeypatch)
+    list(cpu_context().track("linear probe", clock.passes(range(9), 1), 9, unit="epochs"))
+    assert log_lines == []  # done within ten seconds
+    list(cpu_context().track("linear probe", clock.passes(range(3), 9), 3, unit="epochs"))
+    assert log_lines == ["linear probe: 2 of 3 epochs, 9 s left"]
+    list(cpu_context().track("training", clock.passes(range(3), 40_000), 3, unit="steps"))
+    assert log_lines[1:] == ["training: 1 of 3 steps, 22.2 h left", "training: 2 of 3 steps, 11.1 h left"]
 
 
-def test_progress_is_a_bar_and_no_line_on_a_terminal(monkeypatch):
-    clock, lines = Clock(monkeypatch), []
-    told = EvalContext(**{**vars(frame()), "say": lines.append})
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, log_lines):
+    clock = Clock(monkeypatch)
     screen = io.StringIO()
-    monkeypatch.setattr(protocols, "Console", lambda: Console(file=screen, force_terminal=True, width=80))
-    list(told.track("features", clock.passes(range(4), 30), 1000, each=256))
-    assert lines == []
+    monkeypatch.setattr(contexts, "Console", lambda: Console(file=screen, force_terminal=True, width=80))
+    list(cpu_context().track("features", clock.passes(range(4), 30), 1000, each=256))
+    assert log_lines == []
     assert "features" in screen.getvalue()
 
 
-def test_features_say_how_many_images_are_done(run, photos, monkeypatch):
-    lines, clock = [], Clock(monkeypatch)
+def test_feature_extraction_logs_progress(run, photos, monkeypatch, log_lines):
+    clock = Clock(monkeypatch)
     original = extraction.center_crops
     monkeypatch.setattr(
         extraction,
@@ -403,18 +402,19 @@ def test_features_say_how_many_images_are_done(run, photos, monkeypatch):
     monkeypatch.setattr(
         extraction.extract_each, "__kwdefaults__", extraction.extract_each.__kwdefaults__ | {"batch_size": 20}
     )
-    evaluate("knn", KnnEval(run=str(run), baselines=False), lines.append)
-    assert lines[:3] == [
+    log_lines.clear()
+    evaluate("knn", KnnEval(run=str(run), baselines=False))
+    assert log_lines[:3] == [
         f"features: {done} of 72 images, {left} s left" for done, left in ((20, 29), (40, 18), (60, 7))
     ]
-    assert lines[3].startswith(BYOL_ROW)
+    assert log_lines[3].startswith(BYOL_ROW)
 
 
-# --- messages name the cause ---
+# --- error messages ---
 
 
 @pytest.mark.parametrize(
-    ("protocol", "options", "text"),
+    ("task", "options", "text"),
     [
         ("finetune", {"batch_size": 1}, "batch_size=1: the backbone's BatchNorm needs at least 2 images per step"),
         ("fewshot", {"ways": 19, "shots": (1,), "queries": 1}, "ways=19: .*photos has 18 classes; lower ways"),
@@ -425,18 +425,18 @@ def test_features_say_how_many_images_are_done(run, photos, monkeypatch):
         ),
     ],
 )
-def test_input_that_does_not_suit_is_named(run, protocol, options, text):
+def test_unsuitable_options_raise(run, task, options, text):
     with pytest.raises(InputError, match=f"^{text}"):
-        evaluate(protocol, EVALUATIONS[protocol](run=str(run), **options), print)
+        evaluate(task, EVALUATIONS[task](run=str(run), **options))
 
 
 @pytest.mark.parametrize(
-    ("protocol", "options", "text"),
+    ("task", "options", "text"),
     [
         (
             "finetune",
             {"base_lrs": (1e30,)},
-            r"base_lrs=1e\+30: the network became NaN or infinite while fine-tuning; ch",
+            r"base_lrs=1e\+30: the network became NaN or infinite during fine-tuning; ch",
         ),
         (
             "finetune",
@@ -445,83 +445,83 @@ def test_input_that_does_not_suit_is_named(run, protocol, options, text):
         ),
     ],
 )
-def test_rates_that_diverge_are_named(run, protocol, options, text):
+def test_diverged_finetuning_names_the_rates(run, task, options, text):
     with pytest.raises(RunError, match=f"^{text}"):
-        evaluate(protocol, EVALUATIONS[protocol](run=str(run), epochs=3, batch_size=24, **options), print)
+        evaluate(task, EVALUATIONS[task](run=str(run), epochs=3, batch_size=24, **options))
 
 
-def test_a_classifier_that_diverges_is_named():
+def test_diverged_classifier_names_the_rate():
     x = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
     train = Features(x, torch.arange(4096) % 2, 2, {})
     with pytest.raises(RunError, match=r"base_lrs=3e\+38: the classifier became NaN or infinite; choose lower ones"):
         fit_linear(train, base_lrs=(3e38,), epochs=3, batch_size=256)
 
 
-def test_a_rate_that_diverges_leaves_the_others(run):
-    lines = []
+def test_diverged_rate_is_skipped(run, log_lines):
     options = FinetuneEval(run=str(run), epochs=3, batch_size=24, base_lrs=(1e30, 0.01), baselines=False)
-    assert evaluate("finetune", options, lines.append)["rows"][BYOL_ROW]["base_lr"] == 0.01
-    assert lines[0].startswith("warning: base_lrs=1e+30: the network became NaN or infinite while fine-tuning")
+    log_lines.clear()
+    assert evaluate("finetune", options)["rows"][BYOL_ROW]["base_lr"] == 0.01
+    assert log_lines[0].startswith("warning: base_lrs=1e+30: the network became NaN or infinite during fine-tuning")
 
 
-def test_a_backbone_without_batchnorm_takes_batches_of_one(photos):
+def test_backbone_without_batchnorm_allows_batch_size_1(photos):
     backbone = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.AdaptiveAvgPool2d(2), nn.Flatten())
     images = open_split(photos, "train").take(np.arange(3))
-    network = finetune(backbone, images, frame(), base_lr=1.0, epochs=1, batch_size=1)
+    network = finetune(backbone, images, cpu_context(), base_lr=1.0, epochs=1, batch_size=1)
     assert not torch.equal(network[0][0].weight, backbone[0].weight)
 
 
-def test_too_few_labels_to_hold_some_out(run, folder_of):
+def test_too_few_labels_for_a_held_out_part(run, folder_of):
     root = folder_of({f"{split}/{c}/x.jpg": jpeg(k) for split in ("train", "val") for k, c in enumerate("ab")})
     options = FinetuneEval(run=str(run), root=str(root), base_lrs=(0.1, 1.0), epochs=1)
     with pytest.raises(
-        InputError, match=r"train: 2 labeled images are too few to hold some out, .*; raise fraction or"
+        InputError, match=r"train: 2 labeled images are too few to hold some out .*; raise fraction or give one rate"
     ):
-        evaluate("finetune", options, print)
-    for protocol in ("knn", "linear", "finetune"):  # the fewest that there can be
-        more = {} if protocol == "knn" else {"epochs": 1}
-        rows = evaluate(protocol, EVALUATIONS[protocol](run=str(run), root=str(root), **more), print)["rows"]
+        evaluate("finetune", options)
+    for task in ("knn", "linear", "finetune"):  # two images are enough otherwise
+        more = {} if task == "knn" else {"epochs": 1}
+        rows = evaluate(task, EVALUATIONS[task](run=str(run), root=str(root), **more))["rows"]
         assert all(0 <= row["top1"] <= row["top5"] == 1 for row in rows.values())
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-4, 1e300])
-def test_votes_at_any_temperature_are_those_of_the_nearest_or_of_all(temperature):
-    """At a low one the weights are too small for float32, but those of the nearest are not."""
+def test_knn_scores_at_extreme_temperatures(temperature):
+    """A low temperature leaves only the nearest neighbor's vote, a high one weights all votes equally."""
     bank, labels = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [0.0, 1.0]]), torch.tensor([2, 1, 1, 0])
     scores = knn_scores(bank, labels, torch.tensor([[0.9, 0.3]]), k=3, temperature=temperature, classes=3)
     assert torch.isfinite(scores).all()
     assert scores.argmax().item() == (1 if temperature > 1 else 2)
 
 
-def test_every_protocol_has_options_and_the_other_way_round():
-    assert list(EVALUATIONS) == list(TASKS)
+def test_options_tasks_and_results_agree_on_names_and_order():
+    assert list(EVALUATIONS) == list(TASKS) == list(TASK_ORDER)
 
 
-def test_evaluation_without_labels_or_with_other_classes(run, folder_of, photos):
+def test_missing_or_mismatched_data_raises(run, folder_of, photos):
     one = folder_of({"train/a/1.jpg": b"", "val/a/1.jpg": b""})
     with pytest.raises(InputError, match=r"train has 1 class\(es\): a classifier needs at least 2"):
-        evaluate("knn", KnnEval(run=str(run), root=str(one)), print)
+        evaluate("knn", KnnEval(run=str(run), root=str(one)))
     other = folder_of({"train/b/1.jpg": b"", "val/c/1.jpg": b""})
     with pytest.raises(
         InputError,
         match=r"different classes: 1 of 2 in \S+train are not in \S+val: b; 1 of 2 in \S+val are not in \S+train: c",
     ):
-        evaluate("knn", KnnEval(run=str(run), root=str(other)), print)
-    with pytest.raises(InputError, match="root: the data set /nowhere is not there"):
-        evaluate("knn", KnnEval(run=str(run), root="/nowhere"), print)
+        evaluate("knn", KnnEval(run=str(run), root=str(other)))
+    with pytest.raises(InputError, match="root: data set /nowhere does not exist"):
+        evaluate("knn", KnnEval(run=str(run), root="/nowhere"))
     with pytest.raises(InputError, match=r"--out /nowhere/x.json: cannot be written"):
-        evaluate("knn", KnnEval(run=str(run), out="/nowhere/x.json", baselines=False), print)
+        evaluate("knn", KnnEval(run=str(run), out="/nowhere/x.json", baselines=False))
 
 
-def test_an_empty_validation_split_is_one_line(run, photos, tmp_path):
+def test_empty_validation_split_raises(run, photos, tmp_path):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "train").symlink_to(photos / "train")
     (tmp_path / "half" / "val" / "astronaut").mkdir(parents=True)
     with pytest.raises(InputError, match="half/val"):
-        evaluate("knn", KnnEval(run=str(run), root=str(tmp_path / "half")), print)
+        evaluate("knn", KnnEval(run=str(run), root=str(tmp_path / "half")))
 
 
-def test_random_crops_are_the_recipe_s_in_the_epoch_s_order(photos):
+def test_random_crops_match_the_reference_in_epoch_order(photos):
     images = open_split(photos, "train")
     batches = list(random_crops(images, size=24, seed=3, epoch=2, batch_size=20, threads=2, bad={}))
     assert [len(x) for x, _ in batches] == [20, 20, 20]  # no partial batch
@@ -537,7 +537,7 @@ def test_random_crops_are_the_recipe_s_in_the_epoch_s_order(photos):
     assert not params.jitter.any()
 
 
-def test_random_crops_leave_unreadable_images_out(folder_of):
+def test_random_crops_skip_unreadable_images(folder_of):
     root = folder_of(
         {"train/a/0.jpg": jpeg(0), "train/a/1.jpg": b"no", "train/b/2.jpg": jpeg(2), "train/b/3.jpg": jpeg(3)}
     )
@@ -547,20 +547,20 @@ def test_random_crops_leave_unreadable_images_out(folder_of):
     assert list(bad) == [1]
 
 
-def test_probes_leave_out_the_images_without_a_share():
+def test_probes_ignore_images_of_weight_zero():
     data = blobs(64, 3, 5, 1.0)
     two = Probes((0.1, 0.1), 3, 5, torch.device("cpu"))
     keep = torch.arange(64) % 4 != 0
-    share = torch.stack((torch.full((64,), 1 / 64), keep / keep.sum()))
+    sample_weight = torch.stack((torch.full((64,), 1 / 64), keep / keep.sum()))
     one = Probes((0.1,), 3, 5, torch.device("cpu"))
     for k in range(5):
-        two.step(data.x, data.labels, share, batch_size=64, progress=k / 5)
+        two.step(data.x, data.labels, sample_weight, batch_size=64, progress=k / 5)
         one.step(data.x[keep], data.labels[keep], torch.full((1, 48), 1 / 48), batch_size=64, progress=k / 5)
     assert (two.weight[1] - one.weight[0]).abs().max() < 1e-6
     assert (two.weight[0] - one.weight[0]).abs().max() > 1e-4
 
 
-def test_the_paper_s_linear_protocol_sees_new_crops_every_epoch_and_learns(photos):
+def test_augmented_probe_sees_new_crops_every_epoch_and_learns(photos):
     splits = Splits(open_split(photos, "train"), open_split(photos, "val"))
     network = nn.Sequential(
         nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
@@ -570,10 +570,10 @@ def test_the_paper_s_linear_protocol_sees_new_crops_every_epoch_and_learns(photo
         lambda m, args, out: seen.append(args[0].clone()) if m.training is False else seen.append(None)
     )
     options = {"base_lrs": (1e-6, 8.0), "epochs": 40, "batch_size": 36}
-    result = augmented_accuracy(network, splits, frame(), **options)
-    assert len(seen[0]) == 1  # how many features there are
+    result = augmented_accuracy(network, splits, cpu_context(), **options)
+    assert len(seen[0]) == 1  # feature_dim
     training = seen[1 : 1 + 40 * 2]
-    assert all(x is not None and len(x) == 36 for x in training)  # evaluation mode, no partial batch
+    assert all(x is not None and len(x) == 36 for x in training)  # eval mode, no partial batch
     assert not any(torch.equal(training[0], x) for x in training[1:])
     assert network.training
     assert result["base_lr"] == 8.0
@@ -581,8 +581,8 @@ def test_the_paper_s_linear_protocol_sees_new_crops_every_epoch_and_learns(photo
     assert result["top1"] > 2.5 / 18  # 5/18 to 8/18
 
 
-def test_finetuning_trains_a_copy_and_learns(run, photos, tmp_path):
-    """It is evaluated on what it was trained on, and as many others: 0.29 to 0.40 over five seeds and two instruction sets."""
+def test_finetuning_leaves_the_checkpoint_unchanged_and_learns(run, photos, tmp_path):
+    """Half of the evaluated images are the training images: top-1 is 0.29 to 0.40 over five seeds and two instruction sets."""
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(photos / "train")
     labels = open_split(photos, "train").labels
@@ -594,41 +594,41 @@ def test_finetuning_trains_a_copy_and_learns(run, photos, tmp_path):
         "base_lrs": (1.0,),
         "fraction": 0.5,
     }
-    result = evaluate("finetune", FinetuneEval(**options), print)
+    result = evaluate("finetune", FinetuneEval(**options))
     assert list(result["rows"]) == [BYOL_ROW, UNTRAINED_ROW]
     assert result["train_images"] == len(labels) // 2
     assert result["rows"][BYOL_ROW]["top1"] > 3 / 18
-    again = evaluate("finetune", FinetuneEval(**options, baselines=False), print)
-    assert again["rows"][BYOL_ROW] == result["rows"][BYOL_ROW]  # the first run left the checkpoint's network as it was
+    again = evaluate("finetune", FinetuneEval(**options, baselines=False))
+    assert again["rows"][BYOL_ROW] == result["rows"][BYOL_ROW]
 
 
-def test_finetuning_changes_every_part_of_the_copy_and_nothing_of_the_backbone(photos):
+def test_finetuning_changes_all_of_the_copy_and_none_of_the_original(photos):
     backbone = nn.Sequential(
         nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
     )
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    network = finetune(backbone, open_split(photos, "train"), frame(), base_lr=1.0, epochs=2, batch_size=24)
+    network = finetune(backbone, open_split(photos, "train"), cpu_context(), base_lr=1.0, epochs=2, batch_size=24)
     assert all(torch.equal(value, backbone.state_dict()[name]) for name, value in before.items())
     assert not any(torch.equal(value, network[0].state_dict()[name]) for name, value in before.items())
     assert network[1].out_features == 18
 
 
-def test_the_rate_of_several_is_picked_on_held_out_labels(run, monkeypatch):
+def test_finetuning_rate_is_selected_on_held_out_labels(run, monkeypatch):
     trained, tested = [], []
     accuracies = {0.1: 0.25, 1.0: 0.5, 3.0: 0.375}
 
-    def train_on(backbone, images, frame, *, base_lr, **options):
+    def train_on(backbone, images, context, *, base_lr, **options):
         trained.append((base_lr, {images.where(k) for k in range(len(images))}))
         return base_lr
 
-    def accuracy(base_lr, split, frame):
+    def accuracy(base_lr, split, context):
         tested.append({split.where(k) for k in range(len(split))})
         return {"top1": accuracies[base_lr], "top5": 1.0}
 
     monkeypatch.setattr("fastbyol.evaluate.finetune.finetune", train_on)
     monkeypatch.setattr("fastbyol.evaluate.finetune._accuracy", accuracy)
     options = FinetuneEval(run=str(run), base_lrs=tuple(accuracies), baselines=False)
-    row = evaluate("finetune", options, print)["rows"][BYOL_ROW]
+    row = evaluate("finetune", options)["rows"][BYOL_ROW]
     assert row == {"top1": 0.5, "top5": 1.0, "base_lr": 1.0, "held_out_top1": 0.5}
     *rates, (final, labeled) = trained
     *held, validation = tested
@@ -638,21 +638,21 @@ def test_the_rate_of_several_is_picked_on_held_out_labels(run, monkeypatch):
         assert len(test) == 14 and not fit & test and fit | test == labeled
 
 
-def test_a_fraction_that_leaves_a_class_empty_names_the_key(run):
+def test_fraction_that_empties_a_class_raises(run):
     with pytest.raises(
         InputError, match=r"^fraction=0.01 leaves none of the 4 images of astronaut: raise it to at least 0.12"
     ):
-        evaluate("finetune", FinetuneEval(run=str(run), fraction=0.01), print)
+        evaluate("finetune", FinetuneEval(run=str(run), fraction=0.01))
 
 
-def test_nearest_mean_by_hand():
+def test_nearest_mean_scores():
     support = torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[0.0, 4.0], [0.0, 6.0]]])
     scores = nearest_mean_scores(support, torch.tensor([[1.0, 1.0], [1.0, 4.0]]))
     assert torch.allclose(scores, -torch.tensor([[1.0, 17**0.5], [4.0, 2**0.5]]))
 
 
-def test_episodes_know_their_classes():
-    """Well apart classes are always right, shuffled labels are guessed at 1 / ways."""
+def test_episode_accuracies():
+    """Separated classes give 1, shuffled labels 1 / ways, more shots help, and the draws are deterministic."""
     train_set, val = blobs(400, 8, 16, 0.1), blobs(400, 8, 16, 0.1, seed=1)
     options = {"shots": 3, "ways": 5, "queries": 10, "episodes": 60, "seed": 0}
     assert episode_accuracies(train_set, val, **options).min() == 1.0
@@ -665,58 +665,55 @@ def test_episodes_know_their_classes():
     assert np.array_equal(episode_accuracies(*noisy, **options), episode_accuracies(*noisy, **options))
 
 
-def test_fewshot_reports_mean_and_interval(run):
-    result = evaluate("fewshot", FewshotEval(run=str(run), shots=(1, 3), queries=1, episodes=40, ways=4), print)
+def test_fewshot_row_has_mean_and_interval(run):
+    result = evaluate("fewshot", FewshotEval(run=str(run), shots=(1, 3), queries=1, episodes=40, ways=4))
     row = result["rows"][BYOL_ROW]
     assert list(row) == ["top1_1shot", "ci95_1shot", "top1_3shot", "ci95_3shot"]
     assert 0 < row["ci95_1shot"] < 0.2
     with pytest.raises(
         InputError, match=r"ways=5: only 0 of 18 classes of .*photos have 1 training and 15 validation images"
     ):
-        evaluate("fewshot", FewshotEval(run=str(run)), print)
+        evaluate("fewshot", FewshotEval(run=str(run)))
 
 
-def test_corruptions_do_what_they_are_called(photos):
+def test_corruptions(photos):
     crops, indices = next(
         iter(random_crops(open_split(photos, "train"), size=64, seed=0, epoch=0, batch_size=16, threads=2, bad={}))
     )
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     images = crops * std + mean
 
-    def pixels(name, strength, seed=0, rows=slice(None)):
-        return corrupted(crops[rows], indices[rows], name, strength, seed) * std + mean
+    def pixels(name, severity, seed=0, rows=slice(None)):
+        return corrupt(crops[rows], indices[rows], name, severity, seed) * std + mean
 
     for name in CORRUPTIONS:
-        distance = [(pixels(name, k) - images).square().mean().item() for k in range(STRENGTHS)]
+        distance = [(pixels(name, k) - images).square().mean().item() for k in range(SEVERITIES)]
         assert distance == sorted(distance), name
         assert 1e-9 < distance[0] < distance[-1] < 0.2, name
         assert pixels(name, 4).min() > -1e-5
         assert pixels(name, 4).max() < 1 + 1e-5
-    gray = torch.full_like(crops, 0.0)  # the mean color, far from 0 and 1
-    noise = corrupted(gray, indices, "gaussian_noise", 0, 0) * std
+    gray = torch.full_like(crops, 0.0)  # the mean color, so that nothing is clipped
+    noise = corrupt(gray, indices, "gaussian_noise", 0, 0) * std
     assert noise.std().item() == pytest.approx(0.08, rel=0.02)
-    # An image's noise does not depend on its batch, and does on the seed.
+    # An image's noise depends on the seed, not on its batch.
     assert torch.equal(pixels("gaussian_noise", 2, rows=slice(3, 5)), pixels("gaussian_noise", 2)[3:5])
     assert not torch.equal(pixels("gaussian_noise", 2, seed=1), pixels("gaussian_noise", 2))
     spread = pixels("contrast", 0).std((2, 3)) / images.std((2, 3))
     assert spread.mean().item() == pytest.approx(0.4, abs=0.01)
     point = torch.zeros(1, 3, 65, 65)
     point[..., 32, 32] = 1
-    blurred = corrupted((point - mean) / std, np.zeros(1), "gaussian_blur", 4, 0) * std + mean
+    blurred = corrupt((point - mean) / std, np.zeros(1), "gaussian_blur", 4, 0) * std + mean
     variance = (blurred[0, 0].sum(0) * (torch.arange(65) - 32.0).square()).sum() / blurred[0, 0].sum()
     assert variance.sqrt().item() == pytest.approx(6 * 65 / 224, rel=0.05)
 
 
 @pytest.mark.slow
-def test_robustness_has_a_curve_per_corruption_and_a_picture(run):
-    result = evaluate("robustness", RobustnessEval(run=str(run), epochs=3), print)
+def test_robustness_has_a_curve_per_corruption_and_a_figure(run):
+    result = evaluate("robustness", RobustnessEval(run=str(run), epochs=3))
     row = result["rows"][BYOL_ROW]
     assert list(row["curves"]) == list(CORRUPTIONS)
-    assert all(len(values) == STRENGTHS for curve in row["curves"].values() for values in curve.values())
-    assert (
-        row["knn_top1_clean"]
-        == evaluate("knn", KnnEval(run=str(run), baselines=False), print)["rows"][BYOL_ROW]["top1"]
-    )
+    assert all(len(values) == SEVERITIES for curve in row["curves"].values() for values in curve.values())
+    assert row["knn_top1_clean"] == evaluate("knn", KnnEval(run=str(run), baselines=False))["rows"][BYOL_ROW]["top1"]
     expected = np.mean([curve["linear_top5"] for curve in row["curves"].values()])
     assert row["linear_top5_corrupted"] == pytest.approx(expected)
     picture = next(run.glob("eval_robustness_*.png")).read_bytes()
@@ -726,73 +723,100 @@ def test_robustness_has_a_curve_per_corruption_and_a_picture(run):
     assert "Robustness to corruptions" in page
 
 
-def test_the_finetuned_backbone_is_saved_for_init_and_not_twice(run, make_config, tmp_path):
+def test_finetuned_backbone_is_saved_once_and_loads_with_init(run, make_config, tmp_path):
     file = tmp_path / "tuned.safetensors"
     options = FinetuneEval(run=str(run), epochs=1, batch_size=24, save=str(file))
-    evaluate("finetune", options, print)
-    with pytest.raises(InputError, match=r"^save .*tuned.safetensors: already exists"):
-        evaluate("finetune", options, print)
+    evaluate("finetune", options)
+    with pytest.raises(InputError, match=r"^save .*tuned.safetensors exists; it is not overwritten"):
+        evaluate("finetune", options)
     config = make_config(name="from", init=str(file), optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})
     started = train(config).folder
     assert (started / "checkpoints").is_dir()
     with pytest.raises(InputError, match=r"^save x.pt: the name must end in .safetensors"):
-        evaluate("finetune", FinetuneEval(run=str(run), save="x.pt"), print)
+        evaluate("finetune", FinetuneEval(run=str(run), save="x.pt"))
 
 
-def test_protocols_read_beton_files_as_they_read_folders(run, photos, tmp_path):
+def test_beton_files_and_folders_give_equal_results(run, photos, tmp_path):
     for split in ("train", "val"):
         pack(open_split(photos, split), tmp_path / f"{split}.beton", mode="jpg")
-    for protocol, few in (("knn", {}), ("finetune", {"epochs": 2, "batch_size": 24})):
-        options = EVALUATIONS[protocol](run=str(run), baselines=False, **few)
-        rows = [evaluate(protocol, replace(options, root=root), print)["rows"] for root in (None, str(tmp_path))]
-        assert rows[0] == rows[1], protocol
+    for task, few in (("knn", {}), ("finetune", {"epochs": 2, "batch_size": 24})):
+        options = EVALUATIONS[task](run=str(run), baselines=False, **few)
+        rows = [evaluate(task, replace(options, root=root))["rows"] for root in (None, str(tmp_path))]
+        assert rows[0] == rows[1], task
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("protocol", "metrics"), [("segmentation", ["miou", "pixel_accuracy"]), ("detection", ["map", "map50", "map75"])]
+    ("task", "metrics"), [("segmentation", ["miou", "pixel_accuracy"]), ("detection", ["map", "map50", "map75"])]
 )
-def test_dense_protocols_go_through_the_same_door(run, tmp_path, protocol, metrics):
+def test_dense_tasks(run, tmp_path, task, metrics):
     prepare_shapes(tmp_path / "shapes", images=12, seed=3, size=64)
-    options = EVALUATIONS[protocol](
-        run=str(run), root=str(tmp_path / "shapes"), image_size_px=64, epochs=1, batch_size=6
-    )
-    result = evaluate(protocol, options, print)
+    options = EVALUATIONS[task](run=str(run), root=str(tmp_path / "shapes"), image_size_px=64, epochs=1, batch_size=6)
+    result = evaluate(task, options)
     assert list(result["rows"]) == [BYOL_ROW, UNTRAINED_ROW]
     assert all(list(row) == metrics for row in result["rows"].values())
     assert (result["train_images"], result["val_images"], result["classes"]) == (12, 3, 8)
-    again = evaluate(protocol, replace(options, baselines=False), print)
+    again = evaluate(task, replace(options, baselines=False))
     assert again["rows"][BYOL_ROW] == result["rows"][BYOL_ROW]
-    assert TASKS[protocol].title in write_report(run).read_text()
+    assert TASKS[task].title in write_report(run, print).read_text()
 
 
-@pytest.mark.parametrize("protocol", ["segmentation", "detection"])
-def test_dense_protocols_want_a_root(protocol):
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_dense_tasks_require_root(task):
     with pytest.raises(ValueError, match=r"^root: name the (VOC|COCO)-format folder"):
-        EVALUATIONS[protocol](run="x")
+        EVALUATIONS[task](run="x")
 
 
-def test_robustness_decodes_an_image_once_for_all_strengths(run, photos, monkeypatch):
+def test_robustness_decodes_once_for_all_severities(run, photos, monkeypatch):
     original, read = ImageFolder.read, []
     monkeypatch.setattr(
         ImageFolder, "read", lambda self, index: read.append(self.where(index)) or original(self, index)
     )
-    evaluate("robustness", RobustnessEval(run=str(run), epochs=1, baselines=False), print)
+    evaluate("robustness", RobustnessEval(run=str(run), epochs=1, baselines=False))
     counts = Counter(read)
     assert {counts[name] for name in counts if "/val/" in name} == {1 + len(CORRUPTIONS)}
     assert {counts[name] for name in counts if "/train/" in name} == {1}
 
 
 @pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
-def test_float32_is_as_exact_as_the_run_had_it(precision, tf32):
-    """torch's own default lets cuDNN take TF32."""
+def test_float32_precision_is_that_of_the_run(precision, tf32):
+    """By default torch lets cuDNN use TF32."""
     backends = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:
             backend.allow_tf32 = not tf32
-        eval_context(Config(precision=precision), KnnEval(run="r"), print)
+        eval_context(Config(precision=precision), KnnEval(run="r"))
         assert [backend.allow_tf32 for backend in backends] == [tf32, tf32]
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.allow_tf32 = value
+
+
+# --- results ---
+
+
+def test_results_are_ordered_by_task_data_and_checkpoint(tmp_path, log_lines):
+    result = {"train_images": 1, "val_images": 1, "classes": 2, "settings": {}, "rows": {}}
+    keys = [("new", "a", "a"), ("detection", "a", "a"), ("knn", "b", "a"), ("knn", "a", "b"), ("knn", "a", "a")]
+    for k, (task, root, checkpoint) in enumerate(keys):
+        values = {"protocol": task, "root": root, "checkpoint": checkpoint}
+        (tmp_path / f"eval_{k}.json").write_text(json.dumps(result | values))
+    (tmp_path / "eval_5.json").write_text('{"protocol": "knn"}')
+    found = [(values["protocol"], values["root"], values["checkpoint"]) for _, values in read_results(tmp_path)]
+    assert found == [
+        ("knn", "a", "a"),
+        ("knn", "a", "b"),
+        ("knn", "b", "a"),
+        ("detection", "a", "a"),
+        ("new", "a", "a"),
+    ]
+    assert log_lines == [f"warning: {tmp_path}/eval_5.json: not a result of `fastbyol eval`; skipped"]
+
+
+def test_rows_as_text():
+    accuracy = {"top1": 0.642, "top5": 0.91}
+    assert TASKS["knn"].format_row(accuracy) == "top-1  64.2%  top-5  91.0%"
+    linear = accuracy | {"base_lr": 0.1, "held_out_top1": 0.5}
+    assert TASKS["linear"].format_row(linear) == "top-1  64.2%  top-5  91.0%  (base lr 0.1)"
+    assert TASKS["detection"].format_row({"map": 0.3, "map50": 1.0}) == "mAP  30.0%  map50 100.0%"

@@ -26,20 +26,20 @@ from fastbyol.config import (
     Config,
     DataConfig,
     KnnConfig,
-    KnnEval,
-    LinearEval,
     LogConfig,
     ModelConfig,
     OptimConfig,
     StepConfig,
 )
 from fastbyol.errors import RunError
-from fastbyol.evaluate import BYOL_ROW, evaluate, load_checkpoint_model
+from fastbyol.evaluate.options import KnnEval, LinearEval
+from fastbyol.evaluate.run import BYOL_ROW, evaluate
 from fastbyol.layers import set_num_views
 from fastbyol.runtime.distributed import World
 from fastbyol.spans import COPY, WAIT
 from fastbyol.tools.clock import REST
 from fastbyol.tools.profiling import BACKWARD, EXCHANGE, ONLINE, TARGET, profile
+from fastbyol.weights.checkpoints import load_checkpoint_model
 from fastbyol.weights.export import export
 from fastbyol.weights.load import open_backbone
 
@@ -103,7 +103,7 @@ def test_an_evaluation_says_what_it_says_on_a_cpu(trained, tmp_path, name, kind,
             "threads": 2,
             "out": str(tmp_path / f"{device}.json"),
         }
-        accuracy[device] = evaluate(name, kind(run=str(trained.folder), **options), silent)["rows"][BYOL_ROW]["top1"]
+        accuracy[device] = evaluate(name, kind(run=str(trained.folder), **options))["rows"][BYOL_ROW]["top1"]
     assert accuracy[DEVICE.type] > 0.5
     assert abs(accuracy[DEVICE.type] - accuracy["cpu"]) <= 2 / VAL_IMAGES + 1e-6
 
@@ -119,7 +119,7 @@ def test_an_exported_backbone_gives_the_run_s_features(trained, tmp_path, form):
         backbone.fc = torch.nn.Identity()
         backbone.load_state_dict(torch.load(out, weights_only=True))
     images = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    model = load_checkpoint_model(trained.folder, silent).model
+    model = load_checkpoint_model(trained.folder).model
     expected = set_num_views(model.online.backbone, 1).eval()(images)
     for device in {DEVICE, torch.device("cpu")}:
         actual = backbone.eval().to(device)(images.to(device)).cpu()

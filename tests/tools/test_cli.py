@@ -18,10 +18,11 @@ import fastbyol
 from fastbyol import cli
 from fastbyol.api import pretrain as train
 from fastbyol.cli import main, train_config
-from fastbyol.config import EVALUATIONS, Config
+from fastbyol.config import Config
 from fastbyol.errors import InputError, LoaderTimeout, RunError
+from fastbyol.evaluate.options import EVALUATIONS
 from fastbyol.settings.base import leaves
-from fastbyol.settings.options import options_of
+from fastbyol.settings.commands import options_of
 from fastbyol.train import RunResult
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -137,7 +138,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["eval", "fewshot", "--run", "x", "--shots", "1" + 18 * "0"], "shots=.*: must be at most 1000000"),
         (["eval", "knn", "--run", "x", "--threads", "-1"], "threads=-1: must be 0"),
         (["eval", "knn", "--run", "x", "--k=0"], "error: --k=0: must be at least 1"),
-        (["eval", "knn"], r"--run is missing \(text\): A run's folder .* or a checkpoint file$"),
+        (["eval", "knn"], r"--run is missing \(text\): Run folder .* or checkpoint file$"),
         (["eval", "segmentation", "--run", "x"], "--root: name the VOC-format folder"),
         (["eval", "--run", "x", "knn"], "unknown option --run; fastbyol eval takes a command first: one of knn,"),
         (["knn"], "unknown command 'knn'; did you mean 'eval knn'?"),
@@ -351,7 +352,7 @@ def test_help_shows_the_common_settings_and_names_the_page_with_all(capsys):
 
 
 def test_help_and_mistakes_do_not_wait_for_torch():
-    code = "import sys; from fastbyol.cli import main; main(['train', '--help-all']); main(['train', '--epochs', '1']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from fastbyol.cli import main; main(['train', '--help-all']); main(['eval', 'detection', '--help']); main(['train', '--epochs', '1']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
@@ -562,7 +563,7 @@ def test_pack_writes_one_file_and_says_what_cannot_be(photos, tmp_path, capsys):
 @pytest.mark.parametrize("words", [["--shots", "1,2"], ["--shots=1,2"], ["--shots", "[1, 2]"]])
 def test_lists_are_written_with_commas(capsys, words, monkeypatch):
     found = {}
-    monkeypatch.setattr("fastbyol.evaluate.evaluate", lambda name, options, say: found.update({name: options}))
+    monkeypatch.setattr("fastbyol.evaluate.run.evaluate", lambda name, options: found.update({name: options}))
     assert run(capsys, "eval", "fewshot", "--run", "x", *words)[0] == 0
     assert found["fewshot"].shots == (1, 2)
 
@@ -603,11 +604,9 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(
         "export": ["export", "r", "--format", "timm"],
     }[command]
     monkeypatch.setattr(
-        "fastbyol.evaluate.load_checkpoint_model", lambda run, say: (tmp_path / "c.pt", Config(), None, 3)
+        "fastbyol.evaluate.run.load_checkpoint_model", lambda run: (tmp_path / "c.pt", Config(), None, 3)
     )
-    monkeypatch.setattr(
-        "fastbyol.weights.export.load_checkpoint_model", lambda run, say: pytest.fail("it went to work")
-    )
+    monkeypatch.setattr("fastbyol.weights.export.load_checkpoint_model", lambda run: pytest.fail("it went to work"))
     monkeypatch.setattr("fastbyol.tools.preview.draw_views", lambda config, folder: pytest.fail("it went to work"))
     monkeypatch.setattr("fastbyol.tools.bench._measure", lambda *args: pytest.fail("it went to work"))
     code, _, err = run(capsys, *words, "--out", out)
@@ -742,7 +741,7 @@ def test_what_fails_behind_the_work_is_exit_code_1(capsys, monkeypatch, tmp_path
     def fails(*args, **options):
         raise RunError("report.html: cannot be written: it is full")
 
-    monkeypatch.setattr("fastbyol.evaluate.evaluate", lambda *args: None)
+    monkeypatch.setattr("fastbyol.evaluate.run.evaluate", lambda *args: None)
     monkeypatch.setattr("fastbyol.tools.report.refresh_report", fails)  # of an evaluation, which is written: a warning
     code, out, err = run(capsys, "eval", "knn", "--run", "x")
     assert (code, out, err) == (0, "warning: report.html: cannot be written: it is full\n", "")
@@ -760,7 +759,7 @@ def test_what_is_no_output_of_a_command_is_not_overwritten(capsys, photos, tmp_p
     before = (folder / "summary.json").read_bytes()
     code, _, err = run(capsys, "eval", "knn", "--run", str(folder), "--out", str(folder / "summary.json"))
     assert (code, (folder / "summary.json").read_bytes()) == (2, before)
-    assert "exists and is no result of `fastbyol eval`: it is not overwritten" in err
+    assert "exists and is not a result of `fastbyol eval`; name another file" in err
     config = tmp_path / "my.yaml"
     config.write_text("seed: 1\n")
     words = ["preview", "--config", str(config), "--data.root", str(photos), "--out", str(config)]

@@ -18,10 +18,11 @@ from PIL import Image
 
 from fastbyol.api import pretrain as train
 from fastbyol.cli import main
-from fastbyol.config import KnnEval
 from fastbyol.data import find_images
 from fastbyol.errors import InputError
-from fastbyol.evaluate import evaluate, read_results
+from fastbyol.evaluate.options import KnnEval
+from fastbyol.evaluate.run import evaluate
+from fastbyol.runtime.results import read_results
 from fastbyol.tools import plots
 from fastbyol.tools.pages import TEMPLATES
 from fastbyol.tools.preview import draw_views
@@ -117,7 +118,7 @@ def test_skipped_images_are_listed(make_config, no_neighbors):
     assert '<div class="value">60</div>' in page
 
 
-def test_every_evaluation_has_a_table(make_config, photos, tmp_path):
+def test_every_evaluation_has_a_table(make_config, photos, tmp_path, log_lines):
     folder = train(make_config(**SHORT)).folder
     elsewhere = tmp_path / "elsewhere"
     for split in ("train", "val"):
@@ -126,8 +127,9 @@ def test_every_evaluation_has_a_table(make_config, photos, tmp_path):
             (elsewhere / split / name).symlink_to(photos / split / name)
     options = [{}, {"k": 5}, {"root": str(elsewhere)}, {}]  # the last one replaces the first
     for changes in options:
-        evaluate("knn", KnnEval(run=str(folder), baselines=False, **changes), lambda line: None)
-    results = read_results(folder, fail)
+        evaluate("knn", KnnEval(run=str(folder), baselines=False, **changes))
+    results = read_results(folder)
+    assert not [line for line in log_lines if line.startswith("warning: ")]
     found = sorted((result["root"], result["settings"]["k"]) for _, result in results)
     assert found == sorted([(str(photos), 20), (str(photos), 5), (str(elsewhere), 20)])
     page = write_report(folder).read_text()
@@ -184,21 +186,21 @@ def test_damaged_files_are_logged_and_left_out(make_config, log_lines):
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
 
 
-def test_a_damaged_result_is_replaced_unless_the_user_named_it(make_config):
+def test_a_damaged_result_is_replaced_unless_the_user_named_it(make_config, log_lines):
     folder = train(make_config(**SHORT)).folder
     options = {"run": str(folder), "baselines": False}
-    evaluate("knn", KnnEval(**options), lambda line: None)
+    evaluate("knn", KnnEval(**options))
     (path,) = folder.glob("eval_knn_*.json")
     whole = path.read_text()
     for damaged in (whole[:50], "[]", "null", '{"protocol": "knn"}', ""):
         path.write_text(damaged)
-        lines = []
-        evaluate("knn", KnnEval(**options), lines.append)
+        log_lines.clear()
+        evaluate("knn", KnnEval(**options))
         assert json.loads(path.read_text())["rows"] == json.loads(whole)["rows"]
-        assert any("is damaged; it will be replaced" in line for line in lines) == bool(damaged)
+        assert any("damaged; it will be replaced" in line for line in log_lines) == bool(damaged)
         path.write_text(damaged or "[]")
-        with pytest.raises(InputError, match=r"is no result of `fastbyol eval`: it is not overwritten"):
-            evaluate("knn", KnnEval(**options, out=str(path)), lines.append)
+        with pytest.raises(InputError, match=r"is not a result of `fastbyol eval`; name another file"):
+            evaluate("knn", KnnEval(**options, out=str(path)))
 
 
 def test_bad_paths_raise_before_any_work(make_config, monkeypatch, tmp_path):

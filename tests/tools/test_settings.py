@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbyol.config import Config, DataConfig, FewshotEval, KnnEval, OptimConfig
+from fastbyol.config import Config, DataConfig, OptimConfig
 from fastbyol.data.workers import map_in_order, resolve_threads
-from fastbyol.settings.base import leaves, nearest
+from fastbyol.evaluate.options import FewshotEval, KnnEval
+from fastbyol.settings.base import leaves
+from fastbyol.settings.messages import nearest
 
 
 @pytest.mark.parametrize(

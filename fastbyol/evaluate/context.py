@@ -1,0 +1,100 @@
+"""The context that evaluation tasks run in: device, precision, progress, unreadable images."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from fastbyol.data.images import UNLABELED, ImageSet
+from fastbyol.errors import join_names
+from fastbyol.runtime.console import SECONDS_BETWEEN_LINES
+from fastbyol.runtime.logging import logger
+
+T = TypeVar("T")
+Track = Callable[[Iterable[int], int], Iterable[int]]
+"""(items, total) -> the items, with a progress bar."""
+Row = dict[str, Any]  # metric -> value; accuracy, mIoU and mAP lie in [0, 1]
+
+MAX_UNREADABLE_FRACTION = 0.01  # of a split; more give a warning
+clock = time.monotonic
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalContext:
+    """Where and how a task runs."""
+
+    size: int  # side of the run's images in pixels
+    device: torch.device
+    dtype: torch.dtype  # of autocast
+    threads: int  # decoder threads
+    bad: dict[str, str] = field(default_factory=dict)  # path of an unreadable image -> reason
+
+    @property
+    def training_dtype(self) -> torch.dtype:
+        """Autocast dtype for training: not float16, which would need loss scaling."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
+
+    def track(
+        self, description: str, items: Iterable[T], total: int, *, each: int = 1, unit: str = "images"
+    ) -> Iterator[T]:
+        """Yield the items and show a progress bar. Without a terminal, log one line every 10 s.
+
+        Args:
+            total: number of units over all items.
+            each: units per item; the last item may hold fewer.
+        """
+        console = Console()
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+            bar = progress.add_task(description, total=total)
+            start = last_line = clock()
+            for k, item in enumerate(items, start=1):
+                yield item
+                now, done = clock(), min(k * each, total)
+                progress.update(bar, completed=done)
+                if not console.is_terminal and now - last_line >= SECONDS_BETWEEN_LINES and done < total:
+                    left = _format_duration((now - start) / done * (total - done))
+                    logger.info(f"{description}: {done:,} of {total:,} {unit}, {left} left")
+                    last_line = now
+
+    def skipped(self, images: ImageSet, bad: dict[int, str]) -> None:
+        """Log unreadable images, each once. Warn if enough are missing to distort the results.
+
+        Args:
+            bad: index of an image -> reason.
+        """
+        new = {path: reason for index, reason in bad.items() if (path := images.where(index)) not in self.bad}
+        for path, reason in new.items():
+            logger.warning(f"skipped {path}: {reason}")
+        self.bad.update(new)
+        if new and (text := missing_images_warning(images, bad)) is not None:
+            logger.warning(text)
+
+
+def missing_images_warning(images: ImageSet, bad: Iterable[int]) -> str | None:
+    """Return a warning if more than 1 % of the images, or all images of a class, are unreadable.
+
+    Args:
+        bad: indices of the unreadable images.
+    """
+    missing = np.array(sorted(bad), dtype=np.int64)
+    left = np.delete(images.labels, missing)
+    empty = [images.classes[k] for k in np.unique(images.labels[missing]) if k != UNLABELED and k not in left]
+    if len(missing) <= MAX_UNREADABLE_FRACTION * len(images) and not empty:
+        return None
+    classes = f", without any image of {join_names(empty)}" if empty else ""
+    return (
+        f"{len(missing)} of {len(images)} images of {images.root} cannot be read: "
+        f"results cover the other {len(left)}{classes}"
+    )
+
+
+def _format_duration(seconds: float) -> str:
+    """Format as 40 s, 12 min or 3.0 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

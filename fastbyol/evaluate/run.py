@@ -1,0 +1,163 @@
+"""Run an evaluation task on a checkpoint and write its result."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from fastbyol.build import build_model
+from fastbyol.config import Config
+from fastbyol.errors import InputError
+from fastbyol.evaluate.context import EvalContext, Row
+from fastbyol.evaluate.detection import DETECTION
+from fastbyol.evaluate.features import calibrate_batchnorm
+from fastbyol.evaluate.fewshot import FEWSHOT
+from fastbyol.evaluate.finetune import FINETUNE
+from fastbyol.evaluate.knn import KNN
+from fastbyol.evaluate.linear import LINEAR
+from fastbyol.evaluate.options import EvalConfig
+from fastbyol.evaluate.robustness import ROBUSTNESS
+from fastbyol.evaluate.segmentation import SEGMENTATION
+from fastbyol.evaluate.task import EvalTask
+from fastbyol.layers import set_num_views
+from fastbyol.model import BYOL
+from fastbyol.precision import compute_dtype, set_float32_precision
+from fastbyol.runtime import cores, environment
+from fastbyol.runtime.device import choose_device
+from fastbyol.runtime.files import check_output, read_json_or, write_json, write_output
+from fastbyol.runtime.logging import logger
+from fastbyol.runtime.results import PREFIX, is_result
+from fastbyol.weights.checkpoints import load_checkpoint_model
+
+BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
+TASKS: dict[str, EvalTask] = {
+    task.name: task for task in (KNN, LINEAR, FINETUNE, FEWSHOT, ROBUSTNESS, SEGMENTATION, DETECTION)
+}
+
+
+def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
+    """Run a task on a checkpoint and write the result as JSON. Logs one line per row.
+
+    Args:
+        name: key of TASKS.
+        options: the task's class of options.py.
+
+    Returns:
+        The contents of the JSON file: task (as "protocol"), checkpoint, data set, settings,
+        environment, and one row each for the checkpoint, the untrained network and, if the task
+        supports them, raw pixels.
+
+    Raises:
+        InputError: the checkpoint or data set cannot be used, or `options.out` cannot be written.
+        RunError: writing the result failed.
+    """
+    task = TASKS[name]
+    path, config, model, step = load_checkpoint_model(Path(options.run))
+    out = Path(options.out) if options.out else _run_folder(path) / _result_name(name, path, step, options, config)
+    _check_result_file(out, named=options.out is not None)
+    context = eval_context(config, options)
+    data = task.open(options, config, context)
+    for note in (note for split in (data.train, data.val) for note in getattr(split, "notes", ())):
+        logger.warning(note)
+    rows: dict[str, Row] = {}
+    for title, backbone in _networks(task, model, config, data, context, baselines=options.baselines):
+        rows[title] = task.measure(backbone, data, options, context)
+        logger.info(f"{title:<18} {task.format_row(rows[title])}")
+    result = {
+        "protocol": name,
+        "checkpoint": str(path),
+        "step": step,
+        "root": str(options.root or config.data.root),
+        "splits": [options.train_split or config.data.train_split, options.val_split or config.data.val_split],
+        "train_images": len(data.train),
+        "val_images": len(data.val),
+        "classes": len(data.classes),
+        "settings": options.settings,
+        "rows": rows,
+        "bad_images": context.bad,
+        "environment": environment.describe(),
+    }
+    write_json(out, result, f"--out {out}")
+    if task.has_figure:
+        picture = out.with_suffix(".png")
+        write_output(picture, _to_png(task.draw(rows)), f"--out {out}: figure {picture}")
+    logger.info(f"wrote {out}")
+    return result
+
+
+def _check_result_file(out: Path, *, named: bool) -> None:
+    """Check, before any work is done, that the result can be written.
+
+    Args:
+        named: True if the user named the file; one that is not a result is then not overwritten.
+    """
+    check_output(out, f"--out {out}")
+    if out.is_file() and out.stat().st_size and not is_result(read_json_or(out, lambda text: None)):
+        if named:
+            raise InputError(f"--out {out}: exists and is not a result of `fastbyol eval`; name another file")
+        logger.warning(f"{out}: damaged; it will be replaced")
+
+
+def _result_name(name: str, checkpoint_file: Path, step: int, options: EvalConfig, config: Config) -> str:
+    """eval_TASK_KEY.json: KEY is a hash of the data set, the checkpoint and the settings."""
+    data = config.data
+    root = str(Path(options.root or data.root or "").resolve())
+    key = [
+        checkpoint_file.name,
+        step,  # best.pt changes during a run
+        root,
+        options.train_split or data.train_split,
+        options.val_split or data.val_split,
+        data.classes,
+        options.settings,
+        options.baselines,
+    ]
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return f"{PREFIX}{name}_{digest}.json"
+
+
+def eval_context(config: Config, options: EvalConfig) -> EvalContext:
+    """Return the context for a run's network. Also sets torch's float32 precision to the run's."""
+    cores.respect_quota()
+    device = choose_device(options.device)
+    set_float32_precision(config.precision)
+    return EvalContext(
+        size=config.data.image_size_px,
+        device=device,
+        dtype=compute_dtype(config.precision, device),
+        threads=options.threads,
+    )
+
+
+def _networks(
+    task: EvalTask, model: BYOL, config: Config, data: Any, context: EvalContext, *, baselines: bool
+) -> Iterator[tuple[str, nn.Module | None]]:
+    """Yield row titles and backbones, on the device; None stands for raw pixels."""
+
+    def prepare(backbone: nn.Module) -> nn.Module:
+        return set_num_views(backbone, 1).to(device=context.device, memory_format=torch.channels_last)
+
+    yield BYOL_ROW, prepare(model.online.backbone)
+    if not baselines:
+        return
+    untrained = prepare(build_model(config.model, context.size, config.seed).online.backbone)
+    calibrate_batchnorm(untrained, task.calibration_images(data).spread(config.knn.max_bank_images), context)
+    yield UNTRAINED_ROW, untrained
+    if task.uses_pixels:
+        yield PIXELS_ROW, None
+
+
+def _run_folder(path: Path) -> Path:
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+def _to_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

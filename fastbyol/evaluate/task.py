@@ -1,0 +1,59 @@
+"""Base class of evaluation tasks."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from matplotlib.figure import Figure
+from torch import nn
+
+from fastbyol.config import Config
+from fastbyol.data.images import ImageSet
+from fastbyol.evaluate.context import EvalContext, Row
+from fastbyol.evaluate.features import open_splits
+
+_METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "map": "mAP", "pixel_accuracy": "pixel accuracy"}
+_SELECTION = ("base_lr", "held_out_top1")  # how the learning rate was selected
+
+
+class EvalTask(ABC):
+    """An evaluation task: opens its data, measures a backbone, formats the result."""
+
+    name: ClassVar[str]  # of `fastbyol eval NAME` and eval_NAME_KEY.json
+    title: ClassVar[str]  # in the report
+    uses_pixels: ClassVar[bool] = True  # True if `measure` accepts None, for raw pixels
+    has_figure: ClassVar[bool] = False
+
+    def open(self, options: Any, config: Config, context: EvalContext) -> Any:
+        """Return the labeled data, with `train`, `val` and `classes`. By default the run's splits.
+
+        Args:
+            options: the task's options, see options.py.
+            config: the run's.
+
+        Raises:
+            InputError: the data is missing or does not suit the task.
+        """
+        return open_splits(options, config)
+
+    def calibration_images(self, data: Any) -> ImageSet:
+        """Return the images that give an untrained network its BatchNorm statistics."""
+        return data.train
+
+    @abstractmethod
+    def measure(self, backbone: nn.Module | None, data: Any, options: Any, context: EvalContext) -> Row:
+        """Return a backbone's metrics, the most important first. Does not change the backbone.
+
+        Args:
+            backbone: (n, 3, S, S) -> (n, F), on the context's device; None stands for raw pixels.
+            data: what `open` returned.
+        """
+
+    def format_row(self, row: Row) -> str:
+        """Return the metrics as text, e.g. "top-1  64.2%  top-5  91.0%  (base lr 0.1)"."""
+        shown = {key: value for key, value in row.items() if isinstance(value, float) and key not in _SELECTION}
+        text = "  ".join(f"{_METRIC_NAMES.get(key, key)} {value:6.1%}" for key, value in shown.items())
+        return f"{text}  (base lr {row['base_lr']:g})" if "base_lr" in row else text
+
+    def draw(self, rows: dict[str, Row]) -> Figure:
+        """Return a figure of all rows, to be stored next to the result, if `has_figure`."""
+        raise NotImplementedError
