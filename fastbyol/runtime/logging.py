@@ -1,4 +1,4 @@
-"""The package's logger, and the console handler that the command line attaches to it.
+"""The package's logger, and the console output of the command line.
 
 As a library, fastbyol logs to the standard logger "fastbyol" and configures nothing.
 """
@@ -15,29 +15,29 @@ logger = logging.getLogger("fastbyol")
 
 
 def format_record(record: logging.LogRecord) -> str:
-    """Return the text of a record as the console shows it: warnings and errors are marked, control characters escaped."""
+    """Return a record as the console shows it: with "warning: " or "error: ", and control characters escaped."""
     prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
     return printable(prefix + record.getMessage())
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints records to the current sys.stdout, one line each, above a progress bar if there is one."""
+    """Prints records to the current sys.stdout, one line each. Warnings are yellow on a terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the record; warnings are yellow on a terminal."""
+        """Print the record."""
         style = "yellow" if record.levelno >= logging.WARNING else None
-        console = Console(emoji=False)  # sys.stdout may have been replaced since the last record
+        console = Console(emoji=False)  # a new one, since sys.stdout may have been replaced
         console.print(format_record(record), style=style, highlight=False, markup=False, soft_wrap=True)
         console.file.flush()
 
 
 @contextmanager
 def console_logging() -> Iterator[None]:
-    """Context: the package's logger prints to the console. Records of level INFO and above are shown."""
+    """Context: print the logger's records of level INFO and above."""
     handler, level, propagate = ConsoleHandler(), logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # the program's own handlers would print every line again
+    logger.propagate = False  # handlers of the root logger would print every line again
     try:
         yield
     finally:
@@ -48,7 +48,7 @@ def console_logging() -> Iterator[None]:
 
 @contextmanager
 def muted(mute: bool) -> Iterator[None]:
-    """Context: the logger drops records below ERROR if `mute`. All ranks but the main process are muted."""
+    """Context: drop records below ERROR if `mute`, on all ranks but the main process."""
     logger.addFilter(drop := lambda record: not mute or record.levelno >= logging.ERROR)
     try:
         yield

@@ -31,7 +31,8 @@ from fastbyol.errors import InputError, first_line
 from fastbyol.layers import batch_norms
 from fastbyol.model import BYOL
 from fastbyol.runtime.files import read_json
-from fastbyol.settings.base import BadSetting, check, nearest, require
+from fastbyol.settings.messages import BadSetting, nearest, require
+from fastbyol.settings.types import check
 from fastbyol.tools.roofline import BACKWARD, ONLINE, Peaks, Work, count_step, meta_model, saved_tensor_bytes
 
 IMAGENET_IMAGES = 1_281_167

@@ -10,14 +10,15 @@ import pytest
 from helpers.common import jpeg
 
 from fastbyol.cli import COMMANDS, main
-from fastbyol.config import EVALUATIONS, Config, DataConfig, FinetuneEval, KnnEval, expand_path
+from fastbyol.config import EVALUATIONS, Config, DataConfig, FinetuneEval, KnnEval
 from fastbyol.data import find_images, open_split
 from fastbyol.data.beton import pack
 from fastbyol.data.folder import index_folder
 from fastbyol.errors import InputError
 from fastbyol.evaluate import evaluate
 from fastbyol.evaluate.features import check_splits, open_splits
-from fastbyol.settings.options import read
+from fastbyol.settings.command_line import parse_command_line as read
+from fastbyol.settings.types import expand_path
 from fastbyol.tools.preview import write_preview
 from fastbyol.train import train
 

@@ -21,7 +21,7 @@ from fastbyol.config import EVALUATIONS, Config
 from fastbyol.errors import InputError, LoaderTimeout, RunError
 from fastbyol.runtime import environment
 from fastbyol.settings.base import leaves
-from fastbyol.settings.options import options_of
+from fastbyol.settings.commands import options_of
 from fastbyol.train import RunResult, train
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -45,7 +45,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
     code, out, _ = run(capsys, "train", "--help-all")
     text = " ".join(out.split())
     assert code == 0
-    assert "--data.image_size_px N Side of both views in pixels. (whole number, default 224)" in text
+    assert "--data.image_size_px N Height and width of both views in pixels. (integer, default 224)" in text
     assert "--optim.base_lr X Learning rate per 256 images" in text
     assert "--optim.name {lars,sgd,adamw,adam}" in text
     described = re.findall(r"--([\w.]+) \S+ [\w\"`'0-9]", text)
@@ -93,7 +93,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["train", "--zebra"], "unknown option --zebra; fastbyol train --help-all lists all"),
         (["train", "optim.epochs=3"], "unexpected argument 'optim.epochs=3'; did you mean --optim.epochs=3?"),
         (["pack", "a", "b", "c"], "unexpected argument 'c'; see fastbyol pack --help"),
-        (["pack", "a"], r"out is missing \(a path\): The .beton file to make"),
+        (["pack", "a"], r"out is missing \(a path\): \.beton file to write$"),
         (["pack", "a", "b", "--skip-bad=3"], "--skip-bad takes no value"),
         (["pack", "a", "b", "--threads", "-1"], "--threads=-1: must be 0"),
         (["pack", "a", "b", "--threads", "9" * 18], "--threads=9+: must be at most 4096"),
@@ -110,8 +110,8 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["report"], r"--run is missing \(a path\): The run.s folder$"),
         (["train", "--data.root"], "--data.root: needs a value: text"),
         (["train", "--data.root", "--name", "x"], "--data.root: needs a value: text"),
-        (["train", "--optim.epochs", "three"], "optim.epochs='three': expected a whole number$"),
-        (["train", "--optim.epochs", "3.5"], "optim.epochs='?3.5'?: expected a whole number$"),
+        (["train", "--optim.epochs", "three"], "optim.epochs='three': expected an integer$"),
+        (["train", "--optim.epochs", "3.5"], "optim.epochs='?3.5'?: expected an integer$"),
         (["train", "--optim.epochs", "1" + 18 * "0"], "optim.epochs=10+: must be at most 1000000"),
         (["train", "--optim.base_lr", "nan"], "optim.base_lr=nan: must be finite"),
         (["train", "--optim.base_lr", "-1e-3"], "optim.base_lr=-0.001: must be above 0"),
@@ -120,9 +120,9 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
             ["train", "--model.norm", "grop"],
             "model.norm='grop': expected one of batch, layer, group; did you mean group?",
         ),
-        (["train", "--data.batch_size", "many"], "data.batch_size='many': expected a whole number or auto$"),
-        (["train", "--data.root", "a\0b"], "data.root='a.x00b': holds a NUL character"),
-        (["train", "--config", "a\0b"], "--config=.a.x00b.: holds a NUL character"),
+        (["train", "--data.batch_size", "many"], "data.batch_size='many': expected an integer or auto$"),
+        (["train", "--data.root", "a\0b"], "data.root='a.x00b': has a NUL character"),
+        (["train", "--config", "a\0b"], "--config=.a.x00b.: has a NUL character"),
         (
             ["train", "--config", "x" * 300],
             "--config=.x+.*: is too long: a path has at most 4095 bytes, each name in it 255",
@@ -132,9 +132,9 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["train", "--name", ""], "name='': must not be empty"),
         (["train", "--name=-x"], "name='-x': must not begin with '-'"),
         (["train", "--name", "a\nb"], "name='a.nb': must be of printable UTF-8 characters"),
-        (["train", "--name", "\ud800"], "name=.*: holds characters that are no text"),
+        (["train", "--name", "\ud800"], "name=.*: has characters that are not valid Unicode"),
         (["train", "--name", "ü" * 101], "name='ü.*: must have at most 200 bytes in UTF-8"),
-        (["eval", "fewshot", "--run", "x", "--shots", "1" + 18 * "0"], "shots=.*: must be at most 1000000"),
+        (["eval", "fewshot", "--run", "x", "--shots", "1" + 18 * "0"], "shots=.*: must all be at most 1000000"),
         (["eval", "knn", "--run", "x", "--threads", "-1"], "threads=-1: must be 0"),
         (["eval", "knn", "--run", "x", "--k=0"], "error: --k=0: must be at least 1"),
         (["eval", "knn"], r"--run is missing \(text\): A run's folder .* or a checkpoint file$"),
@@ -162,7 +162,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         (["prepare", "photos", "--out="], "--out='': must not be empty"),
         (["plan", "--rates", "x" * 300], "--rates=.*: is too long: .* each name in it 255"),
         (["plan", "--rates", "x/" * 3000], "--rates=.{,90}: is too long"),
-        (["plan", "--gpus=--"], "--gpus='--': expected a whole number"),
+        (["plan", "--gpus=--"], "--gpus='--': expected an integer"),
         ([], "fastbyol takes a command first: one of train, eval"),
     ],
 )
@@ -185,29 +185,29 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("model:\n  width: -1\n", "model.width=-1"),
         (
             "seed: 3\noptim:\n  epochs:\n",
-            r"c.yaml, line 3: optim.epochs: has no value \(blank\); expected a whole number",
+            r"c.yaml, line 3: optim.epochs: has no value \(blank\); expected an integer",
         ),
         ("optim: {epochs: null}", "line 1: optim.epochs: has no value"),
         ("optim: {epoch: 3}", "line 1: optim.epoch: unknown key; did you mean optim.epochs?"),
         ("epochs: 3", "line 1: epochs: unknown key; did you mean optim.epochs?"),
-        ("name: a\nseed: x", "line 2: seed='x': expected a whole number"),
+        ("name: a\nseed: x", "line 2: seed='x': expected an integer"),
         ("optim: 3", "line 1: optim='3': expected a section with settings such as optim.name"),
         ("optim:", r"line 1: optim: has no value \(blank\)"),
         ("optim: [1]", "line 1: optim=a list: expected a section"),
         ("- 1", "c.yaml: expected settings, .* found a list"),
         ("hello", "c.yaml: expected settings, .* found 'hello'"),
-        ("", "c.yaml: holds no settings"),
-        ("# nothing\n", "c.yaml: holds no settings"),
+        ("", "c.yaml: has no settings"),
+        ("# nothing\n", "c.yaml: has no settings"),
         ("seed: 1\nname: a\nseed: 2", "line 3: seed is set twice, on line 1 too"),
         ("optim: {epochs: 1}\noptim.epochs: 2", "line 2: optim.epochs is set twice, on line 1 too"),
         (b"name: a\nseed: 1 # caf\xe9", "line 2: is not UTF-8 text"),
         (b"\x00\x01", "c.yaml: is not UTF-8 text; save the file as UTF-8"),
         ("seed: 1\nname: a\0b\n", r"line 2: the character U.0000 is not allowed in a config: remove it"),
-        ("seed: 1\t# c\n", "line 1, column 8: a tab: write spaces"),
+        ("seed: 1\t# c\n", "line 1, column 8: a tab: use spaces"),
         ("  name: x\ndata: {}\n", "line 2, column 1: the lines above are indented more than this one"),
         ("seed: 1\nname\nruns: x\n", "line 2, column 1: expected KEY: VALUE, with a space after the colon"),
-        ("name: > x\n", "line 1, column 7: quote a text that begins with > or"),
-        ("name: ? x\n", "line 1, column 7: quote a text that begins with ."),
+        ("name: > x\n", "line 1, column 7: quote text that begins with > or"),
+        ("name: ? x\n", "line 1, column 7: quote text that begins with ."),
         ("data: - 3\n", "line 1, column 7: a list item, '- x', starts on its own line"),
         ("optim: !!python/object:os.system {epochs: 3}", "line 1: the tag '!!python/object:os.system' is not accepted"),
         ("seed: !!int 3", "line 1: the tag '!!int' is not accepted"),
@@ -218,21 +218,21 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("data: {root: [a, b]}", r"data.root=\['a', 'b'\]: expected text"),
         ("knn: &k {k: 3}\nprobe:\n  <<: [" + "*k, " * 9 + "*k]", "line 1: probe.k: unknown key; did you mean knn.k?"),
         ("optim: {base_lr: .inf}", "optim.base_lr=inf: must be finite"),
-        ('data: {root: "\\ud800"}', "data.root=.*: holds characters that are no text"),
+        ('data: {root: "\\ud800"}', "data.root=.*: has characters that are not valid Unicode"),
         ("name: a\n---\nname: b\n", "line 2, column 1: a second document begins .---.: keep one"),
-        ("optim:\n\tepochs: 1\n", "line 2, column 1: a tab: write spaces"),
+        ("optim:\n\tepochs: 1\n", "line 2, column 1: a tab: use spaces"),
         (
             "optim:\n  epochs: 1\n base_lr: 2\n",
             "line 3, column 2: this does not fit the lines above: check indentation",
         ),
-        ("name: a: b\n", "line 1, column 8: this ':' does not fit: quote text that holds ': '"),
-        ("name: @x\n", "line 1, column 7: quote a text that begins with this character"),
-        ("name: *x\n", "the alias behind . has no anchor .&. before it"),
+        ("name: a: b\n", "line 1, column 8: unexpected ':': quote text that contains ': '"),
+        ("name: @x\n", "line 1, column 7: quote text that begins with this character"),
+        ("name: *x\n", "the alias after . has no anchor .&. before it"),
         ('name: "x\n', "line 1, column 7: a quote opened here is not closed"),
         ("name: x\a\n", r"line 1: the character U.0007 is not allowed in a config: remove it"),
         ("name: x\n".encode("utf-16-le"), "is not UTF-8 text; save the file as UTF-8"),
         ("? ''\n: 1\n", "line 1: '': unknown key"),
-        ("x" * 300_000, "is no config: it has more than 256 KiB"),
+        ("x" * 300_000, "is not a config: it has more than 256 KiB"),
     ],
 )
 def test_a_mistake_in_a_yaml_file_too(capsys, tmp_path, text, message):
@@ -603,7 +603,7 @@ def test_a_wrong_word_is_not_blamed_on_the_file(capsys, tmp_path):
     (tmp_path / "c.yaml").write_text("data: {batch_size: 8}\n")
     code, _, err = run(capsys, "train", "--config", str(tmp_path / "c.yaml"), "--data.batch_size=x")
     assert code == 2
-    assert err.startswith("fastbyol: error: --data.batch_size='x': expected a whole number")
+    assert err.startswith("fastbyol: error: --data.batch_size='x': expected an integer")
 
 
 @pytest.mark.parametrize(
@@ -658,7 +658,7 @@ def test_a_damaged_value_of_numba_s_threads_is_one_line():
         )
         assert (done.returncode, done.stdout) == (2, "")
         assert re.fullmatch(
-            f"fastbyol: error: NUMBA_NUM_THREADS='{value[:30]}.*' in the environment: expected a whole number of at least 1\n",
+            f"fastbyol: error: NUMBA_NUM_THREADS='{value[:30]}.*' in the environment: expected an integer of at least 1\n",
             done.stderr,
         )
 
@@ -744,7 +744,7 @@ def test_under_torchrun_signals_are_not_caught(capsys, torchrun, monkeypatch):
     run(capsys, "doctor")
     torchrun(0)
     run(capsys, "doctor")
-    assert found == [cli._end, signal.SIG_DFL]
+    assert found == [cli._raise_signaled, signal.SIG_DFL]
 
 
 def test_signals_are_left_as_they_were(capsys):

@@ -108,7 +108,7 @@ OTHERS = cores._others
 
 
 def test_the_load_of_others_is_what_this_process_has_not_used(monkeypatch):
-    monkeypatch.setattr(cores, "_BEGAN", (100.0, 1000.0, 50.0))
+    monkeypatch.setattr(cores, "_AT_START", (100.0, 1000.0, 50.0))
     monkeypatch.setattr(cores, "_usage", lambda: (110.0, 1017.0, 55.0))
     assert OTHERS() == (10.0, pytest.approx(1.2))
 

@@ -78,7 +78,7 @@ def test_json_has_no_nan():
         (b"", "is empty"),
         (b'{"a":\n 1', r"is damaged: not valid JSON \(line 2\)"),
         (b"\xff\xfe", "is damaged: not valid JSON"),
-        (b"[1, 2]", "holds no JSON object"),
+        (b"[1, 2]", "is not a JSON object"),
         (b"[" * 100_000, "is damaged: not valid JSON$"),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_lock_does_not_follow_a_link_and_names_what_stands_in_its_place(tmp_pa
     folder.mkdir()
     for make in (lambda p: p.symlink_to(precious), lambda p: p.symlink_to("nowhere"), Path.mkdir, os.mkfifo):
         make(folder / LOCK)
-        with pytest.raises(InputError, match=r"\.lock is not a plain file, which a run uses as its lock: remove it"):
+        with pytest.raises(InputError, match=r"\.lock is not a regular file, but runs use it as a lock: remove it"):
             FolderLock(folder, warn=no_warning).__enter__()
         (folder / LOCK).rmdir() if (folder / LOCK).is_dir() else (folder / LOCK).unlink()
     assert precious.read_text() == "my notes"

@@ -10,7 +10,7 @@ from fastbyol import cli
 from fastbyol.cli import main
 from fastbyol.config import Config
 from fastbyol.settings.base import leaves
-from fastbyol.settings.options import Command, options_of
+from fastbyol.settings.commands import Command, options_of
 
 HANG_S = 120  # what takes so long hangs, under any load
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

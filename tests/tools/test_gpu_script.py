@@ -19,7 +19,7 @@ from helpers.common import HANG_S, ROOT
 
 from fastbyol import cli
 from fastbyol.runtime import environment
-from fastbyol.settings.options import read
+from fastbyol.settings.command_line import parse_command_line as read
 
 PARSERS = {
     "bench_step": bench_step,

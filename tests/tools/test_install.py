@@ -67,10 +67,10 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(caches.Path, "home", no_home if home is None else lambda: home)
         monkeypatch.setattr(caches.os, "access", lambda path, how: str(path).startswith(writable))
         monkeypatch.setattr(caches, "note", None)
-        monkeypatch.setattr(caches, "fault", None)
+        monkeypatch.setattr(caches, "error", None)
         before = dict(os.environ)
         caches.prepare()
-        return caches.note, caches.fault, {k: v for k, v in os.environ.items() if before.get(k) != v}
+        return caches.note, caches.error, {k: v for k, v in os.environ.items() if before.get(k) != v}
 
     return prepare
 

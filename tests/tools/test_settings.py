@@ -9,17 +9,19 @@ import pytest
 
 from fastbyol.config import Config, DataConfig, FewshotEval, KnnEval, OptimConfig
 from fastbyol.data.workers import map_in_order, resolve_threads
-from fastbyol.settings.base import leaves, nearest
+from fastbyol.settings.base import leaves
+from fastbyol.settings.messages import nearest
+from fastbyol.settings.types import parts
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optim": {"epochs": None}}, r"optim.epochs: has no value \(blank\); expected a whole number"),
-        ({"optim": {"epochs": "3"}}, "optim.epochs='3': expected a whole number"),
-        ({"optim": {"epochs": True}}, "optim.epochs=True: expected a whole number"),
-        ({"optim": {"epochs": 3.5}}, "optim.epochs=3.5: expected a whole number"),
-        ({"optim": {"epochs": [3]}}, r"optim.epochs=\[3\]: expected a whole number"),
+        ({"optim": {"epochs": None}}, r"optim.epochs: has no value \(blank\); expected an integer"),
+        ({"optim": {"epochs": "3"}}, "optim.epochs='3': expected an integer"),
+        ({"optim": {"epochs": True}}, "optim.epochs=True: expected an integer"),
+        ({"optim": {"epochs": 3.5}}, "optim.epochs=3.5: expected an integer"),
+        ({"optim": {"epochs": [3]}}, r"optim.epochs=\[3\]: expected an integer"),
         ({"optim": {"epochs": 10**18}}, "optim.epochs=10+: must be at most 1000000"),
         ({"optim": {"epochs": 10**5000}}, "optim.epochs=a number of 16610 bits: must"),
         ({"optim": {"base_lr": float("nan")}}, "optim.base_lr=nan: must be finite"),
@@ -37,12 +39,12 @@ from fastbyol.settings.base import leaves, nearest
         ({"optim": None}, "optim: has no value: expected a section"),
         ({"optim": 3}, "optim=3: expected a section with settings such as optim.name"),
         ({"optim": []}, r"optim=\[\]: expected a section"),
-        ({"data": {"batch_size": "many"}}, "data.batch_size='many': expected a whole number or auto"),
+        ({"data": {"batch_size": "many"}}, "data.batch_size='many': expected an integer or auto"),
         ({"data": {"batch_size": None}}, "data.batch_size: has no value"),
         ({"data": {"classes": "cat"}}, "data.classes='cat': expected names, such as cat,dog"),
         ({"data": {"classes": [3]}}, "data.classes=3: expected text"),
         ({"data": {"root": 3}}, "data.root=3: expected text"),
-        ({"data": {"root": "a\0"}}, "data.root='a.x00': holds a NUL character"),
+        ({"data": {"root": "a\0"}}, "data.root='a.x00': has a NUL character"),
         ({"data": {"threads": -1}}, "data.threads=-1: must be 0"),
         ({"probe": {"enabled": 1}}, "probe.enabled=1: expected true or false"),
         ({"name": "a/b"}, "name='a/b': must be a non-empty name without '/'"),
@@ -82,7 +84,7 @@ def test_objects_are_checked_too(build):
 def test_an_evaluations_settings_are_checked():
     assert KnnEval(run=Path("runs/x")).run == "runs/x"
     assert FewshotEval(run="x", shots=[1, 2]).shots == (1, 2)
-    with pytest.raises(ValueError, match="shots='1': expected whole numbers, such as 1,5,10"):
+    with pytest.raises(ValueError, match="shots='1': expected integers, such as 1,5,10"):
         FewshotEval(run="x", shots="1")
     with pytest.raises(ValueError, match="k=10+: must be at most 1000000"):
         KnnEval(run="x", k=10**18)
@@ -91,7 +93,7 @@ def test_an_evaluations_settings_are_checked():
 def test_every_whole_number_and_every_number_has_a_limit():
     for name, f, owner in leaves(Config):
         for kind, value in ((int, 10**30), (float, 1e300)):
-            if f.type is kind:
+            if kind in parts(f.type):
                 with pytest.raises(ValueError, match=rf"^{name}="):
                     owner(**{f.name: value})
 

@@ -11,7 +11,7 @@ from fastbyol import cli
 from fastbyol.cli import train_config
 from fastbyol.data import build_loader, find_images
 from fastbyol.model import build_model
-from fastbyol.settings.options import read
+from fastbyol.settings.command_line import parse_command_line
 from fastbyol.step import TrainStep
 from fastbyol.tools.plan import plan
 from fastbyol.tools.roofline import meta_model
@@ -67,7 +67,7 @@ def test_the_hours_are_those_of_the_plan(path):
     match = re.fullmatch(r"([\d.]+) \(estimate: fastbyol plan (.*)\)", hours)
     words = match[2].split()
     assert words[:2] == ["--config", f"configs/{path.name}"]
-    call = read(["plan", "--config", str(path), *words[2:]], cli.COMMANDS)
+    call = parse_command_line(["plan", "--config", str(path), *words[2:]], cli.COMMANDS)
     found = plan(call.config, **dataclasses.asdict(call.options), say=lambda text: None)
     assert float(match[1]) == pytest.approx(found["hours"], abs=0.05 if found["hours"] < 100 else 0.5)
     assert found["limit"] != "memory"
