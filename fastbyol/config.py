@@ -231,7 +231,7 @@ class LogConfig(Settings):
 
 @dataclass(kw_only=True)
 class CheckpointConfig(Settings):
-    """Checkpoints. One is also saved at the end of a run and on SIGTERM or SIGINT."""
+    """When to save checkpoints. One is also saved at the end of a run and on SIGTERM or SIGINT."""
 
     PREFIX: ClassVar[str] = "checkpoint."
     every_epochs: Annotated[int, AtLeast(1)] = 1
@@ -242,7 +242,7 @@ class CheckpointConfig(Settings):
 
 @dataclass(kw_only=True)
 class KnnConfig(Settings):
-    """Online evaluation with a weighted kNN classifier on frozen features."""
+    """Online kNN evaluation. A weighted kNN classifier on frozen features."""
 
     PREFIX: ClassVar[str] = "knn."
     every_epochs: Annotated[int, AtLeast(0, "off")] = 1
@@ -257,7 +257,7 @@ class KnnConfig(Settings):
 
 @dataclass(kw_only=True)
 class ProbeConfig(Settings):
-    """Online linear probe: a linear classifier trained during the run, on features without gradient."""
+    """Online linear probe. It is trained during the run, on features without gradient."""
 
     PREFIX: ClassVar[str] = "probe."
     enabled: bool = False

@@ -19,7 +19,7 @@ from fastbyol.settings.commands import CONFIG, Command, Group, Option
 from fastbyol.settings.types import parts
 
 _MAX_WIDTH = 118
-_DEFAULT_WIDTH = 100  # if standard output is not a terminal
+_DEFAULT_WIDTH = 120  # if standard output is not a terminal
 _COMMON = (
     "data.root",
     "name",
@@ -56,7 +56,7 @@ def format_group(group: Group, path: list[str]) -> str:
         path: the words of the group, e.g. [fastbyol, eval].
     """
     name, column = " ".join(path), max(map(len, group.commands)) + 4
-    lines = [f"usage: {name} COMMAND [--option value ...]", "", group.summary, ""]
+    lines = [f"usage: {name} COMMAND [--option value ...]", "", textwrap.fill(group.summary, _width()), ""]
     for word, command in group.commands.items():
         start = f"  {word}".ljust(column)
         lines.append(textwrap.fill(command.summary, _width(), initial_indent=start, subsequent_indent=" " * column))
@@ -114,7 +114,8 @@ def _add_config(
         return
     _add_options(run, [option for option in options if "." not in option.dest], texts)
     for section, kind in sections(Config).items():
-        group = page.add_argument_group(f"{section}: {(kind.__doc__ or '').splitlines()[0].rstrip('.')}")
+        title = first_sentence((kind.__doc__ or "").splitlines()[0]).rstrip(".")
+        group = page.add_argument_group(f"{section}: {title}")
         _add_options(group, [option for option in options if option.dest.startswith(f"{section}.")], texts)
 
 

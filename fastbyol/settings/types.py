@@ -52,14 +52,20 @@ def _bare(kind: Any) -> Any:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
+def _flatten(kind: Any) -> list[Any]:
+    """Return the members of a union, nested ones too, or the type itself, without annotations."""
+    members = union_members(_bare(kind))
+    return [_bare(kind)] if len(members) == 1 else [part for member in members for part in _flatten(member)]
+
+
 def parts(kind: Any) -> list[Any]:
     """Return the members of a union, or the type itself, without annotations and None."""
-    return [_bare(member) for member in union_members(_bare(kind)) if member is not NoneType]
+    return [part for part in _flatten(kind) if part is not NoneType]
 
 
 def is_optional(kind: Any) -> bool:
     """Return True if the type accepts None."""
-    return NoneType in union_members(_bare(kind))
+    return NoneType in _flatten(kind)
 
 
 def expected(kind: Any) -> str:

@@ -28,11 +28,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def run(capsys, *arguments):
-    """Exit code, stdout, stderr."""
-    try:
-        code = main(list(arguments))
-    except SystemExit as stop:  # argparse's --help and --version
-        code = stop.code
+    """Run a command; return (exit code, stdout, stderr)."""
+    code = main(list(arguments))
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -166,7 +163,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
         ([], "fastbyol takes a command first: one of train, eval"),
     ],
 )
-def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message):
+def test_invalid_command_line_is_one_line_and_exit_code_2(capsys, arguments, message):
     code, out, err = run(capsys, *arguments)
     assert code == 2
     assert out == ""
@@ -235,7 +232,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(capsys, arguments, message)
         ("x" * 300_000, "is not a config: it has more than 256 KiB"),
     ],
 )
-def test_a_mistake_in_a_yaml_file_too(capsys, tmp_path, text, message):
+def test_invalid_yaml_file_is_one_line_and_exit_code_2(capsys, tmp_path, text, message):
     path = tmp_path / "c.yaml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     code, _, err = run(capsys, "train", "--config", str(path))
@@ -245,7 +242,7 @@ def test_a_mistake_in_a_yaml_file_too(capsys, tmp_path, text, message):
     assert re.search(message, err)
 
 
-def test_yaml_and_the_command_line_read_the_same_words(tmp_path):
+def test_yaml_and_command_line_accept_the_same_spellings(tmp_path):
     words = {
         "optim.base_lr": ("1e-3", 1e-3),
         "optim.weight_decay": ("1_000.5", 1000.5),
@@ -270,7 +267,7 @@ def test_yaml_and_the_command_line_read_the_same_words(tmp_path):
         assert (found, type(found)) == (value, type(value))
 
 
-def test_anchors_and_merges(tmp_path):
+def test_yaml_anchors_and_merge_keys(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(
         "checkpoint: &every {every_epochs: 2}\nknn:\n  <<: *every\n  k: 7\n  every_epochs: &three 3\nseed: *three\n"
@@ -279,7 +276,7 @@ def test_anchors_and_merges(tmp_path):
     assert (config.checkpoint.every_epochs, config.knn.every_epochs, config.knn.k, config.seed) == (2, 3, 7, 3)
 
 
-def test_a_value_that_does_not_fit_names_the_file_unless_the_command_line_gave_it(capsys, tmp_path):
+def test_error_names_the_source_of_the_value(capsys, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("optim:\n  warmup_epochs: 200\n")
     _, _, err = run(capsys, "train", "--config", str(path))
@@ -289,7 +286,7 @@ def test_a_value_that_does_not_fit_names_the_file_unless_the_command_line_gave_i
     assert err.startswith("fastbyol: error: --optim.warmup_epochs=300.0: must lie")
 
 
-def test_a_config_that_is_not_there_is_compared_with_its_neighbors(capsys, tmp_path):
+def test_missing_config_suggests_a_similar_file(capsys, tmp_path):
     (tmp_path / "first.yaml").write_text("seed: 1")
     code, _, err = run(capsys, "train", "--config", str(tmp_path / "first.yml"))
     assert code == 2
@@ -314,7 +311,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_no_option_is_known_by_its_beginning(capsys, command):
+def test_option_prefixes_are_not_accepted(capsys, command):
     level = cli.COMMANDS
     for word in command:
         level = level.commands[word]
@@ -330,7 +327,8 @@ def test_no_option_is_known_by_its_beginning(capsys, command):
 @pytest.mark.parametrize(
     "command", [*COMMANDS, ["doctor"], ["prepare"], ["eval"], *(["eval", name] for name in EVALUATIONS)], ids=" ".join
 )
-def test_help_fits_a_screen(capsys, command):
+def test_help_fits_on_one_screen(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "120")
     for words in ([*command, "--help"], [*command, "-h"], ["help", *command]):
         code, out, err = run(capsys, *words)
         assert (code, err) == (0, "")
@@ -339,7 +337,7 @@ def test_help_fits_a_screen(capsys, command):
         assert "typing" not in out
 
 
-def test_help_shows_the_common_settings_and_names_the_page_with_all(capsys):
+def test_help_shows_common_settings_and_mentions_help_all(capsys):
     _, out, _ = run(capsys, "train", "--help")
     first = [line.split()[0] for line in out.splitlines() if line.startswith("  --")]
     assert first[:3] == ["--config", "--data.root", "--name"]
@@ -350,8 +348,30 @@ def test_help_shows_the_common_settings_and_names_the_page_with_all(capsys):
     assert "fastbyol train --data.root" in out
 
 
-def test_help_and_mistakes_do_not_wait_for_torch():
-    code = "import sys; from fastbyol.cli import main; main(['train', '--help-all']); main(['train', '--epochs', '1']); sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("columns", [60, 80, 120, 300])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help-all"], ["pack", "--help"], ["eval", "--help"]], ids=" ".join
+)
+def test_help_wraps_at_the_width_of_the_terminal(capsys, monkeypatch, words, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = run(capsys, *words)
+    widths = [
+        len(line) for line in out.splitlines() if " " in line.strip() and not line.startswith(("usage", "  fastbyol"))
+    ]
+    assert max(widths) <= min(columns, 120)
+    if words[-1] == "--help-all":  # long enough to fill every line
+        assert max(widths) > min(columns, 120) - 10
+
+
+def test_help_and_input_errors_do_not_import_torch():
+    code = """
+import sys
+from fastbyol.cli import main
+main(["--help"])
+main(["train", "--help-all"])
+main(["train", "--epochs", "1"])
+sys.exit("torch" in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
@@ -368,15 +388,15 @@ def _numpy():
 
 
 @pytest.mark.parametrize("work", [_allocates, _overflows, _numpy])
-def test_memory_that_runs_out_is_one_line(capsys, monkeypatch, work):
-    monkeypatch.setattr("fastbyol.tools.doctor.diagnose", lambda say: work())
+def test_out_of_memory_is_one_line(capsys, monkeypatch, work):
+    monkeypatch.setattr("fastbyol.tools.doctor.diagnose", lambda *args: work())
     code, _, err = run(capsys, "doctor")
     assert (code, err.count("\n")) == (1, 1)
     assert err.startswith("fastbyol: error: out of memory or threads: ")
     assert "lower data.batch_size" in err
 
 
-def test_a_network_that_does_not_fit_into_memory_is_one_line(capsys, photos, tmp_path):
+def test_model_larger_than_memory_is_one_line(capsys, photos, tmp_path):
     options = [
         "--model.backbone",
         "resnet18",
@@ -405,11 +425,11 @@ def test_a_network_that_does_not_fit_into_memory_is_one_line(capsys, photos, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_of_the_system_is_one_line_and_a_fault_of_ours_is_not(capsys, monkeypatch):
-    def missing(say):
+def test_os_errors_are_one_line_and_bugs_raise(capsys, monkeypatch):
+    def missing(*args):
         Path("/proc/nowhere").read_text()
 
-    def wrong(say):
+    def wrong(*args):
         raise RuntimeError("a tensor of the wrong shape")
 
     monkeypatch.setattr("fastbyol.tools.doctor.diagnose", missing)
@@ -442,7 +462,7 @@ def test_an_error_of_the_system_is_one_line_and_a_fault_of_ours_is_not(capsys, m
     ids=" ".join,
 )
 @pytest.mark.parametrize("long", ["x" * 300, "a\0b"], ids=["long", "NUL"])
-def test_names_that_no_file_can_have(capsys, photos, tmp_path, monkeypatch, words, long):
+def test_impossible_file_names_are_one_line(capsys, photos, tmp_path, monkeypatch, words, long):
     monkeypatch.chdir(tmp_path)
     small = (
         ["--device", "cpu", "--model.width", "0.125"] if words[0] in ("train", "preview", "bench", "profile") else []
@@ -456,7 +476,7 @@ def test_names_that_no_file_can_have(capsys, photos, tmp_path, monkeypatch, word
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_overrides_the_file(capsys, tmp_path):
+def test_command_line_overrides_config_file(capsys, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("data:\n  root: /from-file\n  batch_size: 12\n")
     _, _, err = run(capsys, "train", "--config", str(path))
@@ -466,7 +486,7 @@ def test_the_command_line_overrides_the_file(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_shipped_config_is_accepted(capsys, tmp_path, path):
+def test_shipped_configs_are_accepted(capsys, tmp_path, path):
     code, _, err = run(capsys, "train", "--config", str(path), "--data.root", "/nowhere", "--runs", str(tmp_path))
     assert (code, "there is no folder /nowhere/train" in err) == (2, True)
 
@@ -484,7 +504,7 @@ def test_preview_draws_originals_and_both_views(capsys, photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_prepare_train_evaluate_and_report_from_the_command_line(capsys, tmp_path):
+def test_prepare_train_eval_and_report(capsys, tmp_path):
     root, runs = tmp_path / "photos", tmp_path / "runs"
     assert run(capsys, "prepare", "photos", "--out", str(root), "--images", "72", "--size", "48")[0] == 0
     small = [
@@ -526,7 +546,7 @@ def test_prepare_train_evaluate_and_report_from_the_command_line(capsys, tmp_pat
     assert 'src="/' not in page
 
 
-def test_a_report_without_its_data_set_says_what_it_lacks(capsys, photos, make_config, tmp_path):
+def test_report_without_data_set_has_no_pictures(capsys, photos, make_config, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy)
     folder = train(make_config(data={"root": str(copy)}, optim={"epochs": 1, "warmup_epochs": 0})).folder
@@ -540,7 +560,7 @@ def test_a_report_without_its_data_set_says_what_it_lacks(capsys, photos, make_c
 @pytest.mark.slow
 @pytest.mark.dali
 @pytest.mark.ffcv
-def test_doctor_says_what_works(capsys):
+def test_doctor_reports_what_works(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     assert re.search(r"ok +images", out)
@@ -554,7 +574,7 @@ def test_doctor_says_what_works(capsys):
     assert "FAIL" not in out
 
 
-def test_doctor_names_the_command_for_what_is_missing(capsys, monkeypatch):
+def test_doctor_prints_install_commands(capsys, monkeypatch):
     monkeypatch.setattr(environment, "has_module", lambda name: False)
     monkeypatch.setattr(environment, "installed", lambda name: "0.1" if name == "nvidia-dali" else None)
     code, out, _ = run(capsys, "doctor")
@@ -565,7 +585,7 @@ def test_doctor_names_the_command_for_what_is_missing(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_pack_writes_one_file_and_says_what_cannot_be(photos, tmp_path, capsys):
+def test_pack_writes_one_file_and_reports_errors(photos, tmp_path, capsys):
     out = tmp_path / "x.beton"
     code, text, _ = run(capsys, "pack", str(photos / "train"), str(out), "--mode", "jpg", "--max-side", "50")
     assert code == 0
@@ -587,19 +607,19 @@ def test_pack_writes_one_file_and_says_what_cannot_be(photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words", [["--shots", "1,2"], ["--shots=1,2"], ["--shots", "[1, 2]"]])
-def test_lists_are_written_with_commas(capsys, words, monkeypatch):
+def test_list_spellings(capsys, words, monkeypatch):
     found = {}
-    monkeypatch.setattr("fastbyol.evaluate.evaluate", lambda name, options, say: found.update({name: options}))
+    monkeypatch.setattr("fastbyol.evaluate.evaluate", lambda name, options, *rest: found.update({name: options}))
     assert run(capsys, "eval", "fewshot", "--run", "x", *words)[0] == 0
     assert found["fewshot"].shots == (1, 2)
 
 
 @pytest.mark.parametrize("kind", [InputError, RunError, lambda text: LoaderTimeout(text, "stacks")])
-def test_an_error_is_one_line_whatever_the_names_in_it(kind):
+def test_errors_escape_control_characters(kind):
     assert str(kind("data/a\nb\r\x1b[2J\udcff/\u00fc: unreadable")) == "data/a\\nb\\r\\x1b[2J\\udcff/\u00fc: unreadable"
 
 
-def test_a_wrong_word_is_not_blamed_on_the_file(capsys, tmp_path):
+def test_command_line_error_does_not_name_the_config_file(capsys, tmp_path):
     (tmp_path / "c.yaml").write_text("data: {batch_size: 8}\n")
     code, _, err = run(capsys, "train", "--config", str(tmp_path / "c.yaml"), "--data.batch_size=x")
     assert code == 2
@@ -615,9 +635,7 @@ def test_a_wrong_word_is_not_blamed_on_the_file(capsys, tmp_path):
     ],
 )
 @pytest.mark.parametrize("command", ["eval", "bench", "preview", "export"])
-def test_an_output_that_cannot_be_is_refused_before_the_work(
-    capsys, monkeypatch, photos, tmp_path, command, out, message
-):
+def test_unwritable_output_is_reported_before_the_work(capsys, monkeypatch, photos, tmp_path, command, out, message):
     (tmp_path / "file").touch()
     out = str(tmp_path / out) + (".pth" if command == "export" and out != "." else "")
     (tmp_path / "x.pth").mkdir()
@@ -630,24 +648,24 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(
         "export": ["export", "r", "--format", "timm"],
     }[command]
     monkeypatch.setattr(
-        "fastbyol.evaluate.load_checkpoint_model", lambda run, say: (tmp_path / "c.pt", Config(), None, 3)
+        "fastbyol.evaluate.load_checkpoint_model", lambda run, *rest: (tmp_path / "c.pt", Config(), None, 3)
     )
     monkeypatch.setattr(
-        "fastbyol.weights.export.load_checkpoint_model", lambda run, say: pytest.fail("it went to work")
+        "fastbyol.weights.export.load_checkpoint_model", lambda *args: pytest.fail("the work has started")
     )
-    monkeypatch.setattr("fastbyol.tools.preview.draw_views", lambda config, folder: pytest.fail("it went to work"))
-    monkeypatch.setattr("fastbyol.tools.bench._measure", lambda *args: pytest.fail("it went to work"))
+    monkeypatch.setattr("fastbyol.tools.preview.draw_views", lambda config, folder: pytest.fail("the work has started"))
+    monkeypatch.setattr("fastbyol.tools.bench._measure", lambda *args: pytest.fail("the work has started"))
     code, _, err = run(capsys, *words, "--out", out)
     assert code == 2
     assert re.search(f"error: --out .*: {message}", err)
 
 
-def test_an_output_that_fails_after_the_work_is_exit_code_1(capsys, photos, tmp_path):
+def test_failed_output_is_exit_code_1(capsys, photos, tmp_path):
     code, _, err = run(capsys, "preview", "--data.root", str(photos), "--data.image_size_px=32", "--out", "/dev/full")
     assert (code, err) == (1, "fastbyol: error: --out /dev/full: cannot be written: No space left on device\n")
 
 
-def test_a_damaged_value_of_numba_s_threads_is_one_line():
+def test_invalid_numba_num_threads_is_one_line():
     for value in ("abc", "0", "", "9" * 5000):
         done = subprocess.run(
             [sys.executable, "-m", "fastbyol", "doctor"],
@@ -665,7 +683,7 @@ def test_a_damaged_value_of_numba_s_threads_is_one_line():
 
 @pytest.fixture
 def torchrun(monkeypatch):
-    """Sets what torchrun tells the process `local` of two on the second of two machines."""
+    """start(local) sets torchrun's environment variables of local rank `local` on the second machine of two with two ranks."""
 
     def start(local):
         ranks = {
@@ -687,33 +705,33 @@ def torchrun(monkeypatch):
 @pytest.mark.parametrize(
     "words", [["trian"], ["train", "--epochs", "3"], ["eval", "knn", "--run", "x"], ["pack", "a", "b"]]
 )
-def test_one_process_of_a_machine_says_what_is_wrong_with_the_words_of_all(capsys, torchrun, words):
+def test_only_local_rank_0_reports_input_errors(capsys, torchrun, words):
     torchrun(0)
     code, out, err = run(capsys, *words)
     assert (code, out, err.count("\n"), torchrun.waits) == (2, "", 1, [])
-    torchrun(1)  # it waits, since torchrun ends the others when one has ended
+    torchrun(1)  # waits, since torchrun ends all ranks when one has ended
     assert run(capsys, *words) == (1, "", "")
     assert len(torchrun.waits) == 1
 
 
-def test_a_command_for_one_process_is_refused_in_several(capsys, torchrun, monkeypatch):
+def test_single_process_commands_fail_under_torchrun(capsys, torchrun, monkeypatch):
     torchrun(0)
     _, _, err = run(capsys, "pack", "a", "b")
     assert err == "fastbyol: error: pack runs in one process, but torchrun started 4: start it without torchrun\n"
     monkeypatch.setattr("fastbyol.tools.bench.bench", lambda config, **options: None)
     monkeypatch.setattr("fastbyol.tools.profiling.profile", lambda config, **options: None)
-    monkeypatch.setattr("fastbyol.tools.doctor.diagnose", lambda say: 0)
+    monkeypatch.setattr("fastbyol.tools.doctor.diagnose", lambda *args: 0)
     for command in ("bench", "profile", "doctor"):
         assert run(capsys, command) == (0, "", "")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "source=a" in run(capsys, "pack", "a", "b")[2]
-    monkeypatch.setenv("WORLD_SIZE", "4")  # as some clusters set it, without torchrun
+    monkeypatch.setenv("WORLD_SIZE", "4")  # some clusters set it without torchrun
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert "source=a" in run(capsys, "pack", "a", "b")[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_command_with_a_line_and_removes_what_is_half_written(photos, tmp_path, number):
+def test_signal_removes_partial_files_and_is_one_line(photos, tmp_path, number):
     code = f"""
 import os, signal, sys
 from fastbyol.cli import main
@@ -736,10 +754,10 @@ sys.exit(main(["pack", {str(photos / "train")!r}, {str(tmp_path / "x.beton")!r}]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_under_torchrun_signals_are_not_caught(capsys, torchrun, monkeypatch):
+def test_signals_keep_their_default_action_under_torchrun(capsys, torchrun, monkeypatch):
     found = []
     monkeypatch.setattr(
-        "fastbyol.tools.doctor.diagnose", lambda say: found.append(signal.getsignal(signal.SIGTERM)) or 0
+        "fastbyol.tools.doctor.diagnose", lambda *args: found.append(signal.getsignal(signal.SIGTERM)) or 0
     )
     run(capsys, "doctor")
     torchrun(0)
@@ -747,7 +765,7 @@ def test_under_torchrun_signals_are_not_caught(capsys, torchrun, monkeypatch):
     assert found == [cli._raise_signaled, signal.SIG_DFL]
 
 
-def test_signals_are_left_as_they_were(capsys):
+def test_signal_handlers_are_restored(capsys):
     before = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)]
     try:
         assert run(capsys, "--version")[0] == 0
@@ -756,23 +774,23 @@ def test_signals_are_left_as_they_were(capsys):
         signal.signal(signal.SIGHUP, before[0])
 
 
-def test_help_is_printed_by_one_process_of_a_machine(capsys, torchrun):
+def test_only_local_rank_0_prints_help(capsys, torchrun):
     torchrun(0)
     assert run(capsys, "train", "--help")[1].startswith("usage: fastbyol train")
     torchrun(1)
     assert run(capsys, "train", "--help") == (0, "", "")
 
 
-def test_words_behind_two_dashes_are_no_options(capsys):
+def test_words_after_two_dashes_are_positional(capsys):
     assert "source=--mode:" in run(capsys, "pack", "--", "--mode", "-b")[2]
 
 
-def test_what_fails_behind_the_work_is_exit_code_1(capsys, monkeypatch, tmp_path):
+def test_failed_report_is_a_warning_after_eval_and_exit_code_1_after_training(capsys, monkeypatch, tmp_path):
     def fails(*args, **options):
         raise RunError("report.html: cannot be written: it is full")
 
     monkeypatch.setattr("fastbyol.evaluate.evaluate", lambda *args: None)
-    monkeypatch.setattr("fastbyol.tools.report.refresh_report", fails)  # of an evaluation, which is written: a warning
+    monkeypatch.setattr("fastbyol.tools.report.refresh_report", fails)  # after the result is saved
     code, out, err = run(capsys, "eval", "knn", "--run", "x")
     assert (code, out, err) == (0, "warning: report.html: cannot be written: it is full\n", "")
 
@@ -784,7 +802,7 @@ def test_what_fails_behind_the_work_is_exit_code_1(capsys, monkeypatch, tmp_path
     assert run(capsys, "train")[0] == 1
 
 
-def test_what_is_no_output_of_a_command_is_not_overwritten(capsys, photos, tmp_path, make_config):
+def test_foreign_files_are_not_overwritten(capsys, photos, tmp_path, make_config):
     folder = train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
     before = (folder / "summary.json").read_bytes()
     code, _, err = run(capsys, "eval", "knn", "--run", str(folder), "--out", str(folder / "summary.json"))
@@ -798,7 +816,7 @@ def test_what_is_no_output_of_a_command_is_not_overwritten(capsys, photos, tmp_p
     assert "exists and is no PNG file: it is not overwritten" in err
 
 
-def test_a_working_directory_that_is_gone_and_devices_are_one_line(capsys, tmp_path, monkeypatch):
+def test_missing_working_directory_and_device_files_are_one_line(capsys, tmp_path, monkeypatch):
     code, _, err = run(capsys, "plan", "--rates", "/dev/zero")
     assert (code, err.count("\n")) == (2, 1)
     code, _, err = run(capsys, "eval", "knn", "--run", "/dev/zero")
