@@ -1,6 +1,7 @@
 """The command line: the table of commands, main(), and what it prints and returns on errors.
 
-Errors that the user can fix are one line on stderr. The exit code is 2 for unusable input and 1 for a run that had to stop.
+Errors that the user can fix are one line on stderr. The exit code is 2 for unusable input and 1 for
+a run that had to stop.
 """
 
 import os
@@ -264,9 +265,10 @@ class _Signaled(BaseException):
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Context: SIGTERM and SIGHUP raise, as Ctrl-C does, so that partial files are removed. A training also saves.
+    """Context: SIGTERM and SIGHUP raise, as Ctrl-C does, so that partial files are removed.
 
-    Not under torchrun: a process that waits for another one that has died must still end on a signal.
+    Not under torchrun: a process that waits for another one that has died must still end on a
+    signal.
     """
     ours = threading.current_thread() is threading.main_thread() and "TORCHELASTIC_RUN_ID" not in os.environ
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(n) == signal.SIG_DFL]
@@ -292,7 +294,7 @@ def local_rank() -> int:
 
 @contextmanager
 def _one_error_per_machine() -> Iterator[None]:
-    """Context: only local rank 0 reports an InputError of the command line, which all ranks share."""
+    """Context: only local rank 0 reports an InputError of the shared command line."""
     try:
         yield
     except InputError:
@@ -306,7 +308,8 @@ def _check_environment(call: Call) -> None:
     """Check environment variables.
 
     Raises:
-        InputError: numba could not parse NUMBA_NUM_THREADS; or torchrun started multiple processes of a command whose
+        InputError: numba could not parse NUMBA_NUM_THREADS; or torchrun started multiple processes
+            of a command whose
             processes would write the same files.
     """
     threads = os.environ.get("NUMBA_NUM_THREADS")

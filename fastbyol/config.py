@@ -1,7 +1,8 @@
 """The configuration of a run: typed, documented dataclasses.
 
-The docstring below a field is its help text, the annotations of its type are its limits, and its unit is part of its
-name. What depends on the data set, such as a batch that is too large for it, is checked where the data is loaded.
+The docstring below a field is its help text, the annotations of its type are its limits, and its
+unit is part of its name. What depends on the data set, such as a batch that is too large for it, is
+checked where the data is loaded.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ RENAMED = {
     "model.weight_standardisation": "model.weight_standardization",
     "step.checkpoint_stages": "step.activation_checkpointing",
 }
-"""Old name of a setting -> its current name. Config files, command lines and checkpoints with old names still load."""
+"""Old name of a setting -> its current name. Files with old names still load."""
 
 
 @dataclass(kw_only=True)
@@ -50,13 +51,16 @@ class DataConfig(Settings):
 
     PREFIX: ClassVar[str] = "data."
     root: AbsolutePath | None = None
-    """Folder of the data set, with ROOT/train/CLASS/x.jpg or ROOT/train.beton. Or the training split itself: a folder or .beton file."""
+    """Folder of the data set, with ROOT/train/CLASS/x.jpg or ROOT/train.beton. Or the training
+    split itself: a folder or .beton file."""
     train_split: ExpandedPath = "train"
-    """Training split: a sub-folder or .beton file of `root`, a path elsewhere, or '.' for `root` itself."""
+    """Training split: a sub-folder or .beton file of `root`, a path elsewhere, or '.' for `root`
+    itself."""
     val_split: ExpandedPath = "val"
     """Validation split, likewise. Evaluation is skipped if it does not exist."""
     backend: Literal["auto", "native", "dali", "ffcv"] = "auto"
-    """Loader backend. auto uses dali on a GPU if it is installed, otherwise native. ffcv is FFCV's own loader."""
+    """Loader backend. auto uses dali on a GPU if it is installed, otherwise native. ffcv is FFCV's
+    own loader."""
     classes: list[str] = field(default_factory=list)
     """Names of the classes to use from both splits. Empty uses all."""
     fraction: Fraction = 1.0
@@ -64,33 +68,42 @@ class DataConfig(Settings):
     images_per_class: Annotated[int, AtLeast(0, "all"), AtMost(10**9)] = 0
     """Number of images to use from each class of the training split. 0 uses all."""
     file_list: AbsolutePath | None = None
-    """Text file that lists the training images to use, one per line: path or unique file name, or sample index in a .beton file."""
+    """Text file that lists the training images to use, one per line: path or unique file name, or
+    sample index in a .beton file."""
     subset_seed: Seed = 0
-    """Seed of the subset drawn by `fraction` or `images_per_class`. With the same seed, a smaller subset is contained in a larger one."""
+    """Seed of the subset drawn by `fraction` or `images_per_class`. With the same seed, a smaller
+    subset is contained in a larger one."""
     batch_size: Annotated[
         int | Literal["auto"], AtLeast(2, message="BatchNorm needs at least 2 images"), AtMost(MAX_COUNT)
     ] = 256
-    """Images per optimizer step, over all ranks and micro-batches (short: --batch-size). auto uses the largest power of two that fits into memory."""
+    """Images per optimizer step, over all ranks and micro-batches (short: --batch-size). auto uses
+    the largest power of two that fits into memory."""
     image_size_px: Annotated[int, Interval(8, 4096)] = 224
     """Height and width of both views in pixels."""
     augmentation: Literal["byol", "torchvision", "none"] = "byol"
-    """Augmentation of the views. byol is the paper's, torchvision uses torchvision's color jitter and crop sampling, none uses the center crop for both views."""
+    """Augmentation of the views. byol is the paper's, torchvision uses torchvision's color jitter
+    and crop sampling, none uses the center crop for both views."""
     threads: Threads = 0
     """Threads that decode and augment. 0 uses one per CPU core."""
     prefetch_batches: Annotated[int, AtLeast(1), AtMost(1000)] = 3
-    """Batches to prefetch. Memory: (prefetch_batches + 1) * batch_size * 2 views * image_size_px^2 * 3 * bytes per value."""
+    """Batches to prefetch. Memory: (prefetch_batches + 1) * batch_size * 2 views * image_size_px^2
+    * 3 * bytes per value."""
     readers: Annotated[int, AtLeast(1), AtMost(MAX_THREADS)] = 4
     """Threads that read files ahead of the decoders. Increase it for a slow disk."""
     readahead_images: Count = 256
     """Files to read ahead. Their bytes stay in memory until they are decoded."""
     dct_scaling: bool = False
-    """Decode JPEGs at 1/2, 1/4 or 1/8 of their size if both crops still have image_size_px pixels. Faster, slightly different pixels."""
+    """Decode JPEGs at 1/2, 1/4 or 1/8 of their size if both crops still have image_size_px pixels.
+    Faster, slightly different pixels."""
     hw_decoder_load: UnitInterval = 0.75
-    """dali on a GPU: fraction of JPEGs that the hardware decoder decodes; CUDA cores decode the rest. 1 is slower."""
+    """dali on a GPU: fraction of JPEGs that the hardware decoder decodes; CUDA cores decode the
+    rest. 1 is slower."""
     preallocate_px: Annotated[int, AtLeast(0, "off"), AtMost(MAX_SIDE_PX)] = 0
-    """dali on a GPU: side in pixels of the largest image to preallocate memory for. 0 allocates on demand."""
+    """dali on a GPU: side in pixels of the largest image to preallocate memory for. 0 allocates on
+    demand."""
     max_bad_fraction: BelowOne = 0.01
-    """Fraction of training images that may be unreadable before the run stops. Unreadable images are logged and skipped."""
+    """Fraction of training images that may be unreadable before the run stops. Unreadable images
+    are logged and skipped."""
     timeout_s: Seconds = 600
     """Seconds without a batch before the run stops and writes the stacks of all threads."""
 
@@ -103,7 +116,9 @@ class DataConfig(Settings):
 
 @dataclass(kw_only=True)
 class ModelConfig(Settings):
-    """Backbone, heads and loss. The defaults are BYOL's; docs/variants.md describes the other choices."""
+    """Backbone, heads and loss. The defaults are BYOL's; docs/variants.md describes the other
+    choices.
+    """
 
     PREFIX: ClassVar[str] = "model."
     backbone: str = "resnet50"
@@ -111,33 +126,42 @@ class ModelConfig(Settings):
     width: Annotated[float, Above(0), AtMost(256)] = 1.0
     """Width multiplier of a ResNet's stages. The paper uses 1, 2 and 4."""
     stem: Literal["imagenet", "small"] = "imagenet"
-    """ResNet stem. imagenet is a 7x7 convolution of stride 2 and max-pooling; small, for images up to about 64 px, is a 3x3 convolution of stride 1 without pooling."""
+    """ResNet stem. imagenet is a 7x7 convolution of stride 2 and max-pooling; small, for images up
+    to about 64 px, is a 3x3 convolution of stride 1 without pooling."""
     hidden_dim: Annotated[int, AtLeast(1), AtMost(2**20)] = 4096
     """Hidden units of projector and predictor."""
     projection_dim: Annotated[int, AtLeast(2), AtMost(2**20)] = 256
     """Output dimension of projector and predictor."""
     target_init: Literal["copy", "reseed"] = "copy"
-    """Initial weights of the target network. copy uses the online network's, reseed draws others, as in the authors' code."""
+    """Initial weights of the target network. copy uses the online network's, reseed draws others,
+    as in the authors' code."""
     norm: Literal["batch", "layer", "group"] = "batch"
-    """Normalization in backbone and heads. batch shares statistics across ranks (see distributed.sync_bn_ranks)."""
+    """Normalization in backbone and heads. batch shares statistics across ranks (see
+    distributed.sync_bn_ranks)."""
     norm_groups: Annotated[int, AtLeast(1), AtMost(2**16)] = 16
     """Channel groups of norm=group."""
     weight_standardization: bool = False
     """Standardize each filter of backbone and heads to mean 0 and variance 1."""
     heads: Literal["mlp", "linear"] = "mlp"
-    """Projector and predictor. mlp is the paper's two-layer MLP, linear is a single linear layer."""
+    """Projector and predictor. mlp is the paper's two-layer MLP, linear is a single linear
+    layer."""
     target: Literal["ema", "online"] = "ema"
-    """Network that provides the targets. ema is the moving average, online is the online network with stop-gradient (SimSiam)."""
+    """Network that provides the targets. ema is the moving average, online is the online network
+    with stop-gradient (SimSiam)."""
     loss: Literal["byol", "euclidean", "mse", "hinge"] = "byol"
-    """Loss between predictions and targets. byol is the squared distance and hinge the distance beyond hinge_margin, both of normalized vectors; euclidean is the distance and mse the mean squared error, without normalization."""
+    """Loss between predictions and targets. byol is the squared distance and hinge the distance
+    beyond hinge_margin, both of normalized vectors; euclidean is the distance and mse the mean
+    squared error, without normalization."""
     hinge_margin: Annotated[float, Interval(0, 2, open_high=True)] = 0.2
     """Distance below which loss=hinge is 0."""
     contrastive_weight: Annotated[float, AtLeast(0, "off")] = 0.0
-    """Weight (beta) of a contrastive term whose negatives are the rank's other images. 0 is off, 1 gives InfoNCE."""
+    """Weight (beta) of a contrastive term whose negatives are the rank's other images. 0 is off, 1
+    gives InfoNCE."""
     contrastive_temperature: Positive = 0.1
     """Temperature (alpha) of the contrastive term."""
     feature_noise: Annotated[float, AtLeast(0, "off"), AtMost(10**6)] = 0.0
-    """Standard deviation of noise added to the features of view 1 to obtain view 2. It replaces image augmentation, so it needs data.augmentation=none. 0 is off."""
+    """Standard deviation of noise added to the features of view 1 to obtain view 2. It replaces
+    image augmentation, so it needs data.augmentation=none. 0 is off."""
     mask_ratio: BelowOne = 0.0
     """Fraction of the patches of each view to hide from the online network."""
     mask_patch_px: Annotated[int, AtLeast(1), AtMost(4096)] = 16
@@ -196,11 +220,14 @@ class StepConfig(Settings):
 
     PREFIX: ClassVar[str] = "step."
     mode: Literal["auto", "eager", "compile", "cuda_graph"] = "auto"
-    """Execution mode. auto uses compile on a GPU and eager on a CPU. cuda_graph compiles and captures the whole step in one CUDA graph."""
+    """Execution mode. auto uses compile on a GPU and eager on a CPU. cuda_graph compiles and
+    captures the whole step in one CUDA graph."""
     micro_batches: Count = 1
-    """Number of parts that a rank's batch is split into. Gradients are accumulated; BatchNorm statistics are those of a part."""
+    """Number of parts that a rank's batch is split into. Gradients are accumulated; BatchNorm
+    statistics are those of a part."""
     activation_checkpointing: Annotated[int, Interval(0, 4)] = 0
-    """Number of backbone stages, from the first, that recompute activations in the backward pass to save memory."""
+    """Number of backbone stages, from the first, that recompute activations in the backward pass to
+    save memory."""
 
 
 @dataclass(kw_only=True)
@@ -209,11 +236,13 @@ class DistributedConfig(Settings):
 
     PREFIX: ClassVar[str] = "distributed."
     sync_bn_ranks: Annotated[int, AtLeast(0, "all"), AtMost(MAX_COUNT)] = 0
-    """Number of neighboring ranks that share BatchNorm statistics. 0 is all, as in the paper; 1 disables sharing."""
+    """Number of neighboring ranks that share BatchNorm statistics. 0 is all, as in the paper; 1
+    disables sharing."""
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"
     """Data type of the gradient all-reduce. bf16 halves the traffic."""
     timeout_s: Seconds = 1800
-    """Seconds that a rank waits for the others before the run ends. Must exceed the duration of an online kNN evaluation."""
+    """Seconds that a rank waits for the others before the run ends. Must exceed the duration of an
+    online kNN evaluation."""
 
 
 @dataclass(kw_only=True)
@@ -222,11 +251,13 @@ class LogConfig(Settings):
 
     PREFIX: ClassVar[str] = "log."
     log_every_steps: Annotated[int, AtLeast(1)] = 10
-    """Steps between two lines of metrics.jsonl. Values are copied from the GPU only at these steps."""
+    """Steps between two lines of metrics.jsonl. Values are copied from the GPU only at these
+    steps."""
     tensorboard: bool = True
     """Write TensorBoard event files in addition to metrics.jsonl."""
     collapse_threshold: UnitInterval = 0.1
-    """Warn of collapse if the std of the normalized projections falls below this fraction of 1/sqrt(projection_dim)."""
+    """Warn of collapse if the std of the normalized projections falls below this fraction of
+    1/sqrt(projection_dim)."""
 
 
 @dataclass(kw_only=True)
@@ -252,7 +283,8 @@ class KnnConfig(Settings):
     max_bank_images: Annotated[int, AtLeast(1)] = 50_000
     """Maximum number of training images to search, evenly spread over the split."""
     temperature: Positive = 0.07
-    """Temperature of the votes: a neighbor with cosine similarity s has weight exp(s / temperature)."""
+    """Temperature of the votes: a neighbor with cosine similarity s has weight exp(s /
+    temperature)."""
 
 
 @dataclass(kw_only=True)
@@ -261,7 +293,8 @@ class ProbeConfig(Settings):
 
     PREFIX: ClassVar[str] = "probe."
     enabled: bool = False
-    """Train a linear classifier on the side, and print its loss, top-1 and top-5 accuracy every epoch."""
+    """Train a linear classifier on the side, and print its loss, top-1 and top-5 accuracy every
+    epoch."""
     lr: Positive = 1e-3
     """Learning rate of the probe's Adam optimizer."""
 
@@ -280,11 +313,14 @@ class Config(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. auto uses a GPU if available."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"
-    """Autocast data type of the forward pass. auto uses bf16 if the processor supports it, otherwise fp32. fp16 uses loss scaling."""
+    """Autocast data type of the forward pass. auto uses bf16 if the processor supports it,
+    otherwise fp32. fp16 uses loss scaling."""
     init: ExpandedPath = "none"
-    """Initial weights of the backbone: none, timm:NAME, a file of `fastbyol export`, or a run. timm:NAME downloads timm's pre-trained weights."""
+    """Initial weights of the backbone: none, timm:NAME, a file of `fastbyol export`, or a run.
+    timm:NAME downloads timm's pre-trained weights."""
     resume: ExpandedPath = "none"
-    """Checkpoint to continue from: none, auto or a path. auto is the latest valid checkpoint of the run NAME, or none if there is none."""
+    """Checkpoint to continue from: none, auto or a path. auto is the latest valid checkpoint of the
+    run NAME, or none if there is none."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data set, views and loader."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters, and bytes of file names that are not UTF-8, escaped."""
+    """Return the text with control characters and invalid UTF-8 bytes of file names escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class FastbyolError(Exception):
-    """Base class of errors whose text is meant for the user. The command line prints it and exits with `exit_code`.
+    """Base class of errors for the user. The command line prints the text and exits with `exit_code`.
 
-    The text is one line. Control characters, such as those in names of files and classes, are escaped.
+    The text is one line. Control characters, such as those in names of files and classes, are
+    escaped.
     """
 
     exit_code = 1
@@ -22,13 +23,13 @@ class FastbyolError(Exception):
 
 
 class InputError(FastbyolError):
-    """The input (config, path, data set, checkpoint) is unusable, and nothing was started: exit code 2."""
+    """Unusable input (config, path, data set, checkpoint); nothing was started. Exit code 2."""
 
     exit_code = 2
 
 
 class RunError(FastbyolError):
-    """A started run had to stop, e.g. for a non-finite loss, a full disk or too many unreadable images: exit code 1."""
+    """A run had to stop, e.g. for a non-finite loss or a full disk. Exit code 1."""
 
     exit_code = 1
 
@@ -64,7 +65,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def error_reason(error: BaseException) -> str:
-    """Return the reason of an I/O error in one line: the operating system's text if there is one."""
+    """Return the reason of an I/O error in one line, the system's if there is one."""
     return getattr(error, "strerror", None) or first_line(error)
 
 

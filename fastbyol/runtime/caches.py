@@ -1,6 +1,7 @@
 """Cache folders of libraries, on machines whose home folder is missing or read-only.
 
-numba, Triton, Inductor, matplotlib and the model hubs keep caches in the user's home, and most of them raise if they cannot.
+numba, Triton, Inductor, matplotlib and the model hubs keep caches in the user's home, and most of
+them raise if they cannot.
 """
 
 import getpass
@@ -18,7 +19,7 @@ error: str | None = None
 
 
 def prepare() -> None:
-    """Set environment variables so that caches are in a writable folder. Call it before those libraries are imported."""
+    """Set environment variables for a writable cache folder, before the libraries are imported."""
     global note, error
     try:
         getpass.getuser()
@@ -52,7 +53,7 @@ def prepare() -> None:
 
 
 def _read_only_folder(cache: Path, home: Path | None) -> Path | None:
-    """Return the first cache folder that cannot be written, e.g. after a run with sudo; None if all can."""
+    """Return the first cache folder that is not writable, e.g. after a run with sudo."""
     numba = Path(os.environ.get("NUMBA_CACHE_DIR") or cache / "numba")  # with one sub-folder per source folder
     folders = [cache, cache / "fastbyol", numba, *numba.glob("*/")]
     if triton := os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME") or home:
@@ -70,7 +71,7 @@ def _can_write(folder: Path) -> bool:
 
 
 def _fallback() -> Path | None:
-    """Return a folder that only this user can write, since it holds machine code that will run; None if impossible."""
+    """Return a folder that only this user can write, since it will hold machine code to run."""
     for parent in (Path(p) for p in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm") if p):
         folder = parent / f"fastbyol-{os.getuid()}"
         try:

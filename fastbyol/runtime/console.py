@@ -13,10 +13,10 @@ SECONDS_BETWEEN_LINES = 10  # of progress, if there is no terminal to draw a bar
 
 
 class Output:
-    """A text stream that never raises. It drops what it cannot write and keeps the reason in `lost`.
+    """A text stream that never raises: text that cannot be written is dropped.
 
-    The reader may be `head`, a terminal that disconnects, or a disk that fills up. Characters that the encoding lacks are
-    escaped.
+    The reader may be `head`, a terminal that disconnects, or a disk that fills up. Characters that
+    the encoding lacks are escaped.
 
     Attributes:
         lost: why the stream cannot be written any more, or None.
@@ -28,7 +28,7 @@ class Output:
 
     @classmethod
     def of(cls, stream: Any) -> "Output":
-        """Return the stream wrapped, unless it already is. None, a closed descriptor, becomes a stream to nowhere."""
+        """Wrap a stream, unless it already is. None (a closed descriptor) becomes /dev/null."""
         if isinstance(stream, cls):
             return stream
         return cls(open(os.devnull, "w") if stream is None else stream)

@@ -15,7 +15,7 @@ _TOLERATED = 0.5  # cores used by others without a warning
 
 
 def available() -> int:
-    """Return the number of cores in this process's CPU affinity, limited by the CPU quota of its control groups."""
+    """Return the number of cores by CPU affinity and the CPU quota of control groups."""
     cores = len(os.sched_getaffinity(0))
     quota = _quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
@@ -31,7 +31,7 @@ def respect_quota() -> None:
 
 
 def warn_if_shared(threads: int, warn: Callable[[str], object] = logger.warning) -> None:
-    """Warn if other processes have kept cores busy since this one started, with settings that fit the rest.
+    """Warn if other processes have kept cores busy, with settings that fit the rest.
 
     Threads that wait for each other slow down disproportionately if one of them has no core.
 
@@ -57,10 +57,11 @@ def warn_if_shared(threads: int, warn: Callable[[str], object] = logger.warning)
 
 
 def _quota(groups: Path, root: Path) -> float | None:
-    """Return the smallest CPU quota, in cores, of this process's control group and its parents; None without one.
+    """Return the smallest CPU quota, in cores, of this process's control group and its parents.
 
     Args:
-        groups: /proc/self/cgroup, whose lines are "ID:CONTROLLERS:PATH"; version 2 has no controllers.
+        groups: /proc/self/cgroup, whose lines are "ID:CONTROLLERS:PATH"; version 2 has no
+            controllers.
         root: /sys/fs/cgroup.
     """
     try:
@@ -101,7 +102,7 @@ def _quota_v1(folder: Path) -> float | None:
 
 
 def _usage() -> tuple[float, float, float]:
-    """Return (clock, busy seconds of this process's cores, CPU seconds of this process and its children)."""
+    """Return (clock, busy seconds of the cores, CPU seconds of this process and its children)."""
     own = os.times()
     busy = 0.0
     try:

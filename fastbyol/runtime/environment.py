@@ -43,7 +43,7 @@ def describe() -> dict[str, str]:
 # FFCV has no wheels. It compiles against OpenCV and libjpeg-turbo.
 FFCV_COMMAND = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++ && pip install ffcv"
 
-# The extra "onnx" of pyproject.toml. fastbyol is not on PyPI, so `pip install fastbyol[onnx]` is not possible.
+# The extra "onnx" of pyproject.toml. fastbyol is not on PyPI, so its extras cannot be installed by name.
 ONNX_PACKAGES = {"onnx": "1.17", "onnxscript": "0.5.3", "onnxruntime": "1.20"}
 
 
@@ -53,7 +53,8 @@ def onnx_command(names: Iterable[str]) -> str:
 
 
 def dali_install_command() -> str:
-    """Return the command that installs DALI for torch's CUDA version. The package without a version is a stub."""
+    """Return the command that installs DALI for torch's CUDA version."""
+    # the package without a version in its name is a stub
     return f"pip install nvidia-dali-cuda{(torch.version.cuda or '13.0').split('.')[0]}0"
 
 

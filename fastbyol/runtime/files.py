@@ -26,8 +26,9 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # from
 def atomic_write(path: Path) -> Iterator[Path]:
     """Context: yield a temporary path next to `path`, and rename it to `path` if the body succeeds.
 
-    The file is synced first. If the body raises, the temporary file is removed and `path` stays unchanged. The target of
-    a symbolic link is replaced. A path that is not a regular file, such as /dev/null or a pipe, is yielded itself.
+    The file is synced first. If the body raises, the temporary file is removed and `path` stays
+    unchanged. The target of a symbolic link is replaced. A path that is not a regular file, such as
+    /dev/null or a pipe, is yielded itself.
 
     Raises:
         OSError: the file cannot be written. Its `filename` is `path`.
@@ -54,7 +55,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file atomically. Text is encoded as UTF-8, with escapes for bytes of file names that are not UTF-8.
+    """Write a file atomically. Text is encoded as UTF-8, with escapes for other bytes.
 
     Raises:
         OSError: the file cannot be written. Its `filename` is `path`.
@@ -157,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_or(path: Path, warn: Callable[[str], object] = logger.warning) -> dict[str, Any]:
-    """Return the object in a JSON file. A file that cannot be read gives a warning and an empty dict."""
+    """Return the object in a JSON file, or warn and return {} if it cannot be read."""
     try:
         return read_json(path)
     except InputError as error:
@@ -168,8 +169,9 @@ def read_json_or(path: Path, warn: Callable[[str], object] = logger.warning) -> 
 class FolderLock:
     """Context: only one process at a time is inside, among those that lock the same folder.
 
-    The kernel holds the lock (flock; over NFS the server), so it ends with the process and is never stale. On exit, a
-    folder that was created for the lock is removed if nothing was written into it.
+    The kernel holds the lock (flock; over NFS the server), so it ends with the process and is never
+    stale. On exit, a folder that was created for the lock is removed if nothing was written into
+    it.
 
     Args:
         folder: created if missing.
@@ -252,11 +254,11 @@ class FolderLock:
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                     return handle
-            os.close(handle)  # the owner has removed the file meanwhile: this lock would be on a deleted file
+            os.close(handle)  # its owner has deleted the file meanwhile
 
 
 def _open_lock_file(path: Path) -> int:
-    """Open a lock file, created if missing. A link is not followed, since its target would be overwritten.
+    """Open a lock file, created if missing. A link is not followed, to spare its target.
 
     Raises:
         InputError: the path is not a regular file.

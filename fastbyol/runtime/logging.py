@@ -15,7 +15,7 @@ logger = logging.getLogger("fastbyol")
 
 
 def format_record(record: logging.LogRecord) -> str:
-    """Return a record as the console shows it: with "warning: " or "error: ", and control characters escaped."""
+    """Return a record as the console shows it: with its level if not INFO, and escaped."""
     prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
     return printable(prefix + record.getMessage())
 

@@ -1,4 +1,4 @@
-"""Typed settings: dataclasses that are checked in one place and read from YAML and the command line.
+"""Typed settings: dataclasses, checked in one place, read from YAML and the command line.
 
 messages      the error BadSetting; how messages show values and suggest names
 types         check a value against a type, parse text into a value

@@ -1,6 +1,7 @@
 """Settings: the base class of dataclasses whose fields are checked when an object is created.
 
-The same checks run whoever creates the object: Python code, a checkpoint, a YAML file or the command line.
+The same checks run whoever creates the object: Python code, a checkpoint, a YAML file or the
+command line.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from fastbyol.settings.types import check, expected
 class Settings:
     """Base class of all settings.
 
-    Fields are checked against their type and the limits in its annotations (limits.py). A field whose type is a
+    Fields are checked against their type and the limits in its annotations (limits.py). A field
+    whose type is a
     subclass of Settings is a section: it accepts an object of that class or a dict.
     """
 
@@ -83,7 +85,7 @@ class Settings:
 
     @classmethod
     def current_name(cls, name: str, where: str) -> str:
-        """Return the current name of a setting. An old name logs one warning that starts with `where`."""
+        """Return the current name of a setting. An old name logs a warning that starts with `where`."""
         if name not in cls.RENAMED:
             return name
         logger.warning(f"{where}{name} is now called {cls.RENAMED[name]}; the old name still works")
@@ -91,7 +93,7 @@ class Settings:
 
     @classmethod
     def with_current_names(cls, values: Any) -> Any:
-        """Return nested settings, such as those of an old checkpoint, with old keys under their current names.
+        """Return nested settings, such as those of an old checkpoint, with current names.
 
         Raises:
             BadSetting: a setting is given under both names.
@@ -122,7 +124,7 @@ def sections(cls: type[Settings]) -> dict[str, type[Settings]]:
 
 
 def leaves(cls: type[Settings]) -> Iterator[tuple[str, dataclasses.Field, type[Settings]]]:
-    """Yield every setting as (full name, field, class that has the field), those of sections last."""
+    """Yield (full name, field, class with the field) of every setting, sections last."""
     inner = sections(cls)
     for f in dataclasses.fields(cls):
         if f.name not in inner:
@@ -133,7 +135,7 @@ def leaves(cls: type[Settings]) -> Iterator[tuple[str, dataclasses.Field, type[S
 
 
 def names(cls: type[Settings], section: str = "") -> list[str]:
-    """Return the full names of all settings and sections of a class, which itself is the section `section`."""
+    """Return the full names of all settings and sections of the class of section `section`."""
     found = [*(key for key, _, _ in leaves(cls)), *sections(cls)]
     return [f"{section}.{name}" if section else name for name in found]
 

@@ -48,7 +48,7 @@ def parse_command_line(words: Sequence[str], group: Group) -> Call:
 
 
 def _find_command(words: list[str], group: Group) -> tuple[Command, list[str]]:
-    """Remove the command's words from `words`; return the command and its words, e.g. [fastbyol, eval, knn]."""
+    """Pop the command's words, and return the command and [fastbyol, *words]."""
     level: Command | Group = group
     path = ["fastbyol"]
     while isinstance(level, Group):
@@ -120,7 +120,7 @@ class _Reader:
         return _nest(self._values)
 
     def _read_option(self, word: str, left: list[str]) -> None:
-        """Read one option, and take its value from the words that are left unless it follows a '='."""
+        """Read one option. Without a "=", its value is popped from the words that are left."""
         name, equals, value = word.partition("=")
         if name in (*HELP, *VERSION) and equals:
             raise InputError(f"{name} takes no value")
@@ -153,7 +153,7 @@ class _Reader:
             self._values[key], self._sources[key] = value, source
 
     def _set(self, option: Option, value: Any) -> None:
-        self._sources.pop(option.dest, None)  # before the check: an error in this word is not the file's
+        self._sources.pop(option.dest, None)  # an error in this word is not the file's
         self._values[option.dest] = check(option.field.type, value, option.key)
 
     def check_required(self, given: Mapping[str, Any]) -> None:
@@ -164,7 +164,7 @@ class _Reader:
                 raise InputError(f"{option.name} is missing ({expected(option.field.type)}): {text}")
 
     def with_source(self, error: BadSetting) -> str:
-        """Return the error's message with the file and line of the setting, or with the option's dashes."""
+        """Return the message with the file and line of the setting, or the option's dashes."""
         text = str(error)
         if source := self._sources.get(error.key):
             return f"{source}: {text}"

@@ -120,7 +120,7 @@ def _add_config(
 
 
 def first_sentence(text: str) -> str:
-    """Return the text up to the first sentence that begins with a capital letter. Remarks such as "0 uses all." stay."""
+    """Return the first sentence, and remarks such as "0 uses all." that follow it."""
     return re.split(r"(?<=\.)\s+(?=[A-Z])", text)[0]
 
 

@@ -1,7 +1,7 @@
 """Limits of settings, attached to their types: `epochs: Annotated[int, AtLeast(1), AtMost(10**6)]`.
 
-A limit is any callable (value, key) -> value that raises BadSetting. Settings applies the limits of a field, in order,
-after its type has been checked; None is not limited.
+A limit is any callable (value, key) -> value that raises BadSetting. Settings applies the limits of
+a field, in order, after its type has been checked; None is not limited.
 """
 
 from collections.abc import Callable
@@ -120,7 +120,7 @@ class Interval(Limit):
 
 
 def absolute_path(path: str, key: str) -> str:
-    """Return the path made absolute, with ~ expanded. '..' stays, since its meaning depends on links.
+    """Return an absolute path, with ~ expanded. '..' stays, since links change its meaning.
 
     Raises:
         BadSetting: as `expand_path`; or the working directory is gone.
@@ -135,7 +135,8 @@ def folder_name(name: str, key: str) -> str:
     """Return the name if it can be that of a folder.
 
     Raises:
-        BadSetting: it is empty, '.' or '..', or too long; has a '/', unprintable characters, blanks around it or a
+        BadSetting: it is empty, '.' or '..', or too long; has a '/', unprintable characters, blanks
+            around it or a
             leading '-'.
     """
     require(bool(name.strip()), key, name, "must not be empty")

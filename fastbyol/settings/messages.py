@@ -43,7 +43,7 @@ class _ShortRepr(reprlib.Repr):
 
 
 def format_value(value: object) -> str:
-    """Return a short representation of any value. A tuple of numbers looks as on the command line: 1,5,10."""
+    """Return a short text of any value. Tuples of numbers look as on the command line: 1,5,10."""
     if isinstance(value, tuple) and 0 < len(value) < 10 and all(type(item) in (int, float) for item in value):
         return ",".join(map(format_value, value))
     return _ShortRepr().repr(value)
@@ -59,8 +59,9 @@ def format_name(name: str) -> str:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that was probably meant, or None.
 
-    The order of preference: the same name up to case, dashes and underscores; a name that starts with it; the same last
-    component ("epochs" for "optim.epochs"); a similar name; a similar last component.
+    The order of preference: the same name up to case, dashes and underscores; a name that starts
+    with it; the same last component ("epochs" for "optim.epochs"); a similar name; a similar last
+    component.
     """
 
     def normalize(text: str) -> str:

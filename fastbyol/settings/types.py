@@ -1,10 +1,10 @@
 """Types of settings: what a type accepts, how text becomes a value, and how a value is checked.
 
-The types are int, float, bool, str, Path, Literal, list and tuple of one item type, unions of these, None, and
-Annotated versions, whose annotations (see limits.py) are ignored here.
+The types are int, float, bool, str, Path, Literal, list and tuple of one item type, unions of
+these, None, and Annotated versions, whose annotations (see limits.py) are ignored here.
 
-`parse` reads YAML files and the command line, so both accept the same spellings: 1e-6 is a number, 010 is ten, and yes is
-true for a bool and the text "yes" for a name.
+`parse` reads YAML files and the command line, so both accept the same spellings: 1e-6 is a number,
+010 is ten, and yes is true for a bool and the text "yes" for a name.
 """
 
 import math
@@ -97,7 +97,8 @@ def check(kind: Any, value: Any, key: str) -> Any:
     Numbers convert without loss: 3.0 is an integer and 3 is a number, but True is neither.
 
     Raises:
-        BadSetting: the value is of another type, not finite, too large, or text that no path can hold.
+        BadSetting: the value is of another type, not finite, too large, or text that no path can
+            hold.
     """
     if value is None:
         if is_optional(kind):
@@ -244,7 +245,7 @@ def _item_type(kind: Any) -> Any:
 
 
 def expand_path(path: str, key: str) -> str:
-    """Return the path with a leading ~ or ~user replaced by that home folder. A file named ~x is ./~x.
+    """Return the path with a leading ~ or ~user expanded. A file named ~x is ./~x.
 
     Raises:
         BadSetting: the path is empty, too long for a file system, or names an unknown home folder.

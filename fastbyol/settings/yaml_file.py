@@ -14,8 +14,8 @@ _MAX_KIB = 256  # a config has one or two
 _MERGE_KEY = "<<"
 _TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 
-# Part of PyYAML's message -> our message, and True if the error is at the start of the construct rather than where PyYAML
-# stopped.
+# Part of PyYAML's message -> our message, and True if the error is at the start of the construct
+# rather than where PyYAML stopped.
 _YAML_ERRORS = {
     "another document": ("a second document begins (---): keep one", False),
     "'<document start>'": ("the lines above are indented more than this one: begin them all at column 1", False),
@@ -39,14 +39,16 @@ _YAML_ERRORS = {
 def read_yaml(path: str, cls: type[Settings]) -> dict[str, tuple[Any, str]]:
     """Return the settings in a YAML file: full name -> (value, "FILE, line N").
 
-    Keys and types are checked. Limits are checked when the object is built, since the command line may override a value.
+    Keys and types are checked. Limits are checked when the object is built, since the command line
+    may override a value.
 
     Args:
         path: the file.
         cls: the settings that the file may hold.
 
     Raises:
-        InputError: the file cannot be read, is not YAML, or has an unknown key or a value of the wrong type.
+        InputError: the file cannot be read, is not YAML, or has an unknown key or a value of the
+            wrong type.
     """
     text = _read_text(path)
     try:
@@ -126,7 +128,7 @@ class _NodeReader:
                     raise unknown(key, "key", self._names)
             except BadSetting as error:
                 raise InputError(f"{where}: {error}") from None
-            for twice in new.keys() & found.keys():  # nested and dotted, or under its old and its new name
+            for twice in new.keys() & found.keys():  # nested and dotted, or old and new name
                 raise self._set_twice(twice, line, found[twice][1])
             found |= new
         return found
@@ -142,7 +144,7 @@ class _NodeReader:
         return InputError(f"{self._path}, line {line}: {format_name(name)} is set twice, on line {other} too: keep one")
 
     def _entries(self, node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, int]]:
-        """Return key -> (value, line). The mapping's own keys override merged ones (`<<: *name`)."""
+        """Return key -> (value, line). Own keys override merged ones (`<<: *name`)."""
         if id(node) in self._mappings:
             return self._mappings[id(node)]
         self._mappings[id(node)] = {}  # a mapping that is merged into itself adds nothing

@@ -1,4 +1,4 @@
-"""Options of the commands in tools/, data/ and weights/. Imports no torch: the command line builds its help from them.
+"""Options of the commands in tools/, data/ and weights/. Imports no torch, so that --help is fast.
 
 The first line of a class's docstring is the command's help, the docstring below a field is the option's.
 """
@@ -35,7 +35,8 @@ class FashionOptions(Options):
     out: Path
     """Folder to create. It must not exist."""
     source: Path | None = None
-    """Folder of the idx files. By default those of Debian's package are used, or else downloaded."""
+    """Folder of the idx files. By default those of Debian's package are used, or else
+    downloaded."""
     images: Annotated[int, AtLeast(1)] | None = None
     """Number of images in train/, from the first. By default all."""
     val_images: Annotated[int, AtLeast(1)] | None = None
@@ -66,7 +67,8 @@ class PackOptions(Options):
     out: Path
     """.beton file to write. It must not exist."""
     mode: Literal["jpg", "raw", "auto"] = "auto"
-    """jpg stores JPEGs, raw stores pixels, auto stores JPEGs but pixels for images of at most 16 KB. JPEGs that need no change are copied."""
+    """jpg stores JPEGs, raw stores pixels, auto stores JPEGs but pixels for images of at most 16
+    KB. JPEGs that need no change are copied."""
     max_side: int | None = None
     """Downscale images whose longer side has more pixels."""
     quality: int = 90
@@ -102,7 +104,9 @@ class ProfileOptions(Options):
 
 @dataclass(kw_only=True)
 class BenchOptions(Options):
-    """Measure the throughput of the loader, the step and both together, and report which one limits training."""
+    """Measure the throughput of the loader, the step and both together, and report which one limits
+    training.
+    """
 
     rounds: _Million = 3
     """Number of rounds. Each measures everything once."""
@@ -146,6 +150,7 @@ class ExportOptions(Options):
     checkpoint: Path
     """Checkpoint file, or a run's folder to use its latest checkpoint."""
     format: Literal["timm", "torchvision", "safetensors", "detectron2", "onnx"]
-    """Format of the file. safetensors is fastbyol's own, which --init reads; timm, torchvision and detectron2 load theirs directly."""
+    """Format of the file. safetensors is fastbyol's own, which --init reads; timm, torchvision and
+    detectron2 load theirs directly."""
     out: Path | None = None
     """File to write. It must not exist. By default it is next to the run."""

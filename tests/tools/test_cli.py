@@ -48,7 +48,7 @@ def test_help_shows_type_unit_and_default_of_every_field(capsys):
     described = re.findall(r"--([\w.]+) \S+ [\w\"`'0-9]", text)
     assert set(described) >= {name for name, _, _ in leaves(Config)} | {"config"}
     assert "typing." not in text
-    assert "optim: Optimizer, schedules and target update." in text
+    assert "optim: Optimizer, schedules and target update: " in text
 
 
 @pytest.mark.parametrize(
@@ -524,7 +524,9 @@ def test_prepare_train_eval_and_report(capsys, tmp_path):
     for protocol in ("knn", "linear"):
         code, out, _ = run(capsys, "eval", protocol, "--run", str(runs / "r"))
         assert code == 0
-        assert re.search(r"BYOL +top-1 .*\nuntrained network +top-1 .*\nraw pixels +top-1", out)
+        # a loaded machine prints progress between these lines
+        rows = re.findall(r"^(BYOL|untrained network|raw pixels) +top-1 +[\d.]+%", out, re.MULTILINE)
+        assert rows == ["BYOL", "untrained network", "raw pixels"], out
     page = (runs / "r" / "report.html").read_text()
     for part in (
         "kNN",
@@ -683,7 +685,7 @@ def test_invalid_numba_num_threads_is_one_line():
 
 @pytest.fixture
 def torchrun(monkeypatch):
-    """start(local) sets torchrun's environment variables of local rank `local` on the second machine of two with two ranks."""
+    """start(local) sets torchrun's variables: second machine of two, with two ranks each."""
 
     def start(local):
         ranks = {
@@ -712,6 +714,14 @@ def test_only_local_rank_0_reports_input_errors(capsys, torchrun, words):
     torchrun(1)  # waits, since torchrun ends all ranks when one has ended
     assert run(capsys, *words) == (1, "", "")
     assert len(torchrun.waits) == 1
+
+
+def test_only_local_rank_0_logs_warnings_of_the_command_line(capsys, torchrun, monkeypatch):
+    monkeypatch.setattr("fastbyol.train.train", lambda config: RunResult(Path("x"), 3, 3, False, None))
+    for local, warnings in [(0, 1), (1, 0)]:
+        torchrun(local)
+        code, out, err = run(capsys, "train", "--data.recipe=none")
+        assert (code, out.count("warning: --data.recipe is now called data.augmentation"), err) == (0, warnings, "")
 
 
 def test_single_process_commands_fail_under_torchrun(capsys, torchrun, monkeypatch):

@@ -1,4 +1,4 @@
-"""Random command lines and YAML files: exit code 0, 1 or 2 and at most one line on stderr, no traceback, no hang."""
+"""Random command lines and YAML files: exit code 0, 1 or 2, one line on stderr, no hang."""
 
 import random
 import signal
@@ -169,7 +169,7 @@ def good_value(rng, option):
 
 
 def command_line(rng, folder):
-    """Return a random command line. Its inputs do not exist and its outputs cannot be written, so nothing long starts."""
+    """Return a random command line that starts nothing long: no input exists, no output is writable."""
     path, command = rng.choice(COMMANDS)
     words = list(path)
     if rng.random() < 0.05:
@@ -209,7 +209,7 @@ def yaml_value(rng, kind):
 
 
 def yaml_file(rng, folder):
-    """Write random settings, random bytes, or a shipped config with a few bytes changed; return the path."""
+    """Write random settings, random bytes, or a shipped config with changed bytes."""
     kind = rng.randrange(4)
     if kind == 0:
         data = rng.randbytes(rng.randrange(200))

@@ -145,7 +145,7 @@ def test_no_writable_folder_is_one_line(machine, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="becomes another user, as root can")
 def test_user_without_home_and_passwd_entry():
-    """No home, no passwd entry and a read-only installation. The user may read root's files, in case the tests are installed there."""
+    """The installation is read-only. The user may read root's files, in case it is below /root."""
     rights = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
     user = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups", *rights]
     with tempfile.TemporaryDirectory() as temporary:  # other users cannot read pytest's folders

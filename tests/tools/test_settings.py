@@ -1,4 +1,4 @@
-"""Types, limits and renamed settings, of objects created in Python. test_cli.py tests YAML files and the command line."""
+"""Types, limits and renamed settings. test_cli.py tests YAML files and the command line."""
 
 import dataclasses
 import json

@@ -86,7 +86,7 @@ def test_model_can_be_built(path):
 @pytest.mark.slow
 @each
 def test_two_steps_of_a_small_copy(path, photos):
-    """A narrower model, smaller images and fewer of them, backend and step mode for a CPU; otherwise unchanged."""
+    """Smaller model, batch and images, with backend and step mode for a CPU."""
     config = train_config(["--config", str(path)])
     parts = config.step.micro_batches
     config = dataclasses.replace(
