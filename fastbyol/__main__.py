@@ -7,8 +7,8 @@ from pathlib import Path
 from fastbyol.cli import local_rank, main
 
 
-def _say_which_checkout() -> None:
-    """With -m, a checkout in the current folder comes before the installed package: a line says so."""
+def _report_checkout() -> None:
+    """Print a note if -m runs a checkout in the current folder instead of the installed package."""
     installed = PathFinder.find_spec("fastbyol", sys.path[1:])
     here = Path(__file__).resolve().parent
     if installed is not None and installed.origin is not None and local_rank() == 0:
@@ -18,5 +18,5 @@ def _say_which_checkout() -> None:
 
 
 if __name__ == "__main__":
-    _say_which_checkout()
+    _report_checkout()
     raise SystemExit(main())

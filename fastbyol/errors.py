@@ -1,18 +1,19 @@
-"""Errors that a user caused or has to act on: shown as one line, never as a traceback."""
+"""Errors for the user: shown as one line, without a traceback."""
 
 import re
 from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    """Text for a terminal, a log or a message: control characters, and bytes of names that are not UTF-8, are escaped."""
+    """Return the text with control characters and invalid UTF-8 bytes of file names escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class FastbyolError(Exception):
-    """Base of all errors whose text is meant for the user; the CLI prints it and exits with `exit_code`.
+    """Base class of errors for the user. The command line prints the text and exits with `exit_code`.
 
-    Its text is one line: line breaks and other control characters, which names of files, classes and fields may hold, are escaped.
+    The text is one line. Control characters, such as those in names of files and classes, are
+    escaped.
     """
 
     exit_code = 1
@@ -22,54 +23,61 @@ class FastbyolError(Exception):
 
 
 class InputError(FastbyolError):
-    """The input (config, path, data set, checkpoint argument) is unusable: exit code 2, nothing was started."""
+    """Unusable input (config, path, data set, checkpoint); nothing was started. Exit code 2."""
 
     exit_code = 2
 
 
 class RunError(FastbyolError):
-    """A run that had started had to stop (non-finite loss, full disk, too many bad images): exit code 1."""
+    """A run had to stop, e.g. for a non-finite loss or a full disk. Exit code 1."""
 
     exit_code = 1
 
 
 class PeerFailure(FastbyolError):
-    """Another rank has said why the run ends; this one says nothing."""
+    """Another rank has reported the error that ends the run. Nothing is printed."""
 
 
 class LoaderTimeout(RunError):
-    """No batch came for data.timeout_s; `stacks` says where every thread was."""
+    """No batch arrived within data.timeout_s.
+
+    Attributes:
+        stacks: the stacks of all threads.
+    """
 
     def __init__(self, text: str, stacks: str) -> None:
         super().__init__(text)
         self.stacks = stacks
 
 
-_EXHAUSTED = re.compile(
+_OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|can't allocate memory|Storage size calculation overflowed|can't start new thread|"
     r"failed to map segment|cannot allocate memory"
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine has no more memory or threads; torch's CPU allocator and Python's threads say so in words alone."""
-    return isinstance(error, MemoryError) or _EXHAUSTED.search(str(error)) is not None
+    """Return True if the machine ran out of memory or threads.
+
+    The text decides, since torch's CPU allocator and Python's threads raise a RuntimeError.
+    """
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def error_reason(error: BaseException) -> str:
-    """Why something cannot be read or written, in one line: the system's own words where it has some."""
+    """Return the reason of an I/O error in one line, the system's if there is one."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
 def join_names(names: Sequence[str], most: int = 5) -> str:
-    """Names for a message: "a, b, c (+3 more)"."""
+    """Return names for a message: "a, b, c (+3 more)"."""
     return ", ".join(names[:most]) + (f" (+{len(names) - most} more)" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's text (its class name if it has none), for one-line messages."""
+    """Return the first non-empty line of an exception's text, or its class name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading says nothing by itself
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading alone has no information
     return line if len(line) <= 400 else f"{line[:400]}..."

@@ -1,4 +1,4 @@
-"""Standard output: whoever reads it may go away, and names in it may hold anything."""
+"""Standard output that survives a reader that goes away, and that can print any text."""
 
 import errno
 import os
@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from fastbyol.errors import printable
-
-SECONDS_BETWEEN_LINES = 10  # of long work where there is no terminal to draw a bar on
+SECONDS_BETWEEN_LINES = 10  # of progress, if there is no terminal to draw a bar on
 
 
 class Output:
-    """A text stream that never raises: what it cannot write is dropped, and `lost` says why.
+    """A text stream that never raises: text that cannot be written is dropped.
 
-    Its reader may be `head`, a terminal whose connection dies, or a disk that fills up. Characters that its encoding lacks are escaped.
+    The reader may be `head`, a terminal that disconnects, or a disk that fills up. Characters that
+    the encoding lacks are escaped.
+
+    Attributes:
+        lost: why the stream cannot be written any more, or None.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -24,13 +26,13 @@ class Output:
 
     @classmethod
     def of(cls, stream: Any) -> "Output":
-        """The stream, wrapped unless it is already; None, as of a closed descriptor, is a stream that nobody reads."""
+        """Wrap a stream, unless it already is. None (a closed descriptor) becomes /dev/null."""
         if isinstance(stream, cls):
             return stream
         return cls(open(os.devnull, "w") if stream is None else stream)
 
     def write(self, text: str) -> int:
-        """Writes or drops `text`."""
+        """Write or drop the text; return its length."""
         if self.lost is None:
             try:
                 try:
@@ -38,14 +40,14 @@ class Output:
                 except UnicodeEncodeError:
                     encoding = self._stream.encoding
                     self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            except BlockingIOError:  # a pipe that is full and does not block: the next text may fit
+            except BlockingIOError:  # a full non-blocking pipe: the next text may fit
                 pass
             except (OSError, ValueError) as error:  # ValueError: the stream is closed
                 self._give_up(error)
         return len(text)
 
     def flush(self) -> None:
-        """Passes on what is written."""
+        """Flush the stream."""
         if self.lost is None:
             try:
                 self._stream.flush()
@@ -59,12 +61,12 @@ class Output:
 
     @property
     def reader_left(self) -> bool:
-        """Whether it was lost since its reader is gone, and not for want of space."""
+        """True if the reader has gone, rather than the disk being full."""
         return self.lost in (os.strerror(errno.EPIPE), os.strerror(errno.EIO))
 
     def _give_up(self, error: OSError | ValueError) -> None:
         self.lost = getattr(error, "strerror", None) or str(error)
-        # What is buffered goes to nowhere: the interpreter's own last flush would fail too.
+        # Redirect buffered text to nowhere, or the interpreter's last flush would fail too.
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
@@ -73,7 +75,7 @@ class Output:
 
 @contextmanager
 def safe_stdio() -> Iterator[Output]:
-    """sys.stdout and sys.stderr are such streams within; yields the former."""
+    """Context: sys.stdout and sys.stderr are `Output`s. Yields the one of sys.stdout."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Output.of(before[0]), Output.of(before[1])  # type: ignore[assignment]
     try:
@@ -82,8 +84,3 @@ def safe_stdio() -> Iterator[Output]:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
-
-
-def say(text: object) -> None:
-    """Prints one line; control characters in it are escaped."""
-    print(printable(str(text)), flush=True)

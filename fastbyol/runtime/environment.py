@@ -1,4 +1,4 @@
-"""What this machine is and what is installed on it: for reports, result files and `fastbyol doctor`."""
+"""Hardware and installed versions, for reports, result files and `fastbyol doctor`."""
 
 import importlib.metadata
 import importlib.util
@@ -28,7 +28,7 @@ PACKAGES = [
 
 
 def describe() -> dict[str, str]:
-    """Names and versions, in the order in which they are shown."""
+    """Return name -> description of the machine and its software, in the order of display."""
     facts = {
         "fastbyol": f"{__version__} {commit()}".strip(),
         "python": platform.python_version(),
@@ -40,26 +40,26 @@ def describe() -> dict[str, str]:
     return facts | {name: version for name in PACKAGES if (version := installed(name)) is not None}
 
 
-# FFCV has no wheels: it compiles against OpenCV and libjpeg-turbo.
+# FFCV has no wheels. It compiles against OpenCV and libjpeg-turbo.
 FFCV_COMMAND = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++ && pip install ffcv"
 
-
-# The packages of pyproject.toml's extra of that name: fastbyol itself is in no registry, so its extras cannot be named.
+# The extra "onnx" of pyproject.toml. fastbyol is not on PyPI, so its extras cannot be installed by name.
 ONNX_PACKAGES = {"onnx": "1.17", "onnxscript": "0.5.3", "onnxruntime": "1.20"}
 
 
 def onnx_command(names: Iterable[str]) -> str:
-    """What installs some of ONNX_PACKAGES."""
+    """Return the command that installs some of ONNX_PACKAGES."""
     return "pip install " + " ".join(f"'{name}>={ONNX_PACKAGES[name]}'" for name in names)
 
 
 def dali_install_command() -> str:
-    """What installs DALI for torch's CUDA version; the name without a version is a stub."""
+    """Return the command that installs DALI for torch's CUDA version."""
+    # the package without a version in its name is a stub
     return f"pip install nvidia-dali-cuda{(torch.version.cuda or '13.0').split('.')[0]}0"
 
 
 def has_module(name: str) -> bool:
-    """Whether a dotted module exists; nothing but its parents is imported."""
+    """Return True if a dotted module exists. Only its parents are imported."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # a parent is missing
@@ -67,7 +67,7 @@ def has_module(name: str) -> bool:
 
 
 def installed(distribution: str) -> str | None:
-    """The version of an installed distribution, None if it is not installed."""
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -75,13 +75,16 @@ def installed(distribution: str) -> str | None:
 
 
 def commit() -> str:
-    """Short hash of the source tree's commit, '+' if it has changes; FASTBYOL_COMMIT overrides it, for a copy of a tree without its git."""
-    if told := os.environ.get("FASTBYOL_COMMIT"):
-        return told
+    """Return the short commit hash of the source tree, with '+' if it has changes; '' if unknown.
+
+    FASTBYOL_COMMIT overrides it, for a copy without its git repository.
+    """
+    if override := os.environ.get("FASTBYOL_COMMIT"):
+        return override
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git, or not a checkout
+    except (OSError, subprocess.SubprocessError):  # no git, or not a repository
         return ""
 
 

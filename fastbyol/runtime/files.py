@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that one process at a time writes into."""
+"""Atomic file writes, JSON files, and a lock for a folder."""
 
 import errno
 import fcntl
@@ -16,19 +16,22 @@ from types import TracebackType
 from typing import Any, Self
 
 from fastbyol.errors import InputError, RunError, error_reason
+from fastbyol.runtime.logging import logger
 
 LOCK = ".lock"
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # from file systems without locks
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, which is synced and takes its name when the body has succeeded, else removed.
+    """Context: yield a temporary path next to `path`, and rename it to `path` if the body succeeds.
 
-    A link's target is replaced. What is no regular file (/dev/null, a pipe) is written as it is.
+    The file is synced first. If the body raises, the temporary file is removed and `path` stays
+    unchanged. The target of a symbolic link is replaced. A path that is not a regular file, such as
+    /dev/null or a pipe, is yielded itself.
 
     Raises:
-        OSError: it cannot be written; names `path`. What was there before is there still.
+        OSError: the file cannot be written. Its `filename` is `path`.
     """
     temporary = None
     try:
@@ -52,10 +55,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Writes a file whole or not at all; text as UTF-8, in which bytes of names that are not UTF-8 are escaped.
+    """Write a file atomically. Text is encoded as UTF-8, with escapes for other bytes.
 
     Raises:
-        OSError: as `atomic_write`.
+        OSError: the file cannot be written. Its `filename` is `path`.
     """
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     with atomic_write(path) as temporary:
@@ -63,10 +66,10 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it, where they are missing.
+    """Create a folder and its parents, if missing.
 
     Raises:
-        OSError: it cannot be made; its text names the file that stands in its way.
+        OSError: it cannot be created. The text names the file that is in the way.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -76,13 +79,17 @@ def make_folder(path: Path) -> None:
 
 
 def check_output(path: Path, key: str) -> None:
-    """Refuses, before any work is done, a path at which no file can be written.
+    """Check that an output file can be written, before the work starts.
+
+    Args:
+        path: the file.
+        key: how messages name it, e.g. "--out x.json".
 
     Raises:
-        InputError: it is a folder, or its folder is missing or cannot be written.
+        InputError: the path is a folder, or its folder does not exist or cannot be written.
     """
-    target = os.path.realpath(path)  # a link's target is replaced
-    folder = os.path.dirname(target)  # noqa: PTH120 - of a path that may be in a folder that cannot be searched
+    target = os.path.realpath(path)  # the target of a link is replaced
+    folder = os.path.dirname(target)  # noqa: PTH120 - Path raises in a folder that cannot be searched
     if os.path.isdir(target):  # noqa: PTH112
         raise InputError(f"{key}: is a folder; name a file")
     if not os.path.isdir(folder):  # noqa: PTH112
@@ -93,10 +100,15 @@ def check_output(path: Path, key: str) -> None:
 
 
 def write_output(path: Path, content: bytes | str, key: str) -> None:
-    """As `write_file`, for what the option `key` names.
+    """Write a command's output file atomically.
+
+    Args:
+        path: the file.
+        content: bytes, or text as in `write_file`.
+        key: how messages name it, e.g. "--out x.json".
 
     Raises:
-        RunError: it cannot be written.
+        RunError: the file cannot be written.
     """
     try:
         write_file(path, content)
@@ -105,12 +117,12 @@ def write_output(path: Path, content: bytes | str, key: str) -> None:
 
 
 def json_text(values: dict[str, Any]) -> str:
-    """JSON that people read too; NaN and infinity, which JSON does not have, are null."""
+    """Return indented JSON. NaN and infinity, which JSON does not have, become null."""
     return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, values: dict[str, Any], key: str) -> None:
-    """As `write_output`, of `json_text`."""
+    """Write a command's output as JSON. See `write_output` and `json_text`."""
     write_output(path, json_text(values), key)
 
 
@@ -123,10 +135,10 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file.
+    """Return the object in a JSON file, or an empty dict if there is no such file.
 
     Raises:
-        InputError: it cannot be read, or holds no object.
+        InputError: the file cannot be read, is damaged, or does not hold an object.
     """
     if not path.exists():
         return {}
@@ -138,57 +150,57 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         line = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(
-            f"{path}: {'is empty' if path.stat().st_size == 0 else f'is damaged: not valid JSON{line}'}"
-        ) from None
+        problem = "is empty" if path.stat().st_size == 0 else f"is damaged: not valid JSON{line}"
+        raise InputError(f"{path}: {problem}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no JSON object")
+        raise InputError(f"{path}: is not a JSON object")
     return values
 
 
-def read_json_or(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
-    """As `read_json`; one that cannot be read is named and counts as missing."""
+def read_json_or(path: Path, warn: Callable[[str], object] = logger.warning) -> dict[str, Any]:
+    """Return the object in a JSON file, or warn and return {} if it cannot be read."""
     try:
         return read_json(path)
     except InputError as error:
-        warn(f"{error}; it is left out")
+        warn(f"{error}; it is ignored")
         return {}
 
 
 class FolderLock:
-    """Context: of all processes that lock a folder one at a time is inside.
+    """Context: only one process at a time is inside, among those that lock the same folder.
 
-    The lock is the kernel's (flock; over NFS the server's), so it ends with its owner, however that ended: none is ever stale. A folder
-    that is made for the lock and in which nothing was written is removed again.
+    The kernel holds the lock (flock; over NFS the server), so it ends with the process and is never
+    stale. On exit, a folder that was created for the lock is removed if nothing was written into
+    it.
 
     Args:
-        folder: made where it is missing.
-        wait_s: how long to wait for another process to leave.
-        warn: gets a line where the file system has no locks.
+        folder: created if missing.
+        wait_s: seconds to wait for another process to leave.
+        warn: called with a warning if the file system has no locks.
 
     Raises (on entering):
         InputError: another process is inside, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, *, wait_s: float = 0.0, warn: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, *, wait_s: float = 0.0, warn: Callable[[str], object] = logger.warning) -> None:
         self._folder, self._wait_s, self._warn = folder, wait_s, warn
         self._handle: int | None = None
-        self._made: list[Path] = []
+        self._created: list[Path] = []
 
     def __enter__(self) -> Self:
         try:
-            self._made = [p for p in (self._folder, *self._folder.parents) if not p.exists()]
+            self._created = [p for p in (self._folder, *self._folder.parents) if not p.exists()]
             if self._folder.is_symlink() and not self._folder.exists():
                 raise InputError(
-                    f"{self._folder} is a link to a folder that does not exist: make that, or remove the link"
+                    f"{self._folder} is a link to a folder that does not exist: create it, or remove the link"
                 )
             make_folder(self._folder)
-            limit = time.monotonic() + self._wait_s
+            deadline = time.monotonic() + self._wait_s
             while (handle := self._try()) is None:
-                if time.monotonic() >= limit:
+                if time.monotonic() >= deadline:
                     owner = _read_owner(self._folder / LOCK)
                     raise InputError(
-                        f"{self._folder}: another run writes into it ({owner}): wait for its end, or choose another --name"
+                        f"{self._folder}: another run writes into it ({owner}): wait until it ends, or choose another --name"
                     )
                 time.sleep(0.2)
         except OSError as error:
@@ -201,16 +213,16 @@ class FolderLock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._handle is None:
             return
-        with suppress(OSError):  # the folder may be gone, or hold what the run has written
-            if self._made and os.listdir(self._folder) == [LOCK]:
+        with suppress(OSError):  # the folder may be gone or not empty
+            if self._created and os.listdir(self._folder) == [LOCK]:
                 (self._folder / LOCK).unlink()
-                for folder in self._made:
+                for folder in self._created:
                     folder.rmdir()
         os.close(self._handle)
         self._handle = None
 
     def renew(self) -> bool:
-        """Takes the lock of a new folder where the old one was moved or removed; whether it was.
+        """Lock a new folder if the old one was moved or removed. Return True if it was.
 
         Raises:
             InputError: as on entering.
@@ -224,10 +236,10 @@ class FolderLock:
         return True
 
     def _try(self) -> int | None:
-        """The locked file; None while another process has it."""
+        """Return the locked file's descriptor, or None if another process holds the lock."""
         path = self._folder / LOCK
         while True:
-            handle = _open_plain(path)
+            handle = _open_lock_file(path)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -242,14 +254,14 @@ class FolderLock:
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                     return handle
-            os.close(handle)  # its owner has removed it meanwhile: the lock would be on a file without a name
+            os.close(handle)  # its owner has deleted the file meanwhile
 
 
-def _open_plain(path: Path) -> int:
-    """Opens a lock file, which is made where it is missing; a link is not followed, since its target would be overwritten.
+def _open_lock_file(path: Path) -> int:
+    """Open a lock file, created if missing. A link is not followed, to spare its target.
 
     Raises:
-        InputError: something else stands there.
+        InputError: the path is not a regular file.
     """
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
@@ -261,7 +273,7 @@ def _open_plain(path: Path) -> int:
         return handle
     if handle is not None:
         os.close(handle)
-    raise InputError(f"{path} is not a plain file, which a run uses as its lock: remove it")
+    raise InputError(f"{path} is not a regular file, but runs use it as a lock: remove it")
 
 
 def _read_owner(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The package's logger, and the console handler that the command line attaches to it.
+"""The package's logger, and the console output of the command line.
 
 As a library, fastbyol logs to the standard logger "fastbyol" and configures nothing.
 """
@@ -17,16 +17,16 @@ logger = logging.getLogger("fastbyol")
 
 
 def format_record(record: logging.LogRecord) -> str:
-    """Return the text of a record as the console shows it: warnings and errors are marked, control characters escaped."""
+    """Return a record as the console shows it: with its level if not INFO, and escaped."""
     prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
     return printable(prefix + record.getMessage())
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints records to the current sys.stdout, one line each, above a progress bar if there is one. Never raises."""
+    """Prints records to the current sys.stdout, one line each. Warnings are yellow on a terminal. Never raises."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the record; warnings are yellow on a terminal."""
+        """Print the record."""
         style = "yellow" if record.levelno >= logging.WARNING else None
         # sys.stdout may have been replaced since the last record.
         console = Console(file=Output.of(sys.stdout), emoji=False)  # type: ignore[arg-type]
@@ -36,14 +36,14 @@ class ConsoleHandler(logging.Handler):
 
 @contextmanager
 def console_logging() -> Iterator[None]:
-    """Context manager: the package's logger prints records of level INFO and above to the console, each once."""
+    """Context manager: print the logger's records of level INFO and above, each once."""
     if any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
         yield
         return
     handler, level, propagate = ConsoleHandler(), logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # the program's own handlers would print every line again
+    logger.propagate = False  # handlers of the root logger would print every line again
     try:
         yield
     finally:
@@ -54,7 +54,7 @@ def console_logging() -> Iterator[None]:
 
 @contextmanager
 def muted(mute: bool) -> Iterator[None]:
-    """Context manager: the logger drops records below ERROR if `mute`. All ranks but the main process are muted."""
+    """Context manager: drop records below ERROR if `mute`, on all ranks but the main process."""
     logger.addFilter(drop := lambda record: not mute or record.levelno >= logging.ERROR)
     try:
         yield

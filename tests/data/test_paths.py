@@ -19,12 +19,12 @@ from fastbyol.errors import InputError
 from fastbyol.evaluate.features import check_splits, open_splits
 from fastbyol.evaluate.options import EVALUATIONS, FinetuneEval, KnnEval
 from fastbyol.evaluate.run import evaluate
-from fastbyol.settings.options import read
+from fastbyol.settings.command_line import parse_command_line
 from fastbyol.settings.types import expand_path
 from fastbyol.tools.preview import write_preview
 
 
-def checkpoint_config(root, **data):
+def new_config(root, **data):
     return Config(data=DataConfig(root=str(root), **data))
 
 
@@ -65,7 +65,7 @@ def test_words_that_are_no_paths_stay(home):
     assert expand_path("a/~", "key") == "a/~"
     assert expand_path("$HOME", "key") == "$HOME"
     assert expand_path("~root", "key") == str(Path("~root").expanduser())
-    options = read(["pack", "~/a", "./~b"], COMMANDS).options
+    options = parse_command_line(["pack", "~/a", "./~b"], COMMANDS).options
     assert (options.source, options.out) == (Path.home() / "a", Path("./~b"))
 
 
@@ -88,7 +88,7 @@ def test_roots_are_found_from_any_working_directory(folder_of, tmp_path, monkeyp
     root = folder_of({f"{split}/{c}/1.jpg": b"" for split in ("train", "val") for c in "ab"})
     (root / "list").write_text("a/1.jpg")
     monkeypatch.chdir(root.parent)
-    config = checkpoint_config("files/../files", file_list="files/list")
+    config = new_config("files/../files", file_list="files/list")
     monkeypatch.chdir("/")
     stored = Config.from_dict(config.to_dict())
     assert find_images(stored.data, "train").paths == ["a/1.jpg"]
@@ -98,7 +98,7 @@ def test_roots_are_found_from_any_working_directory(folder_of, tmp_path, monkeyp
 
 def test_a_checkpoint_of_an_older_version_begins_at_the_working_directory(folder_of, monkeypatch):
     root = folder_of({f"{split}/{c}/1.jpg": b"" for split in ("train", "val") for c in "ab"})
-    values = checkpoint_config(root).to_dict()
+    values = new_config(root).to_dict()
     values["data"]["root"] = "files"
     monkeypatch.chdir(root.parent)
     assert len(open_splits(KnnEval(run="x"), Config.from_dict(values)).train) == 2
@@ -115,7 +115,7 @@ def test_without_its_working_directory_a_relative_root_is_one_line(tmp_path, mon
 
 def test_evaluation_moves_to_another_root_and_splits(folder_of, tmp_path):
     root = folder_of({f"{split}/{c}/1.jpg": b"" for split in ("train", "val") for c in "ab"})
-    config = checkpoint_config(root)
+    config = new_config(root)
     shutil.copytree(root / "val", root / "holdout")
     shutil.move(root, tmp_path / "moved")
     with pytest.raises(InputError, match=f"^root: data set {root} does not exist; name it with --root$"):
@@ -178,11 +178,11 @@ def test_a_root_may_be_a_file(folder_of, tmp_path):
     ):
         find_images(DataConfig(root=str(file), train_split="other"), "train")
     for val in (str(tmp_path / "y.beton"), "y.beton", "y"):  # a path in full, or beside the file
-        splits = open_splits(KnnEval(run="x", root=str(file), val_split=val), checkpoint_config(root))
+        splits = open_splits(KnnEval(run="x", root=str(file), val_split=val), new_config(root))
         assert [split.root.name for split in splits] == ["x.beton", "y.beton"]
         assert find_images(DataConfig(root=str(file), val_split=val), "val").root.name == "y.beton"
     with pytest.raises(InputError, match=r"^root=.*x.beton is one file, the training split; val_split names another"):
-        open_splits(KnnEval(run="x", root=str(file)), checkpoint_config(root))
+        open_splits(KnnEval(run="x", root=str(file)), new_config(root))
 
 
 @pytest.mark.parametrize(
@@ -249,9 +249,10 @@ def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path
     log_lines.clear()
     evaluate("knn", KnnEval(run=str(folder), baselines=False))
     assert log_lines[:2] == [f"warning: {note}" for note in notes]
-    lines = []
-    write_preview(config, tmp_path / "p.png", lines.append)
-    assert lines == [f"warning: {notes[0]}"]
+    log_lines.clear()
+    write_preview(config, tmp_path / "p.png")
+    assert log_lines == [f"warning: {notes[0]}"]
+    capsys.readouterr()
     assert main(["pack", str(root / "train"), str(tmp_path / "x.beton"), "--mode", "jpg"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"warning: {notes[0]}"
 

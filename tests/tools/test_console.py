@@ -1,4 +1,4 @@
-"""Output goes on when its reader has gone, and prints any name."""
+"""Output streams that survive a lost reader and print any text; the console and log of a run."""
 
 import io
 import os
@@ -7,11 +7,15 @@ import sys
 
 import pytest
 
-from fastbyol.runtime.console import Output, safe_stdio, say
+from fastbyol.runtime import runlog
+from fastbyol.runtime.console import Output, safe_stdio
+from fastbyol.runtime.logging import console_logging, logger
+from fastbyol.runtime.run_log import RunLog
+from fastbyol.runtime.runlog import LOG
 
 
 class Broken(io.StringIO):
-    """Takes some writes, then none."""
+    """Accepts `after` writes, then raises."""
 
     def __init__(self, error, after=0):
         super().__init__()
@@ -33,7 +37,7 @@ class Broken(io.StringIO):
         (ValueError("I/O operation on closed file"), False),
     ],
 )
-def test_what_cannot_be_written_is_dropped(error, left):
+def test_unwritable_text_is_dropped(error, left):
     stream = Broken(error, after=1)
     output = Output.of(stream)
     assert Output.of(output) is output
@@ -44,28 +48,62 @@ def test_what_cannot_be_written_is_dropped(error, left):
     assert output.reader_left == left
 
 
-def test_a_full_pipe_is_not_a_lost_reader():
+def test_full_pipe_is_not_lost():
     output = Output.of(Broken(BlockingIOError(11, "Resource temporarily unavailable")))
     output.write("x")
     assert output.lost is None
 
 
-def test_a_closed_descriptor_is_a_stream_that_nobody_reads(monkeypatch):
+def test_closed_stdout_is_ignored(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     with safe_stdio():
         print("x")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_any_name_is_printed(monkeypatch, encoding):
+def test_any_text_is_printed_in_any_encoding(monkeypatch, encoding):
     buffer = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding=encoding))
-    with safe_stdio():
-        say("caf\udce9 $x$ \x1b[2J [red]:smile: 中文\nend")
+    with safe_stdio(), console_logging():
+        logger.info("caf\udce9 $x$ \x1b[2J [red]:smile: 中文\nend")
     text = buffer.getvalue().decode(encoding)
     assert text.startswith("caf\\udce9 $x$ \\x1b[2J [red]:smile: ")
     assert text.endswith("\\nend\n")
     assert ("中文" in text) == (encoding == "utf-8")
+
+
+def log(tmp_path, **options):
+    return RunLog(tmp_path, start=0, total_steps=4, steps_per_epoch=2, batch_size=8, tensorboard=False, **options)
+
+
+def test_run_log_continues_without_a_console(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken(BrokenPipeError(32, "Broken pipe"), after=1))
+    with log(tmp_path) as running:
+        running.say("one [red]:smile: caf\udce9")
+        running.warn("two")
+        running.say("three")
+    lines = [line[20:] for line in (tmp_path / LOG).read_text().splitlines()]  # after the time
+    assert lines == [
+        "one [red]:smile: caf\\udce9",
+        "warning: two",
+        "warning: the console is gone (Broken pipe): from here on this file alone tells of the run",
+        "three",
+    ]
+
+
+def test_progress_bar_shows_loss_and_rate_from_the_first_step(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: float(next(clock)))
+    with log(tmp_path) as running:
+        assert running._shown == {}
+        running.first(1, 1.25)
+        assert running._shown == {"loss": "1.250", "img/s": "8"}
+        running.advance(1)
+        running.advance(3)
+        assert running._shown == {"loss": "1.250", "img/s": "16"}  # two more steps of 8 images in a second
+        running.train(4, loss=1.0, lr=0.1, tau=0.99, projection_std=0.1, wait_s=0.0)
+        assert running._shown["loss"] == "1.000"
+        assert "wait" in running._shown
 
 
 def piped(arguments, shell_end, **options):
@@ -83,10 +121,22 @@ def piped(arguments, shell_end, **options):
         (">&-", 0, ""),
     ],
 )
-def test_commands_that_only_print_end_quietly(shell_end, code, message):
+def test_print_only_commands_end_quietly(shell_end, code, message):
     done = piped("train --help-all", shell_end, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     assert done.stderr.count("\n") == (1 if message else 0)
+
+
+def test_run_without_a_terminal_prints_progress_every_ten_seconds(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
+    values = {"loss": 1.0, "lr": 0.1, "tau": 0.99, "projection_std": 0.1, "wait_s": 0.0}
+    with log(tmp_path) as running:
+        for step, now in enumerate([4.0, 11.0, 12.0, 22.0], 1):
+            clock[0] = now
+            running.train(step, **values)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  loss")[0] for line in lines] == ["epoch 1/2  step 2/4", "epoch 2/2  step 4/4"]

@@ -1,4 +1,4 @@
-"""Cores by affinity and quota, and the warning where others keep them busy."""
+"""Available cores by affinity and quota, and the warning if other processes keep them busy."""
 
 import os
 
@@ -30,7 +30,7 @@ def tree(tmp_path, files):
             },
             3.0,
         ),
-        ({"groups": "0::/docker/x\n", "fs/cpu.max": "50000 100000"}, 0.5),  # the path is the host's
+        ({"groups": "0::/docker/x\n", "fs/cpu.max": "50000 100000"}, 0.5),  # the host's path, in a container
         (
             {
                 "groups": "3:cpuset:/\n2:cpu,cpuacct:/x\n1:name=systemd:/\n",
@@ -46,12 +46,12 @@ def tree(tmp_path, files):
         ({}, None),
     ],
 )
-def test_the_quota_of_control_groups(tmp_path, files, quota):
+def test_quota_of_control_groups(tmp_path, files, quota):
     assert cores._quota(*tree(tmp_path, files)) == quota
 
 
 @pytest.mark.parametrize(("quota", "expected"), [(None, 8), (2.5, 3), (0.2, 1), (64.0, 8)])
-def test_threads_keep_to_affinity_and_quota(monkeypatch, quota, expected):
+def test_threads_respect_affinity_and_quota(monkeypatch, quota, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(cores, "_quota", lambda groups, root: quota)
     assert cores.available() == expected
@@ -59,7 +59,7 @@ def test_threads_keep_to_affinity_and_quota(monkeypatch, quota, expected):
 
 
 @pytest.mark.parametrize(("told", "expected"), [(None, 1), ("2", 2)])
-def test_torch_gets_no_more_threads_than_the_quota_has_cores(monkeypatch, told, expected):
+def test_torch_threads_respect_the_quota(monkeypatch, told, expected):
     threads = torch.get_num_threads()
     monkeypatch.setattr(cores, "available", lambda: 1)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -80,13 +80,13 @@ def test_torch_gets_no_more_threads_than_the_quota_has_cores(monkeypatch, told, 
         (1.4, None, 4, 4, 3),
         (4.0, None, 4, 4, 1),
         (9.0, None, 4, 4, 1),
-        (3.0, None, 1, 1, None),  # it keeps to what is left already
+        (3.0, None, 1, 1, None),  # already fits
         (3.0, None, 1, 4, 1),
-        (2.0, 2, 2, 2, None),  # its quota is free
+        (2.0, 2, 2, 2, None),  # the quota is free
         (3.0, 2, 2, 2, 1),
     ],
 )
-def test_others_on_the_cores_are_one_warning_with_the_setting(monkeypatch, others, quota, torchs, loaders, fit):
+def test_busy_cores_give_one_warning_with_settings(monkeypatch, others, quota, torchs, loaders, fit):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
     monkeypatch.setattr(cores, "_quota", lambda groups, root: quota)
     monkeypatch.setattr(cores, "_others", lambda: (5.0, others))
@@ -98,7 +98,7 @@ def test_others_on_the_cores_are_one_warning_with_the_setting(monkeypatch, other
     else:
         assert len(warnings) == 1
         assert f"{others:.1f} of 4 CPU cores busy" in warnings[0]
-        # A setting that fits already is not advised.
+        # only settings that do not fit yet
         assert (f"OMP_NUM_THREADS={fit} in the environment" in warnings[0]) == (torchs > fit)
         assert (f"--data.threads {fit}" in warnings[0]) == (loaders > fit)
         assert warnings[0].endswith(" what is left")
@@ -107,13 +107,13 @@ def test_others_on_the_cores_are_one_warning_with_the_setting(monkeypatch, other
 OTHERS = cores._others
 
 
-def test_the_load_of_others_is_what_this_process_has_not_used(monkeypatch):
-    monkeypatch.setattr(cores, "_BEGAN", (100.0, 1000.0, 50.0))
+def test_load_of_others_excludes_this_process(monkeypatch):
+    monkeypatch.setattr(cores, "_AT_START", (100.0, 1000.0, 50.0))
     monkeypatch.setattr(cores, "_usage", lambda: (110.0, 1017.0, 55.0))
     assert OTHERS() == (10.0, pytest.approx(1.2))
 
 
-def test_what_the_kernel_says_of_this_machine_can_be_read():
+def test_usage_of_this_machine():
     clock, busy, own = cores._usage()
     assert clock > 0
     assert busy > 0

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all; one process at a time writes into a run's folder."""
+"""Atomic writes, JSON files, and the lock of a run's folder."""
 
 import json
 import os
@@ -30,17 +30,17 @@ def no_warning(text):
     raise AssertionError(text)
 
 
-def test_a_file_is_replaced_whole(tmp_path):
+def test_write_file_replaces_atomically(tmp_path):
     path = tmp_path / "x.json"
     write_file(path, "old")
     write_file(path, "new é \udce9")
-    assert path.read_bytes() == "new é \\udce9".encode()  # a byte of a name that is not UTF-8 is escaped
+    assert path.read_bytes() == "new é \\udce9".encode()  # bytes that are not UTF-8 are escaped
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_what_was_there_stays_when_writing_fails(tmp_path, error):
+def test_failed_write_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "x.json"
     write_file(path, "old")
     with pytest.raises(type(error)) as caught, atomic_write(path) as temporary:
@@ -51,7 +51,7 @@ def test_what_was_there_stays_when_writing_fails(tmp_path, error):
     assert isinstance(error, KeyboardInterrupt) or caught.value.filename == str(path)
 
 
-def test_a_link_stays_one_and_a_device_is_written_as_it_is(tmp_path):
+def test_links_are_followed_and_devices_written_directly(tmp_path):
     target, link = tmp_path / "there", tmp_path / "link"
     target.write_text("old")
     link.symlink_to(target)
@@ -78,11 +78,11 @@ def test_json_has_no_nan():
         (b"", "is empty"),
         (b'{"a":\n 1', r"is damaged: not valid JSON \(line 2\)"),
         (b"\xff\xfe", "is damaged: not valid JSON"),
-        (b"[1, 2]", "holds no JSON object"),
+        (b"[1, 2]", "is not a JSON object"),
         (b"[" * 100_000, "is damaged: not valid JSON$"),
     ],
 )
-def test_a_damaged_json_file_is_named_and_blocks_nothing(tmp_path, content, fault):
+def test_damaged_json_raises_or_warns(tmp_path, content, fault):
     path = tmp_path / "x.json"
     assert read_json(path) == {}
     path.write_bytes(content)
@@ -94,7 +94,7 @@ def test_a_damaged_json_file_is_named_and_blocks_nothing(tmp_path, content, faul
 
 
 def locker(folder):
-    """A process that locks a folder, says so, and stays."""
+    """Start a process that locks a folder, and return it once it has the lock."""
     code = f"""
 import sys, time
 from pathlib import Path
@@ -108,7 +108,7 @@ with FolderLock(Path({str(folder)!r}), warn=print):
     return process
 
 
-def test_a_locked_folder_is_refused_and_a_dead_owner_s_lock_is_taken_over(tmp_path):
+def test_lock_excludes_other_processes_and_ends_with_its_owner(tmp_path):
     folder = tmp_path / "runs" / "byol"
     process = locker(folder)
     try:
@@ -125,27 +125,27 @@ def test_a_locked_folder_is_refused_and_a_dead_owner_s_lock_is_taken_over(tmp_pa
         process.stdout.close()
 
 
-def test_the_lock_is_waited_for_where_workers_start_anew(tmp_path, monkeypatch):
+def test_lock_waits_for_the_other_process(tmp_path, monkeypatch):
     first = FolderLock(tmp_path, warn=no_warning).__enter__()
     monkeypatch.setattr(time, "sleep", lambda s: first.__exit__(None, None, None))
     with FolderLock(tmp_path, wait_s=1000, warn=no_warning):
         pass
 
 
-def test_a_lock_does_not_follow_a_link_and_names_what_stands_in_its_place(tmp_path):
+def test_lock_file_that_is_not_a_regular_file_raises(tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("my notes")
     folder = tmp_path / "run"
     folder.mkdir()
     for make in (lambda p: p.symlink_to(precious), lambda p: p.symlink_to("nowhere"), Path.mkdir, os.mkfifo):
         make(folder / LOCK)
-        with pytest.raises(InputError, match=r"\.lock is not a plain file, which a run uses as its lock: remove it"):
+        with pytest.raises(InputError, match=r"\.lock is not a regular file, but runs use it as a lock: remove it"):
             FolderLock(folder, warn=no_warning).__enter__()
         (folder / LOCK).rmdir() if (folder / LOCK).is_dir() else (folder / LOCK).unlink()
     assert precious.read_text() == "my notes"
 
 
-def test_a_folder_made_for_nothing_goes_again(tmp_path):
+def test_unused_folder_is_removed(tmp_path):
     with FolderLock(tmp_path / "runs" / "a", warn=no_warning):
         assert (tmp_path / "runs" / "a").is_dir()
     assert not (tmp_path / "runs").exists()
@@ -154,7 +154,7 @@ def test_a_folder_made_for_nothing_goes_again(tmp_path):
     assert (tmp_path / "runs" / "a" / "x").exists()
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+def test_file_system_without_locks_warns(tmp_path, monkeypatch):
     def refuse(handle, how):
         raise OSError(37, "No locks available")
 
@@ -166,13 +166,13 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     assert "its file system has no locks" in warnings[0]
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_lock_of_an_impossible_folder_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written: .* is not a folder; choose another"):
         FolderLock(tmp_path / "file" / "run", warn=no_warning).__enter__()
 
 
-def test_a_folder_is_not_made_where_a_file_or_a_dangling_link_stands(tmp_path):
+def test_make_folder_names_the_file_in_the_way(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for name in ("file", "link"):
@@ -183,7 +183,7 @@ def test_a_folder_is_not_made_where_a_file_or_a_dangling_link_stands(tmp_path):
     assert (tmp_path / "a" / "b").is_dir()
 
 
-def test_where_a_file_can_be_written(tmp_path, monkeypatch):
+def test_check_output(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there" / "new")
     (tmp_path / "dangling").symlink_to(tmp_path / "gone" / "new")
@@ -191,7 +191,7 @@ def test_where_a_file_can_be_written(tmp_path, monkeypatch):
         check_output(path, "--out")
     with pytest.raises(InputError, match=r"^--out: cannot be written: there is no folder .*gone$"):
         check_output(tmp_path / "dangling", "--out")
-    # A link's target is replaced, so its folder has to be writable; of a device the device itself.
+    # A link's target is replaced, so the target's folder must be writable. A device must itself be writable.
     writable = {str(tmp_path), "/dev/null"}
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) in writable)
     check_output(tmp_path / "x", "--out")

@@ -1,4 +1,4 @@
-"""Any command line and any YAML file ends with exit code 0, 1 or 2 and at most one line on stderr: never a traceback, never a hang."""
+"""Random command lines and YAML files: exit code 0, 1 or 2, one line on stderr, no hang."""
 
 import random
 import signal
@@ -12,7 +12,7 @@ from fastbyol.config import Config
 from fastbyol.settings.base import leaves
 from fastbyol.settings.commands import Command, options_of
 
-HANG_S = 120  # what takes so long hangs, under any load
+HANG_S = 120  # more than any command takes under any load
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 ODD = [
@@ -96,7 +96,7 @@ class _Hang(Exception):
 
 @pytest.fixture(autouse=True)
 def hang_guard(tmp_path, monkeypatch):
-    """A command that hangs fails its test; all run in an empty folder."""
+    """Fail a test whose command hangs, and run it in an empty folder."""
 
     def stop(number, frame):
         raise _Hang
@@ -108,34 +108,34 @@ def hang_guard(tmp_path, monkeypatch):
     signal.signal(signal.SIGALRM, before)
 
 
-def leaves_of(commands, path=()):
+def commands_of(commands, path=()):
     for word, command in commands.commands.items():
         if isinstance(command, Command):
             yield [*path, word], command
         else:
-            yield from leaves_of(command, (*path, word))
+            yield from commands_of(command, (*path, word))
 
 
-# doctor takes no options, and needs seconds.
-LEAVES = [(path, command) for path, command in leaves_of(cli.COMMANDS) if path != ["doctor"]]
+# doctor takes no options and several seconds.
+COMMANDS = [(path, command) for path, command in commands_of(cli.COMMANDS) if path != ["doctor"]]
 
 
-def ends_well(capsys, words):
-    """Runs a command line in this process, and looks at how it ends."""
+def run_checked(capsys, words):
+    """Run a command line in this process and check how it ends."""
     signal.alarm(HANG_S)
     code = main(words)
     signal.alarm(0)
     out, err = capsys.readouterr()
-    told = f"{words!r}: {code}, {err!r}"
-    assert code in (0, 1, 2), told
-    assert "Traceback" not in out + err, told
-    assert "typing." not in err, told
+    context = f"{words!r}: {code}, {err!r}"
+    assert code in (0, 1, 2), context
+    assert "Traceback" not in out + err, context
+    assert "typing." not in err, context
     if code:
-        assert err.startswith("fastbyol: error: "), told
-        assert err.count("\n") == 1, told
-        assert err.endswith("\n"), told
-        assert len(err) < 1500 or max(map(len, words)) > 1000, told
-        assert err[:-1].isprintable(), told
+        assert err.startswith("fastbyol: error: "), context
+        assert err.count("\n") == 1, context
+        assert err.endswith("\n"), context
+        assert len(err) < 1500 or max(map(len, words)) > 1000, context
+        assert err[:-1].isprintable(), context
     return code, err
 
 
@@ -153,7 +153,7 @@ def misspelled(rng, word):
 
 
 def good_value(rng, option):
-    """A value that the type allows, mostly."""
+    """Return a value that the type accepts, mostly."""
     kind = str(option.field.type)
     for mark, values in (
         ("Literal", ["auto", "cpu", "none", "byol", "lars", "jpg", "timm", "h100"]),
@@ -169,8 +169,8 @@ def good_value(rng, option):
 
 
 def command_line(rng, folder):
-    """Random words around one command. What it would read does not exist, and what it would write has no place: nothing long starts."""
-    path, command = rng.choice(LEAVES)
+    """Return a random command line that starts nothing long: no input exists, no output is writable."""
+    path, command = rng.choice(COMMANDS)
     words = list(path)
     if rng.random() < 0.05:
         k = rng.randrange(len(words))
@@ -193,11 +193,11 @@ def command_line(rng, folder):
             rng.randrange(len(words) + 1), rng.choice(["--help", "-h", "--help-all", "help", "--version", *ODD])
         )
     last = {option.name for option in options}
-    for name in ("--data.root", "--out", "--run", "--source", "--rates"):  # none of them exists, nor can be made
+    for name in ("--data.root", "--out", "--run", "--source", "--rates"):  # they neither exist nor can be created
         if name in last:
             words.append(f"{name}=/proc/nowhere/{'x' * rng.choice([1, 300])}")
     if "--gpus" in last:
-        words.append("--gpu=h100")  # with --rates: refused
+        words.append("--gpu=h100")  # an error together with --rates
     return words
 
 
@@ -209,7 +209,7 @@ def yaml_value(rng, kind):
 
 
 def yaml_file(rng, folder):
-    """Random settings, random bytes, or a shipped config with a few bytes changed."""
+    """Write random settings, random bytes, or a shipped config with changed bytes."""
     kind = rng.randrange(4)
     if kind == 0:
         data = rng.randbytes(rng.randrange(200))
@@ -244,7 +244,7 @@ def yaml_file(rng, folder):
 @pytest.mark.parametrize("seed", range(5))
 def test_random_command_lines(seed, capsys, tmp_path):
     rng = random.Random(seed)
-    found = [ends_well(capsys, command_line(rng, tmp_path)) for _ in range(60)]
+    found = [run_checked(capsys, command_line(rng, tmp_path)) for _ in range(60)]
     assert {code for code, _ in found} >= {2}
     assert any("did you mean" in err for _, err in found)
 
@@ -253,5 +253,5 @@ def test_random_command_lines(seed, capsys, tmp_path):
 def test_random_yaml_files(seed, capsys, tmp_path):
     rng = random.Random(1000 + seed)
     for _ in range(40):
-        code, _ = ends_well(capsys, ["preview", f"--config={yaml_file(rng, tmp_path)}", "--data.root=/proc/nowhere"])
+        code, _ = run_checked(capsys, ["preview", f"--config={yaml_file(rng, tmp_path)}", "--data.root=/proc/nowhere"])
         assert code == 2

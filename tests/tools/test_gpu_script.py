@@ -19,7 +19,6 @@ from helpers.common import HANG_S, ROOT
 
 from fastbyol import cli
 from fastbyol.runtime import environment
-from fastbyol.settings.options import read
 
 PARSERS = {
     "bench_step": bench_step,

@@ -1,4 +1,4 @@
-"""Where the package is found and where it keeps its caches, wherever it is started."""
+"""Import of the package from any working directory, and its cache folders."""
 
 import os
 import shutil
@@ -22,8 +22,8 @@ def python(*arguments, cwd, **environment):
 
 
 @pytest.mark.parametrize("start", [["-m"], ["-m", "torch.distributed.run", "--nproc-per-node", "1", "-m"]])
-def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path, start):
-    """As in the folder above a clone."""
+def test_folder_named_fastbyol_does_not_hide_the_package(tmp_path, start):
+    """As in the parent folder of a clone."""
     (tmp_path / "fastbyol").mkdir()
     done = python(*start, "fastbyol", "--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"fastbyol {fastbyol.__version__}\n"), done.stderr
@@ -32,7 +32,7 @@ def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path, start):
     assert done.stdout == f"{[str(ROOT / 'fastbyol')]} {[str(ROOT / 'fastbyol' / 'kernels')]}\n"
 
 
-def test_another_checkout_is_used_whole_and_named(tmp_path):
+def test_checkout_in_the_current_folder_is_used_and_reported(tmp_path):
     for name in ("fastbyol", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     done = python("-m", "fastbyol", "--version", cwd=tmp_path)
@@ -45,13 +45,13 @@ def test_another_checkout_is_used_whole_and_named(tmp_path):
     assert done.stdout == f"{tmp_path / 'fastbyol/kernels/crop.py'} {tmp_path / 'fastbyol/cli.py'}\n"
 
 
-def test_kernels_lies_beside_the_package_and_is_part_of_it():
+def test_kernels_is_a_link_next_to_the_package():
     assert (ROOT / "fastbyol" / "kernels").resolve() == ROOT / "kernels"
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """prepare() on a machine with folders that can be written or not; returns (note, fault, what it set)."""
+    """Call prepare() with simulated permissions; return (note, error, changed environment variables)."""
 
     def prepare(*, home, writable, user="someone"):
         def nobody():
@@ -67,28 +67,28 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(caches.Path, "home", no_home if home is None else lambda: home)
         monkeypatch.setattr(caches.os, "access", lambda path, how: str(path).startswith(writable))
         monkeypatch.setattr(caches, "note", None)
-        monkeypatch.setattr(caches, "fault", None)
+        monkeypatch.setattr(caches, "error", None)
         before = dict(os.environ)
         caches.prepare()
-        return caches.note, caches.fault, {k: v for k, v in os.environ.items() if before.get(k) != v}
+        return caches.note, caches.error, {k: v for k, v in os.environ.items() if before.get(k) != v}
 
     return prepare
 
 
-def test_a_home_that_can_be_written_is_left_alone(machine, tmp_path):
+def test_writable_home_changes_nothing(machine, tmp_path):
     assert machine(home=tmp_path / "home", writable=str(tmp_path)) == (None, None, {})
 
 
-def test_without_a_home_caches_lie_in_a_folder_of_this_user_alone(machine, tmp_path):
+def test_without_a_home_caches_are_in_a_private_folder(machine, tmp_path):
     folder = tmp_path / f"fastbyol-{os.getuid()}"
-    note, fault, changed = machine(home=None, user=None, writable=str(tmp_path))
-    assert (note, fault) == (f"there is no home folder: caches are kept in {folder}", None)
+    note, error, changed = machine(home=None, user=None, writable=str(tmp_path))
+    assert (note, error) == (f"there is no home folder: caches are kept in {folder}", None)
     assert changed["LOGNAME"] == f"uid{os.getuid()}"
     assert {changed[key] for key in ("HOME", "XDG_CACHE_HOME", "TRITON_HOME")} == {str(folder)}
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_home_that_cannot_be_written_stays_the_home(machine, tmp_path):
+def test_read_only_home_stays_the_home(machine, tmp_path):
     note, _, changed = machine(home=Path("/read-only"), writable=str(tmp_path))
     assert note.startswith("/read-only/.cache cannot be written: caches are kept in ")
     assert "HOME" not in changed
@@ -98,8 +98,8 @@ def test_a_home_that_cannot_be_written_stays_the_home(machine, tmp_path):
 @pytest.mark.parametrize(
     "place", [".cache/numba", ".cache/numba/kernels_1", ".cache/fastbyol", ".triton", ".triton/cache"]
 )
-def test_a_part_of_the_caches_that_cannot_be_written_is_noticed(machine, monkeypatch, tmp_path, place):
-    """As one run by sudo leaves it."""
+def test_read_only_cache_folder_is_detected(machine, monkeypatch, tmp_path, place):
+    """As after a run with sudo."""
     home = tmp_path / "home"
     (home / place).mkdir(parents=True)
     note, _, changed = machine(home=home, writable=str(tmp_path))
@@ -115,7 +115,7 @@ def test_a_part_of_the_caches_that_cannot_be_written_is_noticed(machine, monkeyp
 
 
 @pytest.mark.parametrize("variable", sorted(caches._VARIABLES))
-def test_a_variable_that_names_a_folder_which_cannot_be_written_is_replaced(machine, monkeypatch, tmp_path, variable):
+def test_variable_with_a_read_only_folder_is_replaced(machine, monkeypatch, tmp_path, variable):
     original = monkeypatch.delenv
     monkeypatch.setattr(monkeypatch, "delenv", lambda name, **how: None if name == variable else original(name, **how))
     monkeypatch.setenv(variable, "/read-only/x")
@@ -124,7 +124,7 @@ def test_a_variable_that_names_a_folder_which_cannot_be_written_is_replaced(mach
     assert changed[variable].startswith(changed["XDG_CACHE_HOME"])
 
 
-def test_a_folder_that_others_could_write_is_not_trusted(machine, tmp_path):
+def test_folder_writable_by_others_is_not_used(machine, tmp_path):
     (tmp_path / f"fastbyol-{os.getuid()}").mkdir()
     (tmp_path / f"fastbyol-{os.getuid()}").chmod(0o777)
     _, _, changed = machine(home=None, writable=str(tmp_path))
@@ -132,23 +132,23 @@ def test_a_folder_that_others_could_write_is_not_trusted(machine, tmp_path):
     assert Path(changed["XDG_CACHE_HOME"]).stat().st_mode & 0o777 == 0o700
 
 
-def test_nowhere_to_write_is_one_line(machine, monkeypatch, capsys):
-    _, fault, changed = machine(home=Path("/read-only"), writable="/nothing")
-    assert fault.startswith("no folder for caches can be written, neither /read-only/.cache nor a temporary one")
+def test_no_writable_folder_is_one_line(machine, monkeypatch, capsys):
+    _, error, changed = machine(home=Path("/read-only"), writable="/nothing")
+    assert error.startswith("no folder for caches can be written, neither /read-only/.cache nor a temporary one")
     assert changed == {}
     from fastbyol.cli import main
 
     assert main(["doctor"]) == 1
-    assert capsys.readouterr().err == f"fastbyol: error: {fault}\n"
+    assert capsys.readouterr().err == f"fastbyol: error: {error}\n"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="becomes another user, as root can")
-def test_a_user_whom_the_machine_does_not_know_runs_it():
-    """No home, no passwd entry, an installation that cannot be written; reads root's files, as the tests may be installed there."""
+def test_user_without_home_and_passwd_entry():
+    """The installation is read-only. The user may read root's files, in case it is below /root."""
     rights = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
     user = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups", *rights]
-    with tempfile.TemporaryDirectory() as temporary:  # pytest's own folders are closed to others
+    with tempfile.TemporaryDirectory() as temporary:  # other users cannot read pytest's folders
         Path(temporary).chmod(0o777)
         clean = ["env", "-i", f"PATH={os.environ['PATH']}", f"TMPDIR={temporary}"]
         command = [*user, *clean, sys.executable, "-m", "fastbyol", "doctor"]

@@ -1,4 +1,4 @@
-"""Every shipped config: its header, its network, and two steps of a copy that is small enough for a CPU."""
+"""Shipped configs: header, model, and two training steps of a copy that is small enough for a CPU."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from fastbyol import cli
 from fastbyol.build import build_model
 from fastbyol.cli import train_config
 from fastbyol.data import build_loader, find_images
-from fastbyol.settings.options import read
+from fastbyol.settings.command_line import parse_command_line
 from fastbyol.step import TrainStep
 from fastbyol.tools.plan import plan
 from fastbyol.tools.roofline import meta_model
@@ -34,7 +34,7 @@ each = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
 def header(path):
-    """Key -> text, of the comment that the file begins with."""
+    """Return key -> text of the comment at the top of the file."""
     found, key = {}, "title"
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
@@ -45,12 +45,12 @@ def header(path):
     return found
 
 
-def test_no_config_is_missing():
+def test_all_configs_exist():
     assert {path.stem for path in CONFIGS} == EXPECTED
 
 
 @each
-def test_the_header_says_how_where_how_long_and_how_good(path):
+def test_header_is_complete(path):
     found = header(path)
     assert set(found) == {"title", "command", "hardware", "hours", "accuracy"}
     assert f"--config configs/{path.name}" in found["command"]
@@ -59,7 +59,7 @@ def test_the_header_says_how_where_how_long_and_how_good(path):
 
 @pytest.mark.slow
 @each
-def test_the_hours_are_those_of_the_plan(path):
+def test_hours_match_the_plan(path):
     hours = header(path)["hours"]
     if measured := re.search(r"benchmarks/results/\w+\.csv", hours):
         assert (ROOT / measured[0]).exists()
@@ -67,15 +67,15 @@ def test_the_hours_are_those_of_the_plan(path):
     match = re.fullmatch(r"([\d.]+) \(estimate: fastbyol plan (.*)\)", hours)
     words = match[2].split()
     assert words[:2] == ["--config", f"configs/{path.name}"]
-    call = read(["plan", "--config", str(path), *words[2:]], cli.COMMANDS)
-    found = plan(call.config, **dataclasses.asdict(call.options))
+    call = parse_command_line(["plan", "--config", str(path), *words[2:]], cli.COMMANDS)
+    found = plan(call.config, **dataclasses.asdict(call.options), say=lambda text: None)
     assert float(match[1]) == pytest.approx(found["hours"], abs=0.05 if found["hours"] < 100 else 0.5)
     assert found["limit"] != "memory"
     assert f"{found['gpus']} x {found['device'].split('-')[0].upper()}" in header(path)["hardware"]
 
 
 @each
-def test_its_network_can_be_built(path):
+def test_model_can_be_built(path):
     config = train_config(["--config", str(path)])
     assert config.name.replace("-", "_") == path.stem
     model = meta_model(config)
@@ -85,8 +85,8 @@ def test_its_network_can_be_built(path):
 
 @pytest.mark.slow
 @each
-def test_two_steps_of_a_shrunk_copy(path, photos):
-    """Narrow, small and with few images, otherwise as it is; a machine without a GPU has neither DALI's half nor a reason to compile."""
+def test_two_steps_of_a_small_copy(path, photos):
+    """Smaller model, batch and images, with backend and step mode for a CPU."""
     config = train_config(["--config", str(path)])
     parts = config.step.micro_batches
     config = dataclasses.replace(
@@ -95,7 +95,7 @@ def test_two_steps_of_a_shrunk_copy(path, photos):
             config.data, root=str(photos), batch_size=4 * parts, image_size_px=32, threads=1, backend="auto"
         ),
         model=dataclasses.replace(config.model, width=0.125 * config.model.width, hidden_dim=32, projection_dim=16),
-        # A learning rate as of the whole batch, from the first step on.
+        # the learning rate of the full batch, from the first step on
         optim=dataclasses.replace(config.optim, warmup_epochs=0, base_lr=config.optim.base_lr * 64 / parts),
         step=dataclasses.replace(config.step, mode="eager"),
     )

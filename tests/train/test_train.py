@@ -758,7 +758,7 @@ def altered(folder, change):
         (lambda state: state.update(model={}), "does not fit this model: .{,500}$"),
         (
             lambda state: state["config"]["optim"].update(epochs="many"),
-            "cannot be used: optim.epochs='many': expected a whole number",
+            "cannot be used: optim.epochs='many': expected an integer",
         ),
     ],
 )
