@@ -12,7 +12,7 @@ from torch import Tensor
 from fastbyol.config import Config
 from fastbyol.data import Batch
 from fastbyol.errors import InputError
-from fastbyol.kernels import dispatch
+from fastbyol.kernels import lars_ema
 from fastbyol.layers import activation_checkpointing
 from fastbyol.model import BYOL, BYOLOutput
 from fastbyol.optim import build_optimizer
@@ -54,7 +54,7 @@ class TrainStep:
         self.loss_scale = LossScale(device) if self.dtype == torch.float16 else None
         self.pairs = model.target_pairs()
         self.optimizer = build_optimizer(config.optim, model, self.pairs, self.lr, self.tau, self.loss_scale)
-        self._ema_update = dispatch.ema_update(device)
+        self._ema_update = lars_ema.ema_update(device)
         # Masks and noise are functions of (seed, step, rank): the same after a restart, different on every rank.
         draws = config.model.feature_noise or config.model.mask_ratio
         self._noise_seed = config.seed if draws else None

@@ -24,7 +24,8 @@ from fastbyol.evaluate.features import check_splits, extract
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.evaluate.online_probe import OnlineProbe
 from fastbyol.evaluate.protocol import missing_images_warning
-from fastbyol.kernels import dispatch
+from fastbyol.kernels import describe
+from fastbyol.kernels.cpu import jit_cache
 from fastbyol.model import BYOL, BYOLOutput, build_model
 from fastbyol.runtime import checkpoint, cores, environment, memory
 from fastbyol.runtime.console import say
@@ -199,7 +200,7 @@ class _Run:
             self._files, self._sample = self.images.fingerprint(), self.images.sample()
             fits = 0
             if config.data.batch_size == "auto":
-                dispatch.compile_cpu_kernels(self._news.append)  # the trial steps need them
+                jit_cache.compile_cpu_kernels()  # the trial steps need them
                 fits = batch_size.find_batch_size(config, device, world) if found is None else -1
         with world.sync_errors():
             self.config = config = self._with_batch_size(config, found, fits)
@@ -254,7 +255,7 @@ class _Run:
                 f"optim.warmup_epochs: the default of {DEFAULT_WARMUP_EPOCHS} is longer than half of the run; "
                 f"it is {config.optim.warmup:g} epochs"
             )
-        dispatch.compile_cpu_kernels(self.log.say)
+        jit_cache.compile_cpu_kernels()
         if self.world.size == 1:  # the other ranks would count as others
             cores.warn_if_shared(resolve_threads(config.data.threads), self.log.warn)
         classes = f" of {len(self.images.classes)} classes" if self.images.classes else ""
@@ -267,7 +268,7 @@ class _Run:
             f"{ranks}{self.step.device}, {str(self.step.dtype).removeprefix('torch.')}, step {self.step.mode}, "
             f"{config.optim.name}, batch {config.data.batch_size}, steps {self.start} to {total} in {self.folder}"
         )
-        self.log.say(dispatch.describe(self.step.device, backend))
+        self.log.say(describe(self.step.device, backend))
 
     def first_step(self, step: int, batch: Batch) -> BYOLOutput:
         """A step whose memory is counted, and whose loss the progress bar shows at once."""

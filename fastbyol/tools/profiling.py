@@ -40,7 +40,7 @@ from fastbyol.config import Config
 from fastbyol.data import ImageSet, build_loader, choose_backend, find_images, native
 from fastbyol.data.batch import Batch, Loader
 from fastbyol.errors import InputError
-from fastbyol.kernels import dispatch
+from fastbyol.kernels.cpu import jit_cache
 from fastbyol.model import BYOL, build_model
 from fastbyol.runtime import cores, environment
 from fastbyol.runtime.distributed import ProcessGroup, World, world_from_environment
@@ -90,7 +90,7 @@ def build(config: Config, world: World, device: torch.device, say: Callable[[str
     """
     with world.sync_errors():
         images = find_images(config.data, "train")
-        dispatch.compile_cpu_kernels(say)
+        jit_cache.compile_cpu_kernels()
         fits = batch_size.find_batch_size(config, device, world) if config.data.batch_size == "auto" else 0
     if fits:
         size = batch_size.global_batch_size(fits, images, config, world)
