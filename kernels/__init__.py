@@ -1,7 +1,8 @@
 """Kernels of the hot path, imported as `fastbyol.kernels`.
 
-One operation per file: the formula and its source, a plain torch `*_reference`, and the public call. cpu/ holds the numba
-implementations and triton/ those for GPUs. Nothing here imports the rest of fastbyol.
+One operation per file: the formula and its source, a plain torch `*_reference`, and the public
+call. cpu/ holds the numba implementations and triton/ those for GPUs. Nothing here imports the rest
+of fastbyol.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def describe(device: "torch.device", backend: str) -> str:
-    """Describe the kernels that run for tensors on `device` and images from data backend `backend`, for log lines."""
+    """Describe the kernels that run on `device` with data backend `backend`, for log lines."""
     from fastbyol.kernels.cpu import openmp
 
     if device.type == "cuda":

@@ -1,23 +1,27 @@
 """Color jitter, grayscale, Gaussian blur, solarize and normalize of one view.
 
-Order and formulas (x in [0, 1], float32), as in `byol/utils/augmentations.py` of google-deepmind/deepmind-research:
+Order and formulas (x in [0, 1], float32), as in `byol/utils/augmentations.py` of
+google-deepmind/deepmind-research:
 
     color: four operations in random order, clip to [0, 1] after each
-        brightness    x + b                                        torchvision: b x
-        contrast      (x - mean_c) c + mean_c, mean per channel    torchvision: mean of the gray image
-        saturation    S of HSV times s, clipped                    torchvision: s x + (1 - s) gray
-        hue           H of HSV plus h turns, mod 1                 torchvision: the same
+        brightness    x + b                           torchvision: b x
+        contrast      (x - mean_c) c + mean_c         torchvision: mean of the gray image
+                      with the mean per channel
+        saturation    S of HSV times s, clipped       torchvision: s x + (1 - s) gray
+        hue           H of HSV plus h turns, mod 1    torchvision: the same
     grayscale         0.2989 R + 0.587 G + 0.114 B in all channels
-    blur              2 int(S / 20) + 1 taps, weights exp(-d^2 / 2 sigma^2) / sum, separable, zero padding
+    blur              2 int(S / 20) + 1 taps, weights exp(-d^2 / 2 sigma^2) / sum, separable,
+                      zero padding
     solarize          x < 0.5 ? x : 1 - x
     clip to [0, 1], then (x - mean) / std of ImageNet
 
-Saturation without HSV: with M = max(R, G, B), C = M - min(R, G, B) and S = C / M, scaling S by s and clipping it
-gives M - (M - x) min(s, M / C). Hue to RGB in closed form, h = 6 H in [0, 6), m = M - C: R = m + C clamp(|h - 3| - 1),
-G = m + C clamp(2 - |h - 2|), B = m + C clamp(2 - |h - 4|), clamp to [0, 1].
+Saturation without HSV: with M = max(R, G, B), C = M - min(R, G, B) and S = C / M, scaling S by s
+and clipping it gives M - (M - x) min(s, M / C). Hue to RGB in closed form, h = 6 H in [0, 6), m = M
+- C: R = m + C clamp(|h - 3| - 1), G = m + C clamp(2 - |h - 2|), B = m + C clamp(2 - |h - 4|), clamp
+to [0, 1].
 
-The columns of a view's parameter row are in augment_params.py. `augment_into` (cpu/augment.py) renders one view on
-the CPU; `triton.augment.augment_views` renders all views of a batch on a GPU.
+The columns of a view's parameter row are in augment_params.py. `augment_into` (cpu/augment.py)
+renders one view on the CPU; `triton.augment.augment_views` renders all views of a batch on a GPU.
 
 Shapes: S = side of the view.
 """
@@ -94,7 +98,7 @@ def brightness_reference(x: Tensor, value: float, *, torchvision: bool = False) 
 
 
 def contrast_reference(x: Tensor, factor: float, *, torchvision: bool = False) -> Tensor:
-    """Scale the deviation from each channel's mean (byol) or from the mean of the gray image (torchvision)."""
+    """Scale around each channel's mean (byol) or the gray image's mean (torchvision)."""
     mean = (gray_reference(x) if torchvision else x).mean((1, 2), keepdim=True)
     return ((x - mean) * factor + mean).clamp(0, 1)
 

@@ -1,9 +1,10 @@
 """Constants of the augmentation that the reference, the numba kernel and the Triton kernels share.
 
-A view's parameters are one row of float32, with the columns named below. `views.ViewParams.pack` fills it.
+A view's parameters are one row of float32, with the columns named below. `views.ViewParams.pack`
+fills it.
 
-numba compiles these values into `cpu/augment.py`'s kernel, and its cache does not notice when this file changes;
-`cpu/jit_cache.py` does.
+numba compiles these values into `cpu/augment.py`'s kernel, and its cache does not notice when this
+file changes; `cpu/jit_cache.py` does.
 """
 
 # Columns of a view's parameter row.
@@ -21,5 +22,5 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def blur_radius(size: int) -> int:
-    """Return the number of blur taps on each side of the center for views of `size` px: 11 at 224, 0 below 20."""
+    """Return the blur's taps on each side of the center for views of `size` px: 11 at 224."""
     return size // 20

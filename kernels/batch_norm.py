@@ -1,4 +1,4 @@
-"""BatchNorm with statistics per view, fused with an optional residual and ReLU: forward and backward.
+"""BatchNorm with statistics per view, fused with an optional residual and ReLU.
 
 Formulas, per view v and channel c, over the R = N H W positions of the view's N images:
 
@@ -10,22 +10,24 @@ Formulas, per view v and channel c, over the R = N H W positions of the view's N
     dx = w i (g - mean g - xhat mean(g xhat))
     dresidual = g
 
-Source: Ioffe and Szegedy 2015 (arXiv 1502.03167). Statistics are per view because BYOL passes its views through the
-network separately (Grill et al. 2020); one batch of both views is otherwise the same computation.
+Source: Ioffe and Szegedy 2015 (arXiv 1502.03167). Statistics are per view because BYOL passes its
+views through the network separately (Grill et al. 2020); one batch of both views is otherwise the
+same computation.
 
-Synchronized statistics: `reduce` returns the mean of a tensor over the ranks of a group, all with equal batch sizes. It
-receives this rank's m and s2 + m^2 in float64, so that s2 can be recovered from their means: in float32 a mean of ten
-standard deviations costs two digits, which is visible in a training of twenty steps. Backward reduces mean g and
-mean(g xhat); dw and db stay local.
+Synchronized statistics: `reduce` returns the mean of a tensor over the ranks of a group, all with
+equal batch sizes. It receives this rank's m and s2 + m^2 in float64, so that s2 can be recovered
+from their means: in float32 a mean of ten standard deviations costs two digits, which is visible in
+a training of twenty steps. Backward reduces mean g and mean(g xhat); dw and db stay local.
 
 Implementations, chosen by `batch_norm`:
 
-    cpu/batch_norm.py      bfloat16 and float32 on the CPU, eager: four fused passes in numba
-    batch_norm_torch.py    `batch_norm_native`: eager on a GPU, torch's own BatchNorm kernels, view by view
-                           `batch_norm_composite`: everything else (torch.compile, synchronized statistics on a GPU,
-                           other dtypes)
+    batch_norm_cpu          cpu/batch_norm.py: bfloat16 and float32 on the CPU, in eager mode
+    batch_norm_native       batch_norm_torch.py: eager on a GPU, without synchronized statistics
+    batch_norm_composite    batch_norm_torch.py: everything else: under torch.compile, with
+                            synchronized statistics on a GPU, in other dtypes
 
-Shapes: V views, N images each, C channels; x is (V N, C) or (V N, C, H, W), and view v is rows v N .. (v + 1) N - 1.
+Shapes: V views, N images each, C channels; x is (V N, C) or (V N, C, H, W), with the images of
+view v at v N .. (v + 1) N - 1.
 """
 
 from typing import Any
@@ -48,9 +50,9 @@ def batch_norm_reference(
     relu: bool,
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the formulas in plain torch; differentiable and traceable. Arguments and errors as for `batch_norm`.
+    """Compute the formulas in plain torch; differentiable and traceable.
 
-    Statistics are float32, or float64 for a float64 x.
+    Arguments and errors as for `batch_norm`. Statistics are float32, or float64 for a float64 x.
     """
     _check(x, residual, weight, bias, views)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -87,13 +89,15 @@ def batch_norm(
         residual: Like x, or None.
         weight: (C,) float32 (float64 for a float64 x).
         bias: Like weight.
-        views: V. The caller guarantees at least two positions per view, since a single one has no variance.
+        views: V. The caller guarantees at least two positions per view, since a single one has no
+            variance.
         eps: Added to the variance.
         relu: Apply ReLU to the result.
         reduce: Differentiable mean over the ranks of a group; None uses this rank's statistics.
 
     Returns:
-        y like x, channels-last; mean and biased variance, (V, C) float32 (float64), without gradient.
+        y like x, channels-last; mean and biased variance, (V, C) float32 (float64), without
+        gradient.
 
     Raises:
         ValueError: Mismatched shapes, an empty x, or an unsupported dtype.

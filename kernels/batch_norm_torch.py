@@ -1,9 +1,9 @@
-"""BatchNorm per view in torch operations: what `torch.compile` traces, and what runs eagerly on a GPU.
+"""BatchNorm per view in torch operations, for `torch.compile` and for eager mode on a GPU.
 
 Formulas and shapes: kernels/batch_norm.py. Two implementations:
 
-    batch_norm_composite    elementwise operations and reductions, for a compiler to fuse; any device, any dtype
-    batch_norm_native       torch's own BatchNorm kernels, one call per view; for eager mode on a GPU
+    batch_norm_composite    elementwise operations and reductions, for a compiler to fuse
+    batch_norm_native       torch's own BatchNorm kernels, one call per view
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def synchronize(mean: Tensor, var: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Return the mean and variance (V, C) over all ranks from those of this rank, with one call of `reduce`."""
+    """Return mean and variance (V, C) over all ranks, with one call of `reduce`."""
     wide = mean.double()
     first, second = reduce(torch.stack([wide, var.double() + wide.square()], 1)).unbind(1)
     return first.to(mean.dtype), (second - first.square()).clamp_min(0).to(var.dtype)
@@ -45,8 +45,9 @@ def batch_norm_composite(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implement `batch_norm` with torch operations, on any device and in any floating-point dtype.
 
-    In eager mode sums run over d = x - f, where f is the value at the view's first position, so statistics are exact
-    for any mean. Compiled code uses x itself: its kernels would load f for every value.
+    In eager mode sums run over d = x - f, where f is the value at the view's first position, so
+    statistics are exact for any mean. Compiled code uses x itself: its kernels would load f for
+    every value.
     """
     return _Composite.apply(x, residual, weight, bias, views, eps, relu, reduce)
 
@@ -69,9 +70,10 @@ def _like(rows: Tensor, x: Tensor) -> Tensor:
 
 
 class _Composite(torch.autograd.Function):
-    """The backward pass is explicit: autograd's, through the reference, moves 25 % more bytes in a compiled ResNet-50.
+    """The backward pass is explicit.
 
-    With ReLU, y is saved: the following convolution saves it anyway.
+    That of autograd, through the reference, moves 25 % more bytes in a compiled ResNet-50. With
+    ReLU, y is saved: the following convolution saves it anyway.
     """
 
     @staticmethod
@@ -126,7 +128,8 @@ def batch_norm_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implement `batch_norm` with torch's BatchNorm kernels, one call per view.
 
-    They move about as many bytes as nn.BatchNorm2d; `batch_norm_composite` in eager mode moves several times as many.
+    They move about as many bytes as nn.BatchNorm2d; `batch_norm_composite` in eager mode moves
+    several times as many.
     """
     residual = None if residual is None else to_channels_last(residual)
     return _Native.apply(to_channels_last(x), residual, weight.contiguous(), bias.contiguous(), views, eps, relu)

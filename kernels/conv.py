@@ -1,17 +1,20 @@
-"""Convolution whose weight gradient is one matrix product per tap, for small images in bfloat16 on the CPU.
+"""Convolution with a weight gradient of one matrix product per tap, for small images on the CPU.
 
-Formulas, for input row r, output row p, tap (i, j) of k x k, r = s p - a + i with stride s and padding a, columns likewise:
+Formulas, for input row r, output row p, tap (i, j) of k x k, r = s p - a + i with stride s and
+padding a, columns likewise:
 
     y[n, :, p, q]  = sum over (i, j) of w[:, :, i, j] x[n, :, s p - a + i, s q - a + j]
     dw[:, :, i, j] = sum over n and the (p, q) whose input is inside the image of
                      dy[n, :, p, q] x[n, :, s p - a + i, s q - a + j]^T
 
-y and dx are computed by oneDNN. Its dw is slow for small images: on two cores of an AMD EPYC with AVX512-bf16, with 64
-images of 3x3 px and 512 to 512 channels, it runs at 225 GFLOP/s, forward at 450. Here a tap is one product (O, K) (K, C)
-over the K positions whose input is not padding: for a 3x3 image, 49 of the 81 pairs of tap and position. This takes 5.3
-instead of 12.0 ms. Larger images have less padding and longer sums, for which oneDNN is as fast; see `use_tap_products`.
+y and dx are computed by oneDNN. Its dw is slow for small images: on two cores of an AMD EPYC with
+AVX512-bf16, with 64 images of 3x3 px and 512 to 512 channels, it runs at 225 GFLOP/s, forward at
+450. Here a tap is one product (O, K) (K, C) over the K positions whose input is not padding: for a
+3x3 image, 49 of the 81 pairs of tap and position. This takes 5.3 instead of 12.0 ms. Larger images
+have less padding and longer sums, for which oneDNN is as fast; see `use_tap_products`.
 
-dw is rounded to bfloat16 per tap, like oneDNN's, and returned in the weight's dtype, which saves autocast a pass.
+dw is rounded to bfloat16 per tap, like oneDNN's, and returned in the weight's dtype, which saves
+autocast a pass.
 
 Shapes: x (N, C, H, W), w (O, C, k, k), y (N, O, P, Q), all channels-last.
 """
@@ -23,8 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Where products per tap are faster, measured with 3x3 kernels (dw in ms on two cores: oneDNN, per tap).
-_MAX_POSITIONS = 25  # 64 images of 512 channels at 5x5: 25.5, 20.1; 256 at 6x6: 6.8, 6.7; 256 at 8x8: 12.1, 18.4
+# Where products per tap are faster. dw with 3x3 kernels in ms on two cores, oneDNN's and per tap:
+# 64 images of 512 channels at 5x5: 25.5, 20.1; 256 at 6x6: 6.8, 6.7; 256 at 8x8: 12.1, 18.4.
+_MAX_POSITIONS = 25
 # Of the output, with stride 2. 256 to 512 channels at 7x7: 36.6, 23.5; 64 to 128 at 12x12: equal.
 _MAX_POSITIONS_STRIDED = 49
 _MIN_CHANNEL_PAIRS = 1 << 15  # 128 to 256 channels; below, the overhead of the calls dominates
@@ -56,7 +60,10 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 
 
 def use_tap_products(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Return True if dw should be one product per tap: bfloat16 on the CPU, k x k with k > 1, small y, many channels."""
+    """Return True if dw should be one product per tap.
+
+    That is for bfloat16 on the CPU, k x k kernels with k > 1, a small y, and many channels.
+    """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
         return False
     if not x.is_cpu or x.dtype != torch.bfloat16 or x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
@@ -95,7 +102,7 @@ class _Conv(torch.autograd.Function):
 
 
 def weight_gradient(x: Tensor, dy: Tensor, k: int, stride: int, padding: int, *, dtype: torch.dtype) -> Tensor:
-    """Return dw (O, C, k, k), channels-last, from x (N, C, H, W) and dy (N, O, P, Q) of one dtype."""
+    """Return dw (O, C, k, k), channels-last, from x (N, C, H, W) and dy (N, O, P, Q)."""
     x, dy = x.permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1)
     channels, outputs = x.shape[3], dy.shape[3]
     dw = torch.zeros(outputs, k, k, channels, dtype=dtype, device=x.device)
@@ -111,7 +118,10 @@ def weight_gradient(x: Tensor, dy: Tensor, k: int, stride: int, padding: int, *,
 
 
 def _valid_outputs(i: int, size: int, outputs: int, stride: int, padding: int) -> tuple[tuple[int, int], int]:
-    """Return the output rows (start, end) whose input row for tap row i is inside the image, and the first input row."""
+    """Return the output rows (start, end) whose input rows for tap row i are inside the image.
+
+    Also returns the first of these input rows.
+    """
     first = max(0, -(-(padding - i) // stride))
     end = min(outputs, (size - 1 + padding - i) // stride + 1)
     return (first, end), stride * first - padding + i

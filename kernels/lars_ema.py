@@ -1,26 +1,33 @@
 """LARS and the target's moving average, in one call over all tensors.
 
-Formulas, per tensor and in float32 (w online weight, g gradient, s loss scale, m momentum buffer, t target weight):
+Formulas, per tensor and in float32 (w online weight, g gradient, s loss scale, m momentum buffer, t
+target weight):
 
     u  = g / s + wd w
-    r  = eta |w| / |u|        1 if either norm is 0, and for biases and norm-layer parameters (wd is 0 there too)
+    r  = eta |w| / |u|        1 if either norm is 0, and for biases and norm-layer parameters,
+                              which have wd = 0
     m <- mu m + r u
     w <- w - lr m
     t <- t + (1 - tau) (w - t)    with the new w; for weights that have a target
 
-With a loss scale nothing is written if any value of any gradient is infinite or NaN (a skipped step).
+With a loss scale nothing is written if any value of any gradient is infinite or NaN (a skipped
+step).
 
-Source: You et al. 2017 (arXiv 1708.03888) as in `byol/utils/optimizers.py` of google-deepmind/deepmind-research, and
-Grill et al. 2020, equation 1. Other versions of LARS divide by |g| + wd |w| + eps: a different optimizer.
+Source: You et al. 2017 (arXiv 1708.03888) as in `byol/utils/optimizers.py` of
+google-deepmind/deepmind-research, and Grill et al. 2020, equation 1. Other versions of LARS divide
+by |g| + wd |w| + eps: a different optimizer.
 
 Two passes over all tensors, whatever their number and sizes, in chunks of a table of addresses:
 
-    norms     |w|^2 and |u|^2 per chunk: reads w and g, 8 bytes per parameter (6 with 16-bit gradients)
-    update    reads w, g, m, t and writes w, m, t: 28 bytes per parameter (26); 20 (18) without a target
+    norms     |w|^2 and |u|^2 per chunk: reads w and g,
+              8 bytes per parameter (6 with 16-bit gradients)
+    update    reads w, g, m, t and writes w, m, t,
+              28 bytes per parameter (26); 20 (18) without a target
 
-Together 36 bytes per parameter with a target, the minimum of two passes: the update of a tensor's first value needs the
-norms of the whole tensor. Tensors without a trust ratio skip the first pass. Partial sums are added in a fixed order, so
-results are bit-identical between runs and for any number of threads.
+Together 36 bytes per parameter with a target, the minimum of two passes: the update of a tensor's
+first value needs the norms of the whole tensor. Tensors without a trust ratio skip the first pass.
+Partial sums are added in a fixed order, so results are bit-identical between runs and for any
+number of threads.
 
 Implementations: cpu/lars_ema.py (numba) and triton/lars_ema.py.
 """
@@ -34,23 +41,25 @@ from fastbyol.kernels.multi_tensor import Hyper  # noqa: F401 (re-exported)
 
 
 def lars_update(device: torch.device) -> Callable[..., None]:
-    """Return the LARS update, with or without targets, for tensors on `device`: Triton on a GPU, numba on the CPU.
+    """Return the fused LARS and target update for `device`: Triton on a GPU, numba on the CPU.
 
     Returns:
-        A callable that updates many tensors in place, without a host sync, and caches its tables while their addresses
-        stay the same:
+        A callable that updates many tensors in place, without a host sync, and caches its tables
+        while their addresses stay the same:
 
         update(tensors, groups, hypers, tau, *, inv_scale=None, found_inf=None)
 
-        tensors: (weight, gradient, momentum buffer, target or None) per parameter, float32; gradients may also be
-            bfloat16 or float16.
+        tensors: (weight, gradient, momentum buffer, target or None) per parameter, float32;
+            gradients may also be bfloat16 or float16.
         groups: Index into `hypers` per parameter.
         hypers: `Hyper` per parameter group.
         tau: Scalar on the tensors' device.
         inv_scale: Scalar, 1 / loss scale; requires `found_inf`.
-        found_inf: Scalar float32, set to 1 if any gradient is not finite. If it is not 0, nothing is updated.
+        found_inf: Scalar float32, set to 1 if any gradient is not finite. If it is not 0, nothing
+            is updated.
 
-        It raises a ValueError for mismatched shapes or devices and a TypeError for unsupported dtypes.
+        It raises a ValueError for mismatched shapes or devices and a TypeError for unsupported
+        dtypes.
 
     Raises:
         ModuleNotFoundError: A GPU without Triton, which is part of torch's CUDA builds.
@@ -66,8 +75,8 @@ def ema_update(device: torch.device) -> Callable[..., None]:
     """Return the target update alone, for optimizers other than LARS.
 
     Returns:
-        update(pairs, tau): t <- t + (1 - tau) (w - t) in place for all pairs (w, t) of float32 tensors on `device`.
-        Errors as in `lars_update`.
+        update(pairs, tau): t <- t + (1 - tau) (w - t) in place for all pairs (w, t) of float32
+        tensors on `device`. Errors as in `lars_update`.
 
     Raises:
         ModuleNotFoundError: A GPU without Triton, which is part of torch's CUDA builds.
@@ -94,7 +103,7 @@ def lars_ema_reference(
     inv_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Update one tensor in place, without a host sync, in any float dtype of `weight` (float64 too).
+    """Update one tensor in place, without a host sync, in any float dtype.
 
     Args:
         weight: Any shape; overwritten.

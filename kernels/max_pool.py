@@ -1,7 +1,7 @@
 """Max-pool of 3x3 windows, stride 2, padding 1, as in the stem of a ResNet: forward and backward.
 
-Formulas, per channel, for output position (p, q) and its window x[2 p - 1 + i, 2 q - 1 + j], i, j in 0 .. 2, inside the
-image:
+Formulas, per channel, for output position (p, q) and its window x[2 p - 1 + i, 2 q - 1 + j], i, j
+in 0 .. 2, inside the image:
 
     y[p, q] = the maximum; NaN if the window contains one
     k[p, q] = 3 i + j of the first maximum, or of the last NaN if there is one (as in torch)
@@ -25,7 +25,8 @@ def max_pool_reference(x: Tensor, kernel_size: int = 3, stride: int = 2, padding
 def max_pool(x: Tensor) -> Tensor:
     """Max-pool 3x3 windows with stride 2 and padding 1.
 
-    Runs in numba on the CPU for bfloat16 and float32, and in torch otherwise and under torch.compile.
+    Runs in numba on the CPU for bfloat16 and float32, and in torch otherwise and under
+    torch.compile.
 
     Args:
         x: (N, C, H, W); on the CPU used in channels-last memory format, copied if necessary.

@@ -1,6 +1,7 @@
-"""Tables of tensor addresses, for kernels that update many tensors in one launch (multi-tensor apply).
+"""Tables of tensor addresses, for kernels that update many tensors in one launch.
 
-The numba and Triton versions of lars_ema share this: a tensor is a row of addresses, and rows are split into chunks.
+The numba and Triton versions of lars_ema share this: a tensor is a row of addresses, and rows are
+split into chunks.
 
 Shapes: T = tensors (rows), C = chunks.
 """
@@ -31,7 +32,7 @@ class Hyper:
         check_scalar("lr", self.lr)
 
     def as_floats(self) -> tuple[float, float, float]:
-        """Return weight decay, momentum and eta as the kernels read them; eta is -1 for a trust ratio of 1."""
+        """Return weight decay, momentum and eta (-1 for None), as the kernels read them."""
         eta = -1.0 if self.trust_coefficient is None else self.trust_coefficient
         return self.weight_decay, self.momentum, eta
 
@@ -52,14 +53,15 @@ _GRADIENT = 1  # column of a row
 
 
 class AddressTable:
-    """The addresses of tensors, one row per parameter: w, g, m, t, in a memory order that the row's tensors share.
+    """The addresses of w, g, m and t, one row per parameter.
 
-    Tensors with gaps in memory, and gradients or targets whose memory order differs from the weight's, are staged:
-    copied to a buffer before the kernels and back afterwards.
+    The tensors of a row must share a memory order. Tensors with gaps in memory, and gradients or
+    targets whose memory order differs from the weight's, are staged: copied to a buffer before the
+    kernels and back afterwards.
 
     Args:
-        tensors: (weight, gradient, momentum buffer, target or None) per parameter, of one shape and on one device.
-            Gradient and momentum buffer may be None (target update only).
+        tensors: (weight, gradient, momentum buffer, target or None) per parameter, of one shape and
+            on one device. Gradient and momentum buffer may be None (target update only).
 
     Attributes:
         addresses: (T, 4) int64; 0 for None.
@@ -67,7 +69,8 @@ class AddressTable:
         dtypes: T dtypes of the gradients.
 
     Raises:
-        ValueError: The tensors of a row differ in shape or device: the kernels would write out of bounds.
+        ValueError: The tensors of a row differ in shape or device: the kernels would write out of
+            bounds.
         TypeError: An unsupported dtype.
     """
 
@@ -83,11 +86,11 @@ class AddressTable:
         self.addresses = np.zeros((len(tensors), 4), dtype=np.int64)
 
     def matches(self, tensors: Sequence[Row]) -> bool:
-        """Return True if these tensors have the shapes, dtypes and strides that the table was made for."""
+        """Return True if the tensors have the shapes, dtypes and strides of this table."""
         return self._layout == _layout(tensors)
 
     def bind(self, tensors: Sequence[Row]) -> bool:
-        """Store the tensors' addresses, without references to the tensors: gradients are freed after a step.
+        """Store the tensors' addresses, but no references: gradients are freed after a step.
 
         Returns:
             True if any address has changed.
@@ -150,7 +153,7 @@ def _memory_order(x: Tensor) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Rows split into chunks of at most `length` values; chunk c starts at value start[c] of row[c]."""
+    """Rows split into chunks of equal length; chunk c starts at value start[c] of row[c]."""
 
     row: NDArray[np.int64]
     start: NDArray[np.int64]

@@ -1,8 +1,8 @@
-"""The augmentation of one view on the CPU: color, blur, solarize and normalize in two passes over the view.
+"""The augmentation of one view on the CPU, in two passes over the view.
 
-Formulas and reference: kernels/augment.py. Contrast needs the mean of the whole view, so the first pass applies the
-color operations before contrast and sums the channels. The second pass does the rest, a few rows at a time, while they
-are in the cache.
+Formulas and reference: kernels/augment.py. Contrast needs the mean of the whole view, so the first
+pass applies the color operations before contrast and sums the channels. The second pass does the
+rest, a few rows at a time, while they are in the cache.
 
 Shapes: S = side of the view.
 """
@@ -45,7 +45,8 @@ from fastbyol.kernels.cpu.intrinsics import (
     store_flat,
 )
 
-# dtype of a batch -> dtype that `augment_into` writes. numba supports neither 16-bit float, so integers hold the bits.
+# dtype of a batch -> dtype that `augment_into` writes. numba supports neither 16-bit float, so
+# integers hold the bits.
 WRITTEN = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.int16}
 
 _RADII = (0, 2, 4, 6, 8)  # blur radii with vectorized code; BYOL's largest sigma, 2, needs 8
@@ -70,7 +71,8 @@ class AugmentScratch:
         self.padded = aligned_zeros((3, BLUR_ROWS, _PADDING + LANES * blocks + _PADDING))
         self.offsets = np.zeros(BLUR_ROWS + 2 * _RADII[-1], dtype=np.int64)
         self.line = np.zeros(size + 2 * radius, dtype=np.float32)
-        self.edge = np.zeros(3 * LANES, dtype=np.float32)  # the vector that a row's last pixels fill only in part
+        # The vector that a row's last pixels fill only in part.
+        self.edge = np.zeros(3 * LANES, dtype=np.float32)
         self.mean = np.zeros(3, dtype=np.float32)
         mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
         self.scale = (1 / std).astype(np.float32)
@@ -78,12 +80,12 @@ class AugmentScratch:
 
 
 def new_planes(size: int) -> NDArray[np.float32]:
-    """Return (3, S, S) float32, aligned to a cache line and followed by a row of zeros: the blur's padding."""
+    """Return (3, S, S) float32, aligned to a cache line, followed by zeros for the blur."""
     return aligned_zeros((3, size, size), tail=size + LANES)
 
 
 def as_written(batch: Tensor) -> NDArray[np.float32 | np.uint16 | np.int16]:
-    """Return a float32, bfloat16 or float16 CPU batch as the numpy view that `augment_into` writes."""
+    """Return the numpy view of a CPU batch that `augment_into` writes; see WRITTEN for dtypes."""
     bits = batch if batch.dtype == torch.float32 else batch.view(torch.int16)
     return bits.numpy().view(WRITTEN[batch.dtype])
 
@@ -99,8 +101,9 @@ def augment_into(
     Args:
         planes: (3, S, S) float32 in [0, 1], from `new_planes`; overwritten.
         p: (COLUMNS,) float32, the parameter row.
-        out: (S, S, 3), C-contiguous: one image of a channels-last batch. float32, or uint16 for the bits of
-            bfloat16 and int16 for those of float16 (rounded to nearest, ties to even); see `as_written`.
+        out: (S, S, 3), C-contiguous: one image of a channels-last batch. float32, or uint16 for the
+            bits of bfloat16 and int16 for those of float16 (rounded to nearest, ties to even); see
+            `as_written`.
         scratch: Of this thread and this output size.
     """
     s = scratch
@@ -117,7 +120,7 @@ def _clip(x):
 
 @njit(**_JIT)
 def _color_operation(operation, r, g, b, p, mean):
-    """Apply one color operation in place to a block of pixels r, g, b (n,); only contrast uses mean (3,)."""
+    """Apply one color operation in place to pixels r, g, b (n,); only contrast uses mean (3,)."""
     one, zero = np.float32(1), np.float32(0)
     torchvision = p[TORCHVISION] != 0
     n = len(r)
@@ -172,9 +175,10 @@ def _color_operation(operation, r, g, b, p, mean):
 
 @njit(**_JIT)
 def _first_pass(planes, p, radius, taps, mean):
-    """Apply the operations before contrast, in place; compute the mean that contrast needs and the blur's taps.
+    """Apply the operations before contrast, in place; compute contrast's mean and the blur's taps.
 
-    Fills mean (3,) and the one-sided taps (1, 0, 0 ... for no blur). Returns the number of operations applied.
+    Fills mean (3,) and the one-sided taps (1, 0, 0 ... for no blur). Returns the number of
+    operations applied.
     """
     size = planes.shape[1]
     n = size * size
@@ -263,7 +267,7 @@ def _finish_row_overload(source, red, green, blue, radius, taps, solarize, gain,
 
 @njit(**_JIT)
 def _vertical_blur(planes, i, radius, taps, offsets, padded):
-    """Write the vertical pass for rows i .. i + BLUR_ROWS - 1 of the three planes to padded (3, BLUR_ROWS, ...)."""
+    """Write the vertical pass for rows i .. i + BLUR_ROWS - 1 to padded (3, BLUR_ROWS, ...)."""
     size = planes.shape[1]
     stride = padded.shape[2]
     blocks = -(-size // LANES)
@@ -288,7 +292,7 @@ def _vertical_blur(planes, i, radius, taps, offsets, padded):
 
 @njit(**_JIT)
 def _scalar_blur(planes, i, radius, taps, line, padded):
-    """Write both passes for the same rows, for any radius: scalar code for sigmas larger than BYOL's."""
+    """Write both passes for the same rows, for any radius: scalar code for large sigmas."""
     size, margin = planes.shape[1], (len(line) - planes.shape[1]) // 2
     for c in range(3):
         for k in range(min(BLUR_ROWS, size - i)):
@@ -305,12 +309,13 @@ def _scalar_blur(planes, i, radius, taps, line, padded):
 
 @njit(**_JIT)
 def _second_pass(planes, p, before_contrast, mean, taps, padded, line, edge, scale, offset, offsets, out):
-    """Apply the color operations from contrast on, blur, solarize, clip and normalize: planes (3, S, S) -> out (S, S, 3).
+    """Apply everything from contrast on: planes (3, S, S) -> out (S, S, 3).
 
-    BLUR_ROWS output rows at a time. The colors of a row are computed just before the first output row whose blur reads
-    it, while the rows around it are in the cache.
+    BLUR_ROWS output rows at a time. The colors of a row are computed just before the first output
+    row whose blur reads it, while the rows around it are in the cache.
 
-    Taps whose mass on both sides is below 1e-4 in total are dropped: a change of at most 1e-4 in [0, 1].
+    Taps whose mass on both sides is below 1e-4 in total are dropped: a change of at most 1e-4 in
+    [0, 1].
     """
     size = planes.shape[1]
     solarize = p[SOLARIZE] != 0

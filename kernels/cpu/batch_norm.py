@@ -1,21 +1,25 @@
-"""BatchNorm per view on the CPU, for bfloat16 and float32 tensors: four passes over channels-last memory in numba.
+"""BatchNorm per view on the CPU, for bfloat16 and float32 tensors, in four numba passes.
 
-Formulas and shapes: kernels/batch_norm.py. Statistics are exact for any mean: sums run over d = x - f, where f is the
-value at the view's first position, with delta = mean d and s2 = mean d^2 - delta^2; y = d (w i) + (b - delta w i). A
-mean of 1000 with a standard deviation of 1 costs no digit.
+Formulas and shapes: kernels/batch_norm.py. Statistics are exact for any mean, since sums run over
+d = x - f, where f is the value at the view's first position:
+
+    delta = mean d,  s2 = mean d^2 - delta^2,  y = d (w i) + (b - delta w i)
+
+A mean of 1000 with a standard deviation of 1 costs no digit.
 
 Passes, and bytes moved per value of bfloat16 (twice as many for float32):
 
     moments     reads x                                     2
     apply       reads x (and residual), writes y            4 (6)
-    sums        reads x and dy                              4      with residual and ReLU also reads y and writes g: 8
+    sums        reads x and dy                              4
+                with residual and ReLU: also y, writes g    8
     gradient    reads x and dy or g, writes dx              6
 
-x and the statistics are saved for backward, and y only with both residual and ReLU: without a residual the sign of y
-follows from x.
+x and the statistics are saved for backward, and y only with both residual and ReLU: without a
+residual the sign of y follows from x.
 
-A view is a matrix of R rows (positions) and C channels, contiguous in memory. Passes over x are split into blocks of
-rows and channels, one task each.
+A view is a matrix of R rows (positions) and C channels, contiguous in memory. Passes over x are
+split into blocks of rows and channels, one task each.
 """
 
 import functools
@@ -63,7 +67,7 @@ def batch_norm_cpu(
     relu: bool,
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Implement `batch_norm` with the passes of this module. The caller has checked the arguments."""
+    """Implement `batch_norm` with the passes below. The caller has checked the arguments."""
     x, residual = to_channels_last(x), None if residual is None else to_channels_last(residual)
     weight, bias = weight.contiguous(), bias.contiguous()
     arguments = x, residual, weight, bias, views, eps, relu, reduce
@@ -201,10 +205,12 @@ _MAX_BLOCK_CHANNELS = 1024
 def split_into_blocks(shape: torch.Size, views: int) -> tuple[tuple[int, int, int, int, int], int, int]:
     """Split x into blocks of rows and channels.
 
-    The split depends on sizes only, not on the number of threads, since every range of rows has its partial sums.
+    The split depends on sizes only, not on the number of threads, since every range of rows has its
+    partial sums.
 
     Returns:
-        (V, R, C, rows per block, channels per block); the number of blocks; the number of row ranges.
+        (V, R, C, rows per block, channels per block); the number of blocks; the number of row
+        ranges.
     """
     channels = shape[1]
     rows = shape.numel() // (channels * views)
@@ -219,7 +225,8 @@ def _empty(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-# Arguments of every kernel: the item size of x (2: bfloat16, 4: float32), sizes, addresses (0: no tensor), two numbers.
+# Arguments of every kernel: the item size of x (2: bfloat16, 4: float32), sizes, addresses (0: no
+# tensor), two numbers.
 _ITEM_SIZE, _VIEWS, _ROWS, _CHANNELS, _BLOCK_ROWS, _BLOCK_CHANNELS = range(6)
 _X, _RESIDUAL, _Y, _DY, _G, _DX, _STATS, _BACKWARD_STATS, _SCRATCH, _WEIGHT, _BIAS, _DW_DB, _EPS, _RELU = range(6, 20)
 
@@ -262,14 +269,16 @@ _F32 = ir.FloatType()
 
 
 def _block_loop(body: Callable[..., None]) -> Callable[..., Any]:
-    """Return an intrinsic f(bfloat16, flag, block, operands, floor) that runs `body` on every tile of a block.
+    """Return an intrinsic f(bfloat16, flag, block, operands, floor): `body` on a block's tiles.
 
-    Code is emitted for all four combinations of the booleans bfloat16 and flag, with the branches outside the loops.
+    Code is emitted for all four combinations of the booleans bfloat16 and flag, with the branches
+    outside the loops.
 
     Args:
-        body: body(tile, bfloat16, flag, x, first, operands, floor) emits the code of one tile; both booleans are
-            Python's. The intrinsic's block is the tuple of int64 (x, rows, channels, stride, first), where x is the
-            address of the block and first that of f; operands is a tuple of addresses; floor is a float32.
+        body: body(tile, bfloat16, flag, x, first, operands, floor) emits the code of one tile; both
+            booleans are Python's. The intrinsic's block is the tuple of int64 (x, rows, channels,
+            stride, first), where x is the address of the block and first that of f; operands is a
+            tuple of addresses; floor is a float32.
     """
 
     @intrinsic
@@ -329,7 +338,7 @@ def _apply_loop(tile, bfloat16, has_residual, x, first, operands, floor):
 
 @_block_loop
 def _sums_loop(tile, bfloat16, has_y, x, first, operands, floor):
-    """Add g and g d to the (C,) sums. With y, the mask is that of y, and g is written; otherwise it follows from x."""
+    """Add g and g d to the (C,) sums; with y, take the mask from y instead of x, and write g."""
     scale, offset, dy, y, g, sums, products = operands
     d = _deviations(tile, x, first, bfloat16)
     if has_y:
@@ -370,8 +379,9 @@ def _locate(task, args):
     """Locate the block of a task.
 
     Returns:
-        The view, number of rows, first channel, number of channels, and index of the row range; the address of x at the
-        view's first row and that channel; and the block's offset in bytes in a tensor of x's size.
+        The view, number of rows, first channel, number of channels, and index of the row range; the
+        address of x at the view's first row and that channel; and the block's offset in bytes in a
+        tensor of x's size.
     """
     channel_blocks = -(-args[_CHANNELS] // args[_BLOCK_CHANNELS])
     row_blocks = -(-args[_ROWS] // args[_BLOCK_ROWS])
@@ -398,7 +408,7 @@ def _stats_row(args, table, row, view):
 
 @njit(**_JIT)
 def _partial_sums_address(args, row_range, which, channel):
-    """Return the address of one of a row range's two partial sums; two rows of float64 totals precede them."""
+    """Return the address of a row range's first or second partial sum; they follow the totals."""
     return args[_SCRATCH] + 4 * ((4 + 2 * row_range + which) * args[_CHANNELS] + channel)
 
 

@@ -1,7 +1,8 @@
 """Crop, bicubic resize and horizontal flip of one view on the CPU.
 
-Formula and reference: kernels/crop.py. A source row is resized in x once, in 16-bit fixed point, and kept while output
-rows need it (four rows at most); an output row is a weighted sum of four resized rows.
+Formula and reference: kernels/crop.py. A source row is resized in x once, in 16-bit fixed point,
+and kept while output rows need it (four rows at most); an output row is a weighted sum of four
+resized rows.
 
 Shapes: H, W = source image; S = side of the output.
 """
@@ -29,7 +30,7 @@ from fastbyol.kernels.cpu.intrinsics import (
 
 _CHANNELS = 4  # a resized pixel is a vector of four floats: R, G, B and an unused lane
 _PADDING = 2  # pixels that taps reach outside the crop; their weights are 0
-_ONE = 1 << 14  # weight 1 in x: 16-bit products of a pixel and a weight, and sums of two, fit in 32 bits
+_ONE = 1 << 14  # fixed-point weight 1 in x; sums of two products with 8-bit pixels fit in 32 bits
 _PIXELS = 16  # pixels per step of `_blend_rows`
 _HAS_AVX2 = bool(binding.get_host_cpu_features().get("avx2"))
 _JIT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
@@ -37,17 +38,19 @@ _JIT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"cont
 
 @njit(cache=True, error_model="numpy")
 def random_resized_crop(area, aspect, u, sizes, clamp, low, high, out):
-    """Compute the crop boxes of images from random numbers, as torchvision's RandomResizedCrop does.
+    """Compute the crop boxes of n images with V views each from random numbers.
 
-    Compiled because a loader calls it for every image, once the image's size is known. It takes two microseconds and
-    keeps the GIL, since releasing and reacquiring it would take longer.
+    Compiled because a loader calls it for every image, once the image's size is known. It takes two
+    microseconds and keeps the GIL, since releasing and reacquiring it would take longer.
 
     Args:
-        area, aspect: (n, V, tries) float64, candidate fractions of the image's area and aspect ratios.
+        area, aspect: (n, V, tries) float64, candidate fractions of the image's area and aspect
+            ratios.
         u: (n, V, 2) float64 in [0, 1), relative positions in y and x.
         sizes: (n, 2), heights and widths of the images.
-        clamp: Reduce a side that does not fit to the image's. Otherwise take the first candidate that fits, or if none
-            does, the largest centered box with an aspect ratio in [low, high].
+        clamp: Reduce a side that does not fit to the image's. Otherwise, like torchvision's
+            RandomResizedCrop, take the first candidate that fits, or if none does, the largest
+            centered box with an aspect ratio in [low, high].
         low, high: Limits of the aspect ratio for that fallback.
         out: (n, V, 4) int32; receives top, left, height, width. Sides are integers of at least 1.
     """
@@ -83,18 +86,22 @@ class CropScratch:
 
     def __init__(self, size: int) -> None:
         pairs = -(-size // 2)
-        self.first = np.zeros((2, size), dtype=np.int64)  # y, x: index of the first of an output pixel's four taps
+        # The first tap and the weights of every output pixel, in y and x.
+        self.first = np.zeros((2, size), dtype=np.int64)
         self.weight = np.zeros((2, size, 4), dtype=np.float32)
-        self.start = np.zeros(2 * pairs, dtype=np.int64)  # byte offset in `row` of an output pixel's x taps
-        self.fixed = np.zeros((pairs, 2, 2, 8), dtype=np.int16)  # x weights in the layout of `_resize_pair`
+        # The same in x for `_resize_pair`: byte offsets in `row`, and fixed-point weights.
+        self.start = np.zeros(2 * pairs, dtype=np.int64)
+        self.fixed = np.zeros((pairs, 2, 2, 8), dtype=np.int16)
         self.row = np.zeros(0, dtype=np.uint8)
         blocks = -(-size // _PIXELS)
-        self.resized = aligned_zeros((4, blocks * _PIXELS * _CHANNELS))  # the last four source rows, resized in x
-        self.offsets, self.factors = np.zeros(4, dtype=np.int64), np.zeros(4, dtype=np.float32)  # of the sum in y
-        self.edge = aligned_zeros((3 * _PIXELS,))  # the block that a row's last pixels fill only in part
+        # The last four source rows, resized in x; their offsets and factors in the sum in y.
+        self.resized = aligned_zeros((4, blocks * _PIXELS * _CHANNELS))
+        self.offsets, self.factors = np.zeros(4, dtype=np.int64), np.zeros(4, dtype=np.float32)
+        # The block that a row's last pixels fill only in part.
+        self.edge = aligned_zeros((3 * _PIXELS,))
 
     def row_for(self, width: int) -> NDArray[np.uint8]:
-        """Return memory for a source row of `width` RGB pixels with padding, readable by 16-byte loads; only grows."""
+        """Return memory for a padded source row of `width` pixels, readable by 16-byte loads."""
         length = 3 * (width + 2 * _PADDING) + 16
         if len(self.row) < length:
             self.row = np.zeros(length, dtype=np.uint8)
@@ -110,7 +117,8 @@ def crop_into(
 ) -> None:
     """Write the view of `crop_reference` to `out`, without the GIL.
 
-    The x weights have 14 fractional bits and add up to exactly 1: the result is within 2e-4 of the reference.
+    The x weights have 14 fractional bits and add up to exactly 1: the result is within 2e-4 of the
+    reference.
 
     Args:
         image: uint8 (H, W, 3), C-contiguous.
@@ -120,7 +128,8 @@ def crop_into(
         scratch: Of this thread and this output size.
 
     Raises:
-        ValueError: The box is empty or reaches outside the image. The kernel itself checks no index.
+        ValueError: The box is empty or reaches outside the image. The kernel itself checks no
+            index.
     """
     top, left, height, width = box
     if not (0 <= top and 0 <= left and 0 < height <= image.shape[0] - top and 0 < width <= image.shape[1] - left):
@@ -152,12 +161,12 @@ def _multiply_add_pairs(builder, a, b):
 
 @intrinsic
 def _resize_pair(typing_context, row, start0, start1, weights, pair, out, index):
-    """Resize two output pixels: out[8 index : 8 index + 8] = sum over the four taps of weight * (R, G, B, 0).
+    """Resize two output pixels: out[8 index : 8 index + 8] = sum of weight * (R, G, B, 0).
 
-    An output pixel's taps are 12 adjacent bytes, R G B R G B R G B R G B. They are shuffled into pairs of 16-bit
-    integers (R0 R1, G0 G1, B0 B1 and R2 R3, G2 G3, B2 B3), multiplied by pairs of weights and added within each pair:
-    one multiply-add instruction on x86 (pmaddwd). LLVM's loop vectorizer turns this gather into scalar code, so it is
-    written by hand.
+    An output pixel's taps are 12 adjacent bytes, R G B R G B R G B R G B. They are shuffled into
+    pairs of 16-bit integers (R0 R1, G0 G1, B0 B1 and R2 R3, G2 G3, B2 B3), multiplied by pairs of
+    weights and added within each pair: one multiply-add instruction on x86 (pmaddwd). LLVM's loop
+    vectorizer turns this gather into scalar code, so it is written by hand.
 
     Args:
         row: uint8 (L,), a source row.
@@ -211,9 +220,10 @@ def _resize_pair(typing_context, row, start0, start1, weights, pair, out, index)
 
 @intrinsic
 def _blend_rows(typing_context, resized, offsets, factors, out, red, green, blue, start, blocks):
-    """Write pixels start .. start + _PIXELS * blocks - 1 of an output row: a weighted sum of four resized rows.
+    """Write _PIXELS * blocks pixels of an output row, a weighted sum of four resized rows.
 
-    For pixel start + j and channel c, clipped to [0, 1] and written to out[red + j], out[green + j], out[blue + j]:
+    For pixel start + j and channel c, clipped to [0, 1] and written to out[red + j], out[green +
+    j], out[blue + j]:
 
         sum over k of factors[k] * resized[offsets[k] + _CHANNELS * (start + j) + c]
 
@@ -263,7 +273,7 @@ def _blend_rows(typing_context, resized, offsets, factors, out, red, green, blue
 
 @njit(**_JIT)
 def _taps(length, size, first, weight):
-    """Fill first (S,) and weight (S, 4) by the formula of kernels/crop.py; taps outside 0 .. length - 1 weigh 0."""
+    """Fill first (S,) and weight (S, 4), which is 0 for taps outside 0 .. length - 1."""
     for i in range(size):
         x = (i + 0.5) * length / size - 0.5
         f = math.floor(x)
@@ -285,7 +295,7 @@ def _taps(length, size, first, weight):
 
 @njit(**_JIT)
 def _quantize_weights(first, weight, flip, start, fixed):
-    """Convert the x taps to fixed point, in the layout of `_resize_pair`; an odd last pixel is repeated."""
+    """Convert the x taps to the fixed point of `_resize_pair`; repeats an odd last pixel."""
     size = len(first)
     for j in range(len(start)):
         target = min(j, size - 1)

@@ -1,8 +1,9 @@
-"""LLVM intrinsics for inner loops: unchecked array access, and the vectorized stages of the augmentation kernel.
+"""LLVM intrinsics for inner loops: unchecked array access, and vectorized augmentation.
 
-In compiled numba code a slice updates the array's reference count atomically, and `a[i]` with a signed
-index tests for wrap-around. Both prevent vectorization, or cost more than the few hundred values of a row.
-The functions here do neither, and check nothing: the caller guarantees that indices are in bounds.
+In compiled numba code a slice updates the array's reference count atomically, and `a[i]` with a
+signed index tests for wrap-around. Both prevent vectorization, or cost more than the few hundred
+values of a row. The functions here do neither, and check nothing: the caller guarantees that
+indices are in bounds.
 
 Kernels in other files inline these functions. numba's cache does not notice when this file changes;
 `jit_cache.compile_cpu_kernels` does.
@@ -29,7 +30,7 @@ _F32 = ir.FloatType()
 
 
 def aligned_zeros(shape: tuple[int, ...], *, tail: int = 0) -> NDArray[np.float32]:
-    """Return float32 zeros, aligned to a cache line, followed by `tail` more that vectors may read past the end."""
+    """Return float32 zeros, aligned to a cache line, followed by `tail` readable ones."""
     count = int(np.prod(shape))
     memory = np.zeros(count + tail + CACHE_LINE // 4, dtype=np.float32)
     skip = -memory.ctypes.data % CACHE_LINE // 4
@@ -75,15 +76,19 @@ class _BFloat16(ir.Type):
         return "bfloat"
 
 
-# One instruction instead of eight. Older LLVM versions call a function for it, or do not support it.
+# One instruction instead of eight. Older LLVM versions call a function for it, or do not support
+# it.
 HAS_BFLOAT16_CONVERSION = bool(binding.get_host_cpu_features().get("avx512bf16")) and binding.llvm_version_info[0] >= 22
 
 
 def round_bfloat16(builder, value, *, by_instruction=HAS_BFLOAT16_CONVERSION) -> ir.Value:
-    """Round a vector of float32 to bfloat16, to nearest, ties to even; NaN stays NaN. Returns the bits as int16.
+    """Round a vector of float32 to bfloat16, to nearest, ties to even; return the bits as int16.
+
+    NaN stays NaN.
 
     Args:
-        by_instruction: Use the processor's conversion, which flushes denormals (below 1.2e-38) to 0.
+        by_instruction: Use the processor's conversion, which flushes denormals (below 1.2e-38) to
+            0.
     """
     lanes = value.type.count
     stored = ir.VectorType(_I16, lanes)
@@ -112,7 +117,7 @@ def _load(builder, base, index) -> ir.Value:
 
 
 def _symmetric_sum(builder, values, weights) -> ir.Value:
-    """Return weights[0] * center + sum over d of weights[d] * (values at distance d on both sides)."""
+    """Return weights[0] * center + sum of weights[d] * (values at distance d on both sides)."""
     radius = len(weights) - 1
     total = builder.fmul(values[radius], weights[0], flags=("contract",))
     for d in range(1, radius + 1):
@@ -155,10 +160,10 @@ def store_flat(typing_context, array, index, value):
 
 
 def make_vertical_blur(radius: int) -> Callable[..., Any]:
-    """Return an intrinsic f(source, offsets, taps, out, start, stride, blocks): the vertical pass of a blur.
+    """Return an intrinsic f(source, offsets, taps, out, start, stride, blocks): a vertical blur.
 
-    It computes BLUR_ROWS output rows. With y[i] the input row at source[offsets[i]], i < BLUR_ROWS + 2 radius,
-    for k < BLUR_ROWS and j < LANES * blocks:
+    It computes BLUR_ROWS output rows. With y[i] the input row at source[offsets[i]], i < BLUR_ROWS
+    + 2 radius, for k < BLUR_ROWS and j < LANES * blocks:
 
         out[start + stride k + j] = taps[0] y[radius + k][j]
             + sum over d of taps[d] (y[radius + k - d][j] + y[radius + k + d][j])
@@ -196,18 +201,18 @@ def make_vertical_blur(radius: int) -> Callable[..., Any]:
 def make_finish_row(radius: int, dtype: str) -> Callable[..., Any]:
     """Return an intrinsic that computes the last stages of one row of a view, in registers.
 
-    Its signature is f(source, red, green, blue, taps, solarize, gain, shift, out, start, blocks). For
-    LANES * blocks pixels whose channels start at source[red], source[green] and source[blue]:
+    Its signature is f(source, red, green, blue, taps, solarize, gain, shift, out, start, blocks).
+    For LANES * blocks pixels whose channels start at source[red], source[green] and source[blue]:
 
-        1. the horizontal pass of the blur (none for radius 0; neighbors are shifted in from adjacent vectors),
-        2. solarize, if the flag is set,
-        3. clip to [0, 1], times gain (3,), plus shift (3,),
-        4. rounding to `dtype`, to nearest, ties to even,
+        1. the horizontal pass of the blur (none for radius 0), with neighbors from adjacent vectors
+        2. solarize, if the flag is set
+        3. clip to [0, 1], times gain (3,), plus shift (3,)
+        4. rounding to `dtype`, to nearest, ties to even
         5. stores to the flat `out` from index `start` on, interleaved as R G B R G B ...
 
     Args:
-        radius: At most LANES. With a blur, `source` must be readable from LANES before each row to LANES after
-            its last block.
+        radius: At most LANES. With a blur, `source` must be readable from LANES before each row to
+            LANES after its last block.
         dtype: "float32", or "bfloat16" or "float16", whose bits are written to 16-bit integers.
     """
     convert = {"float32": lambda builder, x: x, "bfloat16": round_bfloat16, "float16": _round_float16}[dtype]

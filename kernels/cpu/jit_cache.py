@@ -1,7 +1,8 @@
-"""numba's cache of compiled kernels on disk: fill it before the first image, and keep it consistent with the sources.
+"""numba's on-disk cache of compiled kernels: filled before the first image, and never stale.
 
-numba recompiles a cached function only if the function's own file has changed. Compiled functions may therefore use
-functions and constants of other files only from those in `INLINED`, whose changes this module detects.
+numba recompiles a cached function only if the function's own file has changed. Compiled functions
+may therefore use functions and constants of other files only from those in `INLINED`, whose changes
+this module detects.
 """
 
 import fcntl
@@ -31,8 +32,8 @@ logger = logging.getLogger("fastbyol")
 def compile_cpu_kernels() -> float:
     """Compile all numba kernels, or load them from the cache on disk.
 
-    Logs one line before a compilation and one after it, and nothing if the cache is complete. Processes on one machine
-    take turns: one compiles, the others load the result.
+    Logs one line before a compilation and one after it, and nothing if the cache is complete.
+    Processes on one machine take turns: one compiles, the others load the result.
 
     Returns:
         The time in seconds.
@@ -61,7 +62,7 @@ def compile_cpu_kernels() -> float:
 
 @contextmanager
 def _lock() -> Iterator[None]:
-    """Hold the lock of the cache folder: no process reads the cache while another one compiles or cleans up."""
+    """Hold the lock of the cache folder, so that one process at a time checks and fills it."""
     folder = Path(crop.crop_kernel.stats.cache_path)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "fastbyol.lock", "w") as lock:
@@ -70,12 +71,12 @@ def _lock() -> Iterator[None]:
 
 
 def _is_complete() -> bool:
-    """Return True if the cache holds every entry point, compiled from its current source (else its index is empty)."""
+    """Return True if the cache holds every entry point; a changed source leaves its index empty."""
     return all(_dispatcher(kernel)._cache._cache_file._load_index() for kernel in _ENTRY_POINTS)
 
 
 def _remove_stale(kernels: Iterable[Any]) -> None:
-    """Remove the indexes of kernels that were compiled before the last change of an inlined module."""
+    """Remove the indexes of kernels compiled before the last change of an inlined module."""
     changed = _last_change()
     for kernel in kernels:
         for index in _index_files(kernel):

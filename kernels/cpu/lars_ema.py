@@ -1,7 +1,7 @@
 """LARS and the target update on the CPU, in numba.
 
-Formulas and passes: kernels/lars_ema.py. Small tensors are processed whole, both passes in one task while the tensor is
-in the cache, so that only 28 bytes per parameter come from memory.
+Formulas and passes: kernels/lars_ema.py. Small tensors are processed whole, both passes in one task
+while the tensor is in the cache, so that only 28 bytes per parameter come from memory.
 """
 
 import math
@@ -20,18 +20,21 @@ from fastbyol.kernels.multi_tensor import AddressTable, Chunks, Hyper, Row, chec
 
 _CHUNK = 1 << 15  # values; also the length of a partial sum
 _TASK_VALUES = 1 << 18
-_FUSED_BYTES = 20 << 20  # tensors with at most this many bytes of w and g are processed whole: they stay in the cache
+_FUSED_BYTES = 20 << 20  # tensors with up to 20 MiB of w and g are processed whole, in the cache
 
-# Gradient dtypes as numbers in the task table, and as the values whose numba types select the code that reads them.
+# Gradient dtypes as numbers in the task table, and as the values whose numba types select the code
+# that reads them.
 _DTYPES = {None: 0, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_AS_FLOAT32, _AS_BFLOAT16, _AS_FLOAT16 = np.float32(0), np.uint16(0), np.int16(0)  # numba has no float16 on the CPU
+# numba has no 16-bit floats on the CPU.
+_AS_FLOAT32, _AS_BFLOAT16, _AS_FLOAT16 = np.float32(0), np.uint16(0), np.int16(0)
 
-_WEIGHT_DECAY, _MOMENTUM, _ETA = range(3)  # columns of the hyperparameter table; eta is -1 for a trust ratio of 1
+# Columns of the hyperparameter table; eta is -1 for a trust ratio of 1.
+_WEIGHT_DECAY, _MOMENTUM, _ETA = range(3)
 _ONE, _ZERO = torch.ones(()), torch.zeros(())
 
 
 class LarsEma:
-    """LARS and the target update over many tensors; see `fastbyol.kernels.lars_ema.lars_update` for the call."""
+    """LARS and the target update; see `fastbyol.kernels.lars_ema.lars_update` for the call."""
 
     def __init__(self) -> None:
         self._table: AddressTable | None = None
@@ -80,7 +83,7 @@ class LarsEma:
         table.copy_out(tensors)
 
     def _prepare(self, tensors: Sequence[Row], groups: Sequence[int]) -> Sequence[Row]:
-        """Sort the tensors and update the tables, which are rebuilt if more than addresses has changed."""
+        """Sort the tensors and update the tables; rebuild them if more than addresses changed."""
         nonempty = [(row, group) for row, group in zip(tensors, groups, strict=True) if row[0].numel()]
         nonempty.sort(key=lambda pair: str(pair[0][1].dtype))  # so that the chunks of a task have one dtype
         tensors, groups = [row for row, _ in nonempty], np.array([group for _, group in nonempty])
@@ -97,7 +100,7 @@ class LarsEma:
 
 
 def _split_into_tasks(table: AddressTable, chunks: Chunks) -> tuple[NDArray[np.int64], int]:
-    """Group chunks into tasks: first runs of whole small tensors, largest task first, then parts of large tensors.
+    """Group chunks into tasks: whole small tensors, largest task first, then parts of large ones.
 
     Returns:
         (tasks, 4) int64, see _TASKS, and the number of fused tasks, which hold whole tensors.
@@ -185,7 +188,7 @@ def _store_float32(typing_context, address, index, value):
 
 @intrinsic
 def _load_gradient(typing_context, sample, address, index):
-    """Return element `index` of the array at an address as float32; the type of `sample` selects its dtype."""
+    """Return element `index` of an array, whose dtype is the type of `sample`, as float32."""
 
     def generate(context, builder, signature, arguments):
         stored, address, index = signature.args[0], arguments[1], arguments[2]
@@ -252,7 +255,7 @@ def _load_task(task, args):
 
 @njit(**_JIT)
 def _norms(begin, end, sample, args):
-    """First pass over chunks begin .. end - 1: SUMS = |w|^2, |u|^2; NOT_FINITE = 1 if g has an infinity or NaN."""
+    """First pass over chunks begin .. end - 1: |w|^2, |u|^2, and 1 if g has an infinity or NaN."""
     chunk_row, chunk_start = _array(begin, args[_CHUNK_ROW]), _array(begin, args[_CHUNK_START])
     addresses, sizes, groups = (
         _array(begin, args[_ADDRESSES]),

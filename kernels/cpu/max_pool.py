@@ -1,10 +1,12 @@
 """Max-pool on the CPU, for bfloat16 and float32 tensors, in numba.
 
-Formulas and shapes: kernels/max_pool.py. Backward gathers: an input position lies in 1, 2 or 4 windows, whose terms are
-added in float32 and in raster order, so threads share nothing and the result is bit-identical for any number of them.
+Formulas and shapes: kernels/max_pool.py. Backward gathers: an input position lies in 1, 2 or 4
+windows, whose terms are added in float32 and in raster order, so threads share nothing and the
+result is bit-identical for any number of them.
 
-Bytes moved per input value of bfloat16 (float32): forward reads 2, writes 1/2 and 1/4 for k (4, 1, 1/4); backward reads
-1/4 and 1/2, writes 2 (1/4, 1, 4). x is not saved for backward. Without gradients k is not written.
+Bytes moved per input value of bfloat16 (float32): forward reads 2, writes 1/2 and 1/4 for k (4, 1,
+1/4); backward reads 1/4 and 1/2, writes 2 (1/4, 1, 4). x is not saved for backward. Without
+gradients k is not written.
 """
 
 from collections.abc import Callable
@@ -50,8 +52,8 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 _BLOCK_ROWS = 8  # rows of the output image per task
 
-# Arguments of both kernels: item size, blocks per image, sizes of the input and output image, addresses of x (or dx),
-# y (or dy) and k.
+# Arguments of both kernels: item size, blocks per image, sizes of the input and output image,
+# addresses of x (or dx), y (or dy) and k.
 _ITEM_SIZE, _BLOCKS, _CHANNELS, _HEIGHT, _WIDTH, _P, _Q, _X, _Y, _K = range(10)
 
 
@@ -92,11 +94,12 @@ def _store_bytes(builder, value, address, index) -> None:
 
 
 def _make_window(*, bfloat16: bool, with_indices: bool) -> Callable[..., Any]:
-    """Return an intrinsic f(rows, row_indices, columns, column_indices, channels, y, k): the maximum of one window.
+    """Return an intrinsic that computes the maximum of one window.
 
-    All but channels, y and k are tuples of three. `rows` are addresses of the rows' first values in the image, and
-    `columns` are byte offsets within them; their indices are 3 i and j. At the image's edge a row or column inside it is
-    repeated: its values then count twice, with the same index.
+    Its signature is f(rows, row_indices, columns, column_indices, channels, y, k). All but
+    channels, y and k are tuples of three. `rows` are addresses of the rows' first values in the
+    image, and `columns` are byte offsets within them; their indices are 3 i and j. At the image's
+    edge a row or column inside it is repeated: its values then count twice, with the same index.
     """
 
     @intrinsic
@@ -139,10 +142,10 @@ def _make_window(*, bfloat16: bool, with_indices: bool) -> Callable[..., Any]:
 
 
 def _make_gather(*, bfloat16: bool, down: int, across: int) -> Callable[..., Any]:
-    """Return an intrinsic f(dy, k, windows, indices, channels, dx): dx of an input position in down x across windows.
+    """Return an intrinsic f(dy, k, windows, indices, channels, dx): dx of one input position.
 
-    `windows` are the windows' positions in the output image, and `indices` the input position's indices in them: tuples
-    of down * across.
+    The position lies in down x across windows. `windows` are the windows' positions in the output
+    image, and `indices` the input position's indices in them: tuples of down * across.
     """
     n = down * across
 
@@ -192,7 +195,7 @@ _JIT = {"error_model": "numpy", "fastmath": {"contract", "nsz"}}
 
 @njit(**_JIT)
 def _window_rows(p, size):
-    """Return the three rows (or columns) of window p and their indices in it; those outside the image are replaced."""
+    """Return the rows (or columns) of window p, clamped to the image, and their indices."""
     first = 2 * p - 1
     a, c = max(first, 0), min(first + 2, size - 1)
     return (a, first + 1, c), (a - first, 1, c - first)
@@ -227,7 +230,7 @@ def _forward_kernel(task, args):
 
 @njit(**_JIT)
 def _windows_of(h, windows):
-    """Return the two windows that contain row (or column) h, and its index in each; an even one is in the first only."""
+    """Return the two windows of row (or column) h and its indices; an even one is in one window."""
     a = h // 2
     if h % 2 == 0:
         return (a, a), (1, _OUTSIDE)

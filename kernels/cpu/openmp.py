@@ -1,15 +1,17 @@
 """Run compiled kernels on torch's own OpenMP threads.
 
-A kernel is a function of a task index and a table of int64 arguments (addresses, sizes). `run` calls it for every
-task. Threads draw tasks from a shared counter (dynamic scheduling), so results must not depend on which thread runs
-which task: partial sums are kept per task, the work is split by sizes alone, and the last thread to finish adds the
-partial sums in a fixed order (the `epilogue`). The results are then bit-identical for any number of threads.
+A kernel is a function of a task index and a table of int64 arguments (addresses, sizes). `run`
+calls it for every task. Threads draw tasks from a shared counter (dynamic scheduling), so results
+must not depend on which thread runs which task: partial sums are kept per task, the work is split
+by sizes alone, and the last thread to finish adds the partial sums in a fixed order (the
+`epilogue`). The results are then bit-identical for any number of threads.
 
-Why torch's threads: after a torch operation its OpenMP workers spin for a while and wait for the next one. A separate
-pool would compete with them for the cores and pay for waking its threads on every call. `GOMP_parallel`, the entry
-point that gcc's OpenMP code uses to start a parallel region, accepts the address of any C function. It is looked up
-through torch's library, which resolves to the OpenMP runtime that torch itself uses (LLVM's and Intel's runtimes
-export it too). Where it is missing, as in macOS builds, a thread pool is used instead; `describe` reports which.
+Why torch's threads: after a torch operation its OpenMP workers spin for a while and wait for the
+next one. A separate pool would compete with them for the cores and pay for waking its threads on
+every call. `GOMP_parallel`, the entry point that gcc's OpenMP code uses to start a parallel region,
+accepts the address of any C function. It is looked up through torch's library, which resolves to
+the OpenMP runtime that torch itself uses (LLVM's and Intel's runtimes export it too). Where it is
+missing, as in macOS builds, a thread pool is used instead; `describe` reports which.
 """
 
 import ctypes
@@ -27,14 +29,16 @@ from numba.extending import intrinsic
 
 _I64 = ir.IntType(64)
 _SIGNATURE = types.void(types.int64, types.CPointer(types.int64))
-# Layout of a job, an int64 array: two shared counters, the job's description, then the kernel's arguments.
+# Layout of a job, an int64 array: two shared counters, the job's description, then the kernel's
+# arguments.
 _STARTED, _FINISHED, _TASKS, _KERNEL, _EPILOGUE, _ARGS = range(6)
 
 
 class Kernel:
     """A function f(task, args), compiled on first use and cached on disk.
 
-    The function must not raise: an exception cannot leave it. Callers validate everything beforehand.
+    The function must not raise: an exception cannot leave it. Callers validate everything
+    beforehand.
 
     Args:
         function: f(task: int, args: pointer to int64) -> None.
@@ -64,7 +68,7 @@ class Kernel:
 
     @functools.cached_property
     def dispatcher(self) -> Any:
-        """An uncompiled numba dispatcher of the same function, which shares its cache: used to inspect the cache."""
+        """An uncompiled numba dispatcher of the same function, to inspect their common cache."""
         return njit(cache=True)(self.py_func)
 
 
@@ -75,7 +79,7 @@ def kernel(**options: Any) -> Callable[[Callable[..., None]], Kernel]:
 
 @intrinsic
 def _fetch_add(typing_context, job, index):
-    """Atomically increment an element of the job and return its old value, with acquire-release ordering."""
+    """Atomically increment an element of the job (acquire-release) and return its old value."""
 
     def generate(context, builder, signature, arguments):
         counter = builder.gep(arguments[0], [arguments[1]])
@@ -86,7 +90,7 @@ def _fetch_add(typing_context, job, index):
 
 @intrinsic
 def _call(typing_context, address, task, job, index):
-    """Call the kernel at an address with a task and the arguments that start at `index` of the job."""
+    """Call the kernel at an address with a task and the arguments at `index` of the job."""
 
     def generate(context, builder, signature, arguments):
         address, task, job, index = arguments
@@ -121,13 +125,14 @@ Launch = Callable[[Any, int], None]  # (job, number of threads)
 
 
 def _find_openmp() -> Launch | None:
-    """Return a function that runs a job on torch's OpenMP threads; None if the library or the symbol is missing."""
+    """Return a function that runs a job on torch's OpenMP threads; None if they are unavailable."""
     folder = Path(torch.__file__).parent / "lib"
     path = next((p for p in (folder / "libtorch_cpu.so", folder / "libtorch_cpu.dylib") if p.exists()), None)
     if path is None:
         return None
     try:
-        # RTLD_NOLOAD: the library that this process has already loaded, never a second copy with its own runtime.
+        # RTLD_NOLOAD: the library that this process has already loaded, never a second copy with
+        # its own runtime.
         library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
         parallel = library.GOMP_parallel
     except (OSError, AttributeError):
@@ -165,7 +170,7 @@ def describe() -> str:
 
 
 def run(kernel: Kernel, tasks: int, args: Sequence[int], epilogue: Kernel | None = None) -> None:
-    """Call kernel(task, args) for tasks 0 .. tasks - 1 on as many threads as torch uses; return when all are done.
+    """Call kernel(task, args) for all tasks on as many threads as torch uses, and wait for them.
 
     Args:
         kernel: Called without the GIL.
@@ -177,8 +182,8 @@ def run(kernel: Kernel, tasks: int, args: Sequence[int], epilogue: Kernel | None
         return
     header = (0, 0, tasks, kernel.address, 0 if epilogue is None else epilogue.address)
     job = (ctypes.c_int64 * (_ARGS + len(args)))(*header, *args)
-    # All of torch's threads, even for few tasks: gcc's runtime ends the threads that a smaller region leaves out,
-    # and the next torch operation would have to start new ones.
+    # All of torch's threads, even for few tasks: gcc's runtime ends the threads that a smaller
+    # region leaves out, and the next torch operation would have to start new ones.
     threads = torch.get_num_threads()
     if threads == 1 or tasks == 1:
         _worker()(job)

@@ -1,7 +1,8 @@
-"""Vectorized loops over channels-last tensors of bfloat16 or float32, which are passed as addresses.
+"""Vectorized loops over channels-last tensors of bfloat16 or float32, given by their addresses.
 
-A loop body is written once in Python and emitted for every vector of channels: `for_each_tile` calls it with a
-`Tile`, up to TILE_ROWS rows of one vector of channels, which loads, computes and stores. All arithmetic is float32.
+A loop body is written once in Python and emitted for every vector of channels: `for_each_tile`
+calls it with a `Tile`, up to TILE_ROWS rows of one vector of channels, which loads, computes and
+stores. All arithmetic is float32.
 
 Kernels in other files inline these functions. numba's cache does not notice when this file changes;
 `jit_cache.compile_cpu_kernels` does.
@@ -68,7 +69,7 @@ def load_bfloat16(typing_context, address, index):
 
 
 def load_vector(builder, address, index, lanes, *, bfloat16, scalar=False) -> ir.Value:
-    """Load elements index .. index + lanes - 1 of the array at an address as a float32 vector (or one scalar)."""
+    """Load elements from `index` on of the array at an address as float32 (vector or scalar)."""
     stored, wide, result = _I16 if bfloat16 else _F32, _I32, _F32
     if not scalar:
         stored, wide, result = (ir.VectorType(kind, lanes) for kind in (stored, wide, result))
@@ -116,7 +117,7 @@ class Tile:
         return load_vector(self.builder, address, self._channel, self.lanes, bfloat16=bfloat16)
 
     def accumulate(self, address, values) -> None:
-        """Add vectors to this tile's channels of a (C,) float32 array; pairwise, for less rounding error."""
+        """Add vectors to this tile's channels of a (C,) array, pairwise for less rounding error."""
         while len(values) > 1:
             values = [
                 self.add(*values[k : k + 2]) if k + 1 < len(values) else values[k] for k in range(0, len(values), 2)
@@ -154,7 +155,7 @@ class Tile:
 
 
 def for_each_channel_vector(builder, channels, body: Callable[[ir.Value, int], None]) -> None:
-    """Emit loops that run body(channel, lanes) for vectors of LANES channels, then for the remaining ones singly."""
+    """Emit loops that run body(channel, lanes) for LANES channels, then for single ones."""
     vectorized = builder.and_(channels, ir.Constant(_I64, -LANES))
     for start, end, lanes in ((ir.Constant(_I64, 0), vectorized, LANES), (vectorized, channels, 1)):
         with cgutils.for_range_slice(builder, start, end, ir.Constant(_I64, lanes)) as (channel, _):
@@ -162,7 +163,7 @@ def for_each_channel_vector(builder, channels, body: Callable[[ir.Value, int], N
 
 
 def for_each_tile(builder, rows, channels, stride, body: Callable[[Tile], None]) -> None:
-    """Emit loops that run body(tile) for tiles of TILE_ROWS rows, then for the remaining rows singly.
+    """Emit loops that run body(tile) for tiles of TILE_ROWS rows, then for single remaining rows.
 
     A row holds `channels` values; rows start `stride` values apart.
     """

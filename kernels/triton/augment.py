@@ -2,14 +2,18 @@
 
 Formulas and reference: kernels/augment.py. Two launches for all views, whatever their parameters:
 
-    mean     channel means for contrast: reads the crops, 3 bytes per pixel; only views with color jitter
-    finish   everything: reads the crops, 3 bytes per pixel, writes the views, 6 bytes per pixel in a 16-bit dtype
+    mean     channel means for contrast, only for views with color jitter:
+             reads the crops, 3 bytes per pixel
+    finish   everything: reads the crops, 3 bytes per pixel,
+             writes the views, 6 bytes per pixel in a 16-bit dtype
 
-12 bytes per pixel are the minimum for two launches. A single launch would have to keep a view on chip between its mean
-and its pixels (150 KB at 224 px), which Triton cannot express. The blur adds no pass: a program of `finish` computes the
-colors of its tile and of the margin that the blur reads (three times the pixels at 224 px: 48 rows of 64 for a tile of
-32x32) instead of storing and reloading them. It blurs by two products with banded matrices on the tensor cores: float16
-pixels and taps, float32 sums, within 0.3/255 of the reference. Operations that a view's parameters disable are skipped.
+12 bytes per pixel are the minimum for two launches. A single launch would have to keep a view on
+chip between its mean and its pixels (150 KB at 224 px), which Triton cannot express. The blur adds
+no pass: a program of `finish` computes the colors of its tile and of the margin that the blur reads
+(three times the pixels at 224 px: 48 rows of 64 for a tile of 32x32) instead of storing and
+reloading them. It blurs by two products with banded matrices on the tensor cores: float16 pixels
+and taps, float32 sums, within 0.3/255 of the reference. Operations that a view's parameters disable
+are skipped.
 
 Shapes: N = views of the batch, S = side of a view.
 """
@@ -34,7 +38,7 @@ _SIGMA, _SOLARIZE = tl.constexpr(params.SIGMA), tl.constexpr(params.SOLARIZE)
 _COLUMNS = tl.constexpr(params.COLUMNS)
 _OP_BRIGHTNESS, _OP_CONTRAST = tl.constexpr(params.OP_BRIGHTNESS), tl.constexpr(params.OP_CONTRAST)
 _OP_SATURATION = tl.constexpr(params.OP_SATURATION)
-_STRIP = tl.constexpr(16)  # rows per iteration of the blur's first product: the minimum of the tensor cores
+_STRIP = tl.constexpr(16)  # rows per iteration of the vertical blur: the tensor cores' minimum
 _RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in params.GRAY_WEIGHTS)
 _GAINS = tuple(1 / std for std in params.IMAGENET_STD)
 _SHIFTS = tuple(-mean / std for mean, std in zip(params.IMAGENET_MEAN, params.IMAGENET_STD, strict=True))
@@ -59,7 +63,7 @@ def _load(crops, pixels, inside):
 
 @triton.jit
 def _color_operation(operation, r, g, b, p, mean_r, mean_g, mean_b):
-    """Apply one color operation; p points to the view's parameter row; only contrast uses the means."""
+    """Apply one color operation; p is the view's parameter row; only contrast uses the means."""
     torchvision = tl.load(p + _TORCHVISION) != 0
     if operation == _OP_BRIGHTNESS:
         value = tl.load(p + _BRIGHTNESS)
@@ -154,7 +158,7 @@ def _means(sums, n, p, pixels, PARTS: tl.constexpr):
 
 @triton.jit
 def _apply_color(view, p, sums, n, size, rows, columns, PARTS: tl.constexpr):
-    """Return R, G, B of a rectangle of a view after the color operations and grayscale; 0 outside the view."""
+    """Return R, G, B of a rectangle after color operations and grayscale; 0 outside the view."""
     inside = ((rows >= 0) & (rows < size))[:, None] & ((columns >= 0) & (columns < size))[None, :]
     r, g, b = _load(view, rows[:, None] * size + columns[None, :], inside)
     if tl.load(p + _JITTER) != 0:
@@ -169,7 +173,7 @@ def _apply_color(view, p, sums, n, size, rows, columns, PARTS: tl.constexpr):
 
 @triton.jit
 def _band_matrix(sigma, total, radius, ROWS: tl.constexpr, COLUMNS: tl.constexpr, shift):
-    """Return (ROWS, COLUMNS) float16: at (i, j) the tap of distance j + shift - i, 0 beyond the radius."""
+    """Return (ROWS, COLUMNS) float16: at (i, j) the tap of distance j + shift - i."""
     distance = shift + tl.arange(0, COLUMNS)[None, :] - tl.arange(0, ROWS)[:, None]
     taps = tl.exp(-0.5 / (sigma * sigma) * (distance * distance).to(tl.float32)) / total
     return tl.where((distance <= radius) & (distance >= -radius), taps, 0.0).to(tl.float16)
@@ -258,11 +262,12 @@ def window(size: int) -> int:
 
 
 def augment_views(crops: Tensor, parameters: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute `augment_reference` and `normalize_reference` of all views of a batch in two launches.
+    """Compute `augment_reference` and `normalize_reference` of a batch's views in two launches.
 
     Args:
         crops: (N, S, S, 3), contiguous; uint8, or a float dtype in [0, 1].
-        parameters: (N, COLUMNS) float32 on the same device: `ViewParams.pack()` with one row per crop.
+        parameters: (N, COLUMNS) float32 on the same device: `ViewParams.pack()` with one row per
+            crop.
         dtype: float16, bfloat16 or float32.
 
     Returns:

@@ -1,10 +1,12 @@
-"""Crop, bicubic resize and horizontal flip on a GPU: decoded images of any size -> the crops of all views of a batch.
+"""Crop, bicubic resize and horizontal flip on a GPU: decoded images -> the crops of a batch.
 
-Formula and reference: kernels/crop.py. One launch renders all views. A program computes BLOCK consecutive pixels of one
-view from the image whose address it reads from a table: 16 neighbors per pixel, with weights computed from integers, so
-that they are exact for any image size. All views of an image read the same decoded pixels.
+Formula and reference: kernels/crop.py. One launch renders all views. A program computes BLOCK
+consecutive pixels of one view from the image whose address it reads from a table: 16 neighbors per
+pixel, with weights computed from integers, so that they are exact for any image size. All views of
+an image read the same decoded pixels.
 
-Reads the crops' pixels from memory once (neighbors come from the caches) and writes 3 bytes per pixel.
+Reads the crops' pixels from memory once (neighbors come from the caches) and writes 3 bytes per
+pixel.
 
 Shapes: B images, V views each, S = side of a view.
 """
@@ -34,9 +36,10 @@ def _far(t):
 
 @triton.jit
 def _taps(i, length, size):
-    """Return the first tap and the four weights of output pixel i, for a crop of `length` pixels resized to `size`."""
+    """Return the first tap and the four weights of output pixel i: `length` pixels to `size`."""
     numerator = (2 * i + 1) * length - size
-    first = (numerator + 2 * size) // (2 * size) - 1  # floor(numerator / 2 size), since numerator > -2 size
+    # floor(numerator / 2 size), since numerator > -2 size.
+    first = (numerator + 2 * size) // (2 * size) - 1
     t = (numerator - 2 * size * first).to(tl.float32) / (2 * size).to(tl.float32)
     first -= 1
     w0, w1, w2, w3 = _far(1.0 + t), _near(t), _near(1.0 - t), _far(2.0 - t)

@@ -1,10 +1,11 @@
 """LARS and the target's moving average on a GPU: the two passes of kernels/lars_ema.py in Triton.
 
-Formulas, bytes and reference are there. A program processes one chunk of one tensor, whose address it reads from a table
-on the device. Each pass has one launch per kind of gradient (dtype, and 16-byte alignment): one for a model's own
-gradients, and a second one if some are unaligned views of a bucket. lr, tau, 1 / loss scale and the flag of a non-finite
-gradient are read from device memory: a change causes no host sync and no recompilation, and a CUDA graph that has
-captured the launches follows them.
+Formulas, bytes and reference are there. A program processes one chunk of one tensor, whose address
+it reads from a table on the device. Each pass has one launch per kind of gradient (dtype, and
+16-byte alignment): one for a model's own gradients, and a second one if some are unaligned views of
+a bucket. lr, tau, 1 / loss scale and the flag of a non-finite gradient are read from device memory:
+a change causes no host sync and no recompilation, and a CUDA graph that has captured the launches
+follows them.
 
 Shapes: T = tensors, C = chunks.
 """
@@ -224,7 +225,7 @@ def ema_kernel(
 
 
 class _DeviceTables:
-    """Addresses, chunks and launches of a set of tensors, on their device; rebuilt when an address changes.
+    """Addresses, chunks and launches of tensors, on their device; rebuilt if an address changes.
 
     Rows are sorted so that the chunks of a launch are consecutive.
     """
@@ -232,15 +233,18 @@ class _DeviceTables:
     def __init__(self) -> None:
         self.table: AddressTable | None = None
         self._groups: list[int] = []
-        # Pinned memory for the next tables: it cannot be allocated during the capture of a CUDA graph.
+        # Pinned memory for the next tables: it cannot be allocated during the capture of a CUDA
+        # graph.
         self._spare: Tensor | None = None
-        self._captured: list[Tensor] = []  # pinned memory that captured graphs copy from on every replay
+        # Pinned memory that captured graphs copy from on every replay.
+        self._captured: list[Tensor] = []
 
     def prepare(self, tensors: Sequence[Row], groups: Sequence[int]) -> Sequence[Row]:
         """Update the tables for the tensors, and return the tensors in the order of the tables.
 
         Raises:
-            RuntimeError: Addresses have changed twice during graph captures, without a step outside in between.
+            RuntimeError: Addresses have changed twice during graph captures, without a step outside
+                in between.
         """
         nonempty = [(row, group) for row, group in zip(tensors, groups, strict=True) if row[0].numel()]
         nonempty.sort(key=lambda pair: _launch_key(pair[0]))
@@ -262,7 +266,8 @@ class _DeviceTables:
             self.table.sizes,
             np.array(self._groups),
         )
-        # Every table starts at a multiple of 16 bytes: Triton would recompile the kernels for other pointers.
+        # Every table starts at a multiple of 16 bytes: Triton would recompile the kernels for other
+        # pointers.
         parts = [np.pad(part, (0, len(part) % 2)) for part in parts]
         packed = torch.from_numpy(np.concatenate(parts))
         if device.type == "cuda":
@@ -270,7 +275,8 @@ class _DeviceTables:
         tables = packed.split([len(part) for part in parts])
         self.chunk_row, self.chunk_start, self.chunk_first, self.addresses, self.sizes, self.row_group = tables
         self.sums = torch.zeros(len(chunks.row), 2, device=device)
-        self.launches: list[tuple[int, int, tl.dtype | None, bool]] = []  # first chunk, chunks, dtype, aligned
+        # First chunk, number of chunks, dtype, aligned.
+        self.launches: list[tuple[int, int, tl.dtype | None, bool]] = []
         kinds = [
             (dtype, not (row[row != 0] % 16).any())
             for dtype, row in zip(self.table.dtypes, self.table.addresses, strict=True)
@@ -299,13 +305,13 @@ class _DeviceTables:
 
 
 def _launch_key(row: Row) -> tuple[str, bool]:
-    """Return the sort key that groups rows into launches: gradient dtype, then whether any address is unaligned."""
+    """Return the key that groups rows into launches: gradient dtype, then unaligned addresses."""
     grad = row[1]
     return "" if grad is None else str(grad.dtype), any(x is not None and x.data_ptr() % 16 != 0 for x in row)
 
 
 class LarsEma:
-    """LARS and the target update over many tensors; see `fastbyol.kernels.lars_ema.lars_update` for the call."""
+    """LARS and the target update; see `fastbyol.kernels.lars_ema.lars_update` for the call."""
 
     def __init__(self) -> None:
         self._tables = _DeviceTables()

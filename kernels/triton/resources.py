@@ -1,8 +1,10 @@
-"""Resource usage of the Triton kernels, without a GPU: `python -m fastbyol.kernels.triton.resources`.
+"""Resource usage of the Triton kernels, compiled without a GPU.
 
-Compiles every kernel for A100 (sm_80), H100 (sm_90) and B200 (sm_100) with Triton's own assembler and prints registers,
-shared memory, spills, the widest access to global memory, bytes per element, and a lower bound of the time, from memory
-bandwidth.
+Usage: python -m fastbyol.kernels.triton.resources
+
+Compiles every kernel for A100 (sm_80), H100 (sm_90) and B200 (sm_100) with Triton's own assembler
+and prints registers, shared memory, spills, the widest access to global memory, bytes per element,
+and a lower bound of the time, from memory bandwidth.
 """
 
 import re
@@ -22,7 +24,8 @@ from fastbyol.kernels.augment_params import COLUMNS, blur_radius
 from fastbyol.kernels.triton import augment, crop, lars_ema
 
 CAPABILITIES = (80, 90, 100)
-# Copy bandwidth in TB/s, estimated as 90 % of the data sheet's memory bandwidth; `make gpu` measures it.
+# Copy bandwidth in TB/s, estimated as 90 % of the data sheet's memory bandwidth; `make gpu`
+# measures it.
 BANDWIDTHS = {"A100-40": 0.9 * 1.555, "A100-80": 0.9 * 2.039, "H100": 0.9 * 3.35}
 _R50_PARAMETERS = 35_100_000  # of a ResNet-50 and its heads
 _R50_TARGETS = 33_000_000  # parameters with a target
@@ -36,11 +39,11 @@ class Build:
     name: str
     kernel: Any
     types: dict[str, str]
-    """Types of the arguments that are not compile-time constants, in order; pointers are aligned to 16 bytes."""
+    """Types of the runtime arguments, in order; pointers are aligned to 16 bytes."""
     constants: dict[str, Any]
     warps: int
     streaming: bool
-    """True for a kernel bound by memory bandwidth, which must load and store 16 bytes per access."""
+    """True if bound by memory bandwidth: must load and store 16 bytes per access."""
     bytes_per_element: float
     elements: int
     """Elements of the workload that the time is computed for."""
@@ -60,7 +63,7 @@ class Usage:
 
 
 def builds() -> list[Build]:
-    """Return all kernels, as launched for a ResNet-50 pair and for 512 views of 224 px in bfloat16."""
+    """Return all kernels, as launched for a ResNet-50 pair and 512 views of 224 px in bfloat16."""
     tables = {"chunk_row": "*i64", "chunk_start": "*i64"}
     table = {"addresses": "*i64", "sizes": "*i64", "row_group": "*i64"}
     chunks = {"CHUNK": lars_ema.CHUNK, "BLOCK": lars_ema.BLOCK, "ALIGNED": True}
@@ -124,7 +127,8 @@ def builds() -> list[Build]:
             {"BLOCK": crop.BLOCK},
             crop.WARPS,
             False,
-            # BYOL's crops cover 0.54 of an image on average. Images of 500x375 px, 3 bytes per pixel, per pixel of a view.
+            # BYOL's crops cover 0.54 of an image on average. Images of 500x375 px, 3 bytes per
+            # pixel, per pixel of a view.
             3 + 3 * 0.54 * 500 * 375 / size**2,
             _PIXELS,
             views,
@@ -187,7 +191,7 @@ def _run(program: str, *arguments: str) -> str:
 
 
 def _widest_access(code: str, instruction: str) -> int:
-    """Return the widest access of an instruction in disassembled code, in bits; 32 if it names no width."""
+    """Return the widest access of an instruction in bits; 32 if it names no width."""
     modifiers = re.findall(rf"\b{instruction}((?:\.\w+)+)", code)
     return max((int(next(iter(re.findall(r"\.(?:U|S|B)?(8|16|64|128|256)\b", m)), 32)) for m in modifiers), default=0)
 

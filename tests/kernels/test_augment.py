@@ -1,4 +1,4 @@
-"""Color, blur, solarize, normalize: the reference against independent code, the numba kernel against the reference."""
+"""Augmentation: the reference against independent code, the numba kernel against the reference."""
 
 import colorsys
 from itertools import permutations

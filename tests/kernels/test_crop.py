@@ -1,4 +1,4 @@
-"""Crop, bicubic resize and flip: the reference against float64, the numba kernel against the reference."""
+"""Crop and resize: the reference against float64, the numba kernel against the reference."""
 
 import types
 
@@ -12,7 +12,8 @@ from numba import njit
 from fastbyol.kernels.cpu import crop as cpu_crop
 from fastbyol.kernels.crop import CropScratch, crop_into, crop_reference
 
-# The kernel's x weights have 14 fractional bits: half a bit of error for each of four taps. The documented bound is 1/255.
+# The kernel's x weights have 14 fractional bits: half a bit of error for each of four taps. The
+# documented bound is 1/255.
 KERNEL_TOLERANCE = 2e-4
 
 
@@ -27,7 +28,7 @@ def keys_cubic(x: float) -> float:
 
 
 def resize_float64(patch: np.ndarray, size: int) -> np.ndarray:
-    """Direct sum over all source pixels, with weights normalized over the pixels inside the image."""
+    """Direct sum over all source pixels, with weights normalized over those inside the image."""
 
     def matrix(length: int) -> np.ndarray:
         centers = (np.arange(size) + 0.5) * length / size - 0.5

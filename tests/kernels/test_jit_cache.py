@@ -16,7 +16,7 @@ from fastbyol.kernels.cpu import augment, batch_norm, crop, jit_cache, lars_ema,
 
 @pytest.mark.slow
 def test_second_start_loads_the_kernels_from_the_cache():
-    """This process has compiled or loaded them. A new one must neither compile nor log that it does."""
+    """A new process must neither compile nor log that it does."""
     jit_cache.compile_cpu_kernels()
     code = (
         "import logging; logging.basicConfig(level=logging.INFO, format='%(message)s');"
@@ -55,7 +55,7 @@ def test_kernels_older_than_an_inlined_module_are_removed(tmp_path):
 
 
 def compiled_functions(tree):
-    """Yield the functions of a module that numba compiles, without the IR generators of its intrinsics."""
+    """Yield the functions of a module that numba compiles, without intrinsics."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             decorators = {ast.unparse(d).split("(")[0] for d in node.decorator_list}

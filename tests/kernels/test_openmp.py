@@ -23,7 +23,7 @@ def count(task, args):
 
 @openmp.kernel(cache=False)
 def total(task, args):
-    """Add 1000 and the sum of all calls to the last element: complete only if all tasks have finished."""
+    """Add 1000 and the sum of all calls to the last element; complete only after all tasks."""
     calls, tasks = float64_array(args[0]), args[1]
     calls[tasks] += 1000.0
     for k in range(tasks):
