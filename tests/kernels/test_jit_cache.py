@@ -54,13 +54,17 @@ def test_kernels_older_than_an_inlined_module_are_removed(tmp_path):
     assert [path.exists() for path in (older, newer, other)] == [False, True, True]
 
 
+COMPILED = {"njit", "overload", "openmp.kernel", "intrinsic", "_block_loop"}  # decorators
+
+
 def compiled_functions(tree):
-    """Yield the functions of a module that numba compiles, without intrinsics."""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            decorators = {ast.unparse(d).split("(")[0] for d in node.decorator_list}
-            if decorators & {"njit", "overload", "openmp.kernel"} or node.name == "_work":
-                yield node
+    """Yield the functions of a module that numba compiles, or that generate code for it."""
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef):
+            inner = [node for node in ast.walk(function) if isinstance(node, ast.FunctionDef)]
+            decorators = {ast.unparse(d).split("(")[0] for node in inner for d in node.decorator_list}
+            if decorators & COMPILED or function.name == "_work":
+                yield function
 
 
 @pytest.mark.parametrize("module", [augment, batch_norm, crop, lars_ema, max_pool, openmp], ids=lambda m: m.__name__)
@@ -77,5 +81,6 @@ def test_compiled_functions_inline_only_modules_that_are_checked(module):
     assert functions
     checked = {m.__name__ for m in jit_cache.INLINED}
     for function in functions:
-        used = {n.id for statement in function.body for n in ast.walk(statement) if isinstance(n, ast.Name)}
+        body = [node for statement in function.body for node in ast.walk(statement)]
+        used = {node.id for node in body if isinstance(node, ast.Name)}
         assert {imports[name] for name in used & imports.keys()} <= checked, function.name
