@@ -1,17 +1,19 @@
-"""Color, blur, solarize, normalize of a batch of crops: fastbyol against other people's ways, and against a plain copy.
+"""Augmentation of a batch of crops: fastbyol, other libraries, and a plain copy.
 
-    make bench-kernels                  # in the peers' environment, on the CPU and, where there is one, the GPU
+    make bench-kernels      # in the peers' environment, on the CPU and on a GPU if there is one
 
-All contenders get the same uint8 crops, on their device, and the same number of views of both kinds; the peers draw their own
-parameters, image by image, from the same distributions. On the CPU torch's threads work for the peers, and as many threads of
-the native loader's kind for fastbyol. --views takes fewer than 32 (on a GPU 512), since what works view by view takes long. Bytes are those of the floor: crops read twice (the contrast mean, then the pixels), views
-written in bfloat16.
+All contenders get the same uint8 crops, on their device, and the same number of first and second
+views; the peers sample their own parameters per image, from the same distributions. On the CPU the
+peers use torch's threads, and fastbyol as many Python threads, like the native loader. --views
+sets the number of views (default 32, on a GPU 512), since contenders that process single views are
+slow. Bytes are the minimum: crops read twice (the contrast mean, then the pixels), views written
+in bfloat16.
 
-    fastbyol         kernels/gpu/augment.py on a GPU, kernels/augment.py on the CPU
-    reference        the plain torch formulas, view by view
-    torchvision v2   ColorJitter, RandomGrayscale, GaussianBlur, RandomSolarize, Normalize, view by view
-    kornia           its batched augmentations, parameters per image
-    copy             as many bytes copied by torch
+    fastbyol         kernels/triton/augment.py on a GPU, kernels/cpu/augment.py on the CPU
+    reference        the plain torch formulas, per view
+    torchvision v2   ColorJitter, RandomGrayscale, GaussianBlur, RandomSolarize, Normalize, per view
+    kornia           batched augmentations with parameters per image
+    copy             torch copies as many bytes
 """
 
 from collections.abc import Callable
@@ -34,7 +36,7 @@ BLUR, SOLARIZE = (1.0, 0.1), (0.0, 0.2)
 
 
 def inputs(device: str, n: int) -> tuple[Tensor, np.ndarray]:
-    """(N, S, S, 3) uint8 crops and (N, COLUMNS) parameters, view 1 of all images first."""
+    """Return (N, S, S, 3) uint8 crops and (N, COLUMNS) parameters; all first views come first."""
     rng = torch.Generator().manual_seed(0)
     coarse = torch.randint(0, 256, (n, 3, 14, 14), generator=rng, dtype=torch.uint8).float()
     smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bicubic").clamp(0, 255).byte()
@@ -50,12 +52,12 @@ def fastbyol(device: str, n: int) -> Callable[[], object]:
 
         parameters = torch.from_numpy(rows).to(device)
         return lambda: augment_views(crops, parameters, torch.bfloat16)
-    return _on_the_cpu(crops, rows)
+    return _on_cpu(crops, rows)
 
 
-def _on_the_cpu(crops: Tensor, rows: np.ndarray) -> Callable[[], object]:
+def _on_cpu(crops: Tensor, rows: np.ndarray) -> Callable[[], object]:
     n, threads = len(rows), torch.get_num_threads()
-    planes = crops.permute(0, 3, 1, 2).contiguous().numpy()  # the layout that crop.py's kernel writes
+    planes = crops.permute(0, 3, 1, 2).contiguous().numpy()  # the layout of crop_into's output
     out = np.empty((n, SIZE, SIZE, 3), dtype=np.uint16)
     pool = ThreadPoolExecutor(threads)
 
@@ -103,7 +105,7 @@ def torchvision(device: str, n: int) -> Callable[[], object]:
 
 
 def kornia(device: str, n: int) -> Callable[[], object]:
-    k = pytest.importorskip("kornia.augmentation", reason="kornia is not installed here: make bench-setup")
+    k = pytest.importorskip("kornia.augmentation", reason="kornia is not installed: run make bench-setup")
     crops = inputs(device, n)[0].permute(0, 3, 1, 2)
     chains = [
         k.AugmentationSequential(
@@ -125,12 +127,12 @@ def kornia(device: str, n: int) -> Callable[[], object]:
     return run
 
 
-def moved(n: int) -> int:
+def bytes_moved(n: int) -> int:
     return n * SIZE * SIZE * (3 + 3 + 6)
 
 
 def copy(device: str, n: int) -> Callable[[], object]:
-    values = torch.ones(moved(n) // 8, device=device)
+    values = torch.ones(bytes_moved(n) // 8, device=device)
     other = torch.empty_like(values)
     return lambda: other.copy_(values)
 
@@ -151,7 +153,7 @@ def prepared(contender: str, device: str, n: int) -> Callable[[], object]:
 
 @pytest.fixture
 def views(request: pytest.FixtureRequest, device: str) -> int:
-    """N, of both kinds together."""
+    """Number of views, first and second views together."""
     return request.config.getoption("views") or VIEWS[device]
 
 
@@ -159,4 +161,4 @@ def views(request: pytest.FixtureRequest, device: str) -> int:
 def test_augment(benchmark: BenchmarkFixture, device: str, contender: str, turn: int, views: int) -> None:
     run = prepared(contender, device, views)
     name = f"{views} views, {SIZE} px"
-    measure(benchmark, run, device=device, turn=turn, set_name=name, contender=contender, moved=moved(views))
+    measure(benchmark, run, device=device, turn=turn, set_name=name, contender=contender, moved=bytes_moved(views))

@@ -1,19 +1,20 @@
-"""LARS + target update of a BYOL pair: fastbyol against other people's ways, against less work, and against a plain copy.
+"""LARS and target update of a BYOL pair: fastbyol, other libraries, less work, and a plain copy.
 
-    make bench-kernels                  # in the peers' environment, on the CPU and, where there is one, the GPU
+    make bench-kernels      # in the peers' environment, on the CPU and on a GPU if there is one
 
-Every contender updates a pair of its own with the gradients of the same random numbers; they take turns in one process. Bytes
-are those that the contender's work must move: 36 a parameter with a target, 28 without, for LARS + target.
+Every contender updates its own pair with the same random gradients; they run interleaved in one
+process. Bytes are what the contender's work must move: for LARS and target 36 per parameter with a
+target, 28 without.
 
     fastbyol             kernels/lars_ema.py
-    fastbyol captured    the same replayed as a CUDA graph, as a captured step has it: without the host's time
-    reference            its plain formulas, tensor by tensor
-    reference compiled   torch.compile of them
+    fastbyol captured    the same, replayed as a CUDA graph: without host time
+    reference            the plain formulas, per tensor
+    reference compiled   the same under torch.compile
     foreach              the same formulas with torch._foreach_*
-    lightly              its LARS (another formula: |g| + wd |w| + eps below the line) and update_momentum
+    lightly              its LARS (divides by |g| + wd |w| + eps) and update_momentum
     SGD + lerp           less work, no norms: torch's fused SGD and _foreach_lerp_
-    apex                 less work, no norms: apex's FusedSGD and _foreach_lerp_, where NVIDIA's apex is installed
-    copy                 as many bytes copied by torch
+    apex                 less work, no norms: FusedSGD of NVIDIA's apex and _foreach_lerp_
+    copy                 torch copies as many bytes
 """
 
 import importlib.util
@@ -38,7 +39,7 @@ WEIGHT_DECAY, MOMENTUM, ETA = 1e-6, 0.9, 1e-3
 
 @cache
 def pair(backbone: str, device: str, contender: str) -> BYOL:
-    """A pair of the contender's own, with gradients."""
+    """Return the contender's own pair, with gradients."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(backbone=SETS[backbone]), 224, 0)
     model = model.to(device=device, memory_format=torch.channels_last)
@@ -62,13 +63,14 @@ def captured(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
     if lr.device.type != "cuda":
         pytest.skip("a CUDA graph needs a GPU")
     step = fastbyol(model, lr, tau)
-    step()  # compiles, and makes the momenta
+    step()  # compiles, and allocates the momentum buffers
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
 
-    def replay(_: Callable[[], None] = step) -> None:  # keeps the optimizer, whose momenta the graph writes
+    # The default argument keeps the optimizer alive, whose momentum buffers the graph writes.
+    def replay(_: Callable[[], None] = step) -> None:
         graph.replay()
 
     return replay
@@ -125,7 +127,7 @@ def lerp(targets: list[Tensor], weights: list[Tensor], tau: Tensor) -> None:
 
 
 def lightly(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
-    pytest.importorskip("lightly", reason="lightly is not installed here: make bench-setup")
+    pytest.importorskip("lightly", reason="lightly is not installed: run make bench-setup")
     from lightly.models.utils import update_momentum
     from lightly.utils.lars import LARS
 
@@ -151,7 +153,7 @@ def sgd_and_lerp(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
 
 def apex(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
     if any(importlib.util.find_spec(name) is None for name in ("amp_C", "apex")) or lr.device.type != "cuda":
-        pytest.skip("NVIDIA's apex (amp_C) is not installed here, or there is no GPU; PyPI's apex is another project")
+        pytest.skip("NVIDIA's apex (amp_C) is not installed, or there is no GPU; apex on PyPI is another project")
     from apex.optimizers import FusedSGD
 
     return _without_norms(model, lr.item(), tau, FusedSGD)

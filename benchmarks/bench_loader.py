@@ -61,9 +61,9 @@ def fastbyol(
 ) -> Iterator[int]:
     from fastbyol.config import DataConfig
     from fastbyol.data import build_loader, open_split
-    from fastbyol.kernels import dispatch
+    from fastbyol.kernels.cpu import jit_cache
 
-    dispatch.compile_cpu_kernels(lambda text: None)
+    jit_cache.compile_cpu_kernels()
     config = DataConfig(root=str(CORPUS), image_size_px=size, **{"batch_size": BATCH} | options)
     images = open_split(CORPUS, split)
     loader = build_loader(config, images, seed=0, device=torch.device(device), dtype=dtype)

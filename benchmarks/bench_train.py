@@ -53,9 +53,9 @@ def fastbyol(work: Work, device: torch.device) -> Loop:
     """Build loader and step as in train.py."""
     from fastbyol.config import DataConfig
     from fastbyol.data import build_loader, open_split
-    from fastbyol.kernels import dispatch
+    from fastbyol.kernels.cpu import jit_cache
 
-    dispatch.compile_cpu_kernels(lambda text: None)
+    jit_cache.compile_cpu_kernels()
     step = bench_step.fastbyol_step(work, device)
     config = DataConfig(root=str(bench_loader.CORPUS), batch_size=work.batch, image_size_px=work.size)
     loader = build_loader(config, open_split(config.root, "train"), seed=0, device=device, dtype=step.dtype)

@@ -16,7 +16,7 @@ from fastbyol.batch_size import find_batch_size, global_batch_size
 from fastbyol.config import Config, ModelConfig
 from fastbyol.data import Batch, ImageSet, Loader, build_loader, choose_backend, find_images
 from fastbyol.errors import InputError, first_line
-from fastbyol.kernels.dispatch import compile_cpu_kernels
+from fastbyol.kernels.cpu.jit_cache import compile_cpu_kernels
 from fastbyol.layers import fuse_layers
 from fastbyol.model import BYOL, Encoder, mlp
 from fastbyol.runtime.distributed import World
@@ -107,7 +107,7 @@ def with_batch_size(config: Config, images: ImageSet, device: torch.device, worl
     if config.data.batch_size != "auto":
         return config
     with world.sync_errors():
-        compile_cpu_kernels(logger.info)  # the trial steps need them
+        compile_cpu_kernels()  # the trial steps need them
         fits = find_batch_size(config, device, world, build_model(config.model, config.data.image_size_px, config.seed))
     with world.sync_errors():
         size = global_batch_size(fits, images, config, world)

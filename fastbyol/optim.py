@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.config import OptimConfig
-from fastbyol.kernels import dispatch
+from fastbyol.kernels import lars_ema
 from fastbyol.kernels.lars_ema import Hyper
 from fastbyol.precision import LossScale
 
@@ -80,7 +80,7 @@ class LARS(torch.optim.Optimizer):
         self.tau = torch.ones((), device=device) if tau is None else tau
         self.inv_scale = inv_scale
         self.found_inf = torch.zeros((), device=device) if found_inf is None else found_inf
-        self._update = dispatch.lars_update(device)
+        self._update = lars_ema.lars_update(device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. Missing options take the constructor's values.
@@ -141,7 +141,7 @@ class LARS(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_update" not in self.__dict__:
-            self._update = dispatch.lars_update(self._device)
+            self._update = lars_ema.lars_update(self._device)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update weights and targets from the gradients. Parameters without a gradient do not change.
@@ -206,7 +206,7 @@ def ema_update_(pairs: Iterable[Pair], tau: Tensor) -> None:
     """
     pairs = list(pairs)
     device = pairs[0][0].device if pairs else torch.device("cpu")
-    dispatch.ema_update(device)(pairs, tau)
+    lars_ema.ema_update(device)(pairs, tau)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -270,7 +270,7 @@ class Update:
         self, optimizer: torch.optim.Optimizer, pairs: list[Pair], tau: Tensor, loss_scale: LossScale | None
     ) -> None:
         self._optimizer, self._pairs, self._tau, self._loss_scale = optimizer, pairs, tau, loss_scale
-        self._ema_update = dispatch.ema_update(tau.device)
+        self._ema_update = lars_ema.ema_update(tau.device)
 
     def __call__(self) -> None:
         """Run the update."""

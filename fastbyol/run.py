@@ -17,7 +17,8 @@ from fastbyol.config import DEFAULT_WARMUP_EPOCHS, Config
 from fastbyol.data import Batch, choose_backend
 from fastbyol.data.workers import resolve_threads
 from fastbyol.errors import InputError, LoaderTimeout, RunError, error_reason, first_line, is_out_of_memory
-from fastbyol.kernels import dispatch
+from fastbyol.kernels import describe
+from fastbyol.kernels.cpu.jit_cache import compile_cpu_kernels
 from fastbyol.model import BYOL, BYOLOutput
 from fastbyol.resume import ImageIdentity, capture, check_compatible, restore, with_checkpoint_batch_size
 from fastbyol.runtime import checkpoint, cores
@@ -111,7 +112,7 @@ class Run:
                 f"optim.warmup_epochs: the default of {DEFAULT_WARMUP_EPOCHS} is longer than half of the run; using "
                 f"{config.optim.warmup:g} epochs"
             )
-        dispatch.compile_cpu_kernels(logger.info)
+        compile_cpu_kernels()
         if self.world.size == 1:  # otherwise the other ranks would count as other processes
             cores.warn_if_shared(resolve_threads(config.data.threads), logger.warning)
         images, classes = training.images, len(training.images.classes)
@@ -125,7 +126,7 @@ class Run:
             f"{ranks}{step.device}, {str(step.dtype).removeprefix('torch.')}, step {step.mode}, "
             f"{config.optim.name}, batch {config.data.batch_size}, steps {self.start} to {step.total_steps} in {self.folder.path}"
         )
-        logger.info(dispatch.describe(step.device, backend))
+        logger.info(describe(step.device, backend))
 
     def first_step(self, step: int, batch: Batch) -> BYOLOutput:
         """Run a step and measure its memory; the progress bar shows its loss at once."""

@@ -23,7 +23,7 @@ from fastbyol.config import (
     OptimConfig,
     StepConfig,
 )
-from fastbyol.kernels import dispatch
+from fastbyol.kernels.cpu import jit_cache
 from fastbyol.runtime import cores
 from fastbyol.runtime.logging import console_logging, format_record, logger
 from fastbyol.tools.corpora import prepare_photos
@@ -58,8 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_from_the_sources() -> None:
-    """No test runs a kernel from numba's cache that was compiled with another unchecked.py or vectors.py."""
-    dispatch.compile_cpu_kernels(lambda text: None)
+    """No test runs a kernel that numba cached before the last change of intrinsics.py or simd.py."""
+    jit_cache.compile_cpu_kernels()
 
 
 @pytest.fixture(autouse=True)

@@ -45,6 +45,9 @@ from fastbyol.data.views import VIEWS
 from fastbyol.data.workers import resolve_threads
 from fastbyol.errors import InputError
 from fastbyol.kernels import augment, crop
+from fastbyol.kernels.cpu.augment import augment_kernel
+from fastbyol.kernels.cpu.crop import crop_kernel
+from fastbyol.kernels.cpu.intrinsics import LANES
 
 _STORED = types.Array(types.uint8, 1, "C", readonly=True)
 _NUMBERS = types.uint64[::1]
@@ -155,11 +158,11 @@ class _TwoViews(SimpleRGBImageDecoder):
         read, in_parallel, crop_view, augment_view = (
             self.memory_read,
             Compiler.get_iterator(),
-            crop._crop,
-            augment._augment,
+            crop_kernel,
+            augment_kernel,
         )
         copy = Compiler.compile(memcpy)
-        beyond = size + augment.LANES
+        beyond = size + LANES
 
         def both_views(batch_indices, memory, metadata, storage_state):  # noqa: ANN001, ANN202 (compiled by FFCV)
             out, parameters, faults = memory

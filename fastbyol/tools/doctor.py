@@ -17,7 +17,8 @@ import torch
 from fastbyol.data.decode import decode
 from fastbyol.data.workers import preserve_torch_threads
 from fastbyol.errors import first_line
-from fastbyol.kernels import dispatch
+from fastbyol.kernels import lars_ema
+from fastbyol.kernels.cpu import jit_cache
 from fastbyol.precision import compute_dtype
 from fastbyol.runtime import environment
 from fastbyol.runtime.device import choose_device
@@ -72,7 +73,7 @@ def _gray_error(pixels: np.ndarray) -> int:
 
 
 def _cpu_kernels() -> str:
-    return f"numba, ready in {dispatch.compile_cpu_kernels(lambda text: None):.2f} s"
+    return f"numba, ready in {jit_cache.compile_cpu_kernels():.2f} s"
 
 
 def _precision() -> str:
@@ -119,7 +120,7 @@ def _triton() -> str:
     if not torch.cuda.is_available():
         return f"{version}, no GPU to run its kernels on"
     weight, target = torch.ones(64, device="cuda"), torch.zeros(64, device="cuda")
-    dispatch.ema_update(torch.device("cuda"))([(weight, target)], torch.tensor(0.75, device="cuda"))
+    lars_ema.ema_update(torch.device("cuda"))([(weight, target)], torch.tensor(0.75, device="cuda"))
     if not torch.allclose(target, torch.full_like(target, 0.25)):
         raise _CheckFailed(f"{version} computes a wrong target update: pip install --force-reinstall triton")
     return f"{version}, the target update runs on the GPU"

@@ -34,7 +34,7 @@ from fastbyol.config import Config
 from fastbyol.data import native
 from fastbyol.data.batch import Batch
 from fastbyol.errors import InputError
-from fastbyol.kernels import dispatch
+from fastbyol.kernels.cpu.jit_cache import compile_cpu_kernels
 from fastbyol.optim import moves_target
 from fastbyol.runtime import cores, environment
 from fastbyol.runtime.device import choose_device
@@ -72,7 +72,7 @@ def open_training(config: Config, check: Callable[[], None]) -> Iterator[Trainin
             if world.is_main_process:
                 check()
         images = find_training_images(config, world)
-        dispatch.compile_cpu_kernels(logger.info)
+        compile_cpu_kernels()
         config = with_batch_size(config, images, device, world)
         training = build_training(config, world, device, images)
         logger.info(f"measuring {training.describe()}")

@@ -1,1 +1,1 @@
-"""The CPU kernels: numba, SIMD intrinsics, torch's OpenMP threads, and the cache of compiled code."""
+"""CPU kernels: numba, SIMD intrinsics, torch's OpenMP threads, and the cache of compiled code."""

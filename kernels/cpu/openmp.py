@@ -1,15 +1,17 @@
-"""Compiled kernels on torch's own OpenMP threads.
+"""Run compiled kernels on torch's own OpenMP threads.
 
-A kernel is a function of a unit's number and a table of int64 words (addresses, sizes); `run` calls it for every unit. Threads
-take the next unit when they are done with one, from a counter that they share, so a kernel's result must not depend on
-which thread has which unit: partial sums are kept per unit, units are cut by sizes alone, and the last thread to be done
-adds the sums in a fixed order (`finish`). Then the bits are the same for any number of threads.
+A kernel is a function of a task index and a table of int64 arguments (addresses, sizes). `run`
+calls it for every task. Threads draw tasks from a shared counter (dynamic scheduling), so results
+must not depend on which thread runs which task: partial sums are kept per task, the work is split
+by sizes alone, and the last thread to finish adds the partial sums in a fixed order (the
+`epilogue`). The results are then bit-identical for any number of threads.
 
-Why torch's threads: after an operation of torch its OpenMP workers spin for a while, waiting for the next one. Threads of a pool
-of our own have to share the cores with them, and a call pays for waking them up. `GOMP_parallel`, by which compiled
-OpenMP code of gcc starts a parallel region, takes the address of any C function. It is looked up through torch's library, which
-finds the OpenMP runtime that torch itself uses (LLVM's and Intel's export it too). Where there is none, as in macOS builds,
-a pool of threads is used instead; `describe` says which.
+Why torch's threads: after a torch operation its OpenMP workers spin for a while and wait for the
+next one. A separate pool would compete with them for the cores and pay for waking its threads on
+every call. `GOMP_parallel`, the entry point that gcc's OpenMP code uses to start a parallel region,
+accepts the address of any C function. It is looked up through torch's library, which resolves to
+the OpenMP runtime that torch itself uses (LLVM's and Intel's runtimes export it too). Where it is
+missing, as in macOS builds, a thread pool is used instead; `describe` reports which.
 """
 
 import ctypes
@@ -27,18 +29,21 @@ from numba.extending import intrinsic
 
 _I64 = ir.IntType(64)
 _SIGNATURE = types.void(types.int64, types.CPointer(types.int64))
-_TAKEN, _DONE, _UNITS, _KERNEL, _FINISH, _WORDS = range(6)  # places in a job; the kernel's words begin at the last
+# Layout of a job, an int64 array: two shared counters, the job's description, then the kernel's
+# arguments.
+_STARTED, _FINISHED, _TASKS, _KERNEL, _EPILOGUE, _ARGS = range(6)
 
 
 class Kernel:
-    """A function f(unit, words) that is compiled when it is first needed, and cached on disk.
+    """A function f(task, args), compiled on first use and cached on disk.
 
-    Nothing may go wrong inside of it: an exception could not leave it. Callers check everything before.
+    The function must not raise: an exception cannot leave it. Callers validate everything
+    beforehand.
 
     Args:
-        function: f(unit: int, words: pointer to int64), without a result.
-        options: numba's, e.g. fastmath; cached unless they say otherwise.
-        signature: another one than that.
+        function: f(task: int, args: pointer to int64) -> None.
+        options: numba's options, e.g. fastmath. The code is cached unless they disable it.
+        signature: numba signature, if it differs from the above.
     """
 
     def __init__(
@@ -54,27 +59,27 @@ class Kernel:
 
     @functools.cached_property
     def address(self) -> int:
-        """Of the compiled function."""
+        """Address of the compiled function."""
         return self.compiled.address
 
     def compile(self) -> None:
-        """Compiles the function, or loads it from the cache, unless that has been done."""
+        """Compile the function, or load it from the cache, unless already done."""
         _ = self.address
 
     @functools.cached_property
     def dispatcher(self) -> Any:
-        """numba's usual wrapper of the same function, to ask about the cache that both have; compiles nothing."""
+        """An uncompiled numba dispatcher of the same function, to inspect their common cache."""
         return njit(cache=True)(self.py_func)
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., None]], Kernel]:
-    """Decorator that makes a `Kernel`; numba releases the GIL for all of them."""
+    """Return a decorator that makes a `Kernel`, which runs without the GIL."""
     return lambda function: Kernel(function, options)
 
 
 @intrinsic
-def _next(typing_context, job, place):
-    """Adds one to a word of the job and returns what it was before; orders the memory accesses of the threads around it."""
+def _fetch_add(typing_context, job, index):
+    """Atomically increment an element of the job (acquire-release) and return its old value."""
 
     def generate(context, builder, signature, arguments):
         counter = builder.gep(arguments[0], [arguments[1]])
@@ -84,27 +89,27 @@ def _next(typing_context, job, place):
 
 
 @intrinsic
-def _call(typing_context, address, unit, job, place):
-    """Calls the kernel at an address with a unit and the words that begin at a place of the job."""
+def _call(typing_context, address, task, job, index):
+    """Call the kernel at an address with a task and the arguments at `index` of the job."""
 
     def generate(context, builder, signature, arguments):
-        address, unit, job, place = arguments
+        address, task, job, index = arguments
         function = ir.FunctionType(ir.VoidType(), [_I64, _I64.as_pointer()])
-        builder.call(builder.inttoptr(address, function.as_pointer()), [unit, builder.gep(job, [place])])
+        builder.call(builder.inttoptr(address, function.as_pointer()), [task, builder.gep(job, [index])])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, job, types.int64), generate
 
 
 def _work(job):
-    """What every thread of a parallel region does."""
-    units = job[_UNITS]
-    unit = _next(job, _TAKEN)
-    while unit < units:
-        _call(job[_KERNEL], unit, job, _WORDS)
-        if _next(job, _DONE) == units - 1 and job[_FINISH] != 0:
-            _call(job[_FINISH], 0, job, _WORDS)
-        unit = _next(job, _TAKEN)
+    """Body of the parallel region: run tasks until none is left."""
+    tasks = job[_TASKS]
+    task = _fetch_add(job, _STARTED)
+    while task < tasks:
+        _call(job[_KERNEL], task, job, _ARGS)
+        if _fetch_add(job, _FINISHED) == tasks - 1 and job[_EPILOGUE] != 0:
+            _call(job[_EPILOGUE], 0, job, _ARGS)
+        task = _fetch_add(job, _STARTED)
 
 
 _WORKER = Kernel(_work, {}, types.void(types.CPointer(types.int64)))
@@ -112,21 +117,22 @@ KERNELS = (_WORKER,)
 
 
 @functools.cache
-def _worker_call() -> Callable[[Any], None]:
+def _worker() -> Callable[[Any], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_WORKER.address)  # releases the GIL
 
 
-Start = Callable[[Any, int], None]
+Launch = Callable[[Any, int], None]  # (job, number of threads)
 
 
-def _openmp() -> Start | None:
-    """Starts a job on torch's OpenMP threads; None where torch's library or the symbol is not there."""
+def _find_openmp() -> Launch | None:
+    """Return a function that runs a job on torch's OpenMP threads; None if they are unavailable."""
     folder = Path(torch.__file__).parent / "lib"
     path = next((p for p in (folder / "libtorch_cpu.so", folder / "libtorch_cpu.dylib") if p.exists()), None)
     if path is None:
         return None
     try:
-        # The library as this process has loaded it already: never a second copy with a runtime of its own.
+        # RTLD_NOLOAD: the library that this process has already loaded, never a second copy with
+        # its own runtime.
         library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
         parallel = library.GOMP_parallel
     except (OSError, AttributeError):
@@ -134,10 +140,10 @@ def _openmp() -> Start | None:
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
 
-    def start(job: Any, threads: int) -> None:
+    def launch(job: Any, threads: int) -> None:
         parallel(_WORKER.address, job, threads, 0)
 
-    return start
+    return launch
 
 
 @functools.cache
@@ -145,40 +151,41 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="fastbyol-kernel")
 
 
-def _in_pool(job: Any, threads: int) -> None:
-    """Starts a job in this thread and a pool."""
-    others = [_pool(threads - 1).submit(_worker_call(), job) for _ in range(threads - 1)]
-    _worker_call()(job)
+def _launch_in_pool(job: Any, threads: int) -> None:
+    """Run a job on this thread and a thread pool."""
+    others = [_pool(threads - 1).submit(_worker(), job) for _ in range(threads - 1)]
+    _worker()(job)
     for other in others:
         other.result()
 
 
-_OPENMP = _openmp()
-_start: Start = _in_pool if _OPENMP is None else _OPENMP  # chosen once
+_OPENMP = _find_openmp()
+_launch: Launch = _launch_in_pool if _OPENMP is None else _OPENMP
 
 
 def describe() -> str:
-    """Which threads run the kernels, for people to read."""
-    where = "torch's OpenMP threads" if _start is _OPENMP else "a thread pool (torch's OpenMP has no GOMP_parallel)"
+    """Describe the threads that run the kernels, for log lines."""
+    where = "torch's OpenMP threads" if _launch is _OPENMP else "a thread pool (torch's OpenMP has no GOMP_parallel)"
     return f"{torch.get_num_threads()} of {where}"
 
 
-def run(kernel: Kernel, units: int, words: Sequence[int], finish: Kernel | None = None) -> None:
-    """Calls kernel(unit, words) for units 0 .. units - 1, in as many threads as torch uses; returns when all are done.
+def run(kernel: Kernel, tasks: int, args: Sequence[int], epilogue: Kernel | None = None) -> None:
+    """Call kernel(task, args) for all tasks on as many threads as torch uses, and wait for them.
 
     Args:
-        kernel: called without the GIL. What the words point to has to live until this returns.
-        words: int64, handed to the kernel as they are.
-        finish: called as finish(0, words) by one thread, when all units are done.
+        kernel: Called without the GIL.
+        tasks: Number of tasks.
+        args: int64 values passed to the kernel. The memory they point to must outlive the call.
+        epilogue: Called as epilogue(0, args) by one thread after all tasks.
     """
-    if units == 0:
+    if tasks == 0:
         return
-    head = (0, 0, units, kernel.address, 0 if finish is None else finish.address)
-    job = (ctypes.c_int64 * (_WORDS + len(words)))(*head, *words)
-    # All of torch's threads, also for few units: gcc's runtime ends the threads that a smaller region leaves out, and the next
-    # operation of torch would have to make new ones.
+    header = (0, 0, tasks, kernel.address, 0 if epilogue is None else epilogue.address)
+    job = (ctypes.c_int64 * (_ARGS + len(args)))(*header, *args)
+    # All of torch's threads, even for few tasks: gcc's runtime ends the threads that a smaller
+    # region leaves out, and the next torch operation would have to start new ones.
     threads = torch.get_num_threads()
-    if threads == 1 or units == 1:
-        _worker_call()(job)
+    if threads == 1 or tasks == 1:
+        _worker()(job)
     else:
-        _start(job, threads)
+        _launch(job, threads)

@@ -1,4 +1,5 @@
-"""The Triton kernels, one file per file of `fastbyol.kernels` beside which it stands; imported where there is a GPU.
+"""Triton kernels for GPUs, one file per operation, named like its file in `fastbyol.kernels`.
 
-Triton comes with torch's CUDA builds alone, so nothing of `fastbyol.kernels` but `dispatch` and `report` imports these.
+Only torch's CUDA builds include Triton, so `fastbyol.kernels` imports these modules lazily, when a
+GPU needs them.
 """

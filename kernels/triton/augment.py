@@ -1,17 +1,21 @@
-"""Color, grayscale, blur, solarize and normalize on a GPU, in Triton: decoded crops -> the views of a batch.
+"""Color, grayscale, blur, solarize and normalize on a GPU: cropped images -> the views of a batch.
 
-Formulas and reference: kernels/augment.py. Two launches for all views of both kinds, whatever they draw:
+Formulas and reference: kernels/augment.py. Two launches for all views, whatever their parameters:
 
-    mean     per view, the channel means that contrast is about: reads the crops, 3 bytes a pixel; only views with jitter
-    finish   everything: reads the crops, 3 bytes a pixel, writes the views, 6 bytes a pixel in 16 bits
+    mean     channel means for contrast, only for views with color jitter:
+             reads the crops, 3 bytes per pixel
+    finish   everything: reads the crops, 3 bytes per pixel,
+             writes the views, 6 bytes per pixel in a 16-bit dtype
 
-12 bytes a pixel, which is the least with two launches. One would do only if a view stayed on the chip between its mean and
-its pixels (150 KB at 224 px), which Triton cannot say. The blur adds no pass: a program of `finish` makes the colors of
-its tile and of the margin that the blur reaches (three times the pixels at 224 px: 48 rows of 64 for a tile of 32x32), rather
-than storing them and reading them again, and blurs by two products with banded matrices on the tensor cores: float16 pixels
-and taps, float32 sums, within 0.3/255 of the reference. What the draw leaves out is skipped.
+12 bytes per pixel are the minimum for two launches. A single launch would have to keep a view on
+chip between its mean and its pixels (150 KB at 224 px), which Triton cannot express. The blur adds
+no pass: a program of `finish` computes the colors of its tile and of the margin that the blur reads
+(three times the pixels at 224 px: 48 rows of 64 for a tile of 32x32) instead of storing and
+reloading them. It blurs by two products with banded matrices on the tensor cores: float16 pixels
+and taps, float32 sums, within 0.3/255 of the reference. Operations that a view's parameters disable
+are skipped.
 
-Shapes: N = views of the batch (both of every image), S = side of a view.
+Shapes: N = views of the batch, S = side of a view.
 """
 
 import torch
@@ -19,25 +23,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol.kernels import augment
+from fastbyol.kernels import augment_params as params
 
-TILE = 32  # side of a program's piece of a view
-PARTS = 16  # programs per view that add up its mean
-MEAN_BLOCK = 512  # pixels at a time
+TILE = 32  # side of a program's tile of a view
+PARTS = 16  # programs per view that compute its mean
+MEAN_BLOCK = 512  # pixels per iteration
 MEAN_WARPS, FINISH_WARPS = 4, 8
 
-_JITTER, _ORDER = tl.constexpr(augment.JITTER), tl.constexpr(augment.ORDER)
-_BRIGHTNESS, _CONTRAST = tl.constexpr(augment.BRIGHTNESS), tl.constexpr(augment.CONTRAST)
-_SATURATION, _HUE = tl.constexpr(augment.SATURATION), tl.constexpr(augment.HUE)
-_TORCHVISION, _GRAY = tl.constexpr(augment.TORCHVISION), tl.constexpr(augment.GRAY)
-_SIGMA, _SOLARIZE = tl.constexpr(augment.SIGMA), tl.constexpr(augment.SOLARIZE)
-_COLUMNS = tl.constexpr(augment.COLUMNS)
-_OP_BRIGHTNESS, _OP_CONTRAST = tl.constexpr(augment.OP_BRIGHTNESS), tl.constexpr(augment.OP_CONTRAST)
-_OP_SATURATION = tl.constexpr(augment.OP_SATURATION)
-_STRIP = tl.constexpr(16)  # rows that the blur's first product takes at a time: the fewest that the tensor cores do
-_RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in augment.GRAY_WEIGHTS)
-_GAINS = tuple(1 / std for std in augment.IMAGENET_STD)
-_SHIFTS = tuple(-mean / std for mean, std in zip(augment.IMAGENET_MEAN, augment.IMAGENET_STD, strict=True))
+_JITTER, _ORDER = tl.constexpr(params.JITTER), tl.constexpr(params.ORDER)
+_BRIGHTNESS, _CONTRAST = tl.constexpr(params.BRIGHTNESS), tl.constexpr(params.CONTRAST)
+_SATURATION, _HUE = tl.constexpr(params.SATURATION), tl.constexpr(params.HUE)
+_TORCHVISION, _GRAY = tl.constexpr(params.TORCHVISION), tl.constexpr(params.GRAY)
+_SIGMA, _SOLARIZE = tl.constexpr(params.SIGMA), tl.constexpr(params.SOLARIZE)
+_COLUMNS = tl.constexpr(params.COLUMNS)
+_OP_BRIGHTNESS, _OP_CONTRAST = tl.constexpr(params.OP_BRIGHTNESS), tl.constexpr(params.OP_CONTRAST)
+_OP_SATURATION = tl.constexpr(params.OP_SATURATION)
+_STRIP = tl.constexpr(16)  # rows per iteration of the vertical blur: the tensor cores' minimum
+_RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in params.GRAY_WEIGHTS)
+_GAINS = tuple(1 / std for std in params.IMAGENET_STD)
+_SHIFTS = tuple(-mean / std for mean, std in zip(params.IMAGENET_MEAN, params.IMAGENET_STD, strict=True))
 _GAIN_R, _GAIN_G, _GAIN_B = (tl.constexpr(gain) for gain in _GAINS)
 _SHIFT_R, _SHIFT_G, _SHIFT_B = (tl.constexpr(shift) for shift in _SHIFTS)
 
@@ -49,7 +53,7 @@ def _clip(x):
 
 @triton.jit
 def _load(crops, pixels, inside):
-    """R, G, B in [0, 1] of pixels of a view; 0 outside."""
+    """Return R, G, B in [0, 1] of a view's pixels; 0 outside."""
     scale: tl.constexpr = 1 / 255 if crops.dtype.element_ty == tl.uint8 else 1.0
     red = tl.load(crops + 3 * pixels, mask=inside, other=0).to(tl.float32) * scale
     green = tl.load(crops + 3 * pixels + 1, mask=inside, other=0).to(tl.float32) * scale
@@ -58,8 +62,8 @@ def _load(crops, pixels, inside):
 
 
 @triton.jit
-def _operation(operation, r, g, b, p, mean_r, mean_g, mean_b):
-    """One color operation; p is the view's parameter row, the means are used by contrast alone."""
+def _color_operation(operation, r, g, b, p, mean_r, mean_g, mean_b):
+    """Apply one color operation; p is the view's parameter row; only contrast uses the means."""
     torchvision = tl.load(p + _TORCHVISION) != 0
     if operation == _OP_BRIGHTNESS:
         value = tl.load(p + _BRIGHTNESS)
@@ -97,7 +101,7 @@ def _operation(operation, r, g, b, p, mean_r, mean_g, mean_b):
 
 @triton.jit
 def _contrast_position(p):
-    """How many operations come before contrast."""
+    """Return the number of operations before contrast."""
     position = 0
     for k in tl.static_range(1, 4):
         position += tl.where(tl.load(p + _ORDER + k).to(tl.int32) == _OP_CONTRAST, k, 0)
@@ -106,14 +110,14 @@ def _contrast_position(p):
 
 @triton.jit
 def mean_kernel(
-    crops,  # (N, S, S, 3) uint8, or a float type in [0, 1]
+    crops,  # (N, S, S, 3) uint8, or a float dtype in [0, 1]
     parameters,  # (N, COLUMNS) float32
     sums,  # (N, PARTS, 3) float32
     size,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Per part of a view, the sums of its channels after the operations that come before contrast."""
+    """Channel sums of one part of a view, after the operations before contrast."""
     part, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p = parameters + n * _COLUMNS
     if tl.load(p + _JITTER) != 0:
@@ -130,19 +134,19 @@ def mean_kernel(
             inside = at < end
             r, g, b = _load(view, at, inside)
             for k in range(before):
-                r, g, b = _operation(tl.load(p + _ORDER + k).to(tl.int32), r, g, b, p, 0.0, 0.0, 0.0)
+                r, g, b = _color_operation(tl.load(p + _ORDER + k).to(tl.int32), r, g, b, p, 0.0, 0.0, 0.0)
             sum_r += tl.where(inside, r, 0.0)
             sum_g += tl.where(inside, g, 0.0)
             sum_b += tl.where(inside, b, 0.0)
-        place = sums + (n * PARTS + part) * 3
-        tl.store(place, tl.sum(sum_r, 0))
-        tl.store(place + 1, tl.sum(sum_g, 0))
-        tl.store(place + 2, tl.sum(sum_b, 0))
+        pointer = sums + (n * PARTS + part) * 3
+        tl.store(pointer, tl.sum(sum_r, 0))
+        tl.store(pointer + 1, tl.sum(sum_g, 0))
+        tl.store(pointer + 2, tl.sum(sum_b, 0))
 
 
 @triton.jit
 def _means(sums, n, p, pixels, PARTS: tl.constexpr):
-    """The channels' means, or the gray image's three times."""
+    """Return the channel means; with torchvision's color the mean of the gray image three times."""
     parts = sums + (n * PARTS + tl.arange(0, PARTS)) * 3
     r = tl.sum(tl.load(parts), 0) / pixels
     g = tl.sum(tl.load(parts + 1), 0) / pixels
@@ -153,14 +157,14 @@ def _means(sums, n, p, pixels, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _colored(view, p, sums, n, size, rows, columns, PARTS: tl.constexpr):
-    """R, G, B of a rectangle of a view after the four operations and grayscale; 0 outside the view."""
+def _apply_color(view, p, sums, n, size, rows, columns, PARTS: tl.constexpr):
+    """Return R, G, B of a rectangle after color operations and grayscale; 0 outside the view."""
     inside = ((rows >= 0) & (rows < size))[:, None] & ((columns >= 0) & (columns < size))[None, :]
     r, g, b = _load(view, rows[:, None] * size + columns[None, :], inside)
     if tl.load(p + _JITTER) != 0:
         mean_r, mean_g, mean_b = _means(sums, n, p, size * size, PARTS)
         for k in range(4):
-            r, g, b = _operation(tl.load(p + _ORDER + k).to(tl.int32), r, g, b, p, mean_r, mean_g, mean_b)
+            r, g, b = _color_operation(tl.load(p + _ORDER + k).to(tl.int32), r, g, b, p, mean_r, mean_g, mean_b)
     if tl.load(p + _GRAY) != 0:
         gray = _RED * r + _GREEN * g + _BLUE * b
         r, g, b = gray, gray, gray
@@ -168,15 +172,15 @@ def _colored(view, p, sums, n, size, rows, columns, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _band(sigma, total, radius, ROWS: tl.constexpr, COLUMNS: tl.constexpr, shift):
-    """(ROWS, COLUMNS) float16: at (i, j) the tap for the distance j + shift - i, 0 beyond the radius."""
+def _band_matrix(sigma, total, radius, ROWS: tl.constexpr, COLUMNS: tl.constexpr, shift):
+    """Return (ROWS, COLUMNS) float16: at (i, j) the tap of distance j + shift - i."""
     distance = shift + tl.arange(0, COLUMNS)[None, :] - tl.arange(0, ROWS)[:, None]
     taps = tl.exp(-0.5 / (sigma * sigma) * (distance * distance).to(tl.float32)) / total
     return tl.where((distance <= radius) & (distance >= -radius), taps, 0.0).to(tl.float16)
 
 
 @triton.jit
-def _blurred(
+def _apply_color_and_blur(
     view,
     p,
     sums,
@@ -190,11 +194,11 @@ def _blurred(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """R, G, B of a tile after color and blur: vertically strip by strip, then horizontally."""
+    """Return R, G, B of a tile after color and blur: vertically in strips, then horizontally."""
     distance = tl.arange(0, WINDOW)
     taps = tl.where(distance <= RADIUS, tl.exp(-0.5 / (sigma * sigma) * (distance * distance).to(tl.float32)), 0.0)
     total = 2.0 * tl.sum(taps, 0) - 1.0
-    # Rows whose taps weigh less than 1e-4 on both sides together are left out, as on the CPU.
+    # Taps whose mass on both sides is below 1e-4 in total are dropped, as on the CPU.
     radius = tl.minimum(tl.ceil(3.9 * sigma).to(tl.int32), RADIUS)
     columns = left - RADIUS + distance
     r = tl.zeros((TILE, WINDOW), tl.float32)
@@ -202,17 +206,18 @@ def _blurred(
     b = tl.zeros((TILE, WINDOW), tl.float32)
     for start in range(0, TILE + 2 * radius, _STRIP):
         rows = top - radius + start + tl.arange(0, _STRIP)
-        x_r, x_g, x_b = _colored(view, p, sums, n, size, rows, columns, PARTS)
-        band = _band(sigma, total, RADIUS, TILE, _STRIP, start - radius)
+        x_r, x_g, x_b = _apply_color(view, p, sums, n, size, rows, columns, PARTS)
+        band = _band_matrix(sigma, total, RADIUS, TILE, _STRIP, start - radius)
         r = tl.dot(band, x_r.to(tl.float16), r)
         g = tl.dot(band, x_g.to(tl.float16), g)
         b = tl.dot(band, x_b.to(tl.float16), b)
-    across = tl.trans(_band(sigma, total, RADIUS, TILE, WINDOW, -RADIUS))
+    across = tl.trans(_band_matrix(sigma, total, RADIUS, TILE, WINDOW, -RADIUS))
     return tl.dot(r.to(tl.float16), across), tl.dot(g.to(tl.float16), across), tl.dot(b.to(tl.float16), across)
 
 
 @triton.jit
-def _tone(x, solarize, gain, shift):
+def _finish(x, solarize, gain, shift):
+    """Solarize, clip and normalize one channel."""
     x = tl.where(tl.where(solarize, x, 0.0) >= 0.5, 1.0 - x, x)
     return _clip(x) * gain + shift
 
@@ -224,12 +229,12 @@ def finish_kernel(
     sums,
     out,  # (N, S, S, 3) float16, bfloat16 or float32
     size,
-    RADIUS: tl.constexpr,  # of the blur at this size
+    RADIUS: tl.constexpr,  # blur radius for this size
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,  # power of two >= TILE + 2 RADIUS
 ):
-    """One tile of one view, from the crop to the batch."""
+    """One tile of one view, from the crop to the normalized batch."""
     n = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(size, TILE)
     top = tl.program_id(0) // across * TILE
@@ -238,44 +243,45 @@ def finish_kernel(
     view = crops + n * size * size * 3
     sigma = tl.load(p + _SIGMA)
     if sigma > 0:
-        r, g, b = _blurred(view, p, sums, n, size, sigma, top, left, RADIUS, PARTS, TILE, WINDOW)
+        r, g, b = _apply_color_and_blur(view, p, sums, n, size, sigma, top, left, RADIUS, PARTS, TILE, WINDOW)
     else:
         tile = tl.arange(0, TILE)
-        r, g, b = _colored(view, p, sums, n, size, top + tile, left + tile, PARTS)
+        r, g, b = _apply_color(view, p, sums, n, size, top + tile, left + tile, PARTS)
     solarize = tl.load(p + _SOLARIZE) != 0
     rows, columns = top + tl.arange(0, TILE), left + tl.arange(0, TILE)
     inside = (rows < size)[:, None] & (columns < size)[None, :]
-    place = out + n * size * size * 3 + 3 * (rows[:, None] * size + columns[None, :])
-    tl.store(place, _tone(r, solarize, _GAIN_R, _SHIFT_R).to(out.dtype.element_ty), mask=inside)
-    tl.store(place + 1, _tone(g, solarize, _GAIN_G, _SHIFT_G).to(out.dtype.element_ty), mask=inside)
-    tl.store(place + 2, _tone(b, solarize, _GAIN_B, _SHIFT_B).to(out.dtype.element_ty), mask=inside)
+    pointer = out + n * size * size * 3 + 3 * (rows[:, None] * size + columns[None, :])
+    tl.store(pointer, _finish(r, solarize, _GAIN_R, _SHIFT_R).to(out.dtype.element_ty), mask=inside)
+    tl.store(pointer + 1, _finish(g, solarize, _GAIN_G, _SHIFT_G).to(out.dtype.element_ty), mask=inside)
+    tl.store(pointer + 2, _finish(b, solarize, _GAIN_B, _SHIFT_B).to(out.dtype.element_ty), mask=inside)
 
 
 def window(size: int) -> int:
-    """Side of the square that a tile's blur reads."""
-    return triton.next_power_of_2(TILE + 2 * augment.blur_radius(size))
+    """Return the side of the square that the blur of a tile reads, padded to a power of two."""
+    return triton.next_power_of_2(TILE + 2 * params.blur_radius(size))
 
 
 def augment_views(crops: Tensor, parameters: Tensor, dtype: torch.dtype) -> Tensor:
-    """`augment_reference` and `normalize_reference` of all views of a batch, in two launches.
+    """Compute `augment_reference` and `normalize_reference` of a batch's views in two launches.
 
     Args:
-        crops: (N, S, S, 3) uint8, contiguous; a float type in [0, 1] is taken too.
-        parameters: (N, COLUMNS) float32 on the same device: `ViewParams.pack()` with one row per crop.
+        crops: (N, S, S, 3), contiguous; uint8, or a float dtype in [0, 1].
+        parameters: (N, COLUMNS) float32 on the same device: `ViewParams.pack()` with one row per
+            crop.
         dtype: float16, bfloat16 or float32.
 
     Returns:
-        (N, 3, S, S) of `dtype`, in channels_last layout.
+        (N, 3, S, S) of `dtype`, channels-last.
 
     Raises:
-        ValueError: shapes or layouts do not fit.
+        ValueError: Mismatched shapes, or tensors that are not contiguous.
     """
     n, size = crops.shape[0], crops.shape[1]
     if crops.shape != (n, size, size, 3) or not crops.is_contiguous():
         raise ValueError(f"crops must be contiguous (N, S, S, 3), not {tuple(crops.shape)}, strides {crops.stride()}")
-    if parameters.shape != (n, augment.COLUMNS) or parameters.dtype != torch.float32 or not parameters.is_contiguous():
+    if parameters.shape != (n, params.COLUMNS) or parameters.dtype != torch.float32 or not parameters.is_contiguous():
         raise ValueError(
-            f"parameters must be contiguous float32 ({n}, {augment.COLUMNS}), not {tuple(parameters.shape)}"
+            f"parameters must be contiguous float32 ({n}, {params.COLUMNS}), not {tuple(parameters.shape)}"
         )
     out = torch.empty(n, size, size, 3, dtype=dtype, device=crops.device)
     if n == 0:
@@ -288,7 +294,7 @@ def augment_views(crops: Tensor, parameters: Tensor, dtype: torch.dtype) -> Tens
         sums,
         out,
         size,
-        RADIUS=augment.blur_radius(size),
+        RADIUS=params.blur_radius(size),
         PARTS=PARTS,
         TILE=TILE,
         WINDOW=window(size),

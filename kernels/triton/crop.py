@@ -1,12 +1,14 @@
-"""Crop + bicubic resize + horizontal flip on a GPU, in Triton: decoded images of any sizes -> the crops of all views.
+"""Crop, bicubic resize and horizontal flip on a GPU: decoded images -> the crops of a batch.
 
-Formula and reference: kernels/crop.py. One launch for both views of a batch: a program makes a row of pixels of one view from
-the image whose address it finds in a table, 16 neighbors a pixel, weights in registers from whole numbers (so that they are
-exact at any image size). Both views read the one decoded image.
+Formula and reference: kernels/crop.py. One launch renders all views. A program computes BLOCK
+consecutive pixels of one view from the image whose address it reads from a table: 16 neighbors per
+pixel, with weights computed from integers, so that they are exact for any image size. All views of
+an image read the same decoded pixels.
 
-Reads the crops' pixels once from memory (their neighbors come from the caches), writes 3 bytes a pixel of the views.
+Reads the crops' pixels from memory once (neighbors come from the caches) and writes 3 bytes per
+pixel.
 
-Shapes: B images, V views of each, S = side of a view.
+Shapes: B images, V views each, S = side of a view.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK = 256  # pixels of a program
+BLOCK = 256  # pixels per program
 WARPS = 8
 
 
@@ -34,9 +36,10 @@ def _far(t):
 
 @triton.jit
 def _taps(i, length, size):
-    """First tap and the four weights of output pixel i: of a crop of `length` pixels resized to `size`."""
+    """Return the first tap and the four weights of output pixel i: `length` pixels to `size`."""
     numerator = (2 * i + 1) * length - size
-    first = (numerator + 2 * size) // (2 * size) - 1  # floor(numerator / 2 size): it is above -2 size
+    # floor(numerator / 2 size), since numerator > -2 size.
+    first = (numerator + 2 * size) // (2 * size) - 1
     t = (numerator - 2 * size * first).to(tl.float32) / (2 * size).to(tl.float32)
     first -= 1
     w0, w1, w2, w3 = _far(1.0 + t), _near(t), _near(1.0 - t), _far(2.0 - t)
@@ -49,8 +52,8 @@ def _taps(i, length, size):
 
 
 @triton.jit
-def _row(image, row, width, first, length, w0, w1, w2, w3, inside):
-    """One source row, resized in x: R, G, B in 0 .. 255."""
+def _resize_row(image, row, width, first, length, w0, w1, w2, w3, inside):
+    """Return one source row, resized in x: R, G, B in 0 .. 255."""
     r, g, b = 0.0, 0.0, 0.0
     for k in tl.static_range(4):
         w = w0 if k == 0 else (w1 if k == 1 else (w2 if k == 2 else w3))
@@ -73,7 +76,7 @@ def crop_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    """One run of pixels of one view."""
+    """BLOCK pixels of one view."""
     n = tl.program_id(1)
     image = tl.load(images + n % count).to(tl.pointer_type(tl.uint8))
     width = tl.load(widths + n % count).to(tl.int32)
@@ -90,24 +93,24 @@ def crop_kernel(
     for k in tl.static_range(4):
         w = y0 if k == 0 else (y1 if k == 1 else (y2 if k == 2 else y3))
         row = tl.minimum(tl.maximum(first_y + k, 0), box_height - 1)
-        r, g, b = _row(corner, row, width, first_x, box_width, x0, x1, x2, x3, inside)
+        r, g, b = _resize_row(corner, row, width, first_x, box_width, x0, x1, x2, x3, inside)
         red += w * r
         green += w * g
         blue += w * b
-    place = out + (n.to(tl.int64) * size * size + pixels) * 3
-    _store(place, red, inside)
-    _store(place + 1, green, inside)
-    _store(place + 2, blue, inside)
+    pointer = out + (n.to(tl.int64) * size * size + pixels) * 3
+    _store(pointer, red, inside)
+    _store(pointer + 1, green, inside)
+    _store(pointer + 2, blue, inside)
 
 
 @triton.jit
-def _store(place, x, inside):
-    """A value in 0 .. 255, clipped: rounded to uint8, or as a float in [0, 1]."""
+def _store(pointer, x, inside):
+    """Clip to [0, 255] and store: rounded to uint8, or as a float in [0, 1]."""
     x = tl.minimum(tl.maximum(x, 0.0), 255.0)
-    if place.dtype.element_ty == tl.uint8:
-        tl.store(place, (x + 0.5).to(tl.uint8), mask=inside)
+    if pointer.dtype.element_ty == tl.uint8:
+        tl.store(pointer, (x + 0.5).to(tl.uint8), mask=inside)
     else:
-        tl.store(place, (x / 255.0).to(place.dtype.element_ty), mask=inside)
+        tl.store(pointer, (x / 255.0).to(pointer.dtype.element_ty), mask=inside)
 
 
 def crop_views(
@@ -117,20 +120,20 @@ def crop_views(
     size: int,
     dtype: torch.dtype = torch.uint8,
 ) -> Tensor:
-    """`crop_reference` of all views of a batch, in one launch.
+    """Compute `crop_reference` of all views of a batch in one launch.
 
     Args:
-        images: B decoded images on one device, uint8 (H, W, 3), contiguous, of any sizes.
+        images: B decoded images on one device, contiguous uint8 (H, W, 3), of any size.
         boxes: (B, V, 4): top, left, height, width, inside their images.
         flips: (B, V).
         size: S.
-        dtype: uint8 (rounded), or a float type for values in [0, 1].
+        dtype: uint8 (rounded), or a float dtype for values in [0, 1].
 
     Returns:
         (V * B, S, S, 3): view v of image i at index v B + i.
 
     Raises:
-        ValueError: an image is not contiguous uint8 (H, W, 3), or a box reaches outside its image.
+        ValueError: An image is not contiguous uint8 (H, W, 3), or a box reaches outside its image.
     """
     count, views = flips.shape
     for i, image in enumerate(images):
@@ -138,20 +141,20 @@ def crop_views(
             raise ValueError(f"image {i} is not contiguous uint8 (H, W, 3): {image.dtype} {tuple(image.shape)}")
     shapes = np.array([image.shape[:2] for image in images]).reshape(count, 1, 2)
     corners, sides = boxes[..., :2], boxes[..., 2:]
-    wrong = ((corners < 0) | (sides < 1) | (corners + sides > shapes)).any(-1)
-    if wrong.any():
-        i, v = np.argwhere(wrong)[0]
+    invalid = ((corners < 0) | (sides < 1) | (corners + sides > shapes)).any(-1)
+    if invalid.any():
+        i, v = np.argwhere(invalid)[0]
         raise ValueError(f"crop box {boxes[i, v].tolist()} is not inside image {i} of {tuple(images[i].shape[:2])}")
     device = images[0].device
     table = torch.tensor([[image.data_ptr(), image.shape[1]] for image in images], dtype=torch.int64).T.contiguous()
-    where = np.concatenate([boxes.transpose(1, 0, 2), flips.T[..., None]], axis=-1).astype(np.int32)
-    table, where = (_to(x, device) for x in (table, torch.from_numpy(where)))
+    boxes_flips = np.concatenate([boxes.transpose(1, 0, 2), flips.T[..., None]], axis=-1).astype(np.int32)
+    table, boxes_flips = (_to_device(x, device) for x in (table, torch.from_numpy(boxes_flips)))
     out = torch.empty(views * count, size, size, 3, dtype=dtype, device=device)
     crop_kernel[(triton.cdiv(size * size, BLOCK), views * count)](
         table[0],
         table[1],
-        where[..., :4].contiguous(),
-        where[..., 4].contiguous(),
+        boxes_flips[..., :4].contiguous(),
+        boxes_flips[..., 4].contiguous(),
         out,
         count,
         size,
@@ -161,5 +164,5 @@ def crop_views(
     return out
 
 
-def _to(x: Tensor, device: torch.device) -> Tensor:
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

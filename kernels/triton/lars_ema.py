@@ -1,10 +1,13 @@
 """LARS and the target's moving average on a GPU: the two passes of kernels/lars_ema.py in Triton.
 
-Formulas, bytes and references are there. A program takes one chunk of one tensor, whose address it finds in a table on the
-device. Launches are as many as there are kinds of gradients (dtype, and whether addresses are multiples of 16 bytes): one a
-pass for a model's own gradients, a second where some are views of a bucket at odd places. lr, tau, 1 / loss scale and the flag of a
-non-finite gradient are read from device memory: nothing is synchronized or compiled anew when they change, and a CUDA graph
-that has captured the launches follows them.
+Formulas, bytes and reference are there. A program processes one chunk of one tensor, whose address
+it reads from a table on the device. Each pass has one launch per kind of gradient (dtype, and
+16-byte alignment): one for a model's own gradients, and a second one if some are unaligned views of
+a bucket. lr, tau, 1 / loss scale and the flag of a non-finite gradient are read from device memory:
+a change causes no host sync and no recompilation, and a CUDA graph that has captured the launches
+follows them.
+
+Shapes: T = tensors, C = chunks.
 """
 
 from collections.abc import Sequence
@@ -16,17 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol.kernels.lars_ema import Chunks, Hyper, Row, Rows, check_scalar
+from fastbyol.kernels.multi_tensor import AddressTable, Chunks, Hyper, Row, check_scalar
 
-CHUNK = 1 << 14  # values of a program: about 2,300 programs for a ResNet-50 pair
-BLOCK = 2048  # values at a time: two 16-byte vectors of each array a thread
+CHUNK = 1 << 14  # values per program: about 2,300 programs for a ResNet-50 pair
+BLOCK = 2048  # values per iteration: two 16-byte vectors of each array per thread
 WARPS = 8
 GRADIENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def _array(addresses, row, column, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to value `start` of a tensor in the table of addresses (T, 4)."""
+def _element_pointer(addresses, row, column, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return a pointer to value `start` of a tensor in the table of addresses (T, 4)."""
     address = tl.load(addresses + 4 * row + column)
     pointer = address.to(tl.pointer_type(DTYPE)) + start
     if ALIGNED:  # start is a multiple of CHUNK
@@ -36,7 +39,7 @@ def _array(addresses, row, column, start, DTYPE: tl.constexpr, ALIGNED: tl.const
 
 @triton.jit
 def _squares(w, g, decay, inverse):
-    """What a block adds to |w|^2, to |u|^2 and to the number of gradients that are not finite."""
+    """Return the terms of |w|^2, of |u|^2 and of the number of gradients that are not finite."""
     u = g * inverse + decay * w
     bad = (g * 0.0 != 0.0).to(tl.float32)
     return w * w, u * u, bad
@@ -50,18 +53,18 @@ def norms_kernel(
     sizes,  # (T,) int64
     row_group,  # (T,) int32
     decays,  # (groups,) float32
-    etas,  # (groups,) float32; negative where the trust ratio is 1
+    etas,  # (groups,) float32; negative for a trust ratio of 1
     inv_scale,  # scalar
     found_inf,  # scalar, set to 1
     sums,  # (C, 2) float32
-    first_chunk,  # of this launch
+    first_chunk,  # first chunk of this launch
     SCALED: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """First pass over one chunk: |w|^2 and |u|^2, and the flag of a gradient that is not finite."""
+    """First pass over one chunk: |w|^2, |u|^2, and the flag of non-finite gradients."""
     c = first_chunk + tl.program_id(0)
     row = tl.load(chunk_row + c)
     group = tl.load(row_group + row)
@@ -71,8 +74,8 @@ def norms_kernel(
         n = tl.minimum(tl.load(sizes + row) - start, CHUNK).to(tl.int32)
         decay = tl.load(decays + group)
         inverse = tl.load(inv_scale)
-        w_pointer = _array(addresses, row, 0, start, tl.float32, ALIGNED)
-        g_pointer = _array(addresses, row, 1, start, DTYPE, ALIGNED)
+        w_pointer = _element_pointer(addresses, row, 0, start, tl.float32, ALIGNED)
+        g_pointer = _element_pointer(addresses, row, 1, start, DTYPE, ALIGNED)
         ww = tl.zeros((BLOCK,), tl.float32)
         uu = tl.zeros((BLOCK,), tl.float32)
         bad = tl.zeros((BLOCK,), tl.float32)
@@ -98,12 +101,12 @@ def norms_kernel(
 
 @triton.jit
 def _ratio(sums, chunk_first, row, eta, BLOCK: tl.constexpr):
-    """The trust ratio of a tensor from its chunks' sums, added in the same order every time."""
+    """Return the trust ratio of a tensor from its chunks' sums, added in a fixed order."""
     begin = tl.load(chunk_first + row)
     end = tl.load(chunk_first + row + 1)
     ww = tl.zeros((BLOCK,), tl.float32)
     uu = tl.zeros((BLOCK,), tl.float32)
-    end = tl.where(eta >= 0, end, begin)  # there are no sums of tensors without a trust ratio
+    end = tl.where(eta >= 0, end, begin)  # tensors without a trust ratio have no sums
     for k in range(begin, end, BLOCK):
         offsets = k + tl.arange(0, BLOCK)
         ww += tl.load(sums + 2 * offsets, mask=offsets < end, other=0.0)
@@ -124,11 +127,11 @@ def _new_weights(w, g, m, lr, decay, mu, ratio, inverse):
 def update_kernel(
     chunk_row,
     chunk_start,
-    chunk_first,  # (T + 1,): the first chunk of a tensor
+    chunk_first,  # (T + 1,): first chunk of each tensor
     addresses,
     sizes,
     row_group,
-    lrs,  # (groups,) int64: addresses of the scalars
+    lrs,  # (groups,) int64: addresses of scalars
     decays,
     momenta,  # (groups,) float32
     etas,
@@ -142,7 +145,7 @@ def update_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Second pass over one chunk: momentum, weight and target; nothing where found_inf is set."""
+    """Second pass over one chunk: momentum, weight and target; does nothing if found_inf is set."""
     if tl.load(found_inf) == 0:
         c = first_chunk + tl.program_id(0)
         row = tl.load(chunk_row + c)
@@ -157,10 +160,10 @@ def update_kernel(
         inverse = tl.load(inv_scale)
         ratio = _ratio(sums, chunk_first, row, eta, 256)
         has_target = tl.load(addresses + 4 * row + 3) != 0
-        w_pointer = _array(addresses, row, 0, start, tl.float32, ALIGNED)
-        g_pointer = _array(addresses, row, 1, start, DTYPE, ALIGNED)
-        m_pointer = _array(addresses, row, 2, start, tl.float32, ALIGNED)
-        t_pointer = _array(addresses, row, 3, start, tl.float32, ALIGNED)
+        w_pointer = _element_pointer(addresses, row, 0, start, tl.float32, ALIGNED)
+        g_pointer = _element_pointer(addresses, row, 1, start, DTYPE, ALIGNED)
+        m_pointer = _element_pointer(addresses, row, 2, start, tl.float32, ALIGNED)
+        t_pointer = _element_pointer(addresses, row, 3, start, tl.float32, ALIGNED)
         offsets = tl.arange(0, BLOCK)
         whole = n // BLOCK
         for k in range(whole):
@@ -187,7 +190,7 @@ def update_kernel(
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
-def average_kernel(
+def ema_kernel(
     chunk_row,
     chunk_start,
     addresses,
@@ -204,8 +207,8 @@ def average_kernel(
     start = tl.load(chunk_start + c)
     n = tl.minimum(tl.load(sizes + row) - start, CHUNK).to(tl.int32)
     keep = 1.0 - tl.load(tau)
-    w_pointer = _array(addresses, row, 0, start, tl.float32, ALIGNED)
-    t_pointer = _array(addresses, row, 3, start, tl.float32, ALIGNED)
+    w_pointer = _element_pointer(addresses, row, 0, start, tl.float32, ALIGNED)
+    t_pointer = _element_pointer(addresses, row, 3, start, tl.float32, ALIGNED)
     offsets = tl.arange(0, BLOCK)
     whole = n // BLOCK
     for k in range(whole):
@@ -221,71 +224,74 @@ def average_kernel(
         tl.store(t_pointer + at, t + keep * (w - t), mask=inside)
 
 
-class _Tables:
-    """Rows, chunks and launches of a set of tensors, on their device; made anew when an address changes.
+class _DeviceTables:
+    """Addresses, chunks and launches of tensors, on their device; rebuilt if an address changes.
 
-    Rows are sorted so that the chunks of one launch stand next to each other.
+    Rows are sorted so that the chunks of a launch are consecutive.
     """
 
     def __init__(self) -> None:
-        self.rows: Rows | None = None
+        self.table: AddressTable | None = None
         self._groups: list[int] = []
-        # Pinned memory for the next tables: none can be had while a graph is captured.
+        # Pinned memory for the next tables: it cannot be allocated during the capture of a CUDA
+        # graph.
         self._spare: Tensor | None = None
-        self._captured: list[Tensor] = []  # pinned memory that captured graphs copy from at every replay
+        # Pinned memory that captured graphs copy from on every replay.
+        self._captured: list[Tensor] = []
 
-    def plan(self, tensors: Sequence[Row], groups: Sequence[int]) -> Sequence[Row]:
-        """Makes the tables fit the tensors, and returns the tensors in the tables' order.
+    def prepare(self, tensors: Sequence[Row], groups: Sequence[int]) -> Sequence[Row]:
+        """Update the tables for the tensors, and return the tensors in the order of the tables.
 
         Raises:
-            RuntimeError: addresses have changed twice while graphs were captured, without a step outside in between.
+            RuntimeError: Addresses have changed twice during graph captures, without a step outside
+                in between.
         """
-        kept = [(row, group) for row, group in zip(tensors, groups, strict=True) if row[0].numel()]
-        kept.sort(key=lambda pair: _kind(pair[0]))
-        tensors, groups = [row for row, _ in kept], [group for _, group in kept]
-        new = self.rows is None or not self.rows.fit(tensors) or groups != self._groups
+        nonempty = [(row, group) for row, group in zip(tensors, groups, strict=True) if row[0].numel()]
+        nonempty.sort(key=lambda pair: _launch_key(pair[0]))
+        tensors, groups = [row for row, _ in nonempty], [group for _, group in nonempty]
+        new = self.table is None or not self.table.matches(tensors) or groups != self._groups
         if new:
-            self.rows, self._groups = Rows(tensors), groups
-        if tensors and (self.rows.bind(tensors) or new):
+            self.table, self._groups = AddressTable(tensors), groups
+        if tensors and (self.table.bind(tensors) or new):
             self._build(tensors[0][0].device)
         return tensors
 
     def _build(self, device: torch.device) -> None:
-        chunks = Chunks.of(self.rows.sizes, CHUNK)
-        self.count = len(chunks.row)
+        chunks = Chunks.split(self.table.sizes, CHUNK)
         parts = (
             chunks.row,
             chunks.start,
             chunks.first,
-            self.rows.addresses.ravel(),
-            self.rows.sizes,
+            self.table.addresses.ravel(),
+            self.table.sizes,
             np.array(self._groups),
         )
-        # Every table begins a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
+        # Every table starts at a multiple of 16 bytes: Triton would recompile the kernels for other
+        # pointers.
         parts = [np.pad(part, (0, len(part) % 2)) for part in parts]
         packed = torch.from_numpy(np.concatenate(parts))
         if device.type == "cuda":
-            packed = self._to(device, packed)
+            packed = self._copy_to(device, packed)
         tables = packed.split([len(part) for part in parts])
         self.chunk_row, self.chunk_start, self.chunk_first, self.addresses, self.sizes, self.row_group = tables
-        self.sums = torch.zeros(self.count, 2, device=device)
-        # (first chunk, chunks, dtype, aligned) of every launch
+        self.sums = torch.zeros(len(chunks.row), 2, device=device)
+        # First chunk, number of chunks, dtype, aligned.
         self.launches: list[tuple[int, int, tl.dtype | None, bool]] = []
         kinds = [
             (dtype, not (row[row != 0] % 16).any())
-            for dtype, row in zip(self.rows.dtypes, self.rows.addresses, strict=True)
+            for dtype, row in zip(self.table.dtypes, self.table.addresses, strict=True)
         ]
         for (dtype, aligned), run in groupby(range(len(kinds)), key=kinds.__getitem__):
-            run = list(run)
-            begin, end = int(chunks.first[run[0]]), int(chunks.first[run[-1] + 1])
-            self.launches.append((begin, end - begin, GRADIENTS.get(dtype), aligned))
+            rows = list(run)
+            first, end = int(chunks.first[rows[0]]), int(chunks.first[rows[-1] + 1])
+            self.launches.append((first, end - first, GRADIENTS.get(dtype), aligned))
 
-    def _to(self, device: torch.device, packed: Tensor) -> Tensor:
+    def _copy_to(self, device: torch.device, packed: Tensor) -> Tensor:
         capturing = torch.cuda.is_current_stream_capturing()
         if self._spare is None or len(self._spare) < len(packed):
             if capturing:
                 raise RuntimeError(
-                    "the optimizer's tables cannot be made while a CUDA graph is captured: run a step before"
+                    "cannot build the optimizer's tables during the capture of a CUDA graph: run a step before it"
                 )
             self._spare = torch.empty(len(packed), dtype=torch.int64, pin_memory=True)
         host = self._spare[: len(packed)]
@@ -298,20 +304,17 @@ class _Tables:
         return on_device
 
 
-def _kind(row: Row) -> tuple[str, bool]:
-    """Order of the launches: by the gradient's dtype, then by whether all addresses are multiples of 16 bytes."""
+def _launch_key(row: Row) -> tuple[str, bool]:
+    """Return the key that groups rows into launches: gradient dtype, then unaligned addresses."""
     grad = row[1]
-    return (
-        "" if grad is None else str(grad.dtype),
-        any(x is not None and x.data_ptr() % 16 != 0 for x in row),
-    )
+    return "" if grad is None else str(grad.dtype), any(x is not None and x.data_ptr() % 16 != 0 for x in row)
 
 
 class LarsEma:
-    """LARS and the target update over many tensors on a GPU; see `fastbyol.kernels.lars_ema.LarsEma` for the call."""
+    """LARS and the target update; see `fastbyol.kernels.lars_ema.lars_update` for the call."""
 
     def __init__(self) -> None:
-        self._tables = _Tables()
+        self._tables = _DeviceTables()
         self._floats: tuple[tuple[float, float, float], ...] = ()
         self._lrs: list[int] = []
 
@@ -326,17 +329,17 @@ class LarsEma:
         inv_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """One update, in place; nothing is synchronized."""
+        """Update the tensors in place, without a host sync."""
         t = self._tables
         check_scalar("tau", tau)
-        tensors = t.plan(tensors, groups)
+        tensors = t.prepare(tensors, groups)
         if not tensors:
             return
-        self._set_hypers(hypers, tau.device)
+        self._upload_hypers(hypers, tau.device)
         scaled = inv_scale is not None
         inverse, flag = (inv_scale, found_inf) if scaled else (self._one, self._zero)
-        t.rows.before(tensors)
-        for begin, count, dtype, aligned in t.launches:
+        t.table.copy_in(tensors)
+        for first_chunk, count, dtype, aligned in t.launches:
             norms_kernel[(count,)](
                 t.chunk_row,
                 t.chunk_start,
@@ -348,7 +351,7 @@ class LarsEma:
                 inverse,
                 flag,
                 t.sums,
-                begin,
+                first_chunk,
                 SCALED=scaled,
                 DTYPE=dtype,
                 ALIGNED=aligned,
@@ -356,7 +359,7 @@ class LarsEma:
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
-        for begin, count, dtype, aligned in t.launches:
+        for first_chunk, count, dtype, aligned in t.launches:
             update_kernel[(count,)](
                 t.chunk_row,
                 t.chunk_start,
@@ -372,20 +375,18 @@ class LarsEma:
                 inverse,
                 flag,
                 t.sums,
-                begin,
+                first_chunk,
                 DTYPE=dtype,
                 ALIGNED=aligned,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
-        t.rows.after(tensors)
+        t.table.copy_out(tensors)
 
-    def _set_hypers(self, hypers: Sequence[Hyper], device: torch.device) -> None:
-        """Writes the hyperparameters to the device where they have changed."""
-        floats = tuple(
-            (h.weight_decay, h.momentum, -1.0 if h.trust_coefficient is None else h.trust_coefficient) for h in hypers
-        )
+    def _upload_hypers(self, hypers: Sequence[Hyper], device: torch.device) -> None:
+        """Copy the hyperparameters to the device if they have changed."""
+        floats = tuple(h.as_floats() for h in hypers)
         lrs = [h.lr.data_ptr() for h in hypers]
         if floats != self._floats:
             columns = torch.tensor(floats, dtype=torch.float32).T.contiguous().to(device)
@@ -397,31 +398,31 @@ class LarsEma:
 
 
 class EmaUpdate:
-    """The target update alone, over many pairs (weight, target) on a GPU."""
+    """The target update alone; see `fastbyol.kernels.lars_ema.ema_update` for the call."""
 
     def __init__(self) -> None:
-        self._tables = _Tables()
+        self._tables = _DeviceTables()
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[tuple[Tensor, Tensor]], tau: Tensor) -> None:
-        """t <- t + (1 - tau) (w - t) in place; nothing is synchronized."""
+        """Update the targets in place, without a host sync."""
         t = self._tables
         check_scalar("tau", tau)
-        tensors = t.plan([(w, None, None, target) for w, target in pairs], [0] * len(pairs))
+        tensors = t.prepare([(w, None, None, target) for w, target in pairs], [0] * len(pairs))
         if not tensors:
             return
-        t.rows.before(tensors)
-        for begin, count, _, aligned in t.launches:
-            average_kernel[(count,)](
+        t.table.copy_in(tensors)
+        for first_chunk, count, _, aligned in t.launches:
+            ema_kernel[(count,)](
                 t.chunk_row,
                 t.chunk_start,
                 t.addresses,
                 t.sizes,
                 tau,
-                begin,
+                first_chunk,
                 ALIGNED=aligned,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
-        t.rows.after(tensors)
+        t.table.copy_out(tensors)

@@ -1,8 +1,10 @@
-"""What the GPU kernels compile to, without a GPU: `python -m fastbyol.kernels.triton.resources`.
+"""Resource usage of the Triton kernels, compiled without a GPU.
 
-Compiles every Triton kernel for A100 (sm_80), H100 (sm_90) and B200 (sm_100) with the assembler that comes with Triton and
-prints registers, shared memory, spills, the widest access to global memory, bytes per element, and the time that those bytes
-take at least.
+Usage: python -m fastbyol.kernels.triton.resources
+
+Compiles every kernel for A100 (sm_80), H100 (sm_90) and B200 (sm_100) with Triton's own assembler
+and prints registers, shared memory, spills, the widest access to global memory, bytes per element,
+and a lower bound of the time, from memory bandwidth.
 """
 
 import re
@@ -18,54 +20,55 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastbyol.kernels.augment import COLUMNS, blur_radius
+from fastbyol.kernels.augment_params import COLUMNS, blur_radius
 from fastbyol.kernels.triton import augment, crop, lars_ema
 
 CAPABILITIES = (80, 90, 100)
-# Copy bandwidth in TB/s: taken as 90 % of the data sheet's memory bandwidth; `make gpu` measures that of the GPU at hand.
+# Copy bandwidth in TB/s, estimated as 90 % of the data sheet's memory bandwidth; `make gpu`
+# measures it.
 BANDWIDTHS = {"A100-40": 0.9 * 1.555, "A100-80": 0.9 * 2.039, "H100": 0.9 * 3.35}
-_R50_PAIR = 35_100_000  # parameters of a ResNet-50 and its heads
-_R50_TARGETS = 33_000_000  # those with a target
+_R50_PARAMETERS = 35_100_000  # of a ResNet-50 and its heads
+_R50_TARGETS = 33_000_000  # parameters with a target
 _PIXELS = 512 * 224 * 224  # of 512 views
 
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel, specialized as the wrappers launch it."""
+    """One kernel, specialized as in its launches."""
 
     name: str
     kernel: Any
     types: dict[str, str]
-    """Of the arguments that are not compile-time constants, in their order; pointers begin multiples of 16 bytes."""
+    """Types of the runtime arguments, in order; pointers are aligned to 16 bytes."""
     constants: dict[str, Any]
     warps: int
     streaming: bool
-    """Whether it does nothing but pass over memory: must load and store 16 bytes at a time."""
+    """True if bound by memory bandwidth: must load and store 16 bytes per access."""
     bytes_per_element: float
     elements: int
-    """Of the job that the floor is given for."""
-    job: str
+    """Elements of the workload that the time is computed for."""
+    workload: str
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What became of a build on one GPU."""
+class Usage:
+    """Resource usage of a build on one GPU."""
 
     registers: int
     shared_bytes: int
     spill_bytes: int
     load_bits: int
-    """The widest load from global memory, a thread."""
+    """Widest load from global memory, per thread."""
     store_bits: int
 
 
 def builds() -> list[Build]:
-    """All kernels, as for a ResNet-50 pair with float32 gradients and for 512 views of 224 px in bfloat16."""
+    """Return all kernels, as launched for a ResNet-50 pair and 512 views of 224 px in bfloat16."""
     tables = {"chunk_row": "*i64", "chunk_start": "*i64"}
-    where = {"addresses": "*i64", "sizes": "*i64", "row_group": "*i64"}
+    table = {"addresses": "*i64", "sizes": "*i64", "row_group": "*i64"}
     chunks = {"CHUNK": lars_ema.CHUNK, "BLOCK": lars_ema.BLOCK, "ALIGNED": True}
-    pair = f"R50 pair, {_R50_PAIR / 1e6:.1f} M + {_R50_TARGETS / 1e6:.0f} M"
-    update_bytes = 20 + 8 * _R50_TARGETS / _R50_PAIR
+    pair = f"R50 pair, {_R50_PARAMETERS / 1e6:.1f} M + {_R50_TARGETS / 1e6:.0f} M"
+    update_bytes = 20 + 8 * _R50_TARGETS / _R50_PARAMETERS
     lars = []
     for name, dtype in lars_ema.GRADIENTS.items():
         suffix = str(name).removeprefix("torch.")
@@ -75,14 +78,14 @@ def builds() -> list[Build]:
                 f"norms {suffix}",
                 lars_ema.norms_kernel,
                 tables
-                | where
+                | table
                 | {"decays": "*fp32", "etas": "*fp32", "inv_scale": "*fp32", "found_inf": "*fp32", "sums": "*fp32"}
                 | {"first_chunk": "i32"},
                 chunks | {"SCALED": name.itemsize == 2, "DTYPE": dtype},
                 lars_ema.WARPS,
                 True,
                 4 + width,
-                _R50_PAIR,
+                _R50_PARAMETERS,
                 pair,
             ),
             Build(
@@ -90,14 +93,14 @@ def builds() -> list[Build]:
                 lars_ema.update_kernel,
                 tables
                 | {"chunk_first": "*i64"}
-                | where
+                | table
                 | {"lrs": "*i64", "decays": "*fp32", "momenta": "*fp32", "etas": "*fp32", "tau": "*fp32"}
                 | {"inv_scale": "*fp32", "found_inf": "*fp32", "sums": "*fp32", "first_chunk": "i32"},
                 chunks | {"DTYPE": dtype},
                 lars_ema.WARPS,
                 True,
                 update_bytes - 4 + width,
-                _R50_PAIR,
+                _R50_PARAMETERS,
                 pair,
             ),
         ]
@@ -106,8 +109,8 @@ def builds() -> list[Build]:
     return [
         *lars,
         Build(
-            "average",
-            lars_ema.average_kernel,
+            "ema",
+            lars_ema.ema_kernel,
             tables | {"addresses": "*i64", "sizes": "*i64", "tau": "*fp32", "first_chunk": "i32"},
             chunks,
             lars_ema.WARPS,
@@ -124,7 +127,8 @@ def builds() -> list[Build]:
             {"BLOCK": crop.BLOCK},
             crop.WARPS,
             False,
-            # BYOL's crops hold 0.54 of an image on average; of 500x375 pixels, 3 bytes each, per pixel of a view.
+            # BYOL's crops cover 0.54 of an image on average. Images of 500x375 px, 3 bytes per
+            # pixel, per pixel of a view.
             3 + 3 * 0.54 * 500 * 375 / size**2,
             _PIXELS,
             views,
@@ -154,11 +158,11 @@ def builds() -> list[Build]:
     ]
 
 
-def compile_for(build: Build, capability: int) -> Compiled:
-    """Compiles for compute capability `capability` / 10.
+def compile_for(build: Build, capability: int) -> Usage:
+    """Compile for compute capability `capability` / 10 and return the resource usage.
 
     Raises:
-        RuntimeError: the kernel's binary cannot be read.
+        RuntimeError: cuobjdump's output has no register count.
     """
     names = build.kernel.arg_names
     signature = {name: build.types.get(name, "constexpr") for name in names}
@@ -168,17 +172,17 @@ def compile_for(build: Build, capability: int) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
-        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
+        report = _run(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
         code = _run(knobs.nvidia.nvdisasm.path, "-c", str(cubin))
-    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     if "REG" not in used:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {usage.strip()}")
-    return Compiled(
+        raise RuntimeError(f"cuobjdump reports no registers: {report.strip()}")
+    return Usage(
         registers=used["REG"],
         shared_bytes=binary.metadata.shared,
         spill_bytes=used.get("STACK", 0) + used.get("LOCAL", 0) + 4 * len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        load_bits=_widest(code, "LDG"),
-        store_bits=_widest(code, "STG"),
+        load_bits=_widest_access(code, "LDG"),
+        store_bits=_widest_access(code, "STG"),
     )
 
 
@@ -186,35 +190,35 @@ def _run(program: str, *arguments: str) -> str:
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _widest(code: str, instruction: str) -> int:
-    """The widest access in bits that an instruction makes in disassembled code; 32 where it names no width."""
+def _widest_access(code: str, instruction: str) -> int:
+    """Return the widest access of an instruction in bits; 32 if it names no width."""
     modifiers = re.findall(rf"\b{instruction}((?:\.\w+)+)", code)
     return max((int(next(iter(re.findall(r"\.(?:U|S|B)?(8|16|64|128|256)\b", m)), 32)) for m in modifiers), default=0)
 
 
 def main() -> int:
-    """Prints the table."""
+    """Print the table."""
     header = ["kernel", "target", "registers", "shared", "spills", "load", "store", "bytes/element"]
-    rows = [header + [f"floor {gpu}" for gpu in BANDWIDTHS] + ["job"]]
+    rows = [header + [f"min {gpu}" for gpu in BANDWIDTHS] + ["workload"]]
     for build in builds():
-        floors = [f"{build.elements * build.bytes_per_element / rate / 1e9:.3f} ms" for rate in BANDWIDTHS.values()]
+        times = [f"{build.elements * build.bytes_per_element / rate / 1e9:.3f} ms" for rate in BANDWIDTHS.values()]
         for capability in CAPABILITIES:
-            c = compile_for(build, capability)
-            widths = [f"{c.load_bits // 8} B", f"{c.store_bits // 8} B"]
+            usage = compile_for(build, capability)
+            widths = [f"{usage.load_bits // 8} B", f"{usage.store_bits // 8} B"]
             row = [
                 build.name,
                 f"sm_{capability}",
-                str(c.registers),
-                f"{c.shared_bytes} B",
-                f"{c.spill_bytes} B",
+                str(usage.registers),
+                f"{usage.shared_bytes} B",
+                f"{usage.spill_bytes} B",
                 *widths,
             ]
-            rows.append([*row, f"{build.bytes_per_element:.1f}", *floors, build.job])
+            rows.append([*row, f"{build.bytes_per_element:.1f}", *times, build.workload])
     columns = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=True)).rstrip())
     rates = ", ".join(f"{gpu} {rate:.2f}" for gpu, rate in BANDWIDTHS.items())
-    print(f"\nFloors at {rates} TB/s: 90 % of the data sheets' bandwidth, an estimate; `make gpu` measures it.")
+    print(f"\nMinimum times at {rates} TB/s: 90 % of the data sheets' bandwidth, an estimate; `make gpu` measures it.")
     return 0
 
 

@@ -1,11 +1,8 @@
 """The whole chain from decoded image to normalized batch, and what the options of the loader do to it."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +16,6 @@ from hypothesis import strategies as st
 from fastbyol.data import native, open_split, views
 from fastbyol.data.decode import decode, decode_reduced, jpeg_size
 from fastbyol.data.folder import ImageFolder
-from fastbyol.kernels import augment, crop, dispatch
 from fastbyol.kernels.augment import IMAGENET_STD
 
 STD = np.array(IMAGENET_STD, dtype=np.float32)
@@ -146,45 +142,6 @@ def test_nothing_is_left_open(photos):
         batches.close()
     assert len(os.listdir("/proc/self/fd")) == before
     assert set(os.listdir("/dev/shm")) == shared
-
-
-# --- compilation ---
-
-
-@pytest.mark.slow
-def test_a_second_start_takes_the_kernels_from_the_cache():
-    """In this process they are compiled or loaded by now; a fresh one must not compile, nor say that it does."""
-    dispatch.compile_cpu_kernels(lambda text: None)
-    code = (
-        "from fastbyol.kernels import dispatch, crop, augment; said = []; dispatch.compile_cpu_kernels(said.append);"
-        "kernels = (crop._crop, augment._augment);"
-        "print(sum(sum(k.stats.cache_misses.values()) for k in kernels), sum('compiling' in t for t in said))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_S)
-    assert result.stdout.split() == ["0", "0"]
-
-
-def test_a_first_start_says_that_it_compiles(monkeypatch):
-    said = []
-    monkeypatch.setattr(dispatch, "_cached", lambda: False)
-    dispatch.compile_cpu_kernels(said.append)
-    assert "compiling the CPU kernels" in said[0]
-
-
-def test_what_was_compiled_with_another_unchecked_py_is_dropped(tmp_path):
-    kernel = SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path)), py_func=crop._crop.py_func)
-    older, newer, other = (tmp_path / f"{name}-1.py311.nbi" for name in ("crop._crop", "crop._crop-2", "crop.other"))
-    for path in (older, newer, other):
-        path.touch()
-    changed = dispatch._inlined()
-    for path, when in ((older, changed - 10), (newer, changed + 10), (other, changed - 10)):
-        os.utime(path, (when, when))
-    dispatch._drop_stale([kernel])
-    assert [path.exists() for path in (older, newer, other)] == [False, True, True]
-
-
-def test_new_planes_begin_a_cache_line():
-    assert all(augment.new_planes(size).ctypes.data % 64 == 0 for size in (1, 31, 224))
 
 
 def test_index_and_loader_agree_on_the_epoch(photos):

@@ -1,4 +1,4 @@
-"""The kernels against their references, nothing synchronized, and CUDA graphs that follow their scalars."""
+"""The Triton kernels on a GPU: equal to their references, without host syncs, in CUDA graphs."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,13 @@ import torch
 from helpers.problems import ETA, Problem, crops_of, images, largest_error, odd_shapes, parameter_row, reference
 
 from fastbyol.data.views import sample
-from fastbyol.kernels import crop, dispatch, lars_ema
+from fastbyol.kernels import crop, lars_ema
 
 pytestmark = pytest.mark.gpu
 
 
 def on_gpu(problem):
-    """The same problem with its tensors on the GPU."""
+    """Move the problem's tensors to the GPU."""
     for name in ("weights", "targets", "grads", "momenta"):
         setattr(problem, name, [None if x is None else x.cuda() for x in getattr(problem, name)])
     problem.random = lambda shape, draw=problem.random: draw(shape).cuda()
@@ -33,10 +33,8 @@ def on_gpu(problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 64.0])
 def test_lars_and_target_over_twenty_steps(dtype, scale):
-    problem, update = (
-        on_gpu(Problem(odd_shapes(170), dtype=dtype, scale=scale)),
-        dispatch.lars_update(torch.device("cuda")),
-    )
+    problem = on_gpu(Problem(odd_shapes(170), dtype=dtype, scale=scale))
+    update = lars_ema.lars_update(torch.device("cuda"))
     for k in range(20):
         poisoned = scale != 1 and k in (7, 12)
         problem.new_gradients(float("nan") if poisoned else None)
@@ -46,8 +44,8 @@ def test_lars_and_target_over_twenty_steps(dtype, scale):
     assert problem.largest_error() < 1e-6
 
 
-def test_the_update_synchronizes_nothing():
-    problem, update = on_gpu(Problem(odd_shapes(20), scale=64.0)), dispatch.lars_update(torch.device("cuda"))
+def test_update_has_no_host_sync():
+    problem, update = on_gpu(Problem(odd_shapes(20), scale=64.0)), lars_ema.lars_update(torch.device("cuda"))
     problem.new_gradients()
     problem.step(update, 6, 20)
     rows, groups = problem.rows(), [int(g) for g in problem.groups]
@@ -58,9 +56,9 @@ def test_the_update_synchronizes_nothing():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_captured_update_follows_lr_and_tau():
+def test_captured_update_follows_lr_and_tau():
     captured, eager = (on_gpu(Problem(odd_shapes(12))) for _ in range(2))
-    updates = [dispatch.lars_update(torch.device("cuda")) for _ in range(2)]
+    updates = [lars_ema.lars_update(torch.device("cuda")) for _ in range(2)]
     for problem, update in zip((captured, eager), updates, strict=True):
         problem.new_gradients()
         problem.step(update, 6, 20)
@@ -78,10 +76,10 @@ def test_a_captured_update_follows_lr_and_tau():
     assert all(torch.equal(a, b) for a, b in zip(captured.targets[1:4], eager.targets[1:4], strict=True))
 
 
-def test_two_runs_give_the_same_bits():
+def test_bit_identical_between_runs():
     results = []
     for _ in range(2):
-        problem, update = on_gpu(Problem(odd_shapes(50))), dispatch.lars_update(torch.device("cuda"))
+        problem, update = on_gpu(Problem(odd_shapes(50))), lars_ema.lars_update(torch.device("cuda"))
         for k in range(5):
             problem.new_gradients()
             problem.step(update, k + 5, 20)
@@ -89,7 +87,7 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_gradients_in_buckets_at_odd_places():
+def test_unaligned_gradients_in_buckets():
     rng = torch.Generator().manual_seed(0)
     weight, target = (torch.randn(5000, generator=rng).cuda() for _ in range(2))
     bucket = torch.randn(5003, generator=rng).cuda()
@@ -97,7 +95,7 @@ def test_gradients_in_buckets_at_odd_places():
     lr, tau = torch.tensor(0.1, device="cuda"), torch.tensor(0.9, device="cuda")
     hyper = lars_ema.Hyper(lr=lr, weight_decay=0.1, momentum=0.9, trust_coefficient=ETA)
     row = (weight, bucket[3:], torch.zeros_like(weight), target)
-    dispatch.lars_update(torch.device("cuda"))([row], [0], [hyper], tau)
+    lars_ema.lars_update(torch.device("cuda"))([row], [0], [hyper], tau)
     lars_ema.lars_ema_reference(*plain, lr=lr, tau=tau, weight_decay=0.1, momentum=0.9, trust_coefficient=ETA)
     assert (weight - plain[0]).abs().max() < 1e-6
     assert (target - plain[3]).abs().max() < 1e-6
@@ -118,7 +116,7 @@ def test_augmentation(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bits_are_the_rounded_float32(dtype):
+def test_16_bit_augmentation_is_rounded_float32(dtype):
     from fastbyol.kernels.triton.augment import augment_views
 
     rows = torch.from_numpy(
@@ -129,7 +127,7 @@ def test_16_bits_are_the_rounded_float32(dtype):
     assert torch.equal(augment_views(crops, rows.cuda(), dtype), exact.to(dtype))
 
 
-def test_augmentation_again_gives_the_same_bits():
+def test_augmentation_is_bit_identical_between_runs():
     from fastbyol.kernels.triton.augment import augment_views
 
     row = parameter_row(JITTER=1, CONTRAST=1.2, SATURATION=0.9, HUE=0.05, SIGMA=1.0)

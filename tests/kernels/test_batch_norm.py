@@ -1,4 +1,4 @@
-"""BatchNorm over views with residual and ReLU: every implementation against torch in float64."""
+"""BatchNorm per view with residual and ReLU: every implementation against torch in float64."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,22 +10,22 @@ from numba import types
 from numba.extending import intrinsic
 from torch.nn import functional as F
 
-from fastbyol.kernels import batch_norm as bn
 from fastbyol.kernels.batch_norm import batch_norm, batch_norm_reference
-from fastbyol.kernels.cpu import openmp as threads
-from fastbyol.kernels.cpu.intrinsics import CONVERTS, LANES, round_bfloat16
-from fastbyol.kernels.cpu.simd import load
+from fastbyol.kernels.batch_norm_torch import batch_norm_composite, batch_norm_native
+from fastbyol.kernels.cpu import batch_norm as cpu
+from fastbyol.kernels.cpu import openmp
+from fastbyol.kernels.cpu.batch_norm import batch_norm_cpu
+from fastbyol.kernels.cpu.intrinsics import HAS_BFLOAT16_CONVERSION, LANES, round_bfloat16
+from fastbyol.kernels.cpu.simd import load_vector
 
 EPS = 1e-5
-
-
-ALONE = [bn.in_numba, bn.in_torch, batch_norm_reference, bn.native]
-IMPLEMENTATIONS = [bn.in_numba, bn.in_torch, batch_norm_reference]  # with statistics over ranks
+SYNCHRONIZED = [batch_norm_cpu, batch_norm_composite, batch_norm_reference]  # support statistics over ranks
+IMPLEMENTATIONS = [*SYNCHRONIZED, batch_norm_native]
 SHAPES = [(6, 5, 3, 7), (12, 37), (6, LANES, 5, 5), (12, 2 * LANES + 3, 24, 25), (18, 1, 1, 1), (6, 1100, 2, 3)]
 
 
-def torch_s_own(x, residual, weight, bias, *, views, relu):
-    """F.batch_norm view by view, add, relu, in x's dtype."""
+def torch_batch_norm(x, residual, weight, bias, *, views, relu):
+    """F.batch_norm per view, add and relu in x's dtype."""
     y = torch.cat([F.batch_norm(v, None, None, weight, bias, training=True, eps=EPS) for v in x.chunk(views)])
     y = y if residual is None else y + residual
     return F.relu(y) if relu else y
@@ -50,7 +50,7 @@ class Problem:
         return [None if t is None else t.clone().to(dtype or t.dtype).requires_grad_() for t in tensors]
 
     def run(self, f, dtype=None, **options):
-        """[y, mean, var,] gradients of x, residual, weight, bias."""
+        """Return [y, mean, var] and the gradients of x, residual, weight, bias."""
         tensors = self.tensors(dtype)
         result = f(*tensors, **options)
         result = result if isinstance(result, tuple) else (result,)
@@ -58,17 +58,17 @@ class Problem:
         return [t.detach() for t in result], [t.grad for t in tensors if t is not None]
 
     def exact(self, views, relu):
-        return self.run(torch_s_own, torch.float64, views=views, relu=relu)
+        return self.run(torch_batch_norm, torch.float64, views=views, relu=relu)
 
 
 def error(actual, expected):
     return ((actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)).item()
 
 
-@pytest.mark.parametrize("f", ALONE)
+@pytest.mark.parametrize("f", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, False), (True, True)])
-def test_float32_against_float64(f, shape, residual, relu):
+def test_float32_equals_float64(f, shape, residual, relu):
     for views in (1, 2, 3):
         problem = Problem(shape, residual=residual)
         (y, mean, var), gradients = problem.run(f, views=views, eps=EPS, relu=relu)
@@ -78,18 +78,18 @@ def test_float32_against_float64(f, shape, residual, relu):
         assert (var.double() - rows.var(1, correction=0)).abs().max() < 2e-5
         assert y.stride() == problem.x.stride()
         assert error(y, exact_y) < 1e-5
-        # Six values a view: the gradient of x is a difference of terms that are larger than it.
+        # With six values per view dx is a difference of larger terms.
         assert max(error(*pair) for pair in zip(gradients, exact_gradients, strict=True)) < 1e-5
 
 
-@pytest.mark.parametrize("f", ALONE)
+@pytest.mark.parametrize("f", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, False), (True, True)])
-def test_bfloat16_loses_no_more_than_torch(f, shape, residual, relu):
-    """Twice torch's own error in bfloat16 against float64, at most; and no less than half a unit in the last place."""
+def test_bfloat16_error_is_at_most_twice_torch_s(f, shape, residual, relu):
+    """Errors against float64."""
     problem = Problem(shape, dtype=torch.bfloat16, residual=residual)
     (y, _, _), gradients = problem.run(f, views=2, eps=EPS, relu=relu)
-    (plain_y,), plain = problem.run(torch_s_own, views=2, relu=relu)
+    (plain_y,), plain = problem.run(torch_batch_norm, views=2, relu=relu)
     (exact_y,), exact = problem.exact(2, relu)
     assert y.dtype == torch.bfloat16
     assert [g.dtype for g in gradients] == [t.dtype for t in problem.tensors() if t is not None]
@@ -97,22 +97,22 @@ def test_bfloat16_loses_no_more_than_torch(f, shape, residual, relu):
         assert error(actual, expected) <= max(2 * error(torch_s, expected), 1e-5)
 
 
-@pytest.mark.parametrize("f", ALONE)
-def test_a_mean_far_above_the_deviation_costs_no_more_than_torch_s(f):
-    """Ours lose nothing, whatever the mean; the reference and torch's kernels may lose what torch's BatchNorm does."""
+@pytest.mark.parametrize("f", IMPLEMENTATIONS)
+def test_large_mean_costs_no_precision(f):
+    """The reference and torch's kernels may lose as much as torch's BatchNorm."""
     problem = Problem((8, 21, 9, 9), mean=1000, residual=False)
     (y, _, var), gradients = problem.run(f, views=2, eps=EPS, relu=False)
     (exact_y,), exact = problem.exact(2, False)
-    (plain_y,), plain = problem.run(torch_s_own, views=2, relu=False)
+    (plain_y,), plain = problem.run(torch_batch_norm, views=2, relu=False)
     worst, torch_s = (max(error(*pair) for pair in zip(found, exact, strict=True)) for found in (gradients, plain))
-    ours = f in (bn.in_numba, bn.in_torch)
+    ours = f in (batch_norm_cpu, batch_norm_composite)
     assert error(y, exact_y) <= (2e-6 if ours else 2 * error(plain_y, exact_y))  # torch's own: 1e-5 to 1e-4
     assert ((var - problem.x.double().movedim(1, -1).reshape(2, -1, 21).var(1, correction=0)) / var).abs().max() < 1e-5
     if f is not batch_norm_reference:
         assert worst < (1e-5 if ours else 2 * torch_s)  # torch's own: 2e-4
 
 
-def test_other_memory_orders_give_the_same():
+def test_other_memory_formats_give_the_same_result():
     for dtype in (torch.float32, torch.bfloat16):
         last = Problem((6, 20, 5, 4), dtype=dtype)
         first = Problem((6, 20, 5, 4), dtype=dtype, channels_last=False)
@@ -122,7 +122,7 @@ def test_other_memory_orders_give_the_same():
         assert other_y.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(y, other_y)
         assert all(torch.equal(a, b) for a, b in zip(gradients, other_gradients, strict=True))
-    # A gradient that is expanded, as that of a mean over positions.
+    # An expanded gradient, like that of a mean over positions.
     problem = Problem((6, 20, 5, 4))
     problem.dy = torch.randn(6, 20, 1, 1).expand(6, 20, 5, 4)
     _, gradients = problem.run(batch_norm, views=2, eps=EPS, relu=True)
@@ -130,9 +130,9 @@ def test_other_memory_orders_give_the_same():
     assert max(error(*pair) for pair in zip(gradients, exact, strict=True)) < 1e-5
 
 
-def test_the_cpu_takes_numba_and_float64_torch(monkeypatch):
+def test_cpu_uses_numba_for_float32_and_bfloat16_only(monkeypatch):
     used = []
-    monkeypatch.setattr(bn.OnCPU, "moments", lambda self, x, *rest: used.append(x.dtype) or 1 / 0)
+    monkeypatch.setattr(cpu, "compute_moments", lambda x, *rest: used.append(x.dtype) or 1 / 0)
     x = torch.ones(2, 3)
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(ZeroDivisionError):
@@ -144,7 +144,7 @@ def test_the_cpu_takes_numba_and_float64_torch(monkeypatch):
 
 
 @pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, False), (True, True)])
-def test_gradients_by_differences(residual, relu):
+def test_gradients_equal_finite_differences(residual, relu):
     rng = torch.Generator().manual_seed(1)
     x, r = (torch.randn(4, 3, 2, 2, dtype=torch.float64, generator=rng).requires_grad_() for _ in range(2))
     w, b = (torch.randn(3, dtype=torch.float64, generator=rng).requires_grad_() for _ in range(2))
@@ -156,7 +156,7 @@ def test_gradients_by_differences(residual, relu):
     assert torch.autograd.gradcheck(f, (x, r, w, b) if residual else (x, w, b))
 
 
-def test_only_what_is_asked_for_has_a_gradient():
+def test_gradients_only_where_required():
     problem = Problem((4, 5, 3, 3))
     for wanted in range(4):
         tensors = [t.detach() for t in problem.tensors()]
@@ -171,34 +171,34 @@ def test_only_what_is_asked_for_has_a_gradient():
 
 
 def saved_by(residual, relu, grad=True):
-    """Shapes of the tensors that the graph keeps."""
-    kept = []
+    """Return the shapes of the tensors that the graph saves."""
+    saved = []
     problem = Problem((4, 5, 3, 3), residual=residual)
     with (
-        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
         torch.set_grad_enabled(grad),
     ):
         y, _, _ = batch_norm(*problem.tensors(), views=2, eps=EPS, relu=relu)
     assert y.requires_grad == grad
-    return [tuple(t.shape) for t in kept]
+    return [tuple(t.shape) for t in saved]
 
 
-def test_what_is_kept_for_backward():
-    x, table = (4, 5, 3, 3), (6, 2, 5)
-    assert saved_by(False, True) == saved_by(False, False) == saved_by(True, False) == [x, table]
-    assert saved_by(True, True) == [x, x, table]
+def test_tensors_saved_for_backward():
+    x, stats = (4, 5, 3, 3), (6, 2, 5)
+    assert saved_by(False, True) == saved_by(False, False) == saved_by(True, False) == [x, stats]
+    assert saved_by(True, True) == [x, x, stats]
     assert saved_by(True, True, grad=False) == []
 
 
-def test_same_bits_for_any_number_of_threads():
+def test_bit_identical_for_any_number_of_threads():
     before, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             for shape in ((8, 40, 24, 24), (64, 1500)):
                 for dtype in (torch.float32, torch.bfloat16):
-                    assert bn._cut(torch.Size(shape), 2)[1] > 3
-                    outputs, gradients = Problem(shape, dtype=dtype).run(bn.in_numba, views=2, eps=EPS, relu=True)
+                    assert cpu.split_into_blocks(torch.Size(shape), 2)[1] > 3
+                    outputs, gradients = Problem(shape, dtype=dtype).run(batch_norm_cpu, views=2, eps=EPS, relu=True)
                     results.append([*outputs, *gradients])
     finally:
         torch.set_num_threads(before)
@@ -207,17 +207,17 @@ def test_same_bits_for_any_number_of_threads():
         assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(a, b, c, strict=True))
 
 
-@pytest.mark.parametrize("f", ALONE)
+@pytest.mark.parametrize("f", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_no_nan_is_lost(f, dtype, poison):
+def test_nan_and_inf_propagate(f, dtype, poison):
     """A value that is not finite makes its view's channel NaN, and nothing else."""
-    for place in ((0, 2, 0, 0), (1, 2, 1, 3), (3, 19, 4, 4)):
+    for index in ((0, 2, 0, 0), (1, 2, 1, 3), (3, 19, 4, 4)):
         problem = Problem((4, 20, 5, 5), dtype=dtype)
-        problem.x[place] = poison
+        problem.x[index] = poison
         (y, mean, var), gradients = problem.run(f, views=2, eps=EPS, relu=True)
         expected = torch.zeros(2, 20, dtype=torch.bool)
-        expected[place[0] // 2, place[1]] = True
+        expected[index[0] // 2, index[1]] = True
         assert torch.equal(var.isnan(), expected)
         assert torch.equal(~mean.isfinite(), expected)
         everywhere = expected.repeat_interleave(2, 0)[:, :, None, None].expand(4, 20, 5, 5)
@@ -230,64 +230,70 @@ def test_no_nan_is_lost(f, dtype, poison):
 
 
 @pytest.mark.parametrize(
-    "converts", [False, pytest.param(True, marks=pytest.mark.skipif(not CONVERTS, reason="no such instruction"))]
+    "by_instruction",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.skipif(not HAS_BFLOAT16_CONVERSION, reason="the processor has no such instruction")
+        ),
+    ],
 )
-def test_rounding_to_bfloat16_is_torch_s(converts):
+def test_bfloat16_rounding_equals_torch(by_instruction):
     rng = torch.Generator().manual_seed(0)
     x = torch.randint(-(2**31), 2**31, (1 << 16,), generator=rng, dtype=torch.int64).to(torch.int32).view(torch.float32)
     ties = torch.arange(0x3F80, 0x4080, dtype=torch.int32).mul(0x10000).add(0x8000).view(torch.float32)
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38, 1.0])
     x = torch.cat([x, ties, special])
-    if converts:
-        x[x.abs() < 2e-38] = 0  # that it takes for 0
+    if by_instruction:
+        x[x.abs() < 2e-38] = 0  # the instruction flushes denormals
     x = x[: len(x) // LANES * LANES]
     out = torch.empty(len(x), dtype=torch.bfloat16)
-    kernel = round_converting if converts else round_counting
-    threads.run(kernel, 1, (x.data_ptr(), out.data_ptr(), len(x)))
+    kernel = round_by_instruction if by_instruction else round_by_integers
+    openmp.run(kernel, 1, (x.data_ptr(), out.data_ptr(), len(x)))
     expected = x.to(torch.bfloat16)
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num(7).view(torch.int16), expected.nan_to_num(7).view(torch.int16))
 
 
-def _rounds(converts):
-    """f(x, out, index) writes one vector."""
+def _make_round(by_instruction):
+    """Return an intrinsic f(x, out, index) that rounds one vector."""
 
     @intrinsic
-    def rounds(typing_context, x, out, index):
+    def round_vector(typing_context, x, out, index):
         def generate(context, builder, signature, arguments):
             x, out, index = arguments
-            value = round_bfloat16(builder, load(builder, x, index, LANES, bfloat16=False), converts=converts)
-            place = builder.gep(builder.inttoptr(out, ir.IntType(16).as_pointer()), [index])
-            builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=2)
+            value = load_vector(builder, x, index, LANES, bfloat16=False)
+            value = round_bfloat16(builder, value, by_instruction=by_instruction)
+            pointer = builder.gep(builder.inttoptr(out, ir.IntType(16).as_pointer()), [index])
+            builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=2)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), generate
 
-    return rounds
+    return round_vector
 
 
-_counting, _converting = _rounds(False), _rounds(True)
+_by_integers, _by_instruction = _make_round(False), _make_round(True)
 
 
-def _round_counting(unit, words):
-    for index in range(0, words[2], LANES):
-        _counting(words[0], words[1], index)
+# Not cached: numba would not notice a change of intrinsics.py.
+@openmp.kernel(cache=False)
+def round_by_integers(task, args):
+    for index in range(0, args[2], LANES):
+        _by_integers(args[0], args[1], index)
 
 
-def _round_converting(unit, words):
-    for index in range(0, words[2], LANES):
-        _converting(words[0], words[1], index)
-
-
-# Not cached: numba would not notice that unchecked.py has changed.
-round_counting, round_converting = (threads.Kernel(f, {"cache": False}) for f in (_round_counting, _round_converting))
+@openmp.kernel(cache=False)
+def round_by_instruction(task, args):
+    for index in range(0, args[2], LANES):
+        _by_instruction(args[0], args[1], index)
 
 
 # --- synchronized statistics ---
 
 
 class Ranks:
-    """Two ranks as two threads: `mean` is their reduce, differentiable."""
+    """Two ranks as two threads; `mean` is their differentiable reduce."""
 
     def __init__(self):
         self._barrier, self._held = threading.Barrier(2, timeout=60), {}
@@ -314,13 +320,13 @@ class Ranks:
         return result
 
 
-@pytest.mark.parametrize("f", IMPLEMENTATIONS)
+@pytest.mark.parametrize("f", SYNCHRONIZED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_statistics_of_two_ranks_are_those_of_one_batch(f, dtype):
-    mean_of_x = 100 if dtype == torch.float32 else 5  # in float32, m^2 would leave nothing of the last digits of s2
+def test_synchronized_statistics_equal_those_of_one_batch(f, dtype):
+    mean_of_x = 100 if dtype == torch.float32 else 5  # in float32 m^2 would cancel the last digits of s2
     whole = Problem((12, 19, 4, 3), dtype=dtype, mean=mean_of_x)
     (y, mean, var), gradients = whole.run(f, views=2, eps=EPS, relu=True)
-    # Rank r has half of every view's six images.
+    # Each rank has half of every view's six images.
     rows = [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
     ranks = Ranks()
     parts = [Problem((12, 19, 4, 3), dtype=dtype, mean=mean_of_x) for _ in range(2)]
@@ -332,7 +338,7 @@ def test_statistics_of_two_ranks_are_those_of_one_batch(f, dtype):
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run, parts))
-    assert ranks.calls == 4  # one in forward and one in backward, on both ranks
+    assert ranks.calls == 4  # one in forward and one in backward, on each rank
     bound = 2e-5 if dtype == torch.float32 else 2**-7
     for (part_y, part_mean, part_var), part_gradients in results:
         kept = rows.pop(0)
@@ -341,13 +347,13 @@ def test_statistics_of_two_ranks_are_those_of_one_batch(f, dtype):
         assert error(part_y, y[kept].double()) < bound
         assert error(part_gradients[0], gradients[0][kept].double()) < bound
         assert error(part_gradients[1], gradients[1][kept].double()) < bound
-    for k in (2, 3):  # a rank's gradients of weight and bias are its own sums
+    for k in (2, 3):  # the gradients of weight and bias are local sums
         assert error(sum(r[1][k] for r in results), gradients[k].double()) < 2e-5
     assert not torch.allclose(results[0][1][2], results[1][1][2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_compiler_is_given_may_be_changed_in_place_behind_it(dtype):
+def test_compiled_output_can_be_modified_in_place(dtype):
     problem = Problem((4, 3, 2, 2), dtype=dtype, residual=False)
 
     def chain(*tensors, **options):
@@ -361,7 +367,7 @@ def test_what_a_compiler_is_given_may_be_changed_in_place_behind_it(dtype):
     assert all(error(*pair) < 2e-2 for pair in zip(gradients, exact, strict=True))
 
 
-def test_torch_compile_traces_it_whole():
+def test_torch_compile_has_no_graph_break():
     problem = Problem((4, 3, 2, 2))
     compiled = torch.compile(batch_norm, fullgraph=True, backend="aot_eager")
     for tensors in (problem.tensors(), [t if t is None else t.detach() for t in problem.tensors()]):
@@ -396,7 +402,7 @@ GOOD = {
         ({"bias": torch.ones(C).bfloat16()}, "bias must be .*bfloat16"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_memory_is_touched(change, message):
+def test_mismatched_arguments_raise(change, message):
     batch_norm(**GOOD)
     for f in (batch_norm, batch_norm_reference):
         with pytest.raises(ValueError, match=message):

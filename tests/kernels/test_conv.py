@@ -1,4 +1,4 @@
-"""The convolution whose weight gradient is one product a tap, against torch's in float64."""
+"""The convolution whose weight gradient is one product per tap, against torch in float64."""
 
 import pytest
 import torch
@@ -13,18 +13,18 @@ def draw(*shape, seed=0, dtype=torch.bfloat16):
 
 
 @pytest.fixture
-def by_taps(monkeypatch):
-    """Takes every shape by taps."""
-    monkeypatch.setattr(conv, "_CHANNEL_PAIRS", 0)
-    monkeypatch.setattr(conv, "_POSITIONS", 1 << 30)
-    monkeypatch.setattr(conv, "_POSITIONS_STRIDED", 1 << 30)
+def always_tap_products(monkeypatch):
+    """Use products per tap for every shape."""
+    monkeypatch.setattr(conv, "_MIN_CHANNEL_PAIRS", 0)
+    monkeypatch.setattr(conv, "_MAX_POSITIONS", 1 << 30)
+    monkeypatch.setattr(conv, "_MAX_POSITIONS_STRIDED", 1 << 30)
 
 
 @pytest.mark.parametrize("size", [(3, 3), (6, 5), (7, 8), (3, 9)])
 @pytest.mark.parametrize(
     ("k", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (3, 2, 0), (2, 2, 0), (5, 1, 2), (7, 2, 3), (3, 1, 3)]
 )
-def test_the_sums_are_exact_in_float64(size, k, stride, padding):
+def test_weight_gradient_is_exact_in_float64(size, k, stride, padding):
     x = draw(2, 5, *size, dtype=torch.float64)
     weight = draw(4, 5, k, k, dtype=torch.float64).requires_grad_()
     y = F.conv2d(x, weight, None, stride, padding)
@@ -35,16 +35,16 @@ def test_the_sums_are_exact_in_float64(size, k, stride, padding):
     assert dw.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_one_pixel():
+def test_weight_gradient_of_one_pixel():
     x, dy = torch.full((1, 2, 1, 1), 3.0), torch.full((1, 1, 1, 1), 2.0)
     dw = weight_gradient(x, dy, 3, 1, 1, dtype=torch.float32)
-    assert dw[0].tolist() == [[[0, 0, 0], [0, 6, 0], [0, 0, 0]]] * 2  # all taps but the middle one see padding
+    assert dw[0].tolist() == [[[0, 0, 0], [0, 6, 0], [0, 0, 0]]] * 2  # all taps but the center one read padding
 
 
 @pytest.mark.parametrize(("stride", "size"), [(1, 3), (2, 6), (2, 5)])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_gradients_lose_no_more_than_torch_s(by_taps, stride, size, channels_last):
-    """Under autocast, with a float32 weight: twice torch's own error against float64, at most."""
+def test_bfloat16_error_is_at_most_twice_torch_s(always_tap_products, stride, size, channels_last):
+    """Under autocast, with a float32 weight, against float64."""
     x, weight = draw(16, 20, size, size), draw(24, 20, 3, 3, seed=1, dtype=torch.float32)
     if channels_last:
         x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
@@ -66,41 +66,41 @@ def test_gradients_lose_no_more_than_torch_s(by_taps, stride, size, channels_las
         assert (ours.double() - expected).abs().max() <= 2 * (theirs.double() - expected).abs().max()
 
 
-def chosen(*, n=4, c=256, o=256, size=3, k=3, stride=1, padding=1, dtype=torch.bfloat16, weight_dtype=None):
+def selected(*, n=4, c=256, o=256, size=3, k=3, stride=1, padding=1, dtype=torch.bfloat16, weight_dtype=None):
     weight = torch.empty(o, c, k, k, dtype=weight_dtype or dtype, requires_grad=True)
-    return conv.by_taps(torch.empty(n, c, size, size, dtype=dtype), weight, stride, padding)
+    return conv.use_tap_products(torch.empty(n, c, size, size, dtype=dtype), weight, stride, padding)
 
 
-def test_small_images_with_many_channels_are_chosen():
-    assert chosen()
-    assert chosen(size=5)
-    assert chosen(size=12, c=128, stride=2)
-    assert not chosen(size=6)
-    assert not chosen(size=16, stride=2)
-    assert not chosen(c=128, o=128)
-    assert not chosen(k=1, padding=0)
-    assert not chosen(dtype=torch.float32)
+def test_tap_products_are_used_for_small_images_with_many_channels():
+    assert selected()
+    assert selected(size=5)
+    assert selected(size=12, c=128, stride=2)
+    assert not selected(size=6)
+    assert not selected(size=16, stride=2)
+    assert not selected(c=128, o=128)
+    assert not selected(k=1, padding=0)
+    assert not selected(dtype=torch.float32)
     with torch.no_grad():
-        assert not chosen()
+        assert not selected()
 
 
-def test_what_torch_refuses_stays_refused():
-    assert not chosen(weight_dtype=torch.float32)
+def test_mismatched_inputs_raise_torch_s_error():
+    assert not selected(weight_dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert chosen(weight_dtype=torch.float32)
+        assert selected(weight_dtype=torch.float32)
     x, weight = torch.zeros(2, 256, 3, 3).bfloat16(), torch.zeros(256, 255, 3, 3).bfloat16().requires_grad_()
     with pytest.raises(RuntimeError, match="channels"):
         conv2d(x, weight, 1, 1)
 
 
-def test_only_what_is_asked_for_has_a_gradient(by_taps):
+def test_gradients_only_where_required(always_tap_products):
     x, weight = draw(2, 3, 3, 3), draw(4, 3, 3, 3).requires_grad_()
     conv2d(x, weight, 1, 1).sum().backward()
     assert x.grad is None
     assert weight.grad is not None
 
 
-def test_torch_compile_traces_it_whole(by_taps):
+def test_torch_compile_has_no_graph_break(always_tap_products):
     x, weight = draw(2, 3, 3, 3), draw(4, 3, 3, 3).requires_grad_()
     compiled = torch.compile(conv2d, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, weight, 1, 1), conv2d(x, weight, 1, 1))

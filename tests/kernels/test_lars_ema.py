@@ -16,13 +16,14 @@ from fastbyol import schedules
 from fastbyol.build import build_model
 from fastbyol.config import ModelConfig, OptimConfig
 from fastbyol.kernels import lars_ema
+from fastbyol.kernels.cpu import lars_ema as cpu
 from fastbyol.optim import LARS, build_optimizer, ema_update_, parameter_groups
 
 MU = 0.9
 
 
 def lars_float64(w, gradients, *, lrs, taus, wd, adapt, target):
-    """The formulas of Grill et al. and You et al., one tensor, one step after the other."""
+    """The formulas of Grill et al. and You et al. for one tensor, step by step."""
     m = np.zeros_like(w)
     for g, lr, tau in zip(gradients, lrs, taus, strict=True):
         u = g + wd * w
@@ -46,7 +47,7 @@ def lars_float64(w, gradients, *, lrs, taus, wd, adapt, target):
         (0.0, True, True, "zero gradient"),
     ],
 )
-def test_twenty_steps_against_float64(shape, wd, adapt, with_target, kind):
+def test_twenty_steps_equal_float64(shape, wd, adapt, with_target, kind):
     rng = np.random.default_rng(0)
     steps = 20
     w = rng.normal(size=shape) * (kind != "zero weight")
@@ -86,7 +87,7 @@ def test_trust_ratio_scales_with_the_weight_and_not_with_the_gradient():
     assert moved[2] == pytest.approx(10 * moved[0], rel=1e-3)
 
 
-def test_pointers_stay_and_parameters_without_gradient_do_too():
+def test_updates_in_place_and_skips_parameters_without_gradient():
     p, still = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     target = torch.zeros(3)
     optimizer = LARS([p, still], 0.1, target_pairs=[(p, target)], tau=torch.tensor(0.5))
@@ -98,7 +99,7 @@ def test_pointers_stay_and_parameters_without_gradient_do_too():
     assert (target - 0.5 * p.detach()).abs().max() < 1e-7
 
 
-def test_groups_list_biases_and_norm_parameters_without_decay_and_trust_ratio():
+def test_biases_and_norm_parameters_have_no_decay_and_no_trust_ratio():
     model = build_model(ModelConfig(backbone="resnet18", width=0.125, hidden_dim=8, projection_dim=4), 32, 0)
     decayed, plain = parameter_groups(model, 0.1)
     names = {p: name for name, p in model.named_parameters()}
@@ -118,7 +119,7 @@ def test_groups_list_biases_and_norm_parameters_without_decay_and_trust_ratio():
     assert not any(name.startswith("target.") for name in trained)
 
 
-def test_ema_update_moves_parameters_by_the_formula():
+def test_ema_update_equals_the_formula():
     pairs = [(torch.randn(3, 2), torch.randn(3, 2)), (torch.randn(5), torch.randn(5))]
     expected = [t + (1 - 0.9) * (w - t) for w, t in pairs]
     ema_update_(pairs, torch.tensor(0.9))
@@ -126,7 +127,7 @@ def test_ema_update_moves_parameters_by_the_formula():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "adam"])
-def test_torch_s_optimizers_follow_the_lr_tensor(name):
+def test_torch_optimizers_follow_the_lr_tensor(name):
     module = nn.Linear(3, 2)
     start = copy.deepcopy(module.weight)
     lr = torch.zeros(())
@@ -140,7 +141,7 @@ def test_torch_s_optimizers_follow_the_lr_tensor(name):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
-def test_a_pair_that_the_optimizer_does_not_know_is_refused():
+def test_unknown_target_pair_raises():
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="not among the optimizer's parameters"):
         LARS([p], 0.1, target_pairs=[(nn.Parameter(torch.ones(2)), torch.ones(2))], tau=torch.ones(()))
@@ -148,20 +149,20 @@ def test_a_pair_that_the_optimizer_does_not_know_is_refused():
         LARS([p], 0.1, target_pairs=[(p, torch.ones(2))])
 
 
-# --- torch's contract of an optimizer, beside torch.optim.SGD's ---
+# --- torch's optimizer interface, compared with torch.optim.SGD ---
 
-# With trust ratio 1 and no target LARS is SGD with momentum; dampening aside, torch's first momentum is the gradient too.
+# With trust ratio 1 and no target, LARS is SGD with momentum.
 PLAIN = {"momentum": 0.9, "weight_decay": 0.1}
 
 
-def twins(lr=0.1, tensor=False, groups=1):
-    """The same parameters under LARS without trust ratios and under SGD."""
+def make_pair(lr=0.1, tensor=False, groups=1):
+    """Return LARS without trust ratios and SGD, with equal parameters."""
 
-    def made(kind, **more):
+    def make(kind, **more):
         own = [{"params": [nn.Parameter(torch.arange(1.0, 4.0) + k)], **more} for k in range(groups)]
         return kind(own, torch.tensor(lr) if tensor else lr, **PLAIN)
 
-    return made(LARS, adapt=False), made(torch.optim.SGD)
+    return make(LARS, adapt=False), make(torch.optim.SGD)
 
 
 def weights(optimizer):
@@ -178,22 +179,22 @@ def closure_of(optimizer):
     return closure
 
 
-def assert_twins(lars, sgd):
+def assert_equal(lars, sgd):
     for ours, theirs in zip(weights(lars), weights(sgd), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_closure_computes_loss_and_gradients_as_for_sgd():
-    lars, sgd = twins(groups=2)
+def test_closure_computes_loss_and_gradients_like_sgd():
+    lars, sgd = make_pair(groups=2)
     for _ in range(5):
-        with torch.no_grad():  # the closure needs gradients all the same
+        with torch.no_grad():  # the closure must enable gradients itself
             ours, theirs = (o.step(closure_of(o)) for o in (lars, sgd))
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
-        assert_twins(lars, sgd)
+        assert_equal(lars, sgd)
     assert lars.step() is None
 
 
-def test_a_closure_s_gradients_that_are_not_finite_are_skipped_with_a_loss_scale():
+def test_non_finite_gradients_of_a_closure_skip_the_step_with_a_loss_scale():
     p, inv_scale = nn.Parameter(torch.ones(3)), torch.tensor(1 / 8)
     optimizer = LARS([p], 0.1, inv_scale=inv_scale)
 
@@ -210,8 +211,8 @@ def test_a_closure_s_gradients_that_are_not_finite_are_skipped_with_a_loss_scale
     assert (p < 1).all()
 
 
-def test_zero_grad_is_sgd_s():
-    lars, _ = twins()
+def test_zero_grad_like_sgd():
+    lars, _ = make_pair()
     lars.step(closure_of(lars))
     lars.zero_grad(set_to_none=False)
     assert torch.equal(weights(lars)[0].grad, torch.zeros(3))
@@ -220,18 +221,18 @@ def test_zero_grad_is_sgd_s():
 
 
 @pytest.mark.parametrize("lr", [{}, {"lr": 0.3}, {"lr": torch.tensor(0.3)}], ids=["default", "number", "tensor"])
-def test_a_group_may_come_later(lr):
-    lars, sgd = twins()
+def test_add_param_group(lr):
+    lars, sgd = make_pair()
     for optimizer, more in ((lars, {"adapt": False}), (sgd, {})):
         optimizer.step(closure_of(optimizer))
         optimizer.add_param_group({"params": [nn.Parameter(torch.full((4,), 2.0))], **lr, **more})
         for _ in range(3):
             optimizer.step(closure_of(optimizer))
-    assert_twins(lars, sgd)
+    assert_equal(lars, sgd)
 
 
-def test_a_group_that_does_not_suit_is_refused_and_not_kept():
-    lars, _ = twins()
+def test_invalid_param_group_raises_and_is_not_added():
+    lars, _ = make_pair()
     for group, text in (
         ({"params": [nn.Parameter(torch.ones(2).double())]}, "float32 parameters"),
         ({"params": [nn.Parameter(torch.ones(2, device="meta"))]}, "all parameters on one device, not on cpu and meta"),
@@ -248,8 +249,8 @@ def test_a_group_that_does_not_suit_is_refused_and_not_kept():
 
 
 @pytest.mark.parametrize("tensor", [False, True])
-def test_a_state_dict_goes_on_where_it_was_saved(tensor, tmp_path):
-    source, sgd = twins(tensor=tensor, groups=2)
+def test_state_dict_round_trip(tensor, tmp_path):
+    source, sgd = make_pair(tensor=tensor, groups=2)
     for optimizer in (source, sgd):
         optimizer.step(closure_of(optimizer))
         optimizer.param_groups[0]["momentum"] = 0.5
@@ -258,19 +259,19 @@ def test_a_state_dict_goes_on_where_it_was_saved(tensor, tmp_path):
     target = LARS([{"params": [nn.Parameter(p.detach().clone())]} for p in weights(source)], lr)
     target.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True))
     assert lr.item() == pytest.approx(0.1)
-    assert all(group["lr"] is lr for group in target.param_groups)  # who writes to it still sets the rate
+    assert all(group["lr"] is lr for group in target.param_groups)  # writing to the tensor still sets the rate
     for optimizer in (target, sgd):
         optimizer.step(closure_of(optimizer))
-    assert_twins(target, sgd)
+    assert_equal(target, sgd)
     with pytest.raises(ValueError, match="different number of parameter groups"):
-        twins()[0].load_state_dict(source.state_dict())
+        make_pair()[0].load_state_dict(source.state_dict())
 
 
-def test_rates_of_a_state_dict_that_differ_part_the_groups_shared_tensor():
-    source, _ = twins(groups=2)
+def test_different_rates_of_a_state_dict_split_the_shared_lr_tensor():
+    source, _ = make_pair(groups=2)
     source.param_groups[1]["lr"] = 0.7
     source.step()
-    target, _ = twins(lr=9.0, tensor=True, groups=2)
+    target, _ = make_pair(lr=9.0, tensor=True, groups=2)
     target.load_state_dict(source.state_dict())
     assert [group["lr"].item() for group in target.param_groups] == pytest.approx([0.1, 0.7])
 
@@ -290,12 +291,12 @@ SCHEDULERS = {
         [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3), torch.optim.lr_scheduler.CosineAnnealingLR(o, 3)],
         [3],
     ),
-    "by hand": lambda o: ByHand(o),
+    "manual": lambda o: Manual(o),
 }
 
 
-class ByHand:
-    """What training scripts without a scheduler do."""
+class Manual:
+    """Sets the rate like training scripts without a scheduler."""
 
     def __init__(self, optimizer):
         self.optimizer, self.steps = optimizer, 0
@@ -307,8 +308,8 @@ class ByHand:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_torch_s_schedulers_set_the_rate(name):
-    lars, sgd = twins(groups=2)
+def test_torch_schedulers_set_the_rate(name):
+    lars, sgd = make_pair(groups=2)
     schedules_of_both = [SCHEDULERS[name](o) for o in (lars, sgd)]
     for _ in range(6):
         for optimizer, schedule in zip((lars, sgd), schedules_of_both, strict=True):
@@ -316,11 +317,11 @@ def test_torch_s_schedulers_set_the_rate(name):
             schedule.step()
         rates = [[float(group["lr"]) for group in o.param_groups] for o in (lars, sgd)]
         assert rates[0] == pytest.approx(rates[1], abs=1e-6)
-        assert_twins(lars, sgd)
+        assert_equal(lars, sgd)
 
 
 def test_reduce_on_plateau_sets_the_rate():
-    lars, _ = twins(groups=2)
+    lars, _ = make_pair(groups=2)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(lars, factor=0.1, patience=0)
     for loss in (1.0, 2.0, 3.0):
         schedule.step(loss)
@@ -328,7 +329,7 @@ def test_reduce_on_plateau_sets_the_rate():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_a_copy_goes_on_by_itself(copied):
+def test_copy_is_independent(copied):
     p, target = nn.Parameter(torch.ones(3, 2)), torch.zeros(3, 2)
     lars = LARS([p], torch.tensor(0.1), target_pairs=[(p, target)], tau=torch.tensor(0.5), inv_scale=torch.tensor(1.0))
     lars.step(closure_of(lars))
@@ -348,11 +349,11 @@ def test_a_copy_goes_on_by_itself(copied):
 
 @pytest.fixture(params=["numba", pytest.param("triton", marks=pytest.mark.interpreter)])
 def implementation(request):
-    """The module that holds LarsEma and EmaUpdate: for the CPU, or for a GPU in Triton's interpreter."""
+    """The module with LarsEma and EmaUpdate: numba, or Triton in its interpreter."""
     if request.param == "numba":
-        return lars_ema
+        return cpu
     module, patch = request.getfixturevalue("interpreted")("lars_ema"), request.getfixturevalue("monkeypatch")
-    # The interpreter takes a millisecond a block, whatever its size.
+    # The interpreter takes a millisecond per block, whatever its size.
     patch.setattr(module, "CHUNK", 1 << 18)
     patch.setattr(module, "BLOCK", 1 << 16)
     return module
@@ -361,7 +362,7 @@ def implementation(request):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", GRADIENTS, ids=str)
 def test_twenty_steps_over_many_tensors(implementation, dtype):
-    count = 170 if dtype == torch.float32 or implementation is lars_ema else 20  # the interpreter takes its time
+    count = 170 if dtype == torch.float32 or implementation is cpu else 20  # the interpreter is slow
     problem, update = Problem(odd_shapes(count), dtype=dtype), implementation.LarsEma()
     problem.weights[7].zero_()
     problem.exact[7][0][...] = 0
@@ -376,10 +377,11 @@ def test_twenty_steps_over_many_tensors(implementation, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", GRADIENTS, ids=str)
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")])
-def test_a_gradient_that_is_not_finite_skips_the_step_for_all(implementation, dtype, poison):
+def test_non_finite_gradient_skips_the_step_for_all_tensors(implementation, dtype, poison):
     problem, update = Problem(odd_shapes(9), dtype=dtype, scale=64.0), implementation.LarsEma()
     for k in range(6):
-        # Tensor 4 has a trust ratio, tensor 5 has none and needs no norms but for this.
+        # Tensor 4 has a trust ratio. Tensor 5 has none, and needs the first pass only for this
+        # check.
         problem.new_gradients(poison if k in (1, 4) else None, poisoned=4 if k == 1 else 5)
         problem.step(update, k + 5, 20)
         assert problem.found_inf.item() == (k in (1, 4))
@@ -388,8 +390,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step_for_all(implementation, dt
     assert problem.largest_error() < 1e-6
 
 
-def test_without_a_loss_scale_nothing_is_skipped(implementation):
-    """As in torch's optimizers: what is not finite then shows in the loss."""
+def test_nothing_is_skipped_without_a_loss_scale(implementation):
+    """As in torch's optimizers: the loss then becomes NaN."""
     problem, update = Problem([(5,), (6,), (7,)]), implementation.LarsEma()
     problem.new_gradients(float("nan"))
     problem.step(update, 6, 20)
@@ -398,7 +400,7 @@ def test_without_a_loss_scale_nothing_is_skipped(implementation):
 
 
 def layouts():
-    """(weight, gradient, target) of the same values in other orders of memory than the plain one."""
+    """Yield (weight, gradient, target) in memory layouts other than contiguous."""
     rng = torch.Generator().manual_seed(0)
 
     def values(*shape):
@@ -407,18 +409,21 @@ def layouts():
     last = torch.channels_last
     yield "channels_last", tuple(values(8, 3, 5, 5).to(memory_format=last) for _ in range(3))
     weight, target = (values(8, 3, 5, 5).to(memory_format=last) for _ in range(2))
-    yield "gradient in another order", (weight, values(8, 3, 5, 5), target)
-    yield "target in another order", (values(4, 6, 3, 3), values(4, 6, 3, 3), values(4, 6, 3, 3).to(memory_format=last))
+    yield "gradient in another memory order", (weight, values(8, 3, 5, 5), target)
+    yield (
+        "target in another memory order",
+        (values(4, 6, 3, 3), values(4, 6, 3, 3), values(4, 6, 3, 3).to(memory_format=last)),
+    )
     yield "strided", tuple(values(9, 20)[:, ::2] for _ in range(3))
     yield "transposed", tuple(values(9, 21).T for _ in range(3))
     yield "expanded gradient", (values(6, 4), values(1, 4).expand(6, 4), values(6, 4))
     yield "1x1 convolution", (values(6, 4, 1, 1).to(memory_format=last), values(6, 4, 1, 1), values(6, 4, 1, 1))
     bucket = values(1000)
-    yield "bucket views at odd places", (values(300), bucket[1:301], values(300))
+    yield "unaligned bucket views", (values(300), bucket[1:301], values(300))
 
 
 @pytest.mark.parametrize(("name", "tensors"), [pytest.param(n, t, id=n) for n, t in layouts()])
-def test_any_layout(implementation, name, tensors):
+def test_any_memory_layout(implementation, name, tensors):
     weight, grad, target = tensors
     momentum_buffer, other = torch.zeros_like(weight), torch.ones(4)
     plain = [t.contiguous().clone() for t in (weight, grad, momentum_buffer, target)]
@@ -434,7 +439,7 @@ def test_any_layout(implementation, name, tensors):
 
 
 @pytest.mark.slow
-def test_two_runs_give_the_same_bits(implementation):
+def test_bit_identical_between_runs(implementation):
     results = []
     for _ in range(2):
         problem, update = Problem(odd_shapes(12)), implementation.LarsEma()
@@ -445,25 +450,25 @@ def test_two_runs_give_the_same_bits(implementation):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_any_number_of_threads_gives_the_same_bits():
-    results, threads = [], torch.get_num_threads()
+def test_bit_identical_for_any_number_of_threads():
+    results, before = [], torch.get_num_threads()
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            problem, update = Problem(odd_shapes(12)), lars_ema.LarsEma()
+            problem, update = Problem(odd_shapes(12)), cpu.LarsEma()
             for k in range(3):
                 problem.new_gradients()
                 problem.step(update, k + 5, 20)
             results.append(problem.weights + problem.momenta)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_a_gradient_that_moves_is_followed(implementation):
+def test_new_gradient_addresses_are_used(implementation):
     problem, update, old = Problem([(5, 7), (4097,)]), implementation.LarsEma(), []
     for k in range(4):
-        old.append(problem.grads)  # kept, so that the new ones lie elsewhere
+        old.append(problem.grads)  # kept alive, so that the new ones have other addresses
         problem.grads = [torch.zeros_like(g) for g in problem.grads]
         problem.new_gradients()
         problem.step(update, k + 5, 20)
@@ -471,8 +476,8 @@ def test_a_gradient_that_moves_is_followed(implementation):
     assert problem.largest_error() < 1e-6
 
 
-def test_other_tensors_and_other_orders_in_the_next_call(implementation):
-    """A parameter without a gradient in one step, and a gradient that comes in another order of memory in the next."""
+def test_other_tensors_and_layouts_in_the_next_call(implementation):
+    """A parameter loses its gradient in one step; another's memory order changes in the next."""
     update = implementation.LarsEma()
     problems = [Problem([(300,), (4, 3, 5, 5)]), Problem([(7,)]), Problem([(8, 3, 5, 5), (300,)])]
     for problem in (*problems, problems[0]):
@@ -486,8 +491,8 @@ def test_other_tensors_and_other_orders_in_the_next_call(implementation):
         assert problem.largest_error() < 1e-6
 
 
-def test_a_weight_that_moves_is_followed(implementation):
-    """`p.data = ...` keeps the tensor and gives it other memory."""
+def test_new_weight_addresses_are_used(implementation):
+    """`p.data = ...` keeps the tensor but changes its memory."""
     problem, update, old = Problem([(5, 7), (4097,)]), implementation.LarsEma(), []
     for k in range(3):
         for w in problem.weights:
@@ -499,23 +504,22 @@ def test_a_weight_that_moves_is_followed(implementation):
     assert problem.largest_error() < 1e-6
 
 
-def test_no_gradient_is_held_after_the_step(implementation):
-    """Memory of the old gradients while a backward makes the new ones would be the model's size again."""
+def test_no_reference_to_gradients_after_the_step(implementation):
+    """Old gradients during the next backward pass would cost the model's size in memory."""
     problem, update = Problem([(5, 7), (8, 3, 5, 5)]), implementation.LarsEma()
-    problem.weights[1] = problem.weights[1].to(
-        memory_format=torch.channels_last
-    )  # staged: another order than its gradient
+    # Staged: its memory order differs from the gradient's.
+    problem.weights[1] = problem.weights[1].to(memory_format=torch.channels_last)
     problem.new_gradients()
     problem.step(update, 6, 20)
-    gone = [weakref.ref(g) for g in problem.grads]
+    references = [weakref.ref(g) for g in problem.grads]
     problem.grads = []
     gc.collect()
-    assert [r() for r in gone] == [None, None]
+    assert [r() for r in references] == [None, None]
 
 
 @pytest.mark.slow
-def test_low_precision_gradients_lose_no_more_than_in_torch(implementation):
-    """Twice the error of the plain float32 formulas on the same gradients, at most."""
+def test_error_with_16_bit_gradients_is_at_most_twice_torch_s(implementation):
+    """Compared with the float32 reference on the same gradients."""
     for dtype in GRADIENTS[1:]:
         ours, plain, update = (
             Problem(odd_shapes(9), dtype=dtype),
@@ -532,7 +536,7 @@ def test_low_precision_gradients_lose_no_more_than_in_torch(implementation):
         assert ours.largest_error() <= 2 * plain.largest_error()
 
 
-def test_reference_skips_too():
+def test_reference_skips_with_found_inf():
     tensors = [torch.ones(3), torch.full((3,), torch.inf), torch.ones(3), torch.zeros(3)]
     lars_ema.lars_ema_reference(
         *tensors,
@@ -547,7 +551,7 @@ def test_reference_skips_too():
     assert [t.tolist() for t in (tensors[0], tensors[2], tensors[3])] == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
 
 
-def test_target_update_alone(implementation):
+def test_ema_update_of_any_memory_layout(implementation):
     rng = torch.Generator().manual_seed(0)
     shapes = [(1,), (3, 5), (4097,), (8, 3, 5, 5), (2**17 + 1,)]
     pairs = [(torch.randn(s, generator=rng), torch.randn(s, generator=rng)) for s in shapes]
@@ -567,7 +571,7 @@ def test_target_update_alone(implementation):
     [
         ((torch.zeros(3), torch.zeros(4), torch.zeros(3), None), ValueError, r"\(3,\).*\(4,\)"),
         ((torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.zeros(2)), ValueError, r"target \(2,\)"),
-        ((torch.zeros(3), torch.zeros(3).double(), torch.zeros(3), None), TypeError, "gradients must be of"),
+        ((torch.zeros(3), torch.zeros(3).double(), torch.zeros(3), None), TypeError, "gradients must be one of"),
         (
             (torch.zeros(3), torch.zeros(3), torch.zeros(3).half(), None),
             TypeError,
@@ -575,13 +579,13 @@ def test_target_update_alone(implementation):
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused_before_memory_is_touched(implementation, row, error, message):
+def test_mismatched_tensors_raise(implementation, row, error, message):
     hyper = lars_ema.Hyper(lr=torch.tensor(0.1), weight_decay=0.0, momentum=0.9, trust_coefficient=ETA)
     with pytest.raises(error, match=message):
         implementation.LarsEma()([row], [0], [hyper], torch.tensor(0.5))
 
 
-def test_scalars_that_the_kernels_could_not_read_are_refused():
+def test_invalid_scalars_raise():
     for tau in (0.9, torch.tensor(0.9, dtype=torch.float64), torch.ones(2)):
         with pytest.raises(TypeError, match="tau must be a float32 scalar"):
             ema_update_([(torch.ones(2), torch.zeros(2))], tau)
@@ -596,7 +600,7 @@ def test_scalars_that_the_kernels_could_not_read_are_refused():
         lars_ema.Hyper(lr=0.1, weight_decay=0.0, momentum=0.9, trust_coefficient=None)
 
 
-def test_optimizer_with_a_loss_scale_skips_and_says_so():
+def test_optimizer_with_a_loss_scale_skips_and_sets_found_inf():
     p, target, inv_scale = nn.Parameter(torch.ones(4, 4)), torch.zeros(4, 4), torch.tensor(1 / 8)
     optimizer = LARS([p], 0.1, target_pairs=[(p, target)], tau=torch.tensor(0.5), inv_scale=inv_scale)
     p.grad = torch.full((4, 4), torch.inf)

@@ -1,4 +1,4 @@
-"""Max-pool against torch's, with ties and NaN."""
+"""Max-pool against torch, with ties and NaN."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ SHAPES = [(2, 5, 3, 7), (1, 1, 1, 1), (3, LANES, 2, 1), (2, LANES + 1, 8, 9), (2
 
 
 def draw(shape, dtype, *, nan=0.0, seed=0, channels_last=True):
-    """Few different values, so that most windows have ties."""
+    """Few distinct values, so that most windows have ties."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=rng).mul(2).round()
     x[torch.rand(shape, generator=rng) < nan] = torch.nan
@@ -33,13 +33,13 @@ def forward_backward(f, x, dy):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("nan", [0.0, 0.05, 1.0])
-def test_against_torch(shape, dtype, nan):
+def test_equals_torch(shape, dtype, nan):
     for channels_last in (True, False):
         x = draw(shape, dtype, nan=nan, channels_last=channels_last)
         expected = F.max_pool2d(x, 3, 2, 1)
         dy = draw(expected.shape, dtype, seed=1)
         y, dx = forward_backward(max_pool, x, dy)
-        # The terms of a position in float32, or in float64 where torch would round after each of them.
+        # The reference sums in float64, since torch rounds after every term in bfloat16.
         _, exact = forward_backward(lambda t: F.max_pool2d(t, 3, 2, 1), x.double(), dy)
         assert y.dtype == dx.dtype == dtype
         assert y.is_contiguous(memory_format=torch.channels_last)
@@ -51,13 +51,13 @@ def test_against_torch(shape, dtype, nan):
 
 def test_gradients_are_summed_in_float32():
     x = torch.zeros(1, 1, 4, 4, dtype=torch.bfloat16)
-    x[0, 0, 1, 1] = 1  # the largest of all four windows
+    x[0, 0, 1, 1] = 1  # the maximum of all four windows
     dy = torch.tensor([[256.0, 0.5], [0.5, 0.5]]).bfloat16()[None, None]
     _, dx = forward_backward(max_pool, x, dy)
-    assert dx[0, 0, 1, 1] == 258  # 257.5 rounded once; one by one it would stay at 256
+    assert dx[0, 0, 1, 1] == 258  # 257.5 rounded once; rounding every sum would give 256
 
 
-def test_ties_and_nan_by_hand():
+def test_ties_and_nan_of_a_known_example():
     x = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [torch.nan, 0.0, torch.nan]])[None, None]
     y, dx = forward_backward(max_pool, x, torch.tensor([[1.0, 10.0], [100.0, 1000.0]])[None, None])
     assert y[0, 0, 0].tolist() == [1, 1]
@@ -65,7 +65,7 @@ def test_ties_and_nan_by_hand():
     assert dx[0, 0].tolist() == [[0, 11, 0], [0, 0, 0], [100, 0, 1000]]
 
 
-def test_same_bits_for_any_number_of_threads():
+def test_bit_identical_for_any_number_of_threads():
     x = torch.randn(4, 33, 37, 41).bfloat16().to(memory_format=torch.channels_last)
     dy, before, results = torch.randn(4, 33, 19, 21), torch.get_num_threads(), []
     try:
@@ -77,35 +77,35 @@ def test_same_bits_for_any_number_of_threads():
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_what_is_kept_for_backward():
-    x, kept = torch.randn(2, 3, 8, 8).requires_grad_(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+def test_only_indices_are_saved_for_backward():
+    x, saved = torch.randn(2, 3, 8, 8).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         max_pool(x)
-        assert [(t.dtype, tuple(t.shape)) for t in kept] == [(torch.uint8, (2, 3, 4, 4))]
+        assert [(t.dtype, tuple(t.shape)) for t in saved] == [(torch.uint8, (2, 3, 4, 4))]
         with torch.no_grad():
             max_pool(x)
         max_pool(x.detach())
-    assert len(kept) == 1
+    assert len(saved) == 1
 
 
-def test_a_gradient_that_is_expanded():
+def test_expanded_gradient():
     x = draw((2, 20, 8, 8), torch.float32)
     dy = torch.randn(2, 20, 1, 1).expand(2, 20, 4, 4)
     assert torch.equal(forward_backward(max_pool, x, dy)[1], forward_backward(max_pool_reference, x, dy)[1])
 
 
-def test_other_dtypes_and_windows_are_torch_s():
+def test_other_dtypes_and_windows_use_torch():
     x = draw((2, 3, 9, 9), torch.float64)
     assert torch.equal(max_pool(x), F.max_pool2d(x, 3, 2, 1))
     assert torch.equal(max_pool_reference(x, 2, 3, 1), F.max_pool2d(x, 2, 3, 1))
 
 
-def test_torch_compile_traces_it_whole():
+def test_torch_compile_has_no_graph_break():
     x = draw((2, 3, 5, 5), torch.float32)
     assert torch.equal(torch.compile(max_pool, fullgraph=True, backend="aot_eager")(x), max_pool(x))
 
 
 @pytest.mark.parametrize("x", [torch.ones(3, 4, 4), torch.ones(2, 3, 0, 4)])
-def test_what_is_no_batch_of_images_is_refused(x):
+def test_input_that_is_not_a_batch_of_images_raises(x):
     with pytest.raises(ValueError, match=r"x must be \(N, C, H, W\) and not empty"):
         max_pool(x)

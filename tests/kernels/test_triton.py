@@ -1,4 +1,4 @@
-"""The Triton kernels for views: in the interpreter against the references; and all Triton kernels compiled without a GPU."""
+"""Triton: view kernels in the interpreter, and all kernels compiled without a GPU."""
 
 from itertools import permutations
 
@@ -9,7 +9,7 @@ from helpers.problems import crops_of, images, largest_error, parameter_row, ref
 
 from fastbyol.data.views import sample
 from fastbyol.kernels import augment, crop
-from fastbyol.kernels.triton import resources as report
+from fastbyol.kernels.triton import resources
 
 LIMIT = 1 / 255
 
@@ -19,7 +19,7 @@ LIMIT = 1 / 255
 
 @pytest.mark.slow
 @pytest.mark.parametrize("torchvision", [0, 1])
-def test_augmentation_in_every_order_of_the_jitter(interpreted, torchvision):
+def test_augmentation_in_every_jitter_order(interpreted, torchvision):
     strengths = {"BRIGHTNESS": 1.2 if torchvision else 0.2, "CONTRAST": 1.3, "SATURATION": 1.2, "HUE": -0.08}
     rows = np.stack(
         [parameter_row(JITTER=1, ORDER=o, TORCHVISION=torchvision, **strengths) for o in permutations(range(4))]
@@ -32,8 +32,8 @@ def test_augmentation_in_every_order_of_the_jitter(interpreted, torchvision):
 @pytest.mark.slow
 @pytest.mark.parametrize("augmentation", ["byol", "torchvision"])
 @pytest.mark.parametrize(("size", "count"), [(1, 4), (19, 6), (64, 8), (97, 4), (224, 2)])
-def test_augmentation_of_drawn_views(interpreted, augmentation, size, count):
-    """Both views of a batch in one call, blur and solarize among them; sizes that no tile divides."""
+def test_augmentation_of_sampled_views(interpreted, augmentation, size, count):
+    """Both views of a batch in one call, with blur and solarize, at sizes that no tile divides."""
     params = sample(augmentation, 0, 0, np.arange(count), np.full((count, 2), 300))
     rows = params.pack().transpose(1, 0, 2).reshape(2 * count, -1)
     assert (rows[:, augment.SIGMA] > 0).any()
@@ -47,28 +47,28 @@ def test_augmentation_of_drawn_views(interpreted, augmentation, size, count):
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "sigma"), [(40, 0.1), (100, 0.1), (100, 0.7), (100, 2.0), (512, 2.0), (512, 5.0)])
 def test_blur_on_tiles(interpreted, size, sigma):
-    """The widest window is that of 512 px: 25 taps on each side."""
+    """512 px has the widest window: 25 taps on each side."""
     rows, crops = parameter_row(SIGMA=sigma, SOLARIZE=1)[None], crops_of(1, size)
     actual = interpreted("augment").augment_views(crops, torch.from_numpy(rows), torch.float32)
     difference = (actual - reference(crops, rows)) * torch.tensor(augment.IMAGENET_STD)[:, None, None]
-    # Solarize turns a value beside 0.5 into one on the other side of it, which is as far from 0.5: no jump.
+    # Solarize is continuous at 0.5: an error there is mirrored, not amplified.
     assert difference.abs().max() < LIMIT / 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_augmentation_in_16_bits_is_the_rounded_float32(interpreted, dtype):
+def test_16_bit_augmentation_is_rounded_float32(interpreted, dtype):
     rows = np.stack([parameter_row(JITTER=1, CONTRAST=1.2, SATURATION=0.9, HUE=0.05, SIGMA=s) for s in (0.0, 1.1)])
     crops, module = crops_of(2, 40), interpreted("augment")
     exact = module.augment_views(crops, torch.from_numpy(rows), torch.float32)
     actual = module.augment_views(crops, torch.from_numpy(rows), dtype)
     if dtype == torch.float16:
         assert torch.equal(actual, exact.to(dtype))
-    else:  # the interpreter cuts a float32 off where a GPU rounds it (gpu/test_kernels.py): up to one unit in the last place
+    else:  # the interpreter truncates, a GPU rounds (gpu/test_kernels.py): up to one unit in the last place
         assert ((actual.float() - exact).abs() <= 2**-7 * exact.abs()).all()
 
 
-def test_augmentation_of_crops_that_are_floats(interpreted):
+def test_augmentation_of_float_crops(interpreted):
     rows, crops = parameter_row(JITTER=1, CONTRAST=1.2, SATURATION=1)[None], crops_of(1, 33)
     module = interpreted("augment")
     whole = module.augment_views(crops, torch.from_numpy(rows), torch.float32)
@@ -76,7 +76,7 @@ def test_augmentation_of_crops_that_are_floats(interpreted):
     assert (whole - floats).abs().max() < 1e-5
 
 
-def test_augmentation_refuses_what_does_not_fit(interpreted):
+def test_augmentation_with_mismatched_arguments_raises(interpreted):
     module, row = interpreted("augment"), torch.zeros(2, augment.COLUMNS)
     with pytest.raises(ValueError, match="contiguous"):
         module.augment_views(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), row, torch.float32)
@@ -95,7 +95,7 @@ def test_crops_of_images_of_different_sizes(interpreted, monkeypatch, size):
     params.box[3, 0] = (374, 499, 1, 1)  # one pixel
     params.box[3, 1] = (0, 0, 375, 500)  # everything
     module = interpreted("crop")
-    monkeypatch.setattr(module, "BLOCK", 4096)  # the interpreter takes a millisecond a block, whatever its size
+    monkeypatch.setattr(module, "BLOCK", 4096)  # the interpreter takes a millisecond per block, whatever its size
     exact = module.crop_views(pictures, params.box, params.flip, size, torch.float32)
     whole = module.crop_views(pictures, params.box, params.flip, size)
     assert exact.shape == (2 * len(pictures), size, size, 3)
@@ -108,7 +108,7 @@ def test_crops_of_images_of_different_sizes(interpreted, monkeypatch, size):
             assert (whole[v * len(pictures) + i].float() - 255 * expected).abs().max() < 0.51
 
 
-def test_crop_refuses_a_box_outside_its_image(interpreted):
+def test_crop_box_outside_the_image_raises(interpreted):
     boxes = np.zeros((1, 2, 4), dtype=np.int32)
     boxes[..., 2:] = 4
     boxes[0, 1] = (1, 0, 4, 4)
@@ -121,8 +121,8 @@ def test_crop_refuses_a_box_outside_its_image(interpreted):
 
 
 @pytest.mark.slow
-def test_decoded_images_to_views(interpreted):
-    """Crop, then augment: what a loader that decodes on the GPU does, against the whole reference chain on rounded crops."""
+def test_crop_and_augmentation_of_decoded_images(interpreted):
+    """The pipeline of a loader that decodes on the GPU, against the references on rounded crops."""
     pictures, size = images()[2:4], 48
     params = sample("byol", 1, 0, np.arange(2), [p.shape[:2] for p in pictures])
     crops = interpreted("crop").crop_views(pictures, params.box, params.flip, size)
@@ -133,40 +133,41 @@ def test_decoded_images_to_views(interpreted):
 
 # --- compiled without a GPU ---
 
-# Registers a thread, so that at least 1024 (streaming) or 512 threads share a multiprocessor's 65536.
+# Registers per thread: at least 1024 (streaming) or 512 threads share a multiprocessor's 65536
+# registers.
 REGISTERS = {True: 64, False: 128}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", report.CAPABILITIES)
-@pytest.mark.parametrize("build", report.builds(), ids=lambda build: build.name)
-def test_compiles_without_spills_and_with_wide_accesses(build, capability):
-    compiled = report.compile_for(build, capability)
+@pytest.mark.parametrize("capability", resources.CAPABILITIES)
+@pytest.mark.parametrize("build", resources.builds(), ids=lambda build: build.name)
+def test_no_spills_and_wide_memory_accesses(build, capability):
+    compiled = resources.compile_for(build, capability)
     assert compiled.spill_bytes == 0
     assert compiled.registers <= REGISTERS[build.streaming]
     if build.streaming:
         assert compiled.load_bits >= 128
-        assert compiled.store_bits >= 128 or build.name.startswith("norms")  # they store two sums a chunk
+        assert compiled.store_bits >= 128 or build.name.startswith("norms")  # they store two sums per chunk
 
 
-def test_unaligned_addresses_make_narrow_accesses():
-    """The proof above can fail: the same kernel for addresses that are not multiples of 16 bytes."""
-    build = next(b for b in report.builds() if b.name == "update float32")
-    narrow = report.Build(**(vars(build) | {"constants": build.constants | {"ALIGNED": False}}))
-    assert report.compile_for(narrow, 80).store_bits == 32
+def test_unaligned_addresses_cause_narrow_accesses():
+    """The test above can fail: the same kernel for unaligned addresses."""
+    build = next(b for b in resources.builds() if b.name == "update float32")
+    narrow = resources.Build(**(vars(build) | {"constants": build.constants | {"ALIGNED": False}}))
+    assert resources.compile_for(narrow, 80).store_bits == 32
 
 
 def test_every_kernel_is_in_the_report():
-    kernels = {build.kernel for build in report.builds()}
-    modules = report.augment, report.crop, report.lars_ema
+    kernels = {build.kernel for build in resources.builds()}
+    modules = resources.augment, resources.crop, resources.lars_ema
     defined = {value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     assert defined == kernels
 
 
 @pytest.mark.slow
-def test_the_report_prints_a_row_per_kernel_and_target(capsys):
-    assert report.main() == 0
+def test_report_prints_one_row_per_kernel_and_target(capsys):
+    assert resources.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(report.builds()) * len(report.CAPABILITIES) + 2
+    assert len(lines) == 1 + len(resources.builds()) * len(resources.CAPABILITIES) + 2
     assert "registers" in lines[0]
     assert lines[1].split()[2] == "sm_80"

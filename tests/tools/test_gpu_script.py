@@ -19,6 +19,7 @@ from helpers.common import HANG_S, ROOT
 
 from fastbyol import cli
 from fastbyol.runtime import environment
+from fastbyol.settings.command_line import parse_command_line
 
 PARSERS = {
     "bench_step": bench_step,
@@ -276,7 +277,7 @@ def test_commands_name_what_exists(part, monkeypatch):
         if re.match(r"(benchmarks|tests|configs)/", word):
             assert (ROOT / word).exists(), word
     if words[:2] == ["-m", "fastbyol"]:
-        read(words[2:], cli.COMMANDS)
+        parse_command_line(words[2:], cli.COMMANDS)
     elif words[0] != "-m":
         PARSERS[Path(words[0]).stem].parser().parse_args(words[1:])
     else:

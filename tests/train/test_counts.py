@@ -17,7 +17,7 @@ import fastbyol
 import fastbyol.kernels
 from fastbyol.config import Config, DataConfig
 from fastbyol.data import native
-from fastbyol.kernels.lars_ema import LarsEma
+from fastbyol.kernels.cpu.lars_ema import LarsEma
 from fastbyol.runtime.distributed import World
 from fastbyol.tools.profiling import Loop, build
 from fastbyol.tools.roofline import count_step

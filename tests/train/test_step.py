@@ -14,7 +14,7 @@ from fastbyol.build import build_model
 from fastbyol.config import ModelConfig
 from fastbyol.data import Batch
 from fastbyol.errors import InputError
-from fastbyol.kernels import dispatch
+from fastbyol.kernels import lars_ema
 from fastbyol.parallel import choose_step_mode
 from fastbyol.precision import LossScale
 from fastbyol.runtime.distributed import World
@@ -116,7 +116,7 @@ def test_the_mode_of_a_device_and_what_cannot_be():
 def test_a_step_reads_no_value(monkeypatch, precision):
     """On tensors without values, where `.item()` and its like raise: the step as a whole asks for none."""
     # Kernels that take addresses cannot run on tensors without memory.
-    monkeypatch.setattr(dispatch, "lars_update", lambda device: reference_update)
+    monkeypatch.setattr(lars_ema, "lars_update", lambda device: reference_update)
     with FakeTensorMode():
         options = {"micro_batches": 2, "optim": {"clip_grad_norm": 1.0}}
         # Copying the weights, for a target or into another memory order, would have to read them.
