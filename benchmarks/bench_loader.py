@@ -328,10 +328,10 @@ def prepare_corpus() -> None:
 def prepare_betons() -> None:
     """The same images in two .beton files; raw ones take six times the bytes, so only a part of them."""
     from fastbyol.data import open_split
-    from fastbyol.data.beton import pack
+    from fastbyol.data.pack import pack
 
     images = open_split(CORPUS, "train")
-    for mode, part in (("jpg", images), ("raw", images.spread(1000))):
+    for mode, part in (("jpg", images), ("raw", images.subsample(1000))):
         if not (CORPUS / f"{mode}.beton").exists():
             print(pack(part, CORPUS / f"{mode}.beton", mode=mode))
 

@@ -379,7 +379,7 @@ def _prepare(call: Call) -> int:
 
 def _pack(call: Call) -> int:
     from fastbyol.data import open_split
-    from fastbyol.data.beton import pack
+    from fastbyol.data.pack import pack
 
     options = asdict(call.options)
     source = options.pop("source")

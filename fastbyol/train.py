@@ -196,7 +196,7 @@ class _Run:
         self.knn: dict[str, float] = {"last": math.nan, "best": math.nan}
         with world.sync_errors():
             self.images = find_images(config.data, "train")
-            self._files, self._sample = self.images.fingerprint(), self.images.sample()
+            self._files, self._sample = self.images.fingerprint(), self.images.content_hashes()
             fits = 0
             if config.data.batch_size == "auto":
                 dispatch.compile_cpu_kernels(self._news.append)  # the trial steps need them
@@ -620,7 +620,7 @@ class _Run:
             "dtype": self.step.dtype,
             "threads": self.config.data.threads,
         }
-        voters = self.images.spread(self.config.knn.max_bank_images)
+        voters = self.images.subsample(self.config.knn.max_bank_images)
         try:
             bank, val = (extract(self.model.online.backbone, split, **options) for split in (voters, self._val))
         except InputError as error:
@@ -637,10 +637,10 @@ class _Run:
         self, voters: ImageSet, bad_voters: dict[int, str], val: ImageSet, bad_val: dict[int, str]
     ) -> None:
         """Names unreadable images, unless they were when they were to be trained on, and enters them in `knn_bad`."""
-        places = self.images.evenly(len(voters))
-        indices = {voters.where(i): int(places[i]) for i in bad_voters}
+        places = self.images.subsample_indices(len(voters))
+        indices = {voters.location(i): int(places[i]) for i in bad_voters}
         for split, bad in ((voters, bad_voters), (val, bad_val)):
-            new = {where: reason for i, reason in bad.items() if (where := split.where(i)) not in self.knn_bad}
+            new = {where: reason for i, reason in bad.items() if (where := split.location(i)) not in self.knn_bad}
             self.knn_bad |= new
             for where, reason in new.items():
                 if indices.get(where) not in self._named_bad:
@@ -669,7 +669,7 @@ class _Run:
         for index, reason in sorted(self.loader.bad.items()):
             if index not in self._named_bad:
                 self._named_bad.add(index)
-                self.log.warn(f"skipped {self.images.where(index)}: {reason}")
+                self.log.warn(f"skipped {self.images.location(index)}: {reason}")
 
 
 class _StopSignals:

@@ -197,7 +197,7 @@ def _networks(
     if not baselines:
         return
     untrained = ready(build_model(config.model, frame.size, config.seed).online.backbone)
-    images = protocol.calibration(data).spread(config.knn.max_bank_images)
+    images = protocol.calibration(data).subsample(config.knn.max_bank_images)
     calibrate_batchnorm(untrained, images, frame)
     yield UNTRAINED_ROW, untrained
     if protocol.takes_pixels:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastbyol.config import Config, EvalConfig
 from fastbyol.data import find_images
+from fastbyol.data.crops import center_crops, random_crops
 from fastbyol.data.images import ImageSet
-from fastbyol.data.native import center_crops, random_crops
 from fastbyol.errors import InputError, join_names
 from fastbyol.evaluate.protocol import EvalContext
 from fastbyol.layers import one_view
@@ -176,7 +176,7 @@ def none_readable(images: ImageSet, bad: dict[int, str]) -> InputError:
     """What to raise where no image of a set is left."""
     first = min(bad)
     return InputError(
-        f"{images.root}: none of the {len(images)} images can be read, for example {images.where(first)}: {bad[first]}"
+        f"{images.root}: none of the {len(images)} images can be read, for example {images.location(first)}: {bad[first]}"
     )
 
 

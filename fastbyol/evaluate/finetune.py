@@ -18,7 +18,7 @@ from torch import nn
 
 from fastbyol.config import Config, FinetuneEval
 from fastbyol.data.images import ImageSet
-from fastbyol.data.subset import training_part
+from fastbyol.data.subset import select_training_images
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate.features import extract_features, feature_count, open_splits, training_batches
 from fastbyol.evaluate.knn import top_accuracies
@@ -55,7 +55,7 @@ def open_labeled(options: FinetuneEval, config: Config, frame: EvalContext) -> L
     part = replace(
         config.data, fraction=options.fraction, images_per_class=0, file_list=None, subset_seed=options.subset_seed
     )
-    return Labeled(training_part(splits.train, part, prefix=""), splits.val, config)
+    return Labeled(select_training_images(splits.train, part, prefix=""), splits.val, config)
 
 
 def finetune(
@@ -119,7 +119,7 @@ def _measure(backbone: nn.Module | None, splits: Labeled, options: FinetuneEval,
             )
         order = np.random.default_rng(0).permutation(len(splits.train))
         held = max(1, round(_HOLDOUT * len(order)))
-        fit, test = splits.train.take(np.sort(order[held:])), splits.train.take(np.sort(order[:held]))
+        fit, test = splits.train.subset(np.sort(order[held:])), splits.train.subset(np.sort(order[:held]))
         found = {}
         for base_lr in options.base_lrs:
             try:

@@ -204,7 +204,7 @@ def augmented_accuracy(
         probes.step(x, labels, share.repeat_interleave(len(base_lrs), 0), batch_size=batch_size, progress=step / total)
     if backbone is not None:
         backbone.train(training)
-    test = extract_features(backbone, train.take(held.nonzero()[:, 0].numpy()), frame)
+    test = extract_features(backbone, train.subset(held.nonzero()[:, 0].numpy()), frame)
     best, accuracy = _best(probes.scores(test.x)[len(base_lrs) :], test.labels)
     probes.check_finite(slice(best, best + 1))
     val = extract_features(backbone, splits.val, frame)

@@ -66,7 +66,7 @@ class EvalContext:
         Args:
             bad: index -> why.
         """
-        new = {where: reason for index, reason in bad.items() if (where := images.where(index)) not in self.bad}
+        new = {where: reason for index, reason in bad.items() if (where := images.location(index)) not in self.bad}
         for where, reason in new.items():
             self.say(printable(f"warning: skipped {where}: {reason}"))
         self.bad.update(new)

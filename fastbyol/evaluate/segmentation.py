@@ -35,13 +35,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from fastbyol.config import Config, SegmentationEval
 from fastbyol.data.decode import EXTENSIONS, BadImage, as_stored
+from fastbyol.data.voc import LABELS_FILE, VOID
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError, error_reason
 from fastbyol.evaluate import dense
 from fastbyol.evaluate.protocol import EvalContext, Protocol, Row
 from fastbyol.kernels.augment import IMAGENET_MEAN
 from fastbyol.precision import autocast
-from fastbyol.tools.shapes import LABELS_FILE, VOID
 
 IMAGE_EXTENSIONS = (".jpg", *(extension for extension in EXTENSIONS if extension != ".jpg"))
 SCALES = (0.7, 1.4)  # of a training image; the paper, which trains for longer, draws from 0.5 to 2

@@ -221,7 +221,7 @@ def _neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet, say:
         "threads": config.data.threads,
     }
     backbone = model.online.backbone.to(device=device, memory_format=torch.channels_last)
-    bank, queries = train.spread(config.knn.max_bank_images), val.spread(_QUERIES)
+    bank, queries = train.subsample(config.knn.max_bank_images), val.subsample(_QUERIES)
     found = extract(backbone, bank, **options), extract(backbone, queries, **options)
     similarity, index = nearest(found[0].x, found[1].x, _NEIGHBORS)
     figure = Figure(figsize=(1.45 * (1 + _NEIGHBORS), 1.62 * len(index)), layout="constrained")
@@ -232,7 +232,7 @@ def _neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet, say:
         axis.spines[:].set_visible(False)
     for images, features in ((bank, found[0]), (queries, found[1])):
         for k, reason in features.bad.items():
-            say(printable(f"warning: the report's neighbors lack {images.where(k)}: {reason}"))
+            say(printable(f"warning: the report's neighbors lack {images.location(k)}: {reason}"))
     asked, given = _kept(queries, found[1].bad), _kept(bank, found[0].bad)
     for row, (query, axes) in enumerate(zip(asked, grid, strict=True)):
         axes[0].imshow(_thumbnail(queries, query, size))
@@ -257,7 +257,7 @@ def _kept(folder: ImageSet, bad: dict[int, str]) -> list[int]:
 
 
 def _thumbnail(folder: ImageSet, index: int, size: int) -> Any:
-    one = folder.take(np.array([index]))
+    one = folder.subset(np.array([index]))
     crops = center_crops(one, size=size, fraction=CENTER_FRACTION, batch_size=1, threads=1, bad={})
     images, _ = next(crops)
     return to_pixels(images[0])

@@ -27,13 +27,12 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from fastbyol.data.voc import LABELS_FILE, VOID, voc_palette
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError
 from fastbyol.tools import corpora as prepare
 
 CLASSES = ["brick", "cell", "clock_motion", "coins", "grass", "gravel", "hubble_deep_field", "moon"]
-VOID = 255
-LABELS_FILE = "labels.txt"
 
 OBJECTS = (1, 3)  # fewest and most per image
 RADIUS = (0.26, 0.42)  # of an object, as a share of the side
@@ -184,13 +183,6 @@ def polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
         # Row and column of pixel centers in the padded mask -> x and y, whose pixel (0, 0) has its center at (0.5, 0.5).
         found.append((line[:-1, ::-1] - 0.5).ravel().tolist())
     return found
-
-
-def voc_palette() -> list[int]:
-    """The colors of VOC's masks, 256 times red, green, blue: bits of the class, highest first, dealt out to the channels."""
-    return [
-        sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for k in range(256) for channel in range(3)
-    ]
 
 
 def _coco(names: list[str], per_image: list[list[dict[str, Any]]], size: int) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastbyol.data import beton, open_split
-from fastbyol.data.beton import BadBeton, open_beton, pack
+from fastbyol.data import pack as pack_module
+from fastbyol.data.beton import BadBeton, open_beton
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.folder import index_folder
+from fastbyol.data.pack import AUTO_RAW_BYTES, pack
 from fastbyol.errors import InputError
 
 
@@ -73,7 +75,7 @@ def test_raw_pixels_are_the_decoded_ones(corpus, tmp_path):
 def test_auto_keeps_small_images_raw_and_others_jpeg(corpus, tmp_path):
     images, _, found = write(corpus, tmp_path / "x.beton")
     for i in range(len(images)):
-        expected = beton.RAW if decode(images.read(i)).nbytes <= beton.AUTO_RAW_BYTES else beton.JPEG
+        expected = beton.RAW if decode(images.read(i)).nbytes <= AUTO_RAW_BYTES else beton.JPEG
         assert found.modes[i] == expected, images.name(i)
     assert set(found.modes.tolist()) == {beton.RAW, beton.JPEG}
 
@@ -96,7 +98,7 @@ def test_quality_is_that_of_new_jpegs(corpus, tmp_path):
 
 
 def test_an_image_larger_than_a_page_makes_the_pages_larger(folder_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(beton, "PAGE_SIZE", 1 << 12)
+    monkeypatch.setattr(pack_module, "PAGE_SIZE", 1 << 12)
     root = folder_of({f"{i}.jpg": jpeg(i, 20 + 10 * i, 30) for i in range(8)})
     _, _, found = write(root, tmp_path / "x.beton", mode="raw")
     page = int(np.fromfile(tmp_path / "x.beton", beton.HEADER, 1)["page_size"][0])
@@ -121,9 +123,9 @@ def test_a_beton_file_can_be_packed_again(corpus, tmp_path):
 
 def test_taking_a_part_keeps_the_samples_numbers(corpus, tmp_path):
     _, _, found = write(corpus, tmp_path / "x.beton", mode="jpg")
-    part = found.take(np.array([7, 2]))
+    part = found.subset(np.array([7, 2]))
     assert [part.read(0), part.read(1)] == [found.read(7), found.read(2)]
-    assert part.where(0) == f"{tmp_path / 'x.beton'}, sample 7"
+    assert part.location(0) == f"{tmp_path / 'x.beton'}, sample 7"
 
 
 def test_bad_images_stop_the_writing_or_are_left_out(folder_of, tmp_path):
@@ -186,7 +188,7 @@ def intact(tmp_path_factory):
         for i in range(3):
             (folder / "train" / c / f"{i}.jpg").write_bytes(jpeg(i, 16 + 60 * (i == 2), 20 + 70 * (i == 2)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(beton, "PAGE_SIZE", 1 << 12)
+        patch.setattr(pack_module, "PAGE_SIZE", 1 << 12)
         pack(index_folder(folder / "train"), folder / "x.beton")
     data = (folder / "x.beton").read_bytes()
     found = open_beton(folder / "x.beton")
@@ -324,8 +326,8 @@ def put(array, field, value, index=0):
         (lambda rows, **_: put(rows, "f1", 10**15, 4), "sample 4: its label is not in 0"),
         (lambda rows, **_: put(rows, "f1", 2, 4), "its class names are damaged"),
         (lambda table, **_: put(table, "start", 8), "allocation 0 starts before the pages"),
-        (lambda table, **_: put(table, "start", 2**64 - 1), "allocation 5 starts behind the pages"),
-        (lambda table, **_: put(table, "size", 2**64 - 1), "allocation 0 ends behind the pages"),
+        (lambda table, **_: put(table, "start", 2**64 - 1), "allocation 5 starts after the pages"),
+        (lambda table, **_: put(table, "size", 2**64 - 1), "allocation 0 ends after the pages"),
         (lambda table, **_: put(table, "size", table["size"][0] + 1), "allocation 0 overlaps the next"),
         (lambda table, **_: put(table, "sample", 5), "sample 0: the allocation table does not hold its image"),
     ],
@@ -439,8 +441,8 @@ def test_the_header_is_written_last(corpus, tmp_path, monkeypatch):
     """A process killed while it writes leaves a hidden file without a header, never one that looks whole."""
     seen = []
     monkeypatch.setattr(os, "replace", lambda a, b: seen.append((a, b)))
-    monkeypatch.setattr(beton._Writer, "finish", lambda self: self._file.flush() or 0)
-    monkeypatch.setattr(beton.Path, "unlink", lambda self, missing_ok=False: None)
+    monkeypatch.setattr(pack_module._Writer, "finish", lambda self: self._file.flush() or 0)
+    monkeypatch.setattr(pack_module.Path, "unlink", lambda self, missing_ok=False: None)
     pack(index_folder(corpus), tmp_path / "x.beton")
     partial = seen[0][0]
     assert partial.name.startswith(".") and partial.suffix == ".partial"

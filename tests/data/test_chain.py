@@ -16,9 +16,10 @@ from helpers.loaders import collect, make_loader, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbyol.data import native, open_split, views
+from fastbyol.data import open_split, rendering, views
 from fastbyol.data.decode import decode, decode_reduced, jpeg_size
 from fastbyol.data.folder import ImageFolder
+from fastbyol.data.rendering import Renderer
 from fastbyol.kernels import augment, crop, dispatch
 from fastbyol.kernels.augment import IMAGENET_STD
 
@@ -49,10 +50,11 @@ def test_every_view_is_within_one_255th_of_the_reference(height, width, size, au
     image = smooth_image(seed, height, width)
     params = views.sample(augmentation, seed, 0, [seed], [image.shape[:2]])
     expected = views.apply_reference([torch.from_numpy(image)], params, size)
-    scratch = native.Scratch(size)
+    renderer = Renderer(size)
     for v, p in enumerate(params.pack()[0]):
         out = np.empty((size, size, 3), dtype=np.float32)
-        scratch.render(image, params.box[0, v].tolist(), p, out)
+        renderer.crop(image, params.box[0, v].tolist(), bool(p[augment.FLIP]))
+        renderer.augment(p, out)
         error = np.abs(out - expected[v, 0].permute(1, 2, 0).numpy()) * STD
         assert error.max() < 1 / 255
 
@@ -84,9 +86,9 @@ def test_the_reduced_size_keeps_the_output_s_resolution(folder_of, monkeypatch):
         return image
 
     shapes = []
-    render = native.Scratch.render
-    monkeypatch.setattr(native, "decode_reduced", watched)
-    monkeypatch.setattr(native.Scratch, "render", lambda self, *args: shapes.append(args[1]) or render(self, *args))
+    crop_view = Renderer.crop
+    monkeypatch.setattr(rendering, "decode_reduced", watched)
+    monkeypatch.setattr(Renderer, "crop", lambda self, *args: shapes.append(args[1]) or crop_view(self, *args))
     collect(make_loader(root, dct_scaling=True), 0, 8)
     assert {factor for _, factor, _ in seen} >= {1, 2}
     for (height, width), factor, shape in seen:

@@ -163,7 +163,7 @@ def test_what_is_left_out_is_counted_and_named(folder_of):
     assert folder.notes == (
         f"{root}/train: left out: 2 .heic, 1 .csv, 1 .txt, 1 without extension; folders without an image: b, empty",
     )
-    assert folder.take(np.array([1])).relabel(np.array([0]), ["x"]).notes == folder.notes
+    assert folder.subset(np.array([1])).with_labels(np.array([0]), ["x"]).notes == folder.notes
 
 
 def test_hidden_files_and_folders_are_passed_over_and_counted(folder_of):
@@ -272,7 +272,7 @@ def test_classes_have_one_number_in_either_unicode_form(folder_of):
     both = open_split(folder_of({f"both/{name}/1.jpg": b"" for name in ("a", NFD, NFC)}), "both")
     assert both.classes == ["a", NFC]
     assert both.labels.tolist() == [0, 1, 1]
-    assert "names differ in Unicode's normal form only are one class" in both.notes[0]
+    assert "names differ only in Unicode's normal form are one class" in both.notes[0]
 
 
 def test_a_fingerprint_tells_which_class_changed(folder_of, tmp_path):
@@ -283,7 +283,7 @@ def test_a_fingerprint_tells_which_class_changed(folder_of, tmp_path):
     assert {name: count for name, (count, _) in first.fingerprint().items()} == {"a": 3, "b": 3}
     assert all(re.fullmatch("[0-9a-f]{16}", digest) for _, digest in first.fingerprint().values())
     assert open_split(root, "flat").fingerprint()[""][0] == 2
-    assert first.take(np.array([0, 1, 2, 5, 4, 3])).fingerprint()["b"] != first.fingerprint()["b"]
+    assert first.subset(np.array([0, 1, 2, 5, 4, 3])).fingerprint()["b"] != first.fingerprint()["b"]
     shutil.move(root, tmp_path / "moved")
     assert open_split(tmp_path / "moved", "train").fingerprint() == first.fingerprint()
     (tmp_path / "moved/train/b/2.jpg").rename(tmp_path / "moved/train/b/3.jpg")
@@ -295,7 +295,7 @@ def test_a_fingerprint_tells_which_class_changed(folder_of, tmp_path):
 
 def test_spread_keeps_all_classes(folder_of):
     folder = open_split(folder_of({f"{c}/{i}.jpg": b"" for c in "abc" for i in range(10)}), ".")
-    part = folder.spread(6)
+    part = folder.subsample(6)
     assert len(part) == 6
     assert set(part.labels.tolist()) == {0, 1, 2}
-    assert folder.spread(30) is folder
+    assert folder.subsample(30) is folder

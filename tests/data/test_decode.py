@@ -16,9 +16,13 @@ from helpers.mutations import HEIGHT, WIDTH, exif, mutations, picture, saved, se
 from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from fastbyol.config import DataConfig
-from fastbyol.data import beton, build_loader, open_split
+from fastbyol.data import build_loader, metadata, open_split
 from fastbyol.data import decode as module
-from fastbyol.data.decode import BadImage, as_stored, decode, decode_reduced, jpeg_size, without_metadata
+from fastbyol.data import pack as pack_module
+from fastbyol.data.beton import JPEG, open_beton
+from fastbyol.data.decode import BadImage, as_stored, decode, decode_reduced, jpeg_size
+from fastbyol.data.metadata import without_metadata
+from fastbyol.data.pack import pack
 from fastbyol.errors import InputError
 from fastbyol.evaluate import dense, segmentation
 from fastbyol.tools.preview import write_preview
@@ -464,7 +468,7 @@ def outcome(data):
 def test_all_formats_that_pillow_writes_are_among_the_seeds_and_decode():
     found = set()
     for name, data in seeds().items():
-        with module._quiet(), Image.open(io.BytesIO(data), formats=module.FORMATS) as image:
+        with metadata.quiet(), Image.open(io.BytesIO(data), formats=module.FORMATS) as image:
             found.add({"MPO": "JPEG"}.get(image.format, image.format.upper()))
         assert 130 < decode(data).mean() < 170, name
     assert set(module.FORMATS) & Image.SAVE.keys() <= found
@@ -511,14 +515,14 @@ def test_pack_keeps_the_good_and_names_the_bad_of_mutated_files(mixed, tmp_path)
     bad = [i for i in range(len(images)) if isinstance(expected[images.name(i)], str)]
     assert len(good) >= 45
     assert len(bad) >= 20
-    text = beton.pack(images, tmp_path / "x.beton", mode="raw", skip_bad=True)
+    text = pack(images, tmp_path / "x.beton", mode="raw", skip_bad=True)
     name = images.name(bad[0])
     assert f"{len(good)} images" in text
     assert f"{len(bad)} left out, the first: {root}/train/{name}: {expected[name]}" in text
-    found = beton.open_beton(tmp_path / "x.beton")
+    found = open_beton(tmp_path / "x.beton")
     assert all(np.array_equal(found.read(k), expected[images.name(i)]) for k, i in enumerate(good))
     with pytest.raises(InputError, match="--skip-bad"):
-        beton.pack(images, tmp_path / "y.beton", mode="raw")
+        pack(images, tmp_path / "y.beton", mode="raw")
 
 
 def test_a_training_goes_on_and_names_the_bad_of_mutated_files(mixed, make_config, tmp_path, one_thread):
@@ -589,10 +593,10 @@ def is_close(a, b):
 
 def test_native_and_packed_images_are_upright(oriented, tmp_path):
     images = open_split(oriented, "train")
-    beton.pack(images, tmp_path / "raw.beton", mode="raw")
+    pack(images, tmp_path / "raw.beton", mode="raw")
     assert is_close(views_of(oriented, "train", "native"), views_of(tmp_path, "raw", "native"))
-    beton.pack(images, tmp_path / "jpg.beton", mode="jpg")
-    found = beton.open_beton(tmp_path / "jpg.beton")
+    pack(images, tmp_path / "jpg.beton", mode="jpg")
+    found = open_beton(tmp_path / "jpg.beton")
     assert [is_turned(found.read(k)) if found.modes[k] else is_turned(decode(found.read(k))) for k in range(16)] == 4 * [
         True, True, True, False
     ]  # fmt: skip
@@ -607,9 +611,9 @@ def test_dali_has_images_upright(oriented):
 def test_ffcv_has_images_upright_that_another_writer_stored_with_their_exif(oriented, tmp_path):
     images = open_split(oriented, "train")
     with open(tmp_path / "x.beton", "w+b") as file:
-        writer = beton._Writer(file, len(images), [])
+        writer = pack_module._Writer(file, len(images), [])
         for k in range(len(images)):
-            writer.add(beton.Sample(beton.JPEG, WIDTH, HEIGHT, images.read(k)), -1)
+            writer.add(pack_module.Sample(JPEG, WIDTH, HEIGHT, images.read(k)), -1)
         writer.finish()
     expected = views_of(oriented, "train", "native")
     assert is_close(expected, views_of(tmp_path, "x", "native"))
@@ -618,5 +622,5 @@ def test_ffcv_has_images_upright_that_another_writer_stored_with_their_exif(orie
 
 def test_sides_that_libjpeg_cannot_write_are_refused(folder_of, tmp_path):
     root = folder_of({"train/1.png": saved(Image.new("L", (65_510, 2)), "PNG"), "train/2.jpg": jpeg(0)})
-    text = beton.pack(open_split(root, "train"), tmp_path / "x.beton", mode="jpg", skip_bad=True)
+    text = pack(open_split(root, "train"), tmp_path / "x.beton", mode="jpg", skip_bad=True)
     assert "1.png: 65510x2 pixels: a .beton file holds sides up to 65,500; --max-side reduces them" in text

@@ -9,9 +9,11 @@ import torch
 from helpers.common import HANG_S, jpeg
 from helpers.loaders import BATCH, SIZE, collect, make_loader, same
 
-from fastbyol.data import native, open_split, views
+from fastbyol.data import native, open_split, rendering, views
+from fastbyol.data.crops import center_crops
 from fastbyol.data.decode import decode
 from fastbyol.errors import InputError, RunError
+from fastbyol.kernels import augment, crop
 
 
 def loader_threads():
@@ -77,7 +79,7 @@ def test_seed_changes_order_and_views(photos):
 
 def test_one_decode_per_image(photos, monkeypatch):
     calls = []
-    monkeypatch.setattr(native, "decode", lambda *args: calls.append(1) or decode(*args))
+    monkeypatch.setattr(rendering, "decode", lambda *args: calls.append(1) or decode(*args))
     collect(make_loader(photos), 0, 5)
     assert len(calls) == 5 * BATCH
 
@@ -94,7 +96,7 @@ def test_an_early_break_stops_the_workers_and_the_loader_starts_again(photos):
 
 def test_a_slow_consumer_blocks_the_producers(photos, monkeypatch):
     calls = []
-    monkeypatch.setattr(native, "decode", lambda *args: calls.append(1) or decode(*args))
+    monkeypatch.setattr(rendering, "decode", lambda *args: calls.append(1) or decode(*args))
     batches = make_loader(photos, prefetch_batches=2).batches(0, 1000)
     next(batches)
     deadline = time.monotonic() + HANG_S
@@ -117,7 +119,7 @@ def test_an_exception_in_a_worker_reaches_the_consumer(photos, monkeypatch):
     def explode(*args):
         raise ZeroDivisionError("in a worker")
 
-    monkeypatch.setattr(native.augment, "augment_into", explode)
+    monkeypatch.setattr(rendering.augment, "augment_into", explode)
     with pytest.raises(ZeroDivisionError, match="in a worker"):
         collect(make_loader(photos), 0, 5)
 
@@ -190,12 +192,12 @@ def test_center_crops_are_all_images_once_in_order(flawed):
     folder = open_split(flawed, "train")
     bad = {}
     images, indices = zip(
-        *native.center_crops(folder, size=SIZE, fraction=0.875, batch_size=7, threads=2, bad=bad), strict=True
+        *center_crops(folder, size=SIZE, fraction=0.875, batch_size=7, threads=2, bad=bad), strict=True
     )
     assert np.concatenate(indices).tolist() == [i for i in range(22) if i not in (5, 11)]
     assert set(bad) == {5, 11}
     assert sum(map(len, images)) == 20
     image = decode(folder.read(0))
     box = views.center_box(*image.shape[:2], 0.875)
-    expected = native.crop.crop_reference(torch.from_numpy(image), box, flip=False, size=SIZE)
-    assert (images[0][0] - native.augment.normalize_reference(expected)).abs().max() < 1e-3
+    expected = crop.crop_reference(torch.from_numpy(image), box, flip=False, size=SIZE)
+    assert (images[0][0] - augment.normalize_reference(expected)).abs().max() < 1e-3

@@ -12,8 +12,8 @@ from helpers.common import jpeg
 from fastbyol.cli import COMMANDS, main
 from fastbyol.config import EVALUATIONS, Config, DataConfig, FinetuneEval, KnnEval, expand_path
 from fastbyol.data import find_images, open_split
-from fastbyol.data.beton import pack
 from fastbyol.data.folder import index_folder
+from fastbyol.data.pack import pack
 from fastbyol.errors import InputError
 from fastbyol.evaluate import evaluate
 from fastbyol.evaluate.features import check_splits, open_splits
@@ -172,7 +172,7 @@ def test_a_root_may_be_a_file(folder_of, tmp_path):
     with pytest.raises(InputError, match=r"x.beton is one file, the training split; data.val_split names another"):
         find_images(DataConfig(root=str(file)), "val")
     with pytest.raises(
-        InputError, match=r"x.beton: this file is one split, and there is no .*other beside it; data.train_split=. is"
+        InputError, match=r"x.beton: this file is one split, and there is no .*other next to it; data.train_split=. is"
     ):
         find_images(DataConfig(root=str(file), train_split="other"), "train")
     for val in (str(tmp_path / "y.beton"), "y.beton", "y"):  # a path in full, or beside the file
@@ -286,7 +286,7 @@ def test_names_in_a_packed_file_are_numbered_as_in_a_folder(folder_of, tmp_path)
     folder = open_split(root, "train")
     assert folder.classes == ["a", "z", "\u00e9"]
     pack(folder, tmp_path / "x.beton", mode="jpg")
-    old = folder.relabel(np.array([0, 0, 1, 1, 2, 2]), ["a", "e\u0301", "z"])
+    old = folder.with_labels(np.array([0, 0, 1, 1, 2, 2]), ["a", "e\u0301", "z"])
     pack(old, tmp_path / "y.beton", mode="jpg")
     for name in ("x.beton", "y.beton"):
         packed = open_split(tmp_path, name)

@@ -11,7 +11,7 @@ import pytest
 
 from fastbyol.config import DataConfig
 from fastbyol.data import find_images, folder, open_split
-from fastbyol.data.beton import pack
+from fastbyol.data.pack import pack
 from fastbyol.errors import InputError
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"  # one word in Unicode's composed and decomposed form
@@ -107,7 +107,7 @@ def test_a_list_of_paths_and_names(root, tmp_path):
         ("# nothing", "it names no image"),
         ("a00.jpg\na00.jpg", "line 2: 'a00.jpg' names a/a00.jpg again, after line 1"),
         ("a00.jpg\n\na/a00.jpg", "line 3: 'a/a00.jpg' names a/a00.jpg again, after line 1"),
-        ("a00.jpg\nx\ny", r"line 2: 'x' is not in .*train \(as 1 more\)"),
+        ("a00.jpg\nx\ny", r"line 2: 'x' is not in .*train \(and 1 more\)"),
     ],
 )
 def test_lists_that_do_not_fit(root, tmp_path, text, message):
@@ -122,7 +122,7 @@ def test_a_missing_list_and_an_ambiguous_name(root, tmp_path):
         part(root, file_list=str(tmp_path / "none.txt"))
     listed = tmp_path / "some.txt"
     listed.write_text("0.jpg")
-    with pytest.raises(InputError, match=r"'0.jpg' is several images of .*: give paths"):
+    with pytest.raises(InputError, match=r"'0.jpg' is the name of multiple images of .*: give paths"):
         part(root, train_split="val", file_list=str(listed))
 
 
@@ -199,7 +199,7 @@ def test_a_path_is_not_taken_for_an_image_elsewhere(root, tmp_path):
 @pytest.mark.parametrize("line", ["a/a01.jpg,0", "a/a01.jpg 0", "a/a01.jpg\t1", '"a/a01.jpg"', "a/a01.jpg;cat"])
 def test_a_list_with_more_than_paths_is_told_so(root, tmp_path, line):
     (tmp_path / "list").write_text(f"{line}\n")
-    with pytest.raises(InputError, match=r"line 1: .* is not in .*train: write one path a line, and nothing else$"):
+    with pytest.raises(InputError, match=r"line 1: .* is not in .*train: write one path per line, and nothing else$"):
         part(root, file_list=str(tmp_path / "list"))
 
 
@@ -294,7 +294,7 @@ def settle(base):
 
 
 def test_a_cache_of_another_version_or_pillow_is_made_again(root, cached, monkeypatch):
-    monkeypatch.setattr(folder, "_FORMAT", "1 .jpg")
+    monkeypatch.setattr(folder, "_CACHE_FORMAT", "1 .jpg")
     open_split(root, "train")
     monkeypatch.undo()
     monkeypatch.setattr(folder, "CACHE_FROM_IMAGES", 10)

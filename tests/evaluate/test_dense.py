@@ -15,6 +15,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from fastbyol.config import DetectionEval, ModelConfig, SegmentationEval
 from fastbyol.data import open_split
 from fastbyol.data.decode import decode
+from fastbyol.data.voc import VOID
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import dense
 from fastbyol.evaluate.detection import DETECTION, CocoImage, _sample, build_detector, evaluate_detector, open_coco
@@ -31,7 +32,6 @@ from fastbyol.evaluate.segmentation import (
 )
 from fastbyol.layers import batch_norms, convert
 from fastbyol.model import build_backbone
-from fastbyol.tools.shapes import VOID
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -734,9 +734,9 @@ def test_file_names_of_all_kinds(folder, monkeypatch, how, relative):
     files = DETECTION.calibration(data)
     monkeypatch.chdir("/") if not relative else None
     assert len(data.train) == len(files) == 8
-    assert Path(files.where(3)).samefile(data.train[3].file)
+    assert Path(files.location(3)).samefile(data.train[3].file)
     assert decode(files.read(3)).shape == decode(data.train[3].file.read_bytes()).shape
-    assert [Path(files.where(i)).name for i in range(8)] == [f"train{i}.jpg" for i in range(8)]
+    assert [Path(files.location(i)).name for i in range(8)] == [f"train{i}.jpg" for i in range(8)]
 
 
 def test_every_image_is_decoded_before_the_training(folder):

@@ -21,9 +21,9 @@ from torch import nn
 
 from fastbyol.config import EVALUATIONS, Config, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
 from fastbyol.data import open_split
-from fastbyol.data.beton import pack
+from fastbyol.data.crops import random_crops
 from fastbyol.data.folder import ImageFolder
-from fastbyol.data.native import random_crops
+from fastbyol.data.pack import pack
 from fastbyol.data.views import apply_reference, epoch_order, sample
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import BYOL_ROW, PIXELS_ROW, TASKS, UNTRAINED_ROW, eval_context, evaluate, load_checkpoint_model
@@ -280,7 +280,7 @@ def test_shortage_is_said_from_one_per_cent_on_and_of_classes(folder_of):
     assert (
         missing_images_warning(images, range(5)) == "5 of 400 images of /d cannot be read: results are of the other 395"
     )
-    gone = missing_images_warning(images.take(np.array([0, 1, 2, 150, 250, 350])), [3, 5])
+    gone = missing_images_warning(images.subset(np.array([0, 1, 2, 150, 250, 350])), [3, 5])
     assert gone == "2 of 6 images of /d cannot be read: results are of the other 4, none is of b, d"
 
 
@@ -302,8 +302,8 @@ def test_online_knn_names_unreadable_images_once_and_its_number_is_of_the_others
 def test_images_named_by_the_online_knn_have_the_set_s_indices(photos):
     images = open_split(photos, "train")
     for limit in (1, 7, 71, 72, 500):
-        part, places = images.spread(limit), images.evenly(limit)
-        assert [part.where(i) for i in range(len(part))] == [images.where(int(i)) for i in places]
+        part, places = images.subsample(limit), images.subsample_indices(limit)
+        assert [part.location(i) for i in range(len(part))] == [images.location(int(i)) for i in places]
 
 
 def capsys_lines(capsys, work):
@@ -466,7 +466,7 @@ def test_a_rate_that_diverges_leaves_the_others(run):
 
 def test_a_backbone_without_batchnorm_takes_batches_of_one(photos):
     backbone = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    images = open_split(photos, "train").take(np.arange(3))
+    images = open_split(photos, "train").subset(np.arange(3))
     network = finetune(backbone, images, frame(), base_lr=1.0, epochs=1, batch_size=1)
     assert not torch.equal(network[0][0].weight, backbone[0].weight)
 
@@ -618,11 +618,11 @@ def test_the_rate_of_several_is_picked_on_held_out_labels(run, monkeypatch):
     accuracies = {0.1: 0.25, 1.0: 0.5, 3.0: 0.375}
 
     def train_on(backbone, images, frame, *, base_lr, **options):
-        trained.append((base_lr, {images.where(k) for k in range(len(images))}))
+        trained.append((base_lr, {images.location(k) for k in range(len(images))}))
         return base_lr
 
     def accuracy(base_lr, split, frame):
-        tested.append({split.where(k) for k in range(len(split))})
+        tested.append({split.location(k) for k in range(len(split))})
         return {"top1": accuracies[base_lr], "top5": 1.0}
 
     monkeypatch.setattr("fastbyol.evaluate.finetune.finetune", train_on)
@@ -775,7 +775,7 @@ def test_dense_protocols_want_a_root(protocol):
 def test_robustness_decodes_an_image_once_for_all_strengths(run, photos, monkeypatch):
     original, read = ImageFolder.read, []
     monkeypatch.setattr(
-        ImageFolder, "read", lambda self, index: read.append(self.where(index)) or original(self, index)
+        ImageFolder, "read", lambda self, index: read.append(self.location(index)) or original(self, index)
     )
     evaluate("robustness", RobustnessEval(run=str(run), epochs=1, baselines=False), print)
     counts = Counter(read)

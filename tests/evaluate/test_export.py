@@ -26,7 +26,7 @@ from timm.models import VisionTransformer
 from fastbyol.cli import main
 from fastbyol.config import Config, DataConfig, ModelConfig
 from fastbyol.data import find_images
-from fastbyol.data.native import center_crops
+from fastbyol.data.crops import center_crops
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate.features import CENTER_FRACTION
 from fastbyol.model import build_backbone, build_model

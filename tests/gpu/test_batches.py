@@ -7,7 +7,8 @@ import torch
 from helpers.on_device import DEVICE, give_back_memory, needs_cuda, no_synchronization, stall, write_corpus
 
 from fastbyol.config import DataConfig
-from fastbyol.data import beton, build_loader, open_split
+from fastbyol.data import build_loader, open_split
+from fastbyol.data.pack import pack
 from fastbyol.kernels.augment import IMAGENET_STD
 from fastbyol.runtime.environment import FFCV_COMMAND, dali_install_command, has_module
 
@@ -23,7 +24,7 @@ def stored(tmp_path_factory):
     """The photographs as a folder and as two .beton files."""
     root = write_corpus(tmp_path_factory.mktemp("corpus"))
     for mode in ("jpg", "raw"):
-        beton.pack(open_split(root, "train"), root / f"{mode}.beton", mode=mode)
+        pack(open_split(root, "train"), root / f"{mode}.beton", mode=mode)
     return root
 
 

@@ -11,9 +11,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from fastbyol.cli import main
+from fastbyol.data.voc import VOID
 from fastbyol.errors import InputError
 from fastbyol.tools import corpora as prepare
-from fastbyol.tools.shapes import CLASSES, SHAPES, VISIBLE_SHARE, VOID, annotation, compose, polygons, prepare_shapes
+from fastbyol.tools.shapes import CLASSES, SHAPES, VISIBLE_SHARE, annotation, compose, polygons, prepare_shapes
 
 
 @pytest.fixture(scope="module")
