@@ -85,7 +85,7 @@ class DaliLoader(NativeLoader):
             if preallocate_px:
                 for side in ("width", "height"):
                     self._hints |= {f"preallocate_{side}_hint": preallocate_px}
-        else:  # decoded images take no more memory than the files read ahead would if they were decoded
+        else:  # DALI's batches and the workers' (as many) hold at most `readahead_images` decoded images
             self.batches_in_flight = CPU_BATCHES_IN_FLIGHT
             self.readahead_images = max(self.readahead_images, 2 * CPU_BATCHES_IN_FLIGHT)
             self.decode_batch = min(CPU_BATCH, self.readahead_images // (2 * CPU_BATCHES_IN_FLIGHT))
@@ -131,9 +131,20 @@ class DaliLoader(NativeLoader):
         """Copy pixels to pinned memory if there is a GPU. The readers do it, not the thread that launches the step."""
         return pixels if self.device.type == "cpu" else torch.from_numpy(pixels).pin_memory()
 
-    def _decoder_input(self, reading: PrefetchPool[int, Prepared]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield index and pixels of the images in order. The workers take turns driving DALI."""
-        for batch, images in self.decoder(self._group(reading)).batches():
+    def _start_source(self, start: int, stop: int) -> PrefetchPool[Any, Any]:
+        """Start the readers, and a thread that passes their images through DALI."""
+        reading = self._start_reading(start, stop)
+        return PrefetchPool(
+            lambda: lambda decoded: decoded,
+            self.decoder(self._group(reading)).batches(),
+            threads=1,
+            window=CPU_BATCHES_IN_FLIGHT,
+            name="fastbyol-loader-dali",
+            upstream=reading,
+        )
+
+    def _images(self, source: PrefetchPool[Any, Any]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        for batch, images in source:
             for prepared, pixels in zip(batch, images, strict=True):
                 yield prepared.index, pixels
 

@@ -57,14 +57,14 @@ class NativeLoader(DeterministicLoader):
         """Yield the batches of steps start .. stop - 1; leaving the loop early stops all threads."""
         ring = [Slot(self) for _ in range(self.prefetch_batches + 1)]
         device_slots = DeviceSlots(self.device) if self.device.type == "cuda" else None
-        reading = self._start_reading(start, stop)
+        source = self._start_source(start, stop)
         rendering = PrefetchPool(
             lambda: self.worker_class(self),
-            self._plan(start, stop, ring, self._decoder_input(reading)),
+            self._plan(start, stop, ring, self._images(source)),
             threads=self.threads,
             window=len(ring) * self.batch_size,
             name="fastbyol-loader-worker",
-            upstream=reading,
+            upstream=source,
         )
         try:
             for step in range(start, stop):
@@ -80,7 +80,7 @@ class NativeLoader(DeterministicLoader):
             rendering.close()
 
     def new_reader(self) -> Callable[[int], Any]:
-        """Return a reader's function: index of an image -> what `_decoder_input` takes."""
+        """Return a reader's function: index of an image -> the image in the form that decoding takes."""
         return self.fetch
 
     def _start_reading(self, start: int, stop: int) -> PrefetchPool[int, Any]:
@@ -93,17 +93,21 @@ class NativeLoader(DeterministicLoader):
             name="fastbyol-loader-reader",
         )
 
-    def _decoder_input(self, reading: PrefetchPool[int, Any]) -> Iterator[Any]:
-        """Images in order, as the worker's `load` takes them."""
-        return reading
+    def _start_source(self, start: int, stop: int) -> PrefetchPool[Any, Any]:
+        """Start the threads in front of the workers."""
+        return self._start_reading(start, stop)
+
+    def _images(self, source: PrefetchPool[Any, Any]) -> Iterator[Any]:
+        """Return the images of `source` in order, in the form that the worker's `load` takes."""
+        return source
 
     def _plan(
         self, start: int, stop: int, ring: list[Slot], images: Iterator[Any]
     ) -> Iterator[tuple[BatchPlan, int, Any]]:
-        """The workers' tasks. The pool's window ensures that a batch's slot is free when its first task is taken."""
+        """Yield the workers' tasks. The pool's window ensures that a batch's slot is free when its first task is taken."""
         for step in range(start, stop):
             batch = BatchPlan(ring[step % len(ring)], self.sampler(step), self.indices(step))
             for i in range(self.batch_size):
-                if (image := next(images, None)) is None:  # reading was closed
+                if (image := next(images, None)) is None:  # the source was closed
                     return
                 yield batch, i, image

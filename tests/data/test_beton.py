@@ -1,4 +1,4 @@
-"""The .beton reader and writer: what goes in comes out, ffcv agrees in both directions, damage is named and nothing else happens."""
+"""Reader and writer of .beton files: round trip, compatibility with ffcv in both directions, damaged files."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def write(folder, out, **options):
     return images, pack(images, out, **options), open_beton(out)
 
 
-def test_jpegs_are_copied_byte_for_byte_and_the_rest_is_upright_rgb(corpus, tmp_path):
+def test_jpegs_are_copied_and_other_images_are_converted(corpus, tmp_path):
     images, text, found = write(corpus, tmp_path / "x.beton", mode="jpg")
     assert "13 images (13 JPEG, 0 raw)" in text
     assert found.labels.tolist() == images.labels.tolist()
@@ -56,13 +56,13 @@ def test_jpegs_are_copied_byte_for_byte_and_the_rest_is_upright_rgb(corpus, tmp_
         name, stored = images.name(i), found.read(i)
         if name.endswith(("turned.jpg", "print.jpg", ".png")):
             difference = decode(stored).astype(int) - decode(images.read(i))
-            assert np.abs(difference).mean() < 10, name  # coarse colors at quality 90; another picture is 80 off
+            assert np.abs(difference).mean() < 10, name  # coarse colors at quality 90; another image differs by 80
         else:
             assert stored == images.read(i), name
     assert found.shapes[images.paths.index("a/turned.jpg")].tolist() == [96, 80]
 
 
-def test_raw_pixels_are_the_decoded_ones(corpus, tmp_path):
+def test_raw_mode_stores_the_decoded_pixels(corpus, tmp_path):
     images, text, found = write(corpus, tmp_path / "x.beton", mode="raw")
     assert "(0 JPEG, 13 raw)" in text
     for i in range(len(images)):
@@ -72,7 +72,7 @@ def test_raw_pixels_are_the_decoded_ones(corpus, tmp_path):
         assert np.array_equal(stored, decode(images.read(i)))
 
 
-def test_auto_keeps_small_images_raw_and_others_jpeg(corpus, tmp_path):
+def test_auto_mode_stores_small_images_raw(corpus, tmp_path):
     images, _, found = write(corpus, tmp_path / "x.beton")
     for i in range(len(images)):
         expected = beton.RAW if decode(images.read(i)).nbytes <= AUTO_RAW_BYTES else beton.JPEG
@@ -80,7 +80,7 @@ def test_auto_keeps_small_images_raw_and_others_jpeg(corpus, tmp_path):
     assert set(found.modes.tolist()) == {beton.RAW, beton.JPEG}
 
 
-def test_max_side_reduces_larger_images_alone(corpus, tmp_path):
+def test_max_side_reduces_only_larger_images(corpus, tmp_path):
     images, _, found = write(corpus, tmp_path / "x.beton", mode="jpg", max_side=100)
     for i in range(len(images)):
         before, after = decode(images.read(i)).shape[:2], decode(found.read(i)).shape[:2]
@@ -90,14 +90,14 @@ def test_max_side_reduces_larger_images_alone(corpus, tmp_path):
             assert found.read(i) == images.read(i)
 
 
-def test_quality_is_that_of_new_jpegs(corpus, tmp_path):
+def test_quality_of_new_jpegs(corpus, tmp_path):
     sizes = [
         write(corpus, tmp_path / f"{q}.beton", mode="jpg", max_side=64, quality=q)[2].sizes.sum() for q in (30, 95)
     ]
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_an_image_larger_than_a_page_makes_the_pages_larger(folder_of, tmp_path, monkeypatch):
+def test_pages_grow_to_fit_the_largest_image(folder_of, tmp_path, monkeypatch):
     monkeypatch.setattr(pack_module, "PAGE_SIZE", 1 << 12)
     root = folder_of({f"{i}.jpg": jpeg(i, 20 + 10 * i, 30) for i in range(8)})
     _, _, found = write(root, tmp_path / "x.beton", mode="raw")
@@ -121,14 +121,14 @@ def test_a_beton_file_can_be_packed_again(corpus, tmp_path):
     assert (tmp_path / "again.beton").read_bytes() == (tmp_path / "raw.beton").read_bytes()
 
 
-def test_taking_a_part_keeps_the_samples_numbers(corpus, tmp_path):
+def test_a_subset_keeps_sample_numbers(corpus, tmp_path):
     _, _, found = write(corpus, tmp_path / "x.beton", mode="jpg")
     part = found.subset(np.array([7, 2]))
     assert [part.read(0), part.read(1)] == [found.read(7), found.read(2)]
     assert part.location(0) == f"{tmp_path / 'x.beton'}, sample 7"
 
 
-def test_bad_images_stop_the_writing_or_are_left_out(folder_of, tmp_path):
+def test_bad_images_raise_input_error_or_are_skipped(folder_of, tmp_path):
     root = folder_of({f"a/{i}.jpg": jpeg(i) for i in range(4)} | {"a/9.jpg": b"words", "a/5.jpg": jpeg(5)[:-300]})
     with pytest.raises(InputError, match=r"a/5.jpg: .*truncated.*--skip.bad"):
         pack(index_folder(root), tmp_path / "x.beton")
@@ -146,12 +146,12 @@ def test_bad_images_stop_the_writing_or_are_left_out(folder_of, tmp_path):
         ({"quality": 0}, r"--quality 0: must lie in 1..100"),
     ],
 )
-def test_impossible_options(corpus, tmp_path, options, message):
+def test_invalid_options(corpus, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         pack(index_folder(corpus), tmp_path / "x.beton", **options)
 
 
-def test_nothing_is_overwritten_and_an_interrupt_leaves_nothing(corpus, tmp_path):
+def test_no_overwrite_and_no_partial_file_after_an_interrupt(corpus, tmp_path):
     out = tmp_path / "x.beton"
     out.write_text("mine")
     with pytest.raises(InputError, match="exists; it is not overwritten"):
@@ -167,7 +167,7 @@ def test_nothing_is_overwritten_and_an_interrupt_leaves_nothing(corpus, tmp_path
     assert not list(tmp_path.glob("*.beton")) + list(tmp_path.glob(".x*"))
 
 
-def test_a_file_cut_short_while_it_is_read_is_an_error_not_a_crash(corpus, tmp_path):
+def test_truncation_while_reading_raises_os_error(corpus, tmp_path):
     _, _, found = write(corpus, tmp_path / "x.beton", mode="raw")
     with open(tmp_path / "x.beton", "r+b") as file:
         file.truncate(int(found.starts[3]) + 100)
@@ -176,7 +176,7 @@ def test_a_file_cut_short_while_it_is_read_is_an_error_not_a_crash(corpus, tmp_p
         found.read(3)
 
 
-# --- damage ---
+# --- damaged files ---
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +195,8 @@ def intact(tmp_path_factory):
     return data, [found.read(i) for i in range(len(found))], found.labels.tolist(), folder
 
 
-def check(data, intact, what):
-    """Either BadBeton with the file's name, or images and labels: each right, or refused as damaged by itself."""
+def check(data, intact, case):
+    """Opening raises BadBeton with the file's name, or every image is readable or raises BadImage or OSError."""
     _, images, _, folder = intact
     path = folder / "damaged.beton"
     path.write_bytes(data)
@@ -204,13 +204,13 @@ def check(data, intact, what):
         found = open_beton(path)
     except BadBeton as error:
         assert isinstance(error, ValueError)
-        assert str(error).startswith(f"{path}: "), what
+        assert str(error).startswith(f"{path}: "), case
         assert "\n" not in str(error)
         return False
     assert len(found) <= len(images)
     for i in range(len(found)):
         assert 0 <= found.starts[i]
-        assert found.starts[i] + found.sizes[i] <= len(data), what
+        assert found.starts[i] + found.sizes[i] <= len(data), case
         try:
             pixels = decode(found.read(i))
         except (BadImage, OSError):
@@ -220,7 +220,7 @@ def check(data, intact, what):
     return True
 
 
-def test_the_intact_file_is_read(intact):
+def test_the_intact_file_opens(intact):
     assert check(intact[0], intact, "intact")
 
 
@@ -231,8 +231,8 @@ def test_truncation_at_every_boundary(intact):
     boundaries |= set(range(table - 40, len(data))) | set(range(4096, table, 1024))
     for length in sorted(boundaries):
         opened = check(data[:length], intact, f"cut at {length}")
-        # A table that lost whole entries still ends where an entry does: its images are missed.
-        assert not opened, f"a file cut to {length} of {len(data)} bytes was taken for whole"
+        # A table cut between two entries is detected by its missing images.
+        assert not opened, f"a file cut to {length} of {len(data)} bytes was accepted"
 
 
 def test_every_byte_of_header_rows_and_table_flipped(intact):
@@ -248,7 +248,7 @@ def test_every_byte_of_header_rows_and_table_flipped(intact):
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
-def test_any_bytes_written_over_the_parts_that_are_parsed(intact, draws):
+def test_random_bytes_in_parsed_parts(intact, draws):
     data = bytearray(intact[0])
     table = struct.unpack("<Q", bytes(data[16:24]))[0]
     for _ in range(draws.draw(st.integers(1, 3))):
@@ -270,12 +270,12 @@ def test_any_bytes_written_over_the_parts_that_are_parsed(intact, draws):
 
 @given(st.binary(max_size=4000))
 @settings(max_examples=100, deadline=None)
-def test_any_bytes_at_all(intact, data):
+def test_random_files(intact, data):
     check(data, intact, "random")
 
 
 def rewritten(intact, tmp_path, change):
-    """A copy with header, descriptors, rows and table changed through arrays."""
+    """Copy the file and apply `change` to its header, descriptors, rows and table."""
     data = bytearray(intact[0])
     header = np.frombuffer(data, beton.HEADER, 1)
     n, table = int(header["samples"][0]), int(header["table"][0])
@@ -296,7 +296,7 @@ def put(array, field, value, index=0):
 
 
 @pytest.mark.parametrize(
-    ("change", "fault"),
+    ("change", "message"),
     [
         (lambda header, **_: put(header, "version", 1), "version 1, only 2 is known"),
         (lambda header, **_: put(header, "fields", 0), "it has no fields"),
@@ -332,9 +332,9 @@ def put(array, field, value, index=0):
         (lambda table, **_: put(table, "sample", 5), "sample 0: the allocation table does not hold its image"),
     ],
 )
-def test_the_fault_is_named(intact, tmp_path, change, fault):
+def test_error_messages_of_damaged_files(intact, tmp_path, change, message):
     path = rewritten(intact, tmp_path, change)
-    with pytest.raises(BadBeton, match=fault) as caught:
+    with pytest.raises(BadBeton, match=message) as caught:
         open_beton(path)
     assert str(caught.value).startswith(f"{path}: ")
 
@@ -357,7 +357,7 @@ def test_missing_and_unreadable_files(tmp_path):
         open_beton(tmp_path / "folder.beton")
 
 
-# --- which file a split is ---
+# --- files as splits ---
 
 
 def test_a_split_is_a_folder_or_a_beton_file(corpus, tmp_path):
@@ -373,12 +373,12 @@ def test_a_split_is_a_folder_or_a_beton_file(corpus, tmp_path):
         open_split(root, "test.beton")
 
 
-# --- the real ffcv ---
+# --- compatibility with ffcv ---
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jpg", "raw", "proportion", "smart"])
-def test_files_that_ffcv_writes(mode, tmp_path):
+def test_reading_files_written_by_ffcv(mode, tmp_path):
     path = tmp_path / "ffcv.beton"
     write_with_ffcv(path, mode)
     found = open_beton(path)
@@ -398,13 +398,13 @@ def test_files_that_ffcv_writes(mode, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jpg", "raw", "auto"])
-def test_files_that_ffcv_reads(mode, folder_of, tmp_path):
+def test_ffcv_reads_our_files(mode, folder_of, tmp_path):
     height, width = (60, 50) if mode == "auto" else (80, 100)
     root = folder_of({f"{c}/{i}.jpg": jpeg(10 * k + i, height, width) for k, c in enumerate("abc") for i in range(4)})
     gray = np.ascontiguousarray(pixels_of(77, height, width)[..., :1])
     (root / "c/9.jpg").write_bytes(simplejpeg.encode_jpeg(gray, colorspace="GRAY"))
     images, _, found = write(root, tmp_path / "x.beton", mode=mode)
-    # In a process of its own, since FFCV changes numba's types and torch's number of threads for the whole of one.
+    # In a separate process, since FFCV changes numba's types and torch's number of threads globally.
     command = [sys.executable, "-c", FFCV_READS, str(tmp_path / "x.beton"), str(tmp_path / "read.npz")]
     subprocess.run(command, check=True)
     read = np.load(tmp_path / "read.npz")
@@ -412,7 +412,7 @@ def test_files_that_ffcv_reads(mode, folder_of, tmp_path):
         assert read[f"{manager}_labels"].tolist() == images.labels.tolist()
         for i in range(13):
             difference = np.abs(read[f"{manager}_pixels"][i].astype(int) - decode(found.read(i)))
-            # FFCV asks libjpeg-turbo for its fast inverse DCT, which is off by up to 15 at these images' hard edges.
+            # FFCV uses the fast inverse DCT, which differs by up to 15 at these images' hard edges.
             assert difference.max() <= (0 if found.modes[i] == beton.RAW else 20)
             assert difference.mean() < 2
 
@@ -438,7 +438,7 @@ np.savez(sys.argv[2], **found)
 
 
 def test_the_header_is_written_last(corpus, tmp_path, monkeypatch):
-    """A process killed while it writes leaves a hidden file without a header, never one that looks whole."""
+    """A process killed while writing leaves a hidden file without a valid header."""
     seen = []
     monkeypatch.setattr(os, "replace", lambda a, b: seen.append((a, b)))
     monkeypatch.setattr(pack_module._Writer, "finish", lambda self: self._file.flush() or 0)
@@ -450,7 +450,7 @@ def test_the_header_is_written_last(corpus, tmp_path, monkeypatch):
         open_beton(partial)
 
 
-def test_names_survive_as_json(corpus, tmp_path):
+def test_class_names_survive_as_json(corpus, tmp_path):
     write(corpus, tmp_path / "x.beton")
     data = (tmp_path / "x.beton").read_bytes()
     assert json.dumps(["a", "b"]).encode() in data

@@ -26,7 +26,7 @@ def no_thread_is_left():
     assert loader_threads() == []
 
 
-def test_batches_per_epoch_and_every_image_at_most_once(photos):
+def test_an_epoch_has_no_duplicates(photos):
     loader = make_loader(photos, batch_size=16)
     assert len(loader) == 72 // 16
     for epoch in range(3):
@@ -37,7 +37,7 @@ def test_batches_per_epoch_and_every_image_at_most_once(photos):
         assert indices == views.epoch_order(0, epoch, 72)[:64].tolist()
 
 
-def test_views_equal_the_reference_and_come_as_promised(photos):
+def test_views_match_the_reference_and_the_contract(photos):
     folder = open_split(photos, "train")
     loader = make_loader(photos, seed=5)
     batch = collect(loader, 13, 14)[0]  # epoch 1, batch 1
@@ -54,21 +54,21 @@ def test_views_equal_the_reference_and_come_as_promised(photos):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_batches_are_the_rounded_float32_batches(photos, dtype):
+def test_16_bit_batches_are_rounded_float32_batches(photos, dtype):
     for a, b in zip(collect(make_loader(photos), 0, 2), collect(make_loader(photos, dtype=dtype), 0, 2), strict=True):
         assert b[0].dtype == dtype
         assert torch.equal(a[0].to(dtype), b[0])
         assert torch.equal(a[1].to(dtype), b[1])
 
 
-def test_the_same_batches_for_any_number_of_threads(photos):
+def test_batches_do_not_depend_on_threads(photos):
     one = collect(make_loader(photos, threads=1), 0, 30)
     assert same(one, collect(make_loader(photos, threads=4), 0, 30))
     assert same(one, collect(make_loader(photos, threads=3, prefetch_batches=1), 0, 30))
 
 
 @pytest.mark.parametrize("start", [1, 11, 12, 17, 24])
-def test_the_same_batches_from_any_restart_point(photos, start):
+def test_restart_is_bit_exact(photos, start):
     whole = collect(make_loader(photos), 0, 26)
     assert same(whole[start:], collect(make_loader(photos), start, 26))
 
@@ -84,7 +84,7 @@ def test_one_decode_per_image(photos, monkeypatch):
     assert len(calls) == 5 * BATCH
 
 
-def test_an_early_break_stops_the_workers_and_the_loader_starts_again(photos):
+def test_early_break_stops_all_threads_and_the_loader_restarts(photos):
     loader = make_loader(photos)
     for step, _ in enumerate(loader.batches(0, 1000)):
         if step == 2:
@@ -94,7 +94,7 @@ def test_an_early_break_stops_the_workers_and_the_loader_starts_again(photos):
     assert len(collect(loader, 0, 12)) == 12
 
 
-def test_a_slow_consumer_blocks_the_producers(photos, monkeypatch):
+def test_backpressure(photos, monkeypatch):
     calls = []
     monkeypatch.setattr(rendering, "decode", lambda *args: calls.append(1) or decode(*args))
     batches = make_loader(photos, prefetch_batches=2).batches(0, 1000)
@@ -103,12 +103,12 @@ def test_a_slow_consumer_blocks_the_producers(photos, monkeypatch):
     while len(calls) < 3 * BATCH and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
-    assert len(calls) == 3 * BATCH  # the batch in hand and two ahead, however long the consumer takes
+    assert len(calls) == 3 * BATCH  # the consumer's batch and two ahead, however long it takes
     batches.close()
 
 
-def test_waiting_is_measured(photos, monkeypatch):
-    """From the call for a batch to its arrival; not the time that the consumer takes. By a clock of its own."""
+def test_wait_s_measures_waiting(photos, monkeypatch):
+    """From the request for a batch to its arrival, without the consumer's time; measured with a fake clock."""
     loader, clock = make_loader(photos, threads=1), iter([0.0, 3.0, 10.0, 14.0])
     monkeypatch.setattr(native.time, "perf_counter", lambda: next(clock))
     collect(loader, 0, 2)
@@ -134,7 +134,7 @@ def test_fewer_images_than_a_batch(photos):
 
 @pytest.fixture
 def flawed(folder_of):
-    """22 good images and two bad ones: text named .jpg, a truncated JPEG; and two odd ones: 1x1 and 20,000x10."""
+    """18 plain images, two bad ones (text named .jpg, a truncated JPEG) and two of extreme sizes (1x1, 20,000x10)."""
     files = {f"train/a/{i:02d}.jpg": jpeg(i) for i in range(20)}
     files["train/a/05.jpg"] = b"these are words"
     files["train/a/11.jpg"] = jpeg(11)[:-300]
@@ -143,7 +143,7 @@ def flawed(folder_of):
     return folder_of(files)
 
 
-def test_bad_images_are_skipped_named_and_replaced_by_their_neighbors(flawed):
+def test_bad_images_are_reported_and_replaced_by_their_neighbors(flawed):
     loader = make_loader(flawed, max_bad_fraction=0.2)
     batches = collect(loader, 0, 2 * len(loader))
     orders = [views.epoch_order(0, epoch, 22)[: len(loader) * BATCH] for epoch in (0, 1)]
@@ -156,7 +156,7 @@ def test_bad_images_are_skipped_named_and_replaced_by_their_neighbors(flawed):
     assert all(torch.isfinite(view).all() for b in batches for view in b[:2])
 
 
-def test_bad_images_do_not_depend_on_the_number_of_threads(flawed):
+def test_substitutes_do_not_depend_on_threads(flawed):
     runs = [collect(make_loader(flawed, max_bad_fraction=0.2, threads=n), 0, 9) for n in (1, 4)]
     assert same(*runs)
 
@@ -179,7 +179,7 @@ def test_unreadable_files_count_as_bad(folder_of):
     assert "No such file" in next(iter(loader.bad.values()))
 
 
-def test_nothing_readable_is_an_error_not_a_hang(folder_of):
+def test_no_readable_image_raises_run_error(folder_of):
     root = folder_of({f"train/{i}.jpg": b"words" for i in range(8)})
     with pytest.raises(RunError, match="8 of 8 images cannot be read"):
         collect(make_loader(root, max_bad_fraction=0.9), 0, 1)
@@ -188,7 +188,7 @@ def test_nothing_readable_is_an_error_not_a_hang(folder_of):
 # --- evaluation crops ---
 
 
-def test_center_crops_are_all_images_once_in_order(flawed):
+def test_center_crops_yield_all_good_images_in_order(flawed):
     folder = open_split(flawed, "train")
     bad = {}
     images, indices = zip(
