@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Images of one optimizer step. Valid until the next batch is requested; the memory is then reused."""
+    """Images of one optimizer step.
+
+    Valid until the next batch is requested; the memory is then reused.
+    """
 
     views: tuple[Tensor, Tensor]  # each (B, 3, S, S), channels_last, compute dtype, on the device, normalized
     labels: Tensor  # (B,) int64, -1 if the data set has none
@@ -15,9 +18,12 @@ class Batch(NamedTuple):
 
 
 class Loader(Protocol):
-    """Endless epochs of N // B batches, addressed by optimizer step: epoch, batch = divmod(step, len(loader)).
+    """Endless epochs of N // B batches, addressed by optimizer step.
 
-    Each of R ranks yields its share of B / R images; B, and with it the epoch, is the same for any R.
+    epoch, batch = divmod(step, len(loader))
+
+    Each of R ranks yields its share of B / R images; B, and with it the epoch, is the same for any
+    R.
     """
 
     wait_s: float
@@ -29,4 +35,4 @@ class Loader(Protocol):
         """Return the number of batches per epoch: N // B, no partial batch."""
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of steps start .. stop - 1; leaving the loop early stops all background work."""
+        """Yield the batches of steps start .. stop - 1. Leaving early stops all background work."""

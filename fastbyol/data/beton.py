@@ -1,4 +1,4 @@
-"""Reader of FFCV's .beton files, version 2. Checks every number of the file before use; does not need ffcv.
+"""Reader of FFCV's .beton files, version 2. Does not need ffcv; checks every number before use.
 
 Layout, all little-endian:
 
@@ -9,11 +9,12 @@ Layout, all little-endian:
     pages             the images' bytes; no image crosses a multiple of the page size
     allocation table  (sample u8, start u8, size u8) in any order, up to the end of the file
 
-Our writer, pack.py, adds the names of the classes between the pages and the table, and their position in the arguments of
-the label's descriptor; ffcv reads neither.
+Our writer, pack.py, adds the names of the classes between the pages and the table, and their
+position in the arguments of the label's descriptor; ffcv reads neither.
 
-Images are read by pread, not from a memory map: the reader threads wait for the disk without the interpreter lock, and if
-another process truncates the file, that is a read error, where a map would kill the process with SIGBUS.
+Images are read by pread, not from a memory map: the reader threads wait for the disk without the
+interpreter lock, and if another process truncates the file, that is a read error, where a map would
+kill the process with SIGBUS.
 """
 
 import json
@@ -101,8 +102,9 @@ class BetonFile(ImageSet):
 def open_beton(path: Path) -> BetonFile:
     """Open a .beton file with an image field and, for labels, an integer field.
 
-    If there are multiple image or integer fields, the one named "image" or "label" is used, else the first. Classes are
-    numbered by their names, as in a folder; if the file has no names, the numbers are the names.
+    If there are multiple image or integer fields, the one named "image" or "label" is used, else
+    the first. Classes are numbered by their names, as in a folder; if the file has no names, the
+    numbers are the names.
 
     Raises:
         BadBeton: the file is missing, damaged, of another version or not a .beton file.
@@ -121,7 +123,10 @@ def open_beton(path: Path) -> BetonFile:
 
 
 class _Parser:
-    """Reads everything but the pages. No number in the file is used before it is checked against the file's size."""
+    """Reads everything but the pages.
+
+    No number in the file is used before it is checked against the file's size.
+    """
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
@@ -166,7 +171,7 @@ class _Parser:
         )
 
     def _sizes(self, images: NDArray, data_start: int, table_start: int) -> NDArray[np.int64]:
-        """Return the size of each image in bytes, after checking the allocation table against the rows."""
+        """Check the allocation table against the rows; return the size of each image in bytes."""
         self._require(
             data_start <= table_start <= self.size and (self.size - table_start) % TABLE.itemsize == 0,
             f"the allocation table cannot start at byte {table_start}",
@@ -216,7 +221,9 @@ class _Parser:
         return np.append(numbers, UNLABELED)[labels], classes
 
     def _find_field(self, kind: int, wanted: str, types: list[int], names: list[str]) -> int | None:
-        """Return the index of the field of type `kind` that is named `wanted`, else of the first of that type."""
+        """Return the index of the field of type `kind` that is named `wanted`, else of the first of
+        that type.
+        """
         candidates = [i for i, t in enumerate(types) if t == kind]
         return next((i for i in candidates if names[i] == wanted), candidates[0] if candidates else None)
 

@@ -1,4 +1,4 @@
-"""Crops for evaluations: one view per image, rendered by threads while the consumer works on the previous batch."""
+"""Crops for evaluations: one view per image, rendered in threads one batch ahead."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,7 +34,8 @@ def center_crops(
         bad: receives the unreadable images, which are left out: index -> reason.
 
     Yields:
-        images (n, 3, S, S) float32, channels_last, normalized, and their indices (n,); n <= batch_size.
+        images (n, 3, S, S) float32, channels_last, normalized, and their indices (n,); n <=
+        batch_size.
     """
     identity = np.zeros(augment.COLUMNS, dtype=np.float32)
     yield from _render(
@@ -51,9 +52,10 @@ def center_crops(
 def random_crops(
     images: ImageSet, *, size: int, seed: int, epoch: int, batch_size: int, threads: int, bad: dict[int, str]
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Yield one epoch of a classifier's training images: crop and flip (augmentation "crop_flip"), in the epoch's order.
+    """Yield one epoch of a classifier's training images, with augmentation "crop_flip".
 
-    Order and crops are functions of (seed, epoch, position). The last N % batch_size images are dropped.
+    Order and crops are functions of (seed, epoch, position). The last N % batch_size images are
+    dropped.
 
     Args, Yields:
         as `center_crops`.

@@ -1,17 +1,21 @@
-"""DALI decodes: nvJPEG on a GPU, libjpeg-turbo on the CPU. Everything else is the same as with every other backend.
+"""DALI as decoder: nvJPEG on a GPU, libjpeg-turbo on the CPU. The rest is shared with all backends.
 
-DALI gets each image's bytes once, in our order, and decodes the whole image; our kernels cut both views from it. DALI's own
-resize is not used: it reads neighbors from outside the crop and repeats the image's edge, where the published code drops
-them, and it would write both crops to memory once more than a kernel that reads the decoded image.
+DALI gets each image's bytes once, in our order, and decodes the whole image; our kernels cut both
+views from it. DALI's own resize is not used: it reads neighbors from outside the crop and repeats
+the image's edge, where the published code drops them, and it would write both crops to memory once
+more than a kernel that reads the decoded image.
 
-The order of images, their boxes and their views must not depend on the decoder. So the readers inspect each file first: a
-plain JPEG goes to DALI, without its metadata; anything else (EXIF orientation, CMYK, PNG, raw pixels, a truncated file) is
-decoded as in the native backend, and a bad image is replaced by the same neighbor. The inspection is also needed for safety:
-a file that DALI 2.4 cannot parse occasionally crashes the process in its CPU decoder, whose threads go on with an abandoned
-batch. A file that it parses but cannot decode costs a new pipeline, and the host decodes its batch.
+The order of images, their boxes and their views must not depend on the decoder. So the readers
+inspect each file first: a plain JPEG goes to DALI, without its metadata; anything else (EXIF
+orientation, CMYK, PNG, raw pixels, a truncated file) is decoded as in the native backend, and a bad
+image is replaced by the same neighbor. The inspection is also needed for safety: a file that DALI
+2.4 cannot parse occasionally crashes the process in its CPU decoder, whose threads go on with an
+abandoned batch. A file that it parses but cannot decode costs a new pipeline, and the host decodes
+its batch.
 
-On a GPU a batch is decoded on DALI's stream, then cropped and augmented by two kernels on the caller's current stream; the
-pixels never visit the host. On the CPU the workers of native.py cut the views from DALI's memory.
+On a GPU a batch is decoded on DALI's stream, then cropped and augmented by two kernels on the
+caller's current stream; the pixels never visit the host. On the CPU the workers of native.py cut
+the views from DALI's memory.
 """
 
 import time
@@ -91,7 +95,7 @@ class DaliLoader(NativeLoader):
             self.decode_batch = min(CPU_BATCH, self.readahead_images // (2 * CPU_BATCHES_IN_FLIGHT))
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of steps start .. stop - 1; leaving the loop early stops all background work."""
+        """Yield the batches of steps start .. stop - 1. Leaving early stops all background work."""
         if self.device.type == "cpu":
             yield from super().batches(start, stop)
             return
@@ -113,7 +117,7 @@ class DaliLoader(NativeLoader):
         return Decoder(source, self._decode_on_host, **options, device=self.device, hints=self._hints)
 
     def new_reader(self) -> Callable[[int], Prepared]:
-        """Return a reader's function, which reads an image or its substitute and prepares it for DALI."""
+        """Return a reader's function, which prepares an image or its substitute for DALI."""
         return self._prepare
 
     def _prepare(self, index: int) -> Prepared:
@@ -128,7 +132,10 @@ class DaliLoader(NativeLoader):
         return Prepared(used, (pixels.shape[0], pixels.shape[1]), None, self._pin(pixels))
 
     def _pin(self, pixels: NDArray[np.uint8]) -> Any:
-        """Copy pixels to pinned memory if there is a GPU. The readers do it, not the thread that launches the step."""
+        """Copy pixels to pinned memory if there is a GPU.
+
+        The readers do it, not the thread that launches the step.
+        """
         return pixels if self.device.type == "cpu" else torch.from_numpy(pixels).pin_memory()
 
     def _start_source(self, start: int, stop: int) -> PrefetchPool[Any, Any]:
@@ -136,12 +143,15 @@ class DaliLoader(NativeLoader):
         reading = self._start_reading(start, stop)
         return PrefetchPool(
             lambda: lambda decoded: decoded,
-            self.decoder(self._group(reading)).batches(),
+            self._decode(reading),
             threads=1,
             window=CPU_BATCHES_IN_FLIGHT,
             name="fastbyol-loader-dali",
             upstream=reading,
         )
+
+    def _decode(self, reading: PrefetchPool[int, Prepared]) -> Iterator[tuple[list[Prepared], list[Any]]]:
+        yield from self.decoder(self._group(reading)).batches()  # the pipeline is built in the thread that drives it
 
     def _images(self, source: PrefetchPool[Any, Any]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         for batch, images in source:
@@ -249,7 +259,7 @@ class Decoder:
         return [p.encoded for p in batch if p.encoded is not None] or [_EMPTY_JPEG]
 
     def batches(self) -> Iterator[tuple[list[Prepared], list[Any]]]:
-        """Yield each batch with its images: tensors on the GPU, or arrays on the CPU, uint8 (H, W, 3)."""
+        """Yield each batch with its images, uint8 (H, W, 3): GPU tensors or CPU arrays."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         self._pipe.schedule_run()
         while True:
@@ -267,7 +277,10 @@ class Decoder:
             self._pipe.schedule_run()
 
     def _replace_pipeline(self, error: RuntimeError) -> tuple[list[Prepared], list[Any]]:
-        """Decode the oldest batch on the host, which decides which images are bad, and give the others to a new pipeline."""
+        """Decode the oldest batch on the host, and give the others to a new pipeline.
+
+        The host decides which images are bad.
+        """
         batch = self._in_flight.popleft()
         reason = next((line.strip() for line in str(error).splitlines() if "ailed" in line), first_line(error))
         logger.warning(f"DALI cannot decode an image; libjpeg-turbo decodes its batch instead: {reason}")
@@ -279,7 +292,10 @@ class Decoder:
         return decoded, [self._to_device(prepared.pixels) for prepared in decoded]
 
     def _unpack(self, decoded: Any) -> Iterator[Any]:
-        """Yield the images of DALI's output without a copy. An image keeps the memory of its batch alive."""
+        """Yield the images of DALI's output without a copy.
+
+        An image keeps the memory of its batch alive.
+        """
         for k in range(len(decoded)):
             yield torch.from_dlpack(decoded[k]) if self._device.type == "cuda" else np.asarray(decoded[k])
 

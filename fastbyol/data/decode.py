@@ -1,4 +1,7 @@
-"""Decoding: bytes of an image file -> uint8 RGB, upright. JPEG by libjpeg-turbo (simplejpeg), everything else by Pillow."""
+"""Decoding: bytes of an image file -> uint8 RGB, upright.
+
+JPEG by libjpeg-turbo (simplejpeg), everything else by Pillow.
+"""
 
 import ctypes
 import io
@@ -45,7 +48,7 @@ with suppress(AttributeError):  # in some builds of Pillow libtiff cannot be rea
 
 
 class DecodeBuffer:
-    """Memory that a thread reuses for all images: new pages for every image would cost 4 % of a decode."""
+    """Memory that a thread reuses for all images; new pages would cost 4 % of a decode."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, dtype=np.uint8)
@@ -58,15 +61,19 @@ class DecodeBuffer:
 
 
 class BadImage(Exception):
-    """An image that cannot be decoded. The text is the reason in one line, without the file's name."""
+    """An image that cannot be decoded.
+
+    The text is the reason in one line, without the file's name.
+    """
 
 
 def decode(data: bytes | NDArray[np.uint8], buffer: DecodeBuffer | None = None) -> NDArray[np.uint8]:
     """Decode one image.
 
-    Grayscale, palette, CMYK and YCCK are converted to RGB, and alpha is dropped. An orientation in EXIF, or else in XMP, is
-    applied as by PIL.ImageOps.exif_transpose. 16 bits are scaled to 8. Values of 32 bits, integer or float, must lie in
-    0..255, because nothing tells which other value is white. The first of multiple frames is decoded.
+    Grayscale, palette, CMYK and YCCK are converted to RGB, and alpha is dropped. An orientation in
+    EXIF, or else in XMP, is applied as by PIL.ImageOps.exif_transpose. 16 bits are scaled to 8.
+    Values of 32 bits, integer or float, must lie in 0..255, because nothing tells which other value
+    is white. The first of multiple frames is decoded.
 
     Args:
         data: an encoded file, or pixels, which are returned unchanged.
@@ -76,7 +83,8 @@ def decode(data: bytes | NDArray[np.uint8], buffer: DecodeBuffer | None = None) 
         uint8 (H, W, 3), C-contiguous and writable.
 
     Raises:
-        BadImage: the file is empty, truncated, damaged, too large, of an unknown range or not an image.
+        BadImage: the file is empty, truncated, damaged, too large, of an unknown range or not an
+            image.
     """
     if isinstance(data, np.ndarray):
         return data
@@ -110,7 +118,7 @@ def is_complete_jpeg(data: bytes) -> bool:
 def decode_reduced(
     data: bytes, size: tuple[int, int], factor: int, buffer: DecodeBuffer | None = None
 ) -> NDArray[np.uint8]:
-    """Decode a JPEG at 1/factor of its size (each side rounded up) by dropping high frequencies of its DCT.
+    """Decode a JPEG at 1/factor of its size by dropping high frequencies; sides are rounded up.
 
     Args:
         data: a file that `jpeg_size` accepts.
@@ -133,7 +141,7 @@ def decode_reduced(
 
 
 def as_stored(data: bytes) -> Image.Image:
-    """Decode the first frame of a file with Pillow, in its own mode and without applying the orientation.
+    """Decode the first frame of a file with Pillow, in its own mode and orientation.
 
     Raises:
         BadImage: as `decode`, but any range of values is accepted.
@@ -146,8 +154,9 @@ def as_stored(data: bytes) -> Image.Image:
 def _bad_image_errors() -> Iterator[None]:
     """Convert every exception to BadImage.
 
-    The many decoders raise anything on damaged files (struct.error, TypeError, RuntimeError, MemoryError, ...). All of it
-    means that this image is bad, and a run must be able to go on without it.
+    The many decoders raise anything on damaged files (struct.error, TypeError, RuntimeError,
+    MemoryError, ...). All of it means that this image is bad, and a run must be able to go on
+    without it.
     """
     try:
         yield
@@ -162,10 +171,10 @@ def _bad_image_errors() -> Iterator[None]:
 
 
 def _decode_simplejpeg(data: bytes, buffer: DecodeBuffer) -> NDArray[np.uint8] | None:
-    """Decode a common JPEG; return None for CMYK, odd subsampling and every libjpeg warning, which are left to Pillow.
+    """Decode a common JPEG. None leaves CMYK, odd subsampling and libjpeg warnings to Pillow.
 
-    simplejpeg's strict mode turns all warnings into errors. Some are harmless (bytes between markers), some are not
-    (a truncated file): Pillow decodes the former and rejects the latter.
+    simplejpeg's strict mode turns all warnings into errors. Some are harmless (bytes between
+    markers), some are not (a truncated file): Pillow decodes the former and rejects the latter.
     """
     try:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(data)

@@ -18,12 +18,16 @@ class DeviceSlots:
         self._copied, self._used = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
 
     def fill(self, step: int, tensors: list[Tensor]) -> list[Tensor]:
-        """Return pinned `tensors` on the GPU. Work that the caller queues from now on waits for the copy; the host does not."""
+        """Return pinned `tensors` on the GPU.
+
+        Work that the caller queues from now on waits for the copy; the host does not.
+        """
         with span(COPY):
             k = step % 2
             if not self._slots[k]:
                 self._slots[k] = [torch.empty_like(t, device=self._device) for t in tensors]
-                # The allocator may return memory that work queued on the caller's stream still writes to.
+                # The allocator may return memory that work queued on the caller's stream still
+                # writes to.
                 self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(self._used[k])  # of the step before the last
@@ -34,7 +38,10 @@ class DeviceSlots:
             return self._slots[k]
 
     def release(self, step: int) -> None:
-        """Wait until the pinned memory has been read. Call it after all work on the batch has been queued."""
+        """Wait until the pinned memory has been read.
+
+        Call it after all work on the batch has been queued.
+        """
         self._used[step % 2].record()
         self._copied[step % 2].synchronize()
 
@@ -42,10 +49,11 @@ class DeviceSlots:
 def deliver(
     step: int, views: Tensor, labels: Tensor, indices: Tensor, device_slots: DeviceSlots | None, *, dim: int = 0
 ) -> Iterator[Batch]:
-    """Yield one batch, copied to the GPU if there is one. The given memory is free again when the iterator ends.
+    """Yield one batch, copied to the GPU if there is one; the given memory is then free again.
 
     Args:
-        views: (V, B, S, S, 3), or with the views in dimension `dim`; dense, so that it is copied as one block.
+        views: (V, B, S, S, 3), or with the views in dimension `dim`; dense, so that it is copied as
+            one block.
         labels, indices: (B,).
     """
     if device_slots is not None:

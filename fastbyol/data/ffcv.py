@@ -1,18 +1,20 @@
 """FFCV's loader as a backend for .beton files, with one custom operation inside its compiled code.
 
-The operation decodes an image once, into memory of its thread, and writes both views straight into the batch by the kernels
-crop.py and augment.py, with the parameters that every backend draws. FFCV provides the memory map, a thread that makes
-batches ahead, and numba's threads within a batch.
+The operation decodes an image once, into memory of its thread, and writes both views straight into
+the batch by the kernels crop.py and augment.py, with the parameters that every backend draws. FFCV
+provides the memory map, a thread that makes batches ahead, and numba's threads within a batch.
 
-FFCV itself calls libjpeg-turbo with the fast inverse DCT, which changes a view's values by up to 9/255 on photographs, and
-ignores the library's return code. The operation calls the same library with the exact DCT and checks the return code. JPEGs
-with EXIF or XMP, which `fastbyol pack` does not write, may have an orientation and are decoded as in the native backend.
+FFCV itself calls libjpeg-turbo with the fast inverse DCT, which changes a view's values by up to
+9/255 on photographs, and ignores the library's return code. The operation calls the same library
+with the exact DCT and checks the return code. JPEGs with EXIF or XMP, which `fastbyol pack` does
+not write, may have an orientation and are decoded as in the native backend.
 
-To read the file through its memory map, FFCV marks numba's type of one-dimensional bytes as read-only for the whole process,
-which breaks other compiled code. Here the memory map gets a type of its own.
+To read the file through its memory map, FFCV marks numba's type of one-dimensional bytes as
+read-only for the whole process, which breaks other compiled code. Here the memory map gets a type
+of its own.
 
-Also added here: batches in our order from any step on, stopping FFCV's thread when the loop is left early, and raising an
-error of that thread in the consumer.
+Also added here: batches in our order from any step on, stopping FFCV's thread when the loop is left
+early, and raising an error of that thread in the consumer.
 """
 
 import time
@@ -126,7 +128,7 @@ class FfcvLoader(DeterministicLoader):
 
 
 class _TwoViews(SimpleRGBImageDecoder):
-    """FFCV operation: image field -> both views of each image, float32 or the bits of a 16-bit float, and an error code."""
+    """FFCV operation: image field -> both views, float32 or 16-bit floats, and an error code."""
 
     def __init__(self, loader: FfcvLoader) -> None:
         super().__init__()
@@ -243,7 +245,7 @@ class _Epoch(EpochIterator):
             self.output_queue.put(None)
 
     def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
-        """Make one batch: fill in the parameters, run FFCV's compiled code, then render the images that it failed on."""
+        """Make one batch by FFCV's compiled code; render the images on which it failed."""
         loader, step = self._owner, self._start + b_ix
         indices = loader.indices(step)
         sampler = loader.sampler(step)
@@ -257,7 +259,7 @@ class _Epoch(EpochIterator):
         return views, *(t if loader.device.type == "cpu" else t.pin_memory() for t in labels)
 
     def _render(self, index: int, i: int, sampler: Sampler, params: NDArray[np.float32], out: NDArray) -> int:
-        """Render the i-th image of a batch, or its substitute, as the native backend does; return the index of the image used."""
+        """Render an image, or its substitute, like the native backend; return the index used."""
         loader, renderer = self._owner, self._renderer
         used, image = loader.load_or_substitute(index, loader.fetch(index), renderer.decode)
         boxes = sampler.boxes(slice(i, i + 1), [image.shape[:2]])[0].tolist()
@@ -283,7 +285,7 @@ class _Epoch(EpochIterator):
         return result[1]
 
     def stop(self) -> None:
-        """Stop the thread, which may be waiting to put a batch into its full queue; after a timeout, abandon it."""
+        """Stop the thread, which may be waiting for its full queue; abandon it after a timeout."""
         self.close()
         while self.is_alive() and not self._timed_out:
             try:

@@ -1,7 +1,8 @@
-"""Image folders: ROOT/SPLIT/CLASS/**/*.jpg, where folders of the first level are classes, or a flat ROOT/SPLIT/*.jpg.
+"""Image folders: ROOT/SPLIT/CLASS/**/*.jpg, or ROOT/SPLIT/*.jpg without classes.
 
-The index of a large folder is cached, since listing a million files takes minutes on a network disk. The cache stores the
-modification time of every listed folder, which adding, removing or renaming a file changes.
+The index of a large folder is cached, since listing a million files takes minutes on a network
+disk. The cache stores the modification time of every listed folder, which adding, removing or
+renaming a file changes.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ CACHE_FROM_IMAGES = 20_000  # a smaller folder is listed in less than 0.1 s
 _SETTLED_NS = 2_000_000_000  # a folder modified more recently may change again within its time stamp: not cached
 _CACHE_FORMAT = f"2 {' '.join(EXTENSIONS)}"  # other versions of Pillow may read other files
 _IMAGE_EXTENSIONS = frozenset(extension[1:] for extension in EXTENSIONS)
-# Folders of operating systems and file servers, partly full of thumbnails; the names of others begin with a dot.
+# Folders of operating systems and file servers, partly full of thumbnails; the names of others
+# begin with a dot.
 _SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 _SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?)(\W|_)*(set|split|data|images|\d+)?", re.IGNORECASE)
 
@@ -48,7 +50,8 @@ class ImageFolder(ImageSet):
         Raises:
             OSError: the file cannot be read.
         """
-        # A link may point to a pipe, where a blocking open would wait for a writer; it reads as an empty file.
+        # A link may point to a pipe, where a blocking open would wait for a writer; it reads as an
+        # empty file.
         handle = os.open(f"{self.root}/{self.paths[index]}", os.O_RDONLY | os.O_NONBLOCK)
         try:
             size = os.fstat(handle).st_size
@@ -78,16 +81,16 @@ class ImageFolder(ImageSet):
 def index_folder(base: Path, *, key: str = "data.root") -> ImageFolder:
     """List a split's images by class and path, including folders below a class. No file is opened.
 
-    Links to folders are followed, but no folder is listed twice for a class. Hidden files and folders are skipped. The set's
-    notes tell what was left out.
+    Links to folders are followed, but no folder is listed twice for a class. Hidden files and
+    folders are skipped. The set's notes tell what was left out.
 
     Args:
         base: the split's folder.
         key: config key for error messages.
 
     Raises:
-        InputError: there are no images, a folder is unreadable, images are mixed with class folders, or the folders are
-            splits.
+        InputError: there are no images, a folder is unreadable, images are mixed with class
+            folders, or the folders are splits.
     """
     try:
         images = _read_cache(base)
@@ -103,7 +106,7 @@ def index_folder(base: Path, *, key: str = "data.root") -> ImageFolder:
 
 
 def is_split_name(name: str) -> bool:
-    """Return True if a name is a split's rather than a class's: train, Validation, test2017, train_set, ..."""
+    """Return True for names of splits: train, Validation, test2017, train_set, ..."""
     return _SPLIT_NAME.fullmatch(name) is not None
 
 
@@ -116,7 +119,7 @@ class _Listing:
     left_out: Counter[str]  # extension or kind -> files
 
     def images(self, folder: str, seen: set[tuple[int, int]]) -> tuple[list[str], list[str]]:
-        """Return the paths below `base` of a folder's images and subfolders; nothing for a folder in `seen`."""
+        """Return the paths of a folder's images and subfolders; nothing if it is in `seen`."""
         path = f"{self.base}/{folder}" if folder else self.base
         status = Path(path).stat()
         if (status.st_dev, status.st_ino) in seen:
@@ -134,7 +137,8 @@ class _Listing:
                     continue
                 _, dot, extension = name.rpartition(".")
                 is_image = dot and extension.lower() in _IMAGE_EXTENSIONS
-                # A link with an image's name counts as an image: resolving each is slow on a network disk.
+                # A link with an image's name counts as an image: resolving each is slow on a
+                # network disk.
                 if is_image and (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
                     images.append(prefix + name)
                 elif _is_folder(entry):
@@ -149,7 +153,7 @@ class _Listing:
         return images, subfolders
 
     def images_below(self, folder: str, seen: set[tuple[int, int]]) -> list[str]:
-        """Return the sorted paths below `base` of all images of a folder; folders in `seen` are skipped."""
+        """Return the sorted paths of all images below a folder; folders in `seen` are skipped."""
         paths, pending = list[str](), [folder]
         while pending:
             images, subfolders = self.images(pending.pop(), seen)
@@ -159,7 +163,7 @@ class _Listing:
 
 
 def _list(base: Path, key: str) -> tuple[ImageFolder, dict[str, int]]:
-    """Return the images, and the modification time of each listed folder before it was listed ('' is the split's own)."""
+    """Return the images, and folder -> modification time before listing ('' is the split)."""
     listing = _Listing(str(base), {}, Counter())
     seen = set[tuple[int, int]]()
     top, subfolders = listing.images("", seen)

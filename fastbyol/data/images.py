@@ -27,7 +27,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def read(self, index: int) -> bytes | NDArray[np.uint8]:
-        """Return an image as it is stored: an encoded file's bytes, or pixels (H, W, 3), C-contiguous and writable.
+        """Return a stored image: an encoded file, or writable C-contiguous pixels (H, W, 3).
 
         Raises:
             OSError: the image cannot be read.
@@ -50,10 +50,10 @@ class ImageSet(ABC):
         """Return bytes that identify the images at `members`, in that order, without reading them."""
 
     def fingerprint(self) -> dict[str, list[int | str]]:
-        """Return class -> [number of images, hash of their names in order], with '' for images without a class.
+        """Return class -> [number of images, hash of their names]; '' is for unlabeled images.
 
-        The hash has 16 hex digits. Images of a .beton file have no names; their number, stored size, mode and shape are
-        hashed instead. The set's location does not matter.
+        The hash has 16 hex digits. Images of a .beton file have no names; their number, stored
+        size, mode and shape are hashed instead. The set's location does not matter.
         """
         order = np.argsort(self.labels, kind="stable")
         ends = np.searchsorted(self.labels[order], np.arange(UNLABELED, len(self.classes)), side="right")
@@ -65,7 +65,7 @@ class ImageSet(ABC):
         }
 
     def content_hashes(self) -> list[str]:
-        """Return hashes (16 hex digits) of the stored bytes of up to 64 evenly spaced images; '' if one is unreadable."""
+        """Return hashes of the bytes of up to 64 evenly spaced images; '' for unreadable ones."""
         return [self._content_hash(index) for index in self.subsample_indices(_HASHED_IMAGES).tolist()]
 
     def _content_hash(self, index: int) -> str:
@@ -89,7 +89,7 @@ class ImageSet(ABC):
 
 
 def normalize_name(name: str) -> str:
-    """Return the name in Unicode's composed form (NFC). macOS stores accents as separate characters, others do not."""
+    """Return the name in Unicode's composed form (NFC); macOS decomposes accents."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 

@@ -1,7 +1,8 @@
 """Metadata of image files: finding the orientation, and removing the rest.
 
-Pixels and metadata are read separately: decoders get files without metadata, so that broken metadata cannot make them reject
-an image, and only the orientation is read. Metadata that cannot be read counts as absent.
+Pixels and metadata are read separately: decoders get files without metadata, so that broken
+metadata cannot make them reject an image, and only the orientation is read. Metadata that cannot be
+read counts as absent.
 """
 
 import io
@@ -28,7 +29,7 @@ _PNG_HEAD, _PNG_TAIL = _pixel.getvalue()[:33], _pixel.getvalue()[33:]  # signatu
 
 
 class _ThisThread(threading.local):
-    """Stands for the module pattern of a warning filter: matches every module, but only in a thread that is quiet."""
+    """Module pattern of a warning filter that matches everything in threads that are quiet."""
 
     quiet = False
 
@@ -37,7 +38,8 @@ class _ThisThread(threading.local):
 
 
 _this_thread = _ThisThread()
-# warnings.catch_warnings changes the filters of all threads, and two threads could restore them in the wrong order.
+# warnings.catch_warnings changes the filters of all threads, and two threads could restore them in
+# the wrong order.
 _NO_WARNINGS = ("ignore", None, Warning, _this_thread, 0)
 
 
@@ -54,7 +56,7 @@ def quiet() -> Iterator[None]:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return a JPEG, PNG or AVIF file without EXIF, XMP, ICC profiles and texts; any other file unchanged.
+    """Remove EXIF, XMP, ICC profiles and texts of JPEG, PNG and AVIF; return others unchanged.
 
     The stored pixels are the same.
     """
@@ -74,9 +76,10 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def segments(data: bytes) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the marker codes and the (begin, end) of the contents of a JPEG's segments before its first scan.
+    """Return marker codes and (begin, end) of the contents of a JPEG's segments before its scan.
 
-    Segments are found as libjpeg finds them. A single loop without calls, since it runs for every image; ffcv.py compiles it.
+    Segments are found as libjpeg finds them. A single loop without calls, since it runs for every
+    image; ffcv.py compiles it.
     """
     codes = []
     ranges = []
@@ -132,7 +135,10 @@ def read_orientation(data: bytes, image: Image.Image | None = None) -> int:
 
 
 def _png_orientation(data: bytes) -> object:
-    """Return the orientation or None. Pillow reads it from a PNG of one pixel with a single metadata chunk of the file."""
+    """Return the orientation or None.
+
+    Pillow reads it from a PNG of one pixel with a single metadata chunk of the file.
+    """
     chunks = list(_png_chunks(data))
     for wanted in _PNG_ORIENTATIONS:
         for kind, chunk in chunks:
@@ -145,7 +151,10 @@ def _png_orientation(data: bytes) -> object:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield type and bytes of each chunk of a PNG. From a damaged chunk on, the rest of the file is one chunk."""
+    """Yield type and bytes of each chunk of a PNG.
+
+    From a damaged chunk on, the rest of the file is one chunk.
+    """
     at, kind = len(PNG_MAGIC), b""
     while at < len(data) and kind != b"IEND":
         kind, size = data[at + 4 : at + 8], 12 + int.from_bytes(data[at : at + 4], "big")

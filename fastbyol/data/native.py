@@ -1,11 +1,13 @@
-"""The CPU data path: threads of one process, one decode per image, both views written straight into the batch.
+"""The CPU data path: threads, one decode per image, both views written straight into the batch.
 
-Readers fetch the bytes of coming images. A worker takes the next image of the epoch's order, decodes it without the
-interpreter lock, and lets the kernels crop.py and augment.py write both views into a preallocated ring of batches.
-Nothing is pickled, copied or stacked. Readers hide a slow disk; a slow consumer blocks readers and workers.
+Readers fetch the bytes of coming images. A worker takes the next image of the epoch's order,
+decodes it without the interpreter lock, and lets the kernels crop.py and augment.py write both
+views into a preallocated ring of batches. Nothing is pickled, copied or stacked. Readers hide a
+slow disk; a slow consumer blocks readers and workers.
 
-Memory: the ring has (prefetch_batches + 1) * V * B * S * S * 3 * bytes per value (V = 2 views); files read ahead take
-readahead_images * bytes per file; each worker holds one decoded image and the planes of one view, 12 * S * S bytes.
+Memory: the ring has (prefetch_batches + 1) * V * B * S * S * 3 * bytes per value (V = 2 views);
+files read ahead take readahead_images * bytes per file; each worker holds one decoded image and the
+planes of one view, 12 * S * S bytes.
 """
 
 import time
@@ -80,7 +82,7 @@ class NativeLoader(DeterministicLoader):
             rendering.close()
 
     def new_reader(self) -> Callable[[int], Any]:
-        """Return a reader's function: index of an image -> the image in the form that decoding takes."""
+        """Return a reader's function: index -> the image in the form that decoding takes."""
         return self.fetch
 
     def _start_reading(self, start: int, stop: int) -> PrefetchPool[int, Any]:
@@ -104,7 +106,10 @@ class NativeLoader(DeterministicLoader):
     def _plan(
         self, start: int, stop: int, ring: list[Slot], images: Iterator[Any]
     ) -> Iterator[tuple[BatchPlan, int, Any]]:
-        """Yield the workers' tasks. The pool's window ensures that a batch's slot is free when its first task is taken."""
+        """Yield the workers' tasks.
+
+        The pool's window ensures that a batch's slot is free when its first task is taken.
+        """
         for step in range(start, stop):
             batch = BatchPlan(ring[step % len(ring)], self.sampler(step), self.indices(step))
             for i in range(self.batch_size):

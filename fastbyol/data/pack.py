@@ -1,4 +1,4 @@
-"""Writer of .beton files, which FFCV's loader reads too: `fastbyol pack`. See beton.py for the format."""
+"""Writer of .beton files, which FFCV's loader reads too. See beton.py for the format."""
 
 import json
 import os
@@ -59,16 +59,16 @@ def pack(
     threads: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """Write a set of images as one .beton file with the fields "image" and, if there are labels, "label".
+    """Write images as one .beton file with the fields "image" and, if there are labels, "label".
 
-    JPEG files that need no change are copied byte for byte, without metadata. Images with an EXIF orientation, CMYK, 16 bits
-    or alpha are converted to upright 8-bit RGB.
+    JPEG files that need no change are copied byte for byte, without metadata. Images with an EXIF
+    orientation, CMYK, 16 bits or alpha are converted to upright 8-bit RGB.
 
     Args:
         images: the data set.
         out: path of the new file.
-        mode: "jpg"; "raw" pixels, which need no decoding but 5 to 20 times the bytes; "auto": raw for images of at most
-            AUTO_RAW_BYTES bytes of pixels, else JPEG.
+        mode: "jpg"; "raw" pixels, which need no decoding but 5 to 20 times the bytes; "auto": raw
+            for images of at most AUTO_RAW_BYTES bytes of pixels, else JPEG.
         max_side: longer side in pixels to which larger images are reduced, by averaging areas.
         quality: JPEG quality of newly encoded images.
         skip_bad: leave out unreadable images instead of raising InputError.
@@ -125,7 +125,10 @@ def pack(
 
 
 class _Writer:
-    """Appends samples to a file. The header is written last, so that an unfinished file is recognized as such."""
+    """Appends samples to a file.
+
+    The header is written last, so that an unfinished file is recognized as such.
+    """
 
     def __init__(self, file: IO[bytes], capacity: int, classes: list[str]) -> None:
         self._file, self._classes, self.count, self.raw = file, classes, 0, 0

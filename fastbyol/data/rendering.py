@@ -1,4 +1,4 @@
-"""One thread's share of the CPU data path: stored bytes -> decoded image -> augmented, normalized views."""
+"""Rendering in one thread: stored bytes -> decoded image -> augmented, normalized views."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 
 class Slot:
-    """Memory of one batch, as tensors for the consumer and as numpy views of the same memory for the workers."""
+    """Memory of one batch: tensors for the consumer, numpy views of them for the workers."""
 
     def __init__(self, loader: "NativeLoader") -> None:
         b, s = loader.batch_size, loader.size
@@ -33,7 +33,7 @@ class Slot:
 
 
 class BatchPlan:
-    """One batch in the making: its images, the parameters of their views, and the memory to write to."""
+    """A batch in the making: its images, the parameters of their views, and its memory."""
 
     def __init__(self, slot: Slot, sampler: Sampler, indices: NDArray[np.int64]) -> None:
         self.slot, self.sampler, self.indices = slot, sampler, indices
@@ -41,7 +41,7 @@ class BatchPlan:
 
 
 class Renderer:
-    """Decodes, crops and augments images. Owns the memory that one thread needs for it: 12 * S * S bytes and an image.
+    """Decodes, crops and augments images, with the memory that one thread needs for it.
 
     Args:
         size: S, side of a view in pixels.
@@ -66,7 +66,10 @@ class Renderer:
         return decode_reduced(data, full, factor, self._buffer)
 
     def crop(self, image: Pixels, box: Box, flip: bool) -> None:
-        """Crop and resize a box of the image, and flip it if asked to. The result is what `augment` reads."""
+        """Crop and resize a box of the image, and flip it if asked to.
+
+        The result is what `augment` reads.
+        """
         crop.crop_into(image, box, flip, self._planes, self._crop_scratch)
 
     def augment(self, params: NDArray[np.float32], out: NDArray[np.float32 | np.uint16 | np.int16]) -> None:
@@ -80,7 +83,10 @@ class Renderer:
 
 
 class Worker(Renderer):
-    """Renders the images of a `NativeLoader`'s batches. Called with one image of a batch at a time."""
+    """Renders the images of a `NativeLoader`'s batches.
+
+    Called with one image of a batch at a time.
+    """
 
     def __init__(self, loader: "NativeLoader") -> None:
         super().__init__(loader.size)
@@ -106,7 +112,8 @@ class Worker(Renderer):
         """Decode the i-th image of a batch, or its substitute.
 
         Returns:
-            the index of the image used, its pixels, and the crop boxes of its views in those pixels.
+            the index of the image used, its pixels, and the crop boxes of its views in those
+            pixels.
         """
         index, (image, boxes) = self._loader.load_or_substitute(
             int(batch.indices[i]), data, self._decode_and_place, batch.sampler, i
@@ -127,7 +134,7 @@ class Worker(Renderer):
 
 
 def _scale_box(box: Box, full: tuple[int, int], size: tuple[int, int]) -> Box:
-    """Return the box in an image of another size, with edges rounded to whole pixels: a view moves by at most 0.5 px."""
+    """Return the box in an image of another size. Rounding moves a view by at most 0.5 px."""
     top, left, height, width = box
     scale_y, scale_x = size[0] / full[0], size[1] / full[1]
     y0, y1 = round(top * scale_y), round((top + height) * scale_y)

@@ -1,4 +1,4 @@
-"""Base class of all loaders: which image is at which position, how its views are drawn, and what replaces a bad image."""
+"""Base class of all loaders: order of the images, parameters of the views, substitutes."""
 
 import faulthandler
 import tempfile
@@ -20,7 +20,9 @@ StoredImage = bytes | NDArray[np.uint8]  # an encoded file, or pixels (H, W, 3)
 
 
 class DeterministicLoader:
-    """Order of images and views as a function of (seed, epoch, position), for any backend, number of ranks and restart.
+    """Order of images and views as a function of (seed, epoch, position).
+
+    It does not depend on the backend, the number of ranks or restarts.
 
     Args:
         images: the data set, at least `batch_size` images.
@@ -63,7 +65,7 @@ class DeterministicLoader:
         return self._image_count // self.global_batch_size
 
     def positions(self, step: int) -> tuple[int, NDArray[np.int64]]:
-        """Return the epoch of a step, and the positions (B,) of this rank's images in the epoch's order."""
+        """Return the epoch of a step, and the positions (B,) of this rank's images in its order."""
         epoch, batch = divmod(step, len(self))
         return epoch, batch * self.global_batch_size + self.shard
 
@@ -81,7 +83,8 @@ class DeterministicLoader:
         order = self._orders.get(epoch)
         if order is None:
             order = epoch_order(self.seed, epoch, self._image_count)
-            # Threads work on two neighboring epochs at most. The dict is replaced, since other threads may read it.
+            # Threads work on two neighboring epochs at most. The dict is replaced, since other
+            # threads may read it.
             self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) == 1} | {epoch: order}
         return order
 
@@ -95,9 +98,10 @@ class DeterministicLoader:
     def load_or_substitute(
         self, index: int, data: StoredImage | OSError, function: Callable[..., T], *args: Any
     ) -> tuple[int, T]:
-        """Call function(data, *args) for image `index`, or for the next image for which it does not raise BadImage.
+        """Call function(data, *args) for image `index`, or for the next image that is not bad.
 
-        The substitute depends on the images alone, so batches are the same for any number of threads.
+        The substitute depends on the images alone, so batches are the same for any number of
+        threads.
 
         Args:
             index: the wanted image.

@@ -15,7 +15,7 @@ from fastbyol.errors import InputError, printable
 
 
 def open_split(root: str | Path | None, split: str, *, key: str = "data.root", option: str = "") -> ImageSet:
-    """Open all images of a split: the folder ROOT/SPLIT, or the file ROOT/SPLIT or ROOT/SPLIT.beton.
+    """Open all images of a split: the folder ROOT/SPLIT or the file ROOT/SPLIT[.beton].
 
     If ROOT is a file, SPLIT is looked for in ROOT's folder.
 
@@ -45,7 +45,7 @@ def open_split(root: str | Path | None, split: str, *, key: str = "data.root", o
 def find_images(
     config: DataConfig, split: Literal["train", "val"], *, root: str | Path | None = None, key: str = "data.root"
 ) -> ImageSet:
-    """Open the images of a split that a run uses: those of data.classes and, for training, of data.fraction etc.
+    """Open the images of a split that a run uses, as selected by data.classes, data.fraction etc.
 
     Args:
         config: the data section of the config.
@@ -63,7 +63,7 @@ def find_images(
 
 
 def _find_split(config: DataConfig, split: Literal["train", "val"], root: str | Path | None, key: str) -> ImageSet:
-    """Open ROOT/SPLIT, or `root` itself if it is a .beton file or a folder that holds images or classes, not splits.
+    """Open ROOT/SPLIT, or `root` itself if it is a .beton file or a folder without splits.
 
     Raises:
         InputError: as `open_split`; `root` is one split and the other is wanted.
@@ -99,7 +99,7 @@ def _find_split(config: DataConfig, split: Literal["train", "val"], root: str | 
 
 
 def _holds_no_splits(root: Path, config: DataConfig) -> bool:
-    """Return True if a folder holds neither of the config's splits nor anything else that looks like a split."""
+    """Return True if a folder holds neither the config's splits nor anything like a split."""
     if not root.is_dir() or _list_splits(root):
         return False
     named = [root / name for name in (config.train_split, config.val_split)]

@@ -1,4 +1,7 @@
-"""Selection of the images that a run uses: by class, fraction, number per class, or list. The same for every backend."""
+"""Selection of the images that a run uses: by class, fraction, number per class, or list.
+
+The same for every backend.
+"""
 
 import functools
 import os
@@ -18,7 +21,7 @@ _LONGEST_QUOTE = 300  # characters of a list's line in a message
 
 
 def select_classes(images: ImageSet, names: list[str], *, key: str = "data.classes") -> ImageSet:
-    """Return the images of the classes `names`, labeled 0 .. len(names) - 1 in the set's order of classes.
+    """Return the images of the classes `names`, renumbered from 0 in the set's order of classes.
 
     Raises:
         InputError: a name is unknown or given twice.
@@ -37,10 +40,10 @@ def select_classes(images: ImageSet, names: list[str], *, key: str = "data.class
 
 
 def select_training_images(images: ImageSet, data: DataConfig, *, prefix: str = "data.") -> ImageSet:
-    """Return the images selected by data.fraction, data.images_per_class or data.file_list, in the set's order.
+    """Return the images selected by data.fraction, images_per_class or file_list, in order.
 
-    The selection depends only on data.subset_seed and the number of images, and selections are nested: 1 % is a subset of
-    10 %, 5 per class of 10.
+    The selection depends only on data.subset_seed and the number of images, and selections are
+    nested: 1 % is a subset of 10 %, 5 per class of 10.
 
     Args:
         images: the training split.
@@ -48,7 +51,8 @@ def select_training_images(images: ImageSet, data: DataConfig, *, prefix: str = 
         prefix: prefix of the config keys in error messages.
 
     Raises:
-        InputError: a class would be empty or has too few images, or the list names an unknown image.
+        InputError: a class would be empty or has too few images, or the list names an unknown
+            image.
     """
     if data.file_list is not None:
         return images.subset(_read_file_list(images, Path(data.file_list), data.root))
@@ -81,8 +85,9 @@ def _smallest_fraction(count: int) -> str:
 def _read_file_list(images: ImageSet, path: Path, root: str | None) -> NDArray[np.int64]:
     """Return the sorted indices of the images that a text file names, one per line.
 
-    A line is a path or a unique file name; for a .beton file, the sample's number. A path may be absolute or relative to the
-    split, the data set's `root`, the working directory or the list's folder.
+    A line is a path or a unique file name; for a .beton file, the sample's number. A path may be
+    absolute or relative to the split, the data set's `root`, the working directory or the list's
+    folder.
     """
     location = f"data.file_list={path}"
     lines = {number: line for number, line in enumerate(_read_lines(path, location), 1) if line.strip()}
@@ -121,7 +126,7 @@ def _quote(line: str) -> str:
 
 
 def _read_lines(path: Path, location: str) -> list[str]:
-    """Return the lines of a text file in UTF-8, with any other bytes that file names may have, or in UTF-16 with a BOM."""
+    """Return the lines of a text file in UTF-8 (other bytes are allowed) or UTF-16 with BOM."""
     try:
         data = path.read_bytes()
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -169,7 +174,7 @@ class _ImageLookup:
         self._starts = ["", *(f"{normalize_name(start)}/" for start in starts)]
 
     def find(self, line: str) -> int | None:
-        """Return the index of the image that a line names; -1 if it is ambiguous, None if it is unknown."""
+        """Return the index of the image that a line names; -1 if ambiguous, None if unknown."""
         stripped = line.strip()
         forms = (line, stripped, stripped.replace("\\", "/"), os.path.expanduser(stripped))  # noqa: PTH111
         return next((index for form in forms if (index := self._find(form)) is not None), None)

@@ -1,8 +1,9 @@
 """Augmentations, and the parameters of both views drawn per (seed, epoch, position).
 
-Drawing is separate from applying. `sample` is a pure function of its arguments (numpy only, a counter-based generator, no
-state), so every backend applies the same numbers, and a run is the same for any number of threads, ranks or restarts.
-`apply_reference` defines the meaning of those numbers in float32; the tests compare the fast kernels with it.
+Drawing is separate from applying. `sample` is a pure function of its arguments (numpy only, a
+counter-based generator, no state), so every backend applies the same numbers, and a run is the same
+for any number of threads, ranks or restarts. `apply_reference` defines the meaning of those numbers
+in float32; the tests compare the fast kernels with it.
 
 Source: Grill et al. 2020, appendix B, and `byol/utils/{dataset,augmentations}.py` of
 google-deepmind/deepmind-research (commit 4822a45).
@@ -29,7 +30,10 @@ ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Ranges and probabilities of the random operations. A pair of probabilities is (view 1, view 2)."""
+    """Ranges and probabilities of the random operations.
+
+    A pair of probabilities is (view 1, view 2).
+    """
 
     area: tuple[float, float] = (0.08, 1.0)  # share of the image's area, uniform
     aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
@@ -53,7 +57,8 @@ AUGMENTATIONS = {
     "byol": Augmentation(),
     "torchvision": Augmentation(crop_tries=10, color="torchvision"),
     "crop_flip": Augmentation(**_NO_COLOR),  # for training classifiers
-    # Both views are the center square: the only try fails unless the image is square, and a center crop follows.
+    # Both views are the center square: the only try fails unless the image is square, and a center
+    # crop follows.
     "none": Augmentation(area=(1.0, 1.0), aspect=(1.0, 1.0), crop_tries=1, flip_p=0.0, **_NO_COLOR),
 }
 
@@ -84,7 +89,10 @@ class ViewParams:
         return ViewParams(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def pack(self) -> NDArray[np.float32]:
-        """Return (n, V, augment.COLUMNS) float32, the kernels' layout. All values are exact in float32."""
+        """Return (n, V, augment.COLUMNS) float32, the kernels' layout.
+
+        All values are exact in float32.
+        """
         packed = np.empty((*self.flip.shape, augment.COLUMNS), dtype=np.float32)
         packed[..., augment.BOX : augment.BOX + 4] = self.box
         packed[..., augment.FLIP] = self.flip
@@ -112,7 +120,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
 
 class Sampler:
-    """Draws the parameters of a set of positions in two steps: boxes need the image sizes, everything else does not.
+    """Draws the parameters of a set of positions. Only the boxes need the image sizes.
 
     A loader draws a whole batch at once, and the boxes of an image once it is decoded.
 
@@ -156,7 +164,7 @@ class Sampler:
         )
 
     def boxes(self, rows: slice, sizes: ArrayLike) -> NDArray[np.int32]:
-        """Return the crop boxes (m, V, 4) of the m images `rows`, whose (height, width) are `sizes` (m, 2)."""
+        """Return the crop boxes (m, V, 4) of m images; `sizes` (m, 2) are (height, width)."""
         sizes = np.asarray(sizes, dtype=np.int64)
         out = np.empty((len(sizes), VIEWS, 4), dtype=np.int32)
         clamp = self.augmentation.crop_tries == 0
@@ -189,13 +197,13 @@ def sample(
 
 
 def center_box(height: int, width: int, fraction: float) -> tuple[int, int, int, int]:
-    """Return (top, left, height, width) of the centered square whose side is `fraction` of the short side (BYOL: 0.875)."""
+    """Return (top, left, height, width) of the centered square of `fraction` * the short side."""
     side = max(1, round(fraction * min(height, width)))
     return (height - side) // 2, (width - side) // 2, side, side
 
 
 def apply_reference(images: Sequence[Tensor], params: ViewParams, size: int) -> Tensor:
-    """Apply parameters in plain torch, float32: crop, flip, color, grayscale, blur, solarize, clip, normalize.
+    """Apply crop, flip, color, gray, blur, solarize, clip and normalize in plain torch, float32.
 
     Args:
         images: n decoded images, each uint8 (H, W, 3).
@@ -216,7 +224,7 @@ def apply_reference(images: Sequence[Tensor], params: ViewParams, size: int) -> 
 
 
 def _uniforms(seed: int, epoch: int, positions: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
-    """Return uniforms (n, V, draws) in (0, 1), a function of (seed, epoch, position, view, draw) alone."""
+    """Return uniforms (n, V, draws) in (0, 1) by (seed, epoch, position, view, draw) alone."""
     blocks = -(-draws // 4)
     view = np.arange(VIEWS)[None, :, None]
     block = np.arange(blocks)[None, None, :]
@@ -226,10 +234,10 @@ def _uniforms(seed: int, epoch: int, positions: NDArray[np.int64], draws: int) -
 
 
 def _philox(seed: int, c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, stream: int) -> tuple[NDArray[np.uint64], ...]:
-    """Apply Philox4x32-10 to arrays of counters (c0, c1, c2, stream) with key `seed`; return four words below 2^32.
+    """Return the four words of Philox4x32-10 of counters (c0, c1, c2, stream) and key `seed`.
 
-    Counter-based: any draw can be made without the ones before it. Source: Salmon et al. 2011, "Parallel random numbers: as
-    easy as 1, 2, 3"; the tests check its published vectors.
+    Counter-based: any draw can be made without the ones before it. Source: Salmon et al. 2011,
+    "Parallel random numbers: as easy as 1, 2, 3"; the tests check its published vectors.
     """
     mask, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     c = np.broadcast_arrays(*(np.asarray(x, dtype=np.uint64) & mask for x in (c0, c1, c2, stream)))

@@ -1,7 +1,8 @@
 """The thread engine of the package: an ordered, bounded, parallel map.
 
-All parallel work on images runs on `PrefetchPool`: reading and rendering in the loaders, the crops of evaluations, and
-`map_in_order` for everything else. Pools are chained by passing the results of one as the tasks of the next.
+All parallel work on images runs on `PrefetchPool`: reading and rendering in the loaders, the crops
+of evaluations, and `map_in_order` for everything else. Pools are chained by passing the results of
+one as the tasks of the next.
 """
 
 import sys
@@ -21,7 +22,7 @@ _TASKS_PER_THREAD = 8  # tasks that map_in_order keeps begun or finished per thr
 
 
 def resolve_threads(threads: int) -> int:
-    """Return the number of threads that a setting means: 0 is one per core available to this process.
+    """Return the number of threads of a setting: 0 is one per core available to this process.
 
     Raises:
         ValueError: `threads` is negative.
@@ -44,20 +45,23 @@ def preserve_torch_threads() -> Iterator[None]:
 class PrefetchPool(Generic[T, R]):
     """Applies a function to tasks in threads and returns the results in the order of the tasks.
 
-    The threads run ahead of the consumer by at most `window` tasks. They are daemons: one that hangs, for example in a
-    read from a dead disk, does not keep the process alive.
+    The threads run ahead of the consumer by at most `window` tasks. They are daemons: one that
+    hangs, for example in a read from a dead disk, does not keep the process alive.
 
-    One thread at a time takes the next task, so `tasks` may be any iterator, and it may block. Only one thread at a time
-    may call `take`. An exception in a task is raised by the call of `take` that would have returned its result.
+    One thread at a time takes the next task, so `tasks` may be any iterator, and it may block. Only
+    one thread at a time may call `take`. An exception in a task is raised by the call of `take`
+    that would have returned its result.
 
     Args:
-        new_worker: called once in each thread; returns the function for that thread, which may own scratch memory.
+        new_worker: called once in each thread; returns the function for that thread, which may own
+            scratch memory.
         tasks: finite or endless.
         threads: number of threads.
-        window: largest number of tasks that are begun and not yet released. `take` releases the results of the
-            previous `take`.
+        window: largest number of tasks that are begun and not yet released. `take` releases the
+            results of the previous `take`.
         name: prefix of the threads' names.
-        refill: threads stopped by a full window resume when `refill` tasks fit into it, which saves wake-ups.
+        refill: threads stopped by a full window resume when `refill` tasks fit into it, which saves
+            wake-ups.
         upstream: the pool that `tasks` reads from; closed together with this one.
     """
 
@@ -94,7 +98,8 @@ class PrefetchPool(Generic[T, R]):
         """Return the next `count` results; fewer at the end of the tasks or after `close`.
 
         Raises:
-            TimeoutError: the results are not ready after `timeout_s`. `close` then does not wait for the threads.
+            TimeoutError: the results are not ready after `timeout_s`. `close` then does not wait
+                for the threads.
             BaseException: the exception of the first failed task among them.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -166,7 +171,7 @@ class PrefetchPool(Generic[T, R]):
             del claimed, task, result, error  # not kept alive while this thread waits
 
     def _claim(self) -> tuple[int, T] | None:
-        """Return the next task with its number once the window has room; None at the end or after `close`."""
+        """Wait for room; return the next task with its number, None at the end or if closed."""
         with self._claim_lock:
             with self._lock:
                 while self._begun >= self._released + self._window and not self._closed:
@@ -199,7 +204,7 @@ class PrefetchPool(Generic[T, R]):
 
 
 def map_in_order(function: Callable[[T], R], tasks: Iterable[T], threads: int = 0) -> Iterator[R]:
-    """Yield function(task) for all tasks, in order, computed by `threads` threads (0: one per core).
+    """Yield function(task) for all tasks, in order, computed in threads (0: one per core).
 
     Leaving the loop early drops the tasks not yet begun.
     """

@@ -1,7 +1,8 @@
 """Example corpora: crops of photographs that ship with dependencies, and Fashion-MNIST.
 
-Both writers are deterministic and never overwrite. They build the corpus in a hidden folder next to the target, which is
-renamed when it is complete, so an interrupt never leaves a partial corpus under the final name.
+Both writers are deterministic and never overwrite. They build the corpus in a hidden folder next to
+the target, which is renamed when it is complete, so an interrupt never leaves a partial corpus
+under the final name.
 """
 
 import gzip
@@ -23,8 +24,8 @@ from fastbyol.runtime.files import make_folder
 
 Progress = Callable[[int, int], None]  # (images written, images in all)
 
-# Photographs that ship with scikit-image and scikit-learn, one class each. Drawings, test charts and the second image of
-# the stereo pair are left out.
+# Photographs that ship with scikit-image and scikit-learn, one class each. Drawings, test charts
+# and the second image of the stereo pair are left out.
 SKIMAGE_PHOTOS = [
     "astronaut.png",
     "brick.png",
@@ -45,14 +46,16 @@ SKIMAGE_PHOTOS = [
 ]
 SKLEARN_PHOTOS = ("china.jpg", "flower.jpg")
 
-# Each photograph is cut into this many bands across its longer side; train/ uses the even ones, val/ the odd ones.
-# Objects are usually in the middle: with only two bands, val/ would show what train/ never does.
+# Each photograph is cut into this many bands across its longer side; train/ uses the even ones,
+# val/ the odd ones. Objects are usually in the middle: with only two bands, val/ would show what
+# train/ never does.
 BANDS = 4
 DEFAULT_LONG_SIDE_PX = 500  # like ImageNet's
 BYTES_PER_PIXEL = (80_000 / (500 * 375), 110_000 / (500 * 375))  # like ImageNet's
 SMALL_QUALITY = 90
 WINDOW_SHARE = (0.5, 1.0)  # side of a crop, as a share of the largest window that fits its band
-# Each crop gets a random exposure, like pictures of one place at different hours: color alone must not identify a class.
+# Each crop gets a random exposure, like pictures of one place at different hours: color alone must
+# not identify a class.
 EXPOSURE_STOPS = 0.5  # half-width
 WHITE_BALANCE = 0.1  # half-width of each channel's gain
 
@@ -60,13 +63,15 @@ WHITE_BALANCE = 0.1  # half-width of each channel's gain
 def prepare_photos(
     out: Path, images: int, seed: int, size: int | None = None, progress: Progress = lambda done, total: None
 ) -> str:
-    """Write OUT/train/CLASS/*.jpg and OUT/val/CLASS/*.jpg, crops of disjoint bands of each photograph.
+    """Write OUT/{train,val}/CLASS/*.jpg: crops of disjoint bands of each photograph.
 
     Args:
         out: the new folder.
         images: number of images in train/; val/ gets a quarter as many. Classes have equal shares.
-        seed: the same seed gives the same bytes (with the same versions of Pillow and libjpeg-turbo).
-        size: longer side in pixels (quality 90); None makes images like ImageNet's: about 500x375 in 80-110 KB.
+        seed: the same seed gives the same bytes (with the same versions of Pillow and
+            libjpeg-turbo).
+        size: longer side in pixels (quality 90); None makes images like ImageNet's: about 500x375
+            in 80-110 KB.
         progress: called after each image with the number done and the total.
 
     Returns:
@@ -119,8 +124,8 @@ def prepare_fashion_mnist(
 
     Args:
         out: the new folder.
-        source: folder of the four idx files, gzipped or not; None uses the files of Debian's package
-            dataset-fashion-mnist if it is installed, else downloads them with torchvision.
+        source: folder of the four idx files, gzipped or not; None uses the files of Debian's
+            package dataset-fashion-mnist if it is installed, else downloads them with torchvision.
         images, val_images: use only the first N images of each split.
         progress: called after each image with the number done and the total.
 
@@ -195,7 +200,10 @@ def open_photo(path: Path) -> Image.Image:
 
 
 def _crop(photo: Image.Image, split: str, rng: np.random.Generator, long_side: int) -> NDArray[np.uint8]:
-    """Return a random window (H, W, 3) of one of the split's bands, about `long_side` by 3/4 of it; a quarter are upright."""
+    """Return a random window (H, W, 3) of one of the split's bands.
+
+    It has about `long_side` by 3/4 of it; a quarter are upright.
+    """
     width, height = photo.size
     band = 2 * rng.integers(BANDS // 2) + (split == "val")
     start, stop = (round(max(photo.size) * edge / BANDS) for edge in (band, band + 1))
@@ -216,9 +224,10 @@ def _crop(photo: Image.Image, split: str, rng: np.random.Generator, long_side: i
 
 
 def _encode(pixels: NDArray[np.uint8], rng: np.random.Generator, like_imagenet: bool) -> bytes:
-    """Encode as JPEG, 4:2:0; if `like_imagenet`, at the quality whose size is closest to a random target.
+    """Encode as JPEG, 4:2:0; if `like_imagenet`, with a file size close to a random target.
 
-    Enlarged windows are smoother than photographs of that size, so `like_imagenet` also adds grain like a sensor's.
+    Enlarged windows are smoother than photographs of that size, so `like_imagenet` also adds grain
+    like a sensor's.
     """
     if not like_imagenet:
         return simplejpeg.encode_jpeg(pixels, quality=SMALL_QUALITY, colorsubsampling="420")
@@ -252,7 +261,10 @@ def _fashion_mnist_source(temporary: Path) -> Path:
 
 
 def _read_idx(source: Path, name: str, dims: int) -> NDArray[np.uint8]:
-    """Read an idx file of bytes, gzipped or not. Format: 0, 0, type 8, number of dimensions, their sizes as big-endian u4."""
+    """Read an idx file of bytes, gzipped or not.
+
+    Format: 0, 0, type 8, number of dimensions, their sizes as big-endian u4.
+    """
     path = source / name
     try:
         if not path.is_file():
@@ -288,7 +300,7 @@ def check_free(out: Path) -> None:
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Context manager: a hidden folder next to `out`, renamed to `out` on success and removed on failure."""
+    """Context manager: a hidden folder that becomes `out` on success and is removed on failure."""
     try:
         make_folder(out.parent)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))

@@ -1,10 +1,11 @@
-"""A labeled corpus for dense transfer: textured shapes on photographs, as segmentation masks and as boxes.
+"""A labeled corpus for dense transfer: textured shapes with segmentation masks and boxes.
 
-Only the texture identifies a class: each class is one of the bundled photographs (brick, coins, grass, ...), and an object is
-a crop of it inside a shape. Shape, size, rotation, position and color are random and independent of the class: crops are
-converted to gray and tinted, so that the mean colors of all classes have one distribution. The background is a crop of a
-photograph that is not a class. Objects may occlude each other and extend over the border. train/ and val/ use disjoint bands of
-the photographs, as in `prepare_photos`.
+Only the texture identifies a class: each class is one of the bundled photographs (brick, coins,
+grass, ...), and an object is a crop of it inside a shape. Shape, size, rotation, position and color
+are random and independent of the class: crops are converted to gray and tinted, so that the mean
+colors of all classes have one distribution. The background is a crop of a photograph that is not a
+class. Objects may occlude each other and extend over the border. train/ and val/ use disjoint bands
+of the photographs, as in `prepare_photos`.
 
 The folder holds the same labels in both formats:
 
@@ -61,7 +62,8 @@ def prepare_shapes(
     Args:
         out: the new folder.
         images: number of training images; there are a quarter as many for validation.
-        seed: the same seed gives the same bytes (with the same versions of Pillow and libjpeg-turbo).
+        seed: the same seed gives the same bytes (with the same versions of Pillow and
+            libjpeg-turbo).
         size: side of the images in pixels.
         progress: called after each image with the number done and the total.
 
@@ -148,7 +150,7 @@ def compose(photos: dict[str, Image.Image], split: str, rng: np.random.Generator
 
 
 def annotation(category: int, visible: NDArray[np.bool_]) -> dict[str, Any]:
-    """Return the COCO annotation of a mask (S, S) without ids: box [x, y, width, height] and area in pixels, polygons."""
+    """Return the COCO annotation of a mask (S, S), without ids. Box and area are in pixels."""
     rows, columns = (np.flatnonzero(visible.any(axis)) for axis in (1, 0))
     x, y = int(columns[0]), int(rows[0])
     return {
@@ -161,7 +163,7 @@ def annotation(category: int, visible: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
-    """Return polygons [x0, y0, x1, y1, ...] whose union contains the centers of the mask's pixels and no others.
+    """Return polygons [x0, y0, x1, y1, ...] whose union contains the mask's pixel centers only.
 
     COCO's polygons have no holes, so a part with a hole is cut in two through the hole.
     """
@@ -180,7 +182,8 @@ def polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
             found += polygons(left) + polygons(part & ~left)
             continue
         (line,) = find_contours(np.pad(part, 1), 0.5, fully_connected="low")
-        # Row and column of pixel centers in the padded mask -> x and y, whose pixel (0, 0) has its center at (0.5, 0.5).
+        # Row and column of pixel centers in the padded mask -> x and y, whose pixel (0, 0) has its
+        # center at (0.5, 0.5).
         found.append((line[:-1, ::-1] - 0.5).ravel().tolist())
     return found
 
@@ -226,7 +229,7 @@ def _place(
 
 
 def _draw(outline: list[NDArray[np.float64]], radius: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Draw a shape rotated by a random angle; return the coverage (D, D) of each pixel, D just above 2 * radius."""
+    """Draw a randomly rotated shape; return pixel coverage (D, D), D just above 2 * radius."""
     angle = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     d = int(np.ceil(2 * radius)) + 2
@@ -240,7 +243,7 @@ def _draw(outline: list[NDArray[np.float64]], radius: float, rng: np.random.Gene
 
 
 def _texture(photo: Image.Image, split: str, rng: np.random.Generator, side: int) -> NDArray[np.float64]:
-    """Return a square (side, side, 3) in 0..255 of one of the split's bands (see `corpora.BANDS`), with random exposure."""
+    """Return a square (side, side, 3) in 0..255 of a band of the split, randomly exposed."""
     width, height = photo.size
     band = 2 * rng.integers(corpora.BANDS // 2) + (split == "val")
     start, stop = (round(max(photo.size) * edge / corpora.BANDS) for edge in (band, band + 1))

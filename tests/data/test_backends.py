@@ -1,4 +1,6 @@
-"""All backends on all kinds of storage: same images, order and views, and no leaked threads or files."""
+"""All backends on all kinds of storage: same images, order and views, and no leaked threads or
+files.
+"""
 
 import os
 import shutil
@@ -135,7 +137,9 @@ def test_dali_batches_do_not_depend_on_threads_and_readahead(stored, loaders):
 
 @pytest.fixture
 def flawed(folder_of):
-    """22 good images, a text file named .jpg, a truncated JPEG, one with damaged entropy data; a PNG, 1x1 and 20,000x10."""
+    """22 good images, a text file named .jpg, a truncated JPEG, one with damaged entropy data; a
+    PNG, 1x1 and 20,000x10.
+    """
     files = {f"train/a/{i:02d}.jpg": jpeg(i) for i in range(20)}
     files["train/a/05.jpg"] = b"these are words"
     files["train/a/11.jpg"] = jpeg(11)[:-300]
@@ -250,7 +254,9 @@ def test_a_hanging_ffcv_thread_raises_loader_timeout(loaders, monkeypatch):
 
 @pytest.mark.parametrize("readahead", [1, 5, 200])
 def test_dali_input_on_a_gpu(stored, monkeypatch, readahead):
-    """The reading half of the GPU path, which needs no GPU: steps in order, early end, hanging disk."""
+    """The reading half of the GPU path, which needs no GPU: steps in order, early end, hanging
+    disk.
+    """
     loader = make(stored, "train", "dali", readahead_images=readahead)
     steps = list(loader._read_steps(5, 12))
     assert [[p.index for p in step] for step in steps] == [loader.indices(k).tolist() for k in range(5, 12)]
@@ -299,7 +305,9 @@ def test_an_exception_in_ffcvs_thread_reaches_the_consumer(loaders, monkeypatch)
 @pytest.mark.dali
 @pytest.mark.ffcv
 def test_training_and_evaluation_do_not_depend_on_backend_and_storage(photos, stored, make_config, tmp_path):
-    """Compares losses of two epochs and the kNN accuracy of one run, from a folder and from .beton files."""
+    """Compares losses of two epochs and the kNN accuracy of one run, from a folder and from .beton
+    files.
+    """
     options = {"knn": {"every_epochs": 2}, "optim": {"epochs": 2, "warmup_epochs": 0, "base_lr": 0.5}}
     root = tmp_path / "packed"
     root.mkdir()

@@ -1,4 +1,6 @@
-"""Reader and writer of .beton files: round trip, compatibility with ffcv in both directions, damaged files."""
+"""Reader and writer of .beton files: round trip, compatibility with ffcv in both directions,
+damaged files.
+"""
 
 import json
 import os
@@ -26,7 +28,9 @@ from fastbyol.errors import InputError
 
 @pytest.fixture
 def corpus(folder_of, tmp_path):
-    """Two classes of JPEGs, large and small, a PNG, a gray JPEG, one with EXIF orientation, one CMYK."""
+    """Two classes of JPEGs, large and small, a PNG, a gray JPEG, one with EXIF orientation, one
+    CMYK.
+    """
     root = folder_of(
         {f"train/{c}/{i}.jpg": jpeg(10 * k + i, 80, 100 + i) for k, c in enumerate("ab") for i in range(4)}
     )
@@ -196,7 +200,9 @@ def intact(tmp_path_factory):
 
 
 def check(data, intact, case):
-    """Opening raises BadBeton with the file's name, or every image is readable or raises BadImage or OSError."""
+    """Opening raises BadBeton with the file's name, or every image is readable or raises BadImage
+    or OSError.
+    """
     _, images, _, folder = intact
     path = folder / "damaged.beton"
     path.write_bytes(data)
@@ -404,7 +410,8 @@ def test_ffcv_reads_our_files(mode, folder_of, tmp_path):
     gray = np.ascontiguousarray(pixels_of(77, height, width)[..., :1])
     (root / "c/9.jpg").write_bytes(simplejpeg.encode_jpeg(gray, colorspace="GRAY"))
     images, _, found = write(root, tmp_path / "x.beton", mode=mode)
-    # In a separate process, since FFCV changes numba's types and torch's number of threads globally.
+    # In a separate process, since FFCV changes numba's types and torch's number of threads
+    # globally.
     command = [sys.executable, "-c", FFCV_READS, str(tmp_path / "x.beton"), str(tmp_path / "read.npz")]
     subprocess.run(command, check=True)
     read = np.load(tmp_path / "read.npz")

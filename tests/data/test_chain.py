@@ -46,7 +46,9 @@ def smooth_image(seed: int, height: int, width: int) -> np.ndarray:
     seed=st.integers(0, 10_000),
 )
 def test_views_are_within_1_255_of_the_reference(height, width, size, augmentation, seed):
-    """Float32, before normalization; includes odd sizes, images smaller than the crop, and one-pixel crops."""
+    """Float32, before normalization; includes odd sizes, images smaller than the crop, and
+    one-pixel crops.
+    """
     image = smooth_image(seed, height, width)
     params = views.sample(augmentation, seed, 0, [seed], [image.shape[:2]])
     expected = views.apply_reference([torch.from_numpy(image)], params, size)
@@ -60,7 +62,9 @@ def test_views_are_within_1_255_of_the_reference(height, width, size, augmentati
 
 
 def test_dct_scaling_changes_views_little(folder_of):
-    """If both crops keep the output's resolution, images are decoded smaller, and the views differ slightly."""
+    """If both crops keep the output's resolution, images are decoded smaller, and the views differ
+    slightly.
+    """
     files = {
         f"train/{i:02d}.jpg": simplejpeg.encode_jpeg(smooth_image(i, 400, 520), quality=92, colorsubsampling="420")
         for i in range(24)
@@ -155,7 +159,9 @@ def test_no_open_files_are_leaked(photos):
 
 @pytest.mark.slow
 def test_a_second_start_loads_kernels_from_the_cache():
-    """This process has compiled or loaded them; a fresh one must neither compile nor report that it does."""
+    """This process has compiled or loaded them; a fresh one must neither compile nor report that it
+    does.
+    """
     dispatch.compile_cpu_kernels(lambda text: None)
     code = (
         "from fastbyol.kernels import dispatch, crop, augment; said = []; dispatch.compile_cpu_kernels(said.append);"

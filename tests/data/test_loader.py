@@ -108,7 +108,9 @@ def test_backpressure(photos, monkeypatch):
 
 
 def test_wait_s_measures_waiting(photos, monkeypatch):
-    """From the request for a batch to its arrival, without the consumer's time; measured with a fake clock."""
+    """From the request for a batch to its arrival, without the consumer's time; measured with a
+    fake clock.
+    """
     loader, clock = make_loader(photos, threads=1), iter([0.0, 3.0, 10.0, 14.0])
     monkeypatch.setattr(native.time, "perf_counter", lambda: next(clock))
     collect(loader, 0, 2)
@@ -134,7 +136,9 @@ def test_fewer_images_than_a_batch(photos):
 
 @pytest.fixture
 def flawed(folder_of):
-    """18 plain images, two bad ones (text named .jpg, a truncated JPEG) and two of extreme sizes (1x1, 20,000x10)."""
+    """18 plain images, two bad ones (text named .jpg, a truncated JPEG) and two of extreme sizes
+    (1x1, 20,000x10).
+    """
     files = {f"train/a/{i:02d}.jpg": jpeg(i) for i in range(20)}
     files["train/a/05.jpg"] = b"these are words"
     files["train/a/11.jpg"] = jpeg(11)[:-300]

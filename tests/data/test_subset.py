@@ -1,4 +1,6 @@
-"""Selections of a data set: classes, fractions, images per class, lists; and the index of a very large one."""
+"""Selections of a data set: classes, fractions, images per class, lists; and the index of a very
+large one.
+"""
 
 import os
 import subprocess
@@ -168,7 +170,9 @@ def test_list_accepts_all_forms_of_paths(root, tmp_path, monkeypatch, form, end)
 
 
 def test_list_accepts_unusual_names(folder_of, tmp_path):
-    """Names with backslashes, surrounding spaces, either Unicode normal form, and bytes that are not UTF-8."""
+    """Names with backslashes, surrounding spaces, either Unicode normal form, and bytes that are
+    not UTF-8.
+    """
     latin = os.fsdecode(b"caf\xe9.jpg")
     names = [
         "a/x\\y.jpg",
@@ -396,7 +400,9 @@ print(len(listed), (after - before) / 1024, images.paths[1300])
 
 @pytest.mark.slow
 def test_an_index_of_imagenets_size(tmp_path):
-    """1.3 million files from a stubbed listing: each folder is listed once, in under 400 MB, and never with the cache."""
+    """1.3 million files from a stubbed listing: each folder is listed once, in under 400 MB, and
+    never with the cache.
+    """
     base = tmp_path / "imagenet"
     base.mkdir()
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin", "HOME": str(tmp_path)}

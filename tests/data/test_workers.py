@@ -150,7 +150,9 @@ def test_close_waits_for_tasks_in_progress_but_not_after_a_timeout():
 
 
 def test_a_chain_of_pools_closes_while_its_threads_wait_for_each_other():
-    """The second pool's threads wait for the first, whose threads wait for room; or all wait for a slow source."""
+    """The second pool's threads wait for the first, whose threads wait for room; or all wait for a
+    slow source.
+    """
     source = pool_of(lambda k: k, range(10**9), threads=3, window=4)
     pool = pool_of(lambda k: -k, source, threads=3, window=5, upstream=source)
     assert [pool.take()[0] for _ in range(20)] == [-k for k in range(20)]

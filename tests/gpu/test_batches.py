@@ -35,7 +35,10 @@ def make(root, split, backend, device, dtype, **changes):
 
 
 def collect(loader, start, stop, watched=no_synchronization):
-    """Return views, labels and indices of all batches on the CPU. Each is copied after queued work slower than the loader."""
+    """Return views, labels and indices of all batches on the CPU.
+
+    Each is copied after queued work slower than the loader.
+    """
     kept = []
     with watched():
         for batch in loader.batches(start, stop):
@@ -59,7 +62,9 @@ def assert_same_images_and_near_views(actual, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_native_batches_are_bit_exact(stored, dtype, prefetch):
-    """Three epochs, started in the middle of one: each of the two slots on the GPU is used six times."""
+    """Three epochs, started in the middle of one: each of the two slots on the GPU is used six
+    times.
+    """
     start, stop = 3, 3 + 3 * EPOCH
     expected = collect(make(stored, "train", "native", CPU, dtype), start, stop)
     actual = collect(make(stored, "train", "native", DEVICE, dtype, prefetch_batches=prefetch), start, stop)
@@ -70,7 +75,8 @@ def test_native_batches_are_bit_exact(stored, dtype, prefetch):
 
 @needs_cuda
 def test_a_batch_does_not_use_memory_that_queued_work_still_writes(stored):
-    """The allocator reuses freed memory at once, which is too early for a copy on another stream."""
+    """The allocator reuses freed memory at once, which is too early for a copy on another stream.
+    """
     expected = collect(make(stored, "train", "native", CPU, torch.float32), 0, 2)
     loader = make(stored, "train", "native", DEVICE, torch.float32)
     give_back_memory()

@@ -20,7 +20,8 @@ class Samples:
 
 
 def write_with_ffcv(path, mode):
-    """Write in a separate process: ffcv's writer forks, which is unsafe in a process with threads."""
+    """Write in a separate process: ffcv's writer forks, which is unsafe in a process with threads.
+    """
     code = "import sys; sys.path.append(sys.argv[1]); from helpers.ffcv_files import ffcv_writes; ffcv_writes(*sys.argv[2:])"
     subprocess.run([sys.executable, "-c", code, str(ROOT / "tests"), str(path), mode], check=True, timeout=HANG_S)
 

@@ -1,4 +1,6 @@
-"""Small files of all supported formats (except PCD, which has at least 0.8 MB), and randomly damaged versions of them."""
+"""Small files of all supported formats (except PCD, which has at least 0.8 MB), and randomly
+damaged versions of them.
+"""
 
 import io
 import struct
@@ -139,7 +141,9 @@ def seeds() -> dict[str, bytes]:
 
 
 def mutations(files: dict[str, bytes], count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Yield damaged files: bits, lengths and numbers changed, parts removed, repeated or taken from other files."""
+    """Yield damaged files: bits, lengths and numbers changed, parts removed, repeated or taken from
+    other files.
+    """
     rng = np.random.default_rng(seed)
     names = list(files)
     for k in range(count):

@@ -43,7 +43,6 @@ PENDING = {
     "train/train": {"evaluate", "weights"},
     "weights/export": {"evaluate"},
     "evaluate/robustness": {"tools"},
-    "evaluate/segmentation": {"tools"},
 }
 
 

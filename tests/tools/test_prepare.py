@@ -49,7 +49,9 @@ def test_default_photos_resemble_imagenet(tmp_path):
 
 @pytest.mark.parametrize("shape", [(300, 500), (500, 300)])
 def test_train_and_val_are_cut_from_disjoint_bands(monkeypatch, tmp_path, shape):
-    """In a photograph whose train bands are black and val bands white, brightness tells a pixel's origin."""
+    """In a photograph whose train bands are black and val bands white, brightness tells a pixel's
+    origin.
+    """
 
     pixels = np.zeros((*shape, 3), dtype=np.uint8)
     long = pixels if shape[0] > shape[1] else pixels.swapaxes(0, 1)

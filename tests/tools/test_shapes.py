@@ -56,7 +56,9 @@ def test_annotation_has_the_extent_and_area_of_the_mask():
 
 
 def test_both_formats_hold_the_same_pixels(shapes):
-    """Up to void pixels, polygons and VOC masks agree, and pixels outside of all polygons are background."""
+    """Up to void pixels, polygons and VOC masks agree, and pixels outside of all polygons are
+    background.
+    """
     for split, count in (("train", 12), ("val", 3)):
         coco = json.loads((shapes / f"annotations/instances_{split}.json").read_text())
         names = (shapes / f"ImageSets/Segmentation/{split}.txt").read_text().split()
@@ -91,7 +93,9 @@ def test_masks_have_the_voc_palette(shapes):
 
 
 def test_void_pixels_are_at_edges(scenes):
-    """A void pixel has another owner within two pixels, or an edge just outside the image; it is a thin line."""
+    """A void pixel has another owner within two pixels, or an edge just outside the image; it is a
+    thin line.
+    """
     for scene in scenes:
         void = scene.classes == VOID
         assert 0 < void.mean() < 0.15
@@ -150,7 +154,9 @@ def test_areas_of_the_shapes():
 
 
 def test_train_and_val_are_cut_from_disjoint_bands(photos):
-    """In photographs whose train bands are black and val bands white, brightness tells a pixel's origin."""
+    """In photographs whose train bands are black and val bands white, brightness tells a pixel's
+    origin.
+    """
     pixels = np.zeros((400, 800, 3), dtype=np.uint8)
     pixels[:, 200:400] = pixels[:, 600:] = 255
     for upright in (False, True):
