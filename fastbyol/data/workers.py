@@ -181,7 +181,7 @@ class PrefetchPool(Generic[T, R]):
                 number = self._begun
             try:
                 task = next(self._tasks)
-            except BaseException as error:  # an error of the iterator takes the place of its last result
+            except BaseException as error:  # an error of the iterator counts as its last result
                 if not isinstance(error, StopIteration):
                     self._finish(number, None, error)
                     number += 1

@@ -245,11 +245,20 @@ def test_every_byte_of_header_rows_and_table_flipped(intact):
     data = intact[0]
     table = struct.unpack("<Q", data[16:24])[0]
     rows = 24 + 2 * 1041
-    places = [*range(24), 24, *range(25, 41), 24 + 1041, *range(24 + 1042, 24 + 1042 + 60), *range(rows, rows + 6 * 24)]
-    places += range(table - 20, len(data))
-    for place in places:
+    offsets = [
+        *range(24),
+        24,
+        *range(25, 41),
+        24 + 1041,
+        *range(24 + 1042, 24 + 1042 + 60),
+        *range(rows, rows + 6 * 24),
+    ]
+    offsets += range(table - 20, len(data))
+    for offset in offsets:
         for flip in (0x01, 0x80, 0xFF):
-            check(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :], intact, f"byte {place} ^ {flip:#x}")
+            check(
+                data[:offset] + bytes([data[offset] ^ flip]) + data[offset + 1 :], intact, f"byte {offset} ^ {flip:#x}"
+            )
 
 
 @given(st.data())
@@ -261,7 +270,7 @@ def test_random_bytes_in_parsed_parts(intact, draws):
         start, stop = draws.draw(
             st.sampled_from([(0, 24), (24, 90), (24 + 2 * 1041, 24 + 2 * 1041 + 144), (table - 20, len(data))])
         )
-        place = draws.draw(st.integers(start, stop - 1))
+        offset = draws.draw(st.integers(start, stop - 1))
         values = draws.draw(
             st.one_of(
                 st.binary(min_size=1, max_size=9),
@@ -270,7 +279,7 @@ def test_random_bytes_in_parsed_parts(intact, draws):
                 ),
             )
         )
-        data[place : place + len(values)] = values[: len(data) - place]
+        data[offset : offset + len(values)] = values[: len(data) - offset]
     check(bytes(data), intact, "overwritten")
 
 
@@ -347,9 +356,9 @@ def test_error_messages_of_damaged_files(intact, tmp_path, change, message):
 
 def test_class_names_that_are_not_json(intact, tmp_path):
     data = bytearray(intact[0])
-    place = data.index(b'["a", "b"]')
+    offset = data.index(b'["a", "b"]')
     for damage in (b'["a", 5  ]', b'{"a": "b"}', b'["a", "b" ', b"[" * 10, b'["\xff", ""]'):
-        data[place : place + 10] = damage.ljust(10)
+        data[offset : offset + 10] = damage.ljust(10)
         (tmp_path / "x.beton").write_bytes(data)
         with pytest.raises(BadBeton, match="its class names are damaged"):
             open_beton(tmp_path / "x.beton")

@@ -235,8 +235,8 @@ def test_broken_exif_does_not_spoil_an_avif():
         pytest.skip("this Pillow has no AVIF")
     data = saved(picture(), "AVIF", quality=95, exif=exif(6, x010F="maker"))
     assert is_turned(decode(data))
-    place = data.rindex(b"maker")
-    start = data.rindex(b"\0*", 0, place) - 2  # big-endian TIFF
+    offset = data.rindex(b"maker")
+    start = data.rindex(b"\0*", 0, offset) - 2  # big-endian TIFF
     assert is_turned(decode(data[:start] + b"\xff" * 8 + data[start + 8 :]))
 
 
@@ -432,8 +432,8 @@ def test_a_tiff_with_missing_rows_is_bad():
 
 def test_a_webp_with_a_huge_canvas_is_bad():
     data = bytearray(seeds()["frames.webp"])
-    place = data.index(b"VP8X") + 12
-    data[place : place + 3] = b"\x17\0\x80"
+    offset = data.index(b"VP8X") + 12
+    data[offset : offset + 3] = b"\x17\0\x80"
     with pytest.raises(BadImage, match="8388632x16 pixels: no frame of a WebP file has longer sides than 16383"):
         decode(bytes(data))
 
@@ -600,7 +600,7 @@ def test_native_and_packed_images_are_upright(oriented, tmp_path):
     assert [is_turned(found.read(k)) if found.modes[k] else is_turned(decode(found.read(k))) for k in range(16)] == 4 * [
         True, True, True, False
     ]  # fmt: skip
-    assert found.read(3) == PLAIN  # not encoded anew, and without metadata
+    assert found.read(3) == PLAIN  # copied, without metadata
 
 
 def test_dali_images_are_upright(oriented):

@@ -175,7 +175,7 @@ def test_a_root_may_be_a_file(folder_of, tmp_path):
         InputError, match=r"x.beton: this file is one split, and there is no .*other next to it; data.train_split=. is"
     ):
         find_images(DataConfig(root=str(file), train_split="other"), "train")
-    for val in (str(tmp_path / "y.beton"), "y.beton", "y"):  # a path in full, or beside the file
+    for val in (str(tmp_path / "y.beton"), "y.beton", "y"):  # an absolute path, or a name next to the file
         splits = open_splits(KnnEval(run="x", root=str(file), val_split=val), checkpoint_config(root))
         assert [split.root.name for split in splits] == ["x.beton", "y.beton"]
         assert find_images(DataConfig(root=str(file), val_split=val), "val").root.name == "y.beton"
