@@ -14,8 +14,8 @@ from matplotlib.patches import Rectangle
 from fastbyol import __version__
 from fastbyol.config import Config
 from fastbyol.data import ImageSet, find_images
+from fastbyol.data.crops import center_crops
 from fastbyol.data.decode import BadImage, decode
-from fastbyol.data.native import center_crops
 from fastbyol.errors import InputError, first_line, printable
 from fastbyol.evaluate import TASKS, is_metric, load_checkpoint_model, read_results
 from fastbyol.evaluate.features import CENTER_FRACTION, check_splits, extract
