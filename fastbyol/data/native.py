@@ -61,7 +61,7 @@ class NativeLoader(DeterministicLoader):
         device_slots = DeviceSlots(self.device) if self.device.type == "cuda" else None
         source = self._start_source(start, stop)
         rendering = PrefetchPool(
-            lambda: self.worker_class(self),
+            lambda: self.worker_class(self, dct_scaling=self.dct_scaling),
             self._plan(start, stop, ring, self._images(source)),
             threads=self.threads,
             window=len(ring) * self.batch_size,

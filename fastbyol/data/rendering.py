@@ -1,18 +1,16 @@
 """Rendering in one thread: stored bytes -> decoded image -> augmented, normalized views."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fastbyol.data.decode import DecodeBuffer, decode, decode_reduced, jpeg_size
+from fastbyol.data.sequence import DeterministicLoader
 from fastbyol.data.views import VIEWS, Sampler
 from fastbyol.kernels import augment, crop
-
-if TYPE_CHECKING:
-    from fastbyol.data.native import NativeLoader
 
 Box = Sequence[int]  # top, left, height, width in source pixels
 Pixels = NDArray[np.uint8]  # (H, W, 3)
@@ -21,7 +19,7 @@ Pixels = NDArray[np.uint8]  # (H, W, 3)
 class Slot:
     """Memory of one batch: tensors for the consumer, numpy views of them for the workers."""
 
-    def __init__(self, loader: "NativeLoader") -> None:
+    def __init__(self, loader: DeterministicLoader) -> None:
         b, s = loader.batch_size, loader.size
         pin = loader.device.type != "cpu"
         self.views = torch.empty(VIEWS, b, s, s, 3, dtype=loader.dtype, pin_memory=pin)
@@ -88,9 +86,9 @@ class Worker(Renderer):
     Called with one image of a batch at a time.
     """
 
-    def __init__(self, loader: "NativeLoader") -> None:
+    def __init__(self, loader: DeterministicLoader, *, dct_scaling: bool) -> None:
         super().__init__(loader.size)
-        self._loader, self._labels, self._dct_scaling = loader, loader.images.labels, loader.dct_scaling
+        self._loader, self._labels, self._dct_scaling = loader, loader.images.labels, dct_scaling
 
     def __call__(self, task: tuple[BatchPlan, int, Any]) -> None:
         """Write label, index and both views of the i-th image of a batch.

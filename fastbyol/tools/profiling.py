@@ -558,8 +558,8 @@ def loader_threads(training: Training) -> dict[str, float] | None:
 def _timed_worker(base: type[native.Worker], workers: list[Any]) -> type[native.Worker]:
     """Return a subclass of a loader's worker that adds up the CPU time of each stage; its objects are added to `workers`."""
 
-    def init(self: Any, loader: native.NativeLoader) -> None:
-        base.__init__(self, loader)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)
         self.seconds = defaultdict(float)
         workers.append(self)
 
