@@ -218,7 +218,7 @@ def test_pixels_that_the_host_decodes_for_dali_are_pinned_by_the_readers(photos,
     monkeypatch.setattr(Tensor, "to", lambda t, device, non_blocking: (t, device, non_blocking))
     decoder = object.__new__(dali.Decoder)
     decoder._device = CUDA
-    assert decoder._place(prepared[0].pixels)[1:] == (CUDA, True)
+    assert decoder._to_device(prepared[0].pixels)[1:] == (CUDA, True)
     assert not threads
 
 
