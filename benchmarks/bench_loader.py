@@ -331,12 +331,12 @@ def prepare_corpus() -> None:
 def prepare_betons() -> None:
     """Pack the images into two .beton files. Raw pixels take six times the bytes, so only 1,000."""
     from fastbyol.data import open_split
-    from fastbyol.data.beton import pack
+    from fastbyol.data.pack import pack
 
     images = open_split(CORPUS, "train")
-    for mode, subset in (("jpg", images), ("raw", images.spread(1000))):
+    for mode, part in (("jpg", images), ("raw", images.subsample(1000))):
         if not (CORPUS / f"{mode}.beton").exists():
-            print(pack(subset, CORPUS / f"{mode}.beton", mode=mode))
+            print(pack(part, CORPUS / f"{mode}.beton", mode=mode))
 
 
 def print_summary(rows: list[dict]) -> None:

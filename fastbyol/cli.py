@@ -87,7 +87,7 @@ def _prepare(call: Call) -> int:
 
 def _pack(call: Call) -> int:
     from fastbyol.data import open_split
-    from fastbyol.data.beton import pack
+    from fastbyol.data.pack import pack
 
     arguments = asdict(call.options)
     images = open_split(arguments.pop("source"), ".", key="source")

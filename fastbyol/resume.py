@@ -32,7 +32,7 @@ class ImageIdentity:
 
     def __init__(self, images: ImageSet) -> None:
         self.root, self.count = images.root, len(images)
-        self.files, self.sample = images.fingerprint(), images.sample()
+        self.files, self.sample = images.fingerprint(), images.content_hashes()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the entries of a checkpoint."""

@@ -267,7 +267,7 @@ class Run:
         for index, reason in sorted(self.training.loader.bad.items()):
             if index not in self.named_bad:
                 self.named_bad.add(index)
-                logger.warning(f"skipped {self.training.images.where(index)}: {reason}")
+                logger.warning(f"skipped {self.training.images.location(index)}: {reason}")
 
     def _log_summary(self, done: int, summary: dict[str, Any], bad: int) -> None:
         if summary["loss"] is not None:

@@ -1,4 +1,4 @@
-"""What every loader yields, and what every loader can do."""
+"""What every loader yields, and the interface of loaders."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -7,26 +7,32 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One optimizer step's images. Valid until the next batch is asked for: the memory is used again."""
+    """Images of one optimizer step.
+
+    Valid until the next batch is requested; the memory is then reused.
+    """
 
     views: tuple[Tensor, Tensor]  # each (B, 3, S, S), channels_last, compute dtype, on the device, normalized
-    labels: Tensor  # (B,) int64, -1 where the data set has none
-    indices: Tensor  # (B,) int64, the image's place in the data set
+    labels: Tensor  # (B,) int64, -1 if the data set has none
+    indices: Tensor  # (B,) int64, indices of the images in the data set
 
 
 class Loader(Protocol):
-    """Endless epochs of N // B batches, addressed by optimizer step: epoch, batch = divmod(step, len(loader)).
+    """Endless epochs of N // B batches, addressed by optimizer step.
 
-    Over R ranks each yields its part of B / R images; B, and with it the epoch, stays the same for any R.
+    epoch, batch = divmod(step, len(loader))
+
+    Each of R ranks yields its share of B / R images; B, and with it the epoch, is the same for any
+    R.
     """
 
     wait_s: float
-    """Seconds that the consumer has waited for batches so far."""
+    """Total time that the consumer has waited for batches, in seconds."""
     bad: dict[int, str]
-    """Images skipped so far: index -> one line why."""
+    """Images skipped so far: index -> reason, one line."""
 
     def __len__(self) -> int:
-        """Batches per epoch: N // B, no partial batch."""
+        """Return the number of batches per epoch: N // B, no partial batch."""
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yields the batches of steps start .. stop - 1; leaving the loop early stops all background work."""
+        """Yield the batches of steps start .. stop - 1. Leaving early stops all background work."""

@@ -1,18 +1,20 @@
-"""FFCV's loader as the reader and decoder of .beton files, with one operation of ours inside its compiled code.
+"""FFCV's loader as a backend for .beton files, with one custom operation inside its compiled code.
 
-The operation decodes an image once, into memory of its thread, and writes both views straight into the batch: crop.py's and
-augment.py's kernels, with the parameters that every backend draws. FFCV brings the memory map, its thread that makes batches
-ahead, and numba's threads within a batch.
+The operation decodes an image once, into memory of its thread, and writes both views straight into
+the batch by the kernels crop.py and augment.py, with the parameters that every backend draws. FFCV
+provides the memory map, a thread that makes batches ahead, and numba's threads within a batch.
 
-FFCV's own call of libjpeg-turbo asks for the fast inverse DCT, which moves a view's values by up to 9/255 on photographs, and
-ignores what the library reports. The operation calls the same library for the exact one, and looks at what it returns.
-A JPEG with EXIF or XMP, which files of `fastbyol pack` do not hold, is decoded as the native backend does it: it may need a turn.
+FFCV itself calls libjpeg-turbo with the fast inverse DCT, which changes a view's values by up to
+9/255 on photographs, and ignores the library's return code. The operation calls the same library
+with the exact DCT and checks the return code. JPEGs with EXIF or XMP, which `fastbyol pack` does
+not write, may have an orientation and are decoded as in the native backend.
 
-To read the file through its memory map, FFCV marks numba's one type of one-dimensional bytes as read-only for the whole process,
-which breaks what others have compiled with it. It gets a type of its own here.
+To read the file through its memory map, FFCV marks numba's type of one-dimensional bytes as
+read-only for the whole process, which breaks other compiled code. Here the memory map gets a type
+of its own.
 
-What else FFCV leaves out is added here: batches in our order from any step on, an end to its thread when the loop is left early,
-and an error in that thread handed to the consumer.
+Also added here: batches in our order from any step on, stopping FFCV's thread when the loop is left
+early, and raising an error of that thread in the consumer.
 """
 
 import time
@@ -38,10 +40,11 @@ from numpy.typing import NDArray
 
 from fastbyol.data.batch import Batch
 from fastbyol.data.beton import BetonFile
-from fastbyol.data.decode import APP1, DecodeBuffer, decode, segments
-from fastbyol.data.native import DeviceSlots, Scratch, deliver, timeout_error
-from fastbyol.data.sequence import DeterministicLoader
-from fastbyol.data.views import VIEWS
+from fastbyol.data.device import DeviceSlots, deliver
+from fastbyol.data.metadata import APP1, segments
+from fastbyol.data.rendering import Renderer
+from fastbyol.data.sequence import DeterministicLoader, timeout_error
+from fastbyol.data.views import VIEWS, Sampler
 from fastbyol.data.workers import resolve_threads
 from fastbyol.errors import InputError
 from fastbyol.kernels import augment, crop
@@ -51,7 +54,7 @@ from fastbyol.kernels.cpu.intrinsics import LANES
 
 _STORED = types.Array(types.uint8, 1, "C", readonly=True)
 _NUMBERS = types.uint64[::1]
-_STATE = types.Tuple([_STORED, _NUMBERS, _NUMBERS])  # the file, where its parts begin, how long they are
+_STATE = types.Tuple([_STORED, _NUMBERS, _NUMBERS])  # the file, offsets of its allocations, their sizes
 
 
 def _compile_reader(manager: OSCacheManager) -> Callable:
@@ -64,7 +67,7 @@ def _compile_reader(manager: OSCacheManager) -> Callable:
 OSCacheManager.state_type = property(lambda manager: _STATE)
 OSCacheManager.compile_reader = _compile_reader
 
-# TurboJPEG's functions in the library that FFCV is linked with; numba calls them by address.
+# TurboJPEG functions of the library that FFCV is linked with; numba calls them by address.
 _new_decoder, _decompress, _end_decoder = lib.tjInitDecompress, lib.tjDecompress2, lib.tjDestroy
 _new_decoder.argtypes, _new_decoder.restype = [], c_void_p
 _decompress.argtypes = [c_void_p, c_void_p, c_ulong, c_void_p, c_int, c_int, c_int, c_int, c_int]
@@ -73,19 +76,19 @@ _RGB = 0  # TJPF_RGB
 
 
 class FfcvLoader(DeterministicLoader):
-    """FFCV -> batches; see `batch.Loader` for the contract.
+    """Loader based on FFCV; see `batch.Loader` for the contract.
 
     Args:
-        threads: of FFCV within a batch; 0 is one per core.
-        prefetch_batches: batches made ahead.
-        sequence: as for `DeterministicLoader`; the images are a BetonFile.
+        threads: number of FFCV's threads within a batch; 0 is one per core.
+        prefetch_batches: number of batches made ahead.
+        sequence: arguments of `DeterministicLoader`; the images are a BetonFile.
 
     Raises:
-        InputError: more threads than numba has.
+        InputError: numba has fewer threads.
 
     Raises (while iterating):
-        RunError: more images cannot be decoded than `max_bad_fraction` allows.
-        HungLoader: no batch came within `timeout_s`.
+        RunError: more images are undecodable than `max_bad_fraction` allows.
+        LoaderTimeout: no batch arrived within `timeout_s`.
     """
 
     images: BetonFile
@@ -94,7 +97,7 @@ class FfcvLoader(DeterministicLoader):
         super().__init__(**sequence)
         if resolve_threads(threads) > NUMBA_NUM_THREADS:
             raise InputError(
-                f"data.threads={threads}: FFCV's loader can use {NUMBA_NUM_THREADS} threads at most here, one per core "
+                f"data.threads={threads}: FFCV's loader can use at most {NUMBA_NUM_THREADS} threads here, one per core "
                 "(NUMBA_NUM_THREADS); lower it, or set it to 0"
             )
         pipelines: dict[str, Any] = dict.fromkeys(self.images.fields)
@@ -110,25 +113,25 @@ class FfcvLoader(DeterministicLoader):
         )
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yields the batches of steps start .. stop - 1; leaving the loop early stops FFCV's thread."""
-        on_device = DeviceSlots(self.device) if self.device.type == "cuda" else None
+        """Yield the batches of steps start .. stop - 1; leaving the loop early stops FFCV's thread."""
+        device_slots = DeviceSlots(self.device) if self.device.type == "cuda" else None
         first = start
         while first < stop:
-            end = min(stop, (first // len(self) + 1) * len(self))  # FFCV is given an epoch's order at most
+            end = min(stop, (first // len(self) + 1) * len(self))  # FFCV takes the order of at most one epoch
             epoch = _Epoch(self, self._ffcv, first, end)
             try:
                 for step in range(first, end):
                     before = time.perf_counter()
                     views, labels, indices = epoch.next_batch()
                     self.wait_s += time.perf_counter() - before
-                    yield from deliver(step, views, labels, indices, on_device, dim=1)
+                    yield from deliver(step, views, labels, indices, device_slots, dim=1)
             finally:
                 epoch.stop()
             first = end
 
 
 class _TwoViews(SimpleRGBImageDecoder):
-    """FFCV's image field -> both views of each image, float32 or the bits of a 16-bit float, and whether it could be decoded."""
+    """FFCV operation: image field -> both views, float32 or 16-bit floats, and an error code."""
 
     def __init__(self, loader: FfcvLoader) -> None:
         super().__init__()
@@ -141,7 +144,7 @@ class _TwoViews(SimpleRGBImageDecoder):
         memory = (
             AllocationQuery(shape, self._dtype),
             AllocationQuery((VIEWS, augment.COLUMNS), np.dtype(np.float32)),  # parameters, filled in by _Epoch
-            # 0 where the image is upright and libjpeg-turbo had nothing to say.
+            # Error code: 0 if the image is upright and libjpeg-turbo reported nothing.
             AllocationQuery((1,), np.dtype(np.int32)),
         )
         return replace(previous_state, jit_mode=True, shape=shape, dtype=self._dtype), memory
@@ -165,7 +168,7 @@ class _TwoViews(SimpleRGBImageDecoder):
         beyond = size + LANES
 
         def both_views(batch_indices, memory, metadata, storage_state):  # noqa: ANN001, ANN202 (compiled by FFCV)
-            out, parameters, faults = memory
+            out, parameters, errors = memory
             for thread in in_parallel(threads):
                 decoder = _new_decoder()
                 pixels = np.empty(3 * most_pixels, dtype=np.uint8)
@@ -184,14 +187,14 @@ class _TwoViews(SimpleRGBImageDecoder):
                     stored = read(field["data_ptr"], storage_state)
                     height, width = np.int64(field["height"]), np.int64(field["width"])
                     image = pixels[: 3 * height * width].reshape(height, width, 3)
-                    if field["mode"] == jpeg and _may_need_a_turn(stored):
-                        faults[i, 0] = 1
+                    if field["mode"] == jpeg and _may_be_rotated(stored):
+                        errors[i, 0] = 1
                     elif field["mode"] == jpeg:
-                        faults[i, 0] = _decompress(
+                        errors[i, 0] = _decompress(
                             decoder, stored.ctypes.data, stored.size, image.ctypes.data, width, 0, height, _RGB, 0
                         )
                     else:
-                        faults[i, 0] = 0
+                        errors[i, 0] = 0
                         copy(stored, image)
                     for v in range(VIEWS):
                         p = parameters[i, v]
@@ -213,7 +216,7 @@ class _TwoViews(SimpleRGBImageDecoder):
 
 @njit(nogil=True, cache=True)
 def _aligned(count, beyond):  # noqa: ANN001, ANN202
-    """float32 zeros (count,) that begin a cache line, as `aligned_zeros` makes them."""
+    """Return float32 zeros (count,) aligned to a cache line, like `aligned_zeros`."""
     memory = np.zeros(count + beyond + 16, np.float32)
     skip = -memory.ctypes.data % 64 // 4
     return memory[skip : skip + count]
@@ -223,70 +226,71 @@ _segments = njit(nogil=True, cache=True)(segments)
 
 
 @njit(nogil=True, cache=True)
-def _may_need_a_turn(jpeg):  # noqa: ANN001, ANN202
-    """Whether a JPEG holds EXIF or XMP: an APP1 segment in front of its first scan."""
+def _may_be_rotated(jpeg):  # noqa: ANN001, ANN202
+    """Return True if a JPEG has EXIF or XMP: an APP1 segment before its first scan."""
     return APP1 in _segments(jpeg)[0]
 
 
 class _Epoch(EpochIterator):
     """FFCV's thread for the steps start .. stop - 1 of one epoch."""
 
-    def __init__(self, ours: FfcvLoader, ffcv: Loader, start: int, stop: int) -> None:
-        self._ours, self._start, self._error, self._hung = ours, start, None, False
-        self._scratch, self._buffer = Scratch(ours.size), DecodeBuffer()
-        places = np.concatenate([ours.indices(step) for step in range(start, stop)])
-        super().__init__(ffcv, ours.images.samples[places].astype(np.uint64))
+    def __init__(self, loader: FfcvLoader, ffcv: Loader, start: int, stop: int) -> None:
+        self._owner, self._start, self._error, self._timed_out = loader, start, None, False
+        self._renderer = Renderer(loader.size)
+        indices = np.concatenate([loader.indices(step) for step in range(start, stop)])
+        super().__init__(ffcv, loader.images.samples[indices].astype(np.uint64))
 
     def run(self) -> None:
         try:
             super().run()
-        except BaseException as error:  # FFCV's consumer would wait for ever; ours raises it
+        except BaseException as error:  # FFCV's consumer would wait forever; ours raises it
             self._error = error
             self.output_queue.put(None)
 
     def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
-        """One batch: parameters into the slot, FFCV's compiled code, then what it could not decode."""
-        ours, step = self._ours, self._start + b_ix
-        indices = ours.indices(step)
-        sampler = ours.sampler(step)
-        out, parameters, faults = next(m for m in self.memory_allocations["operation"].values() if isinstance(m, tuple))
-        parameters[batch_slot][:] = sampler.params(ours.images.shapes[indices]).pack()
+        """Make one batch by FFCV's compiled code; render the images on which it failed."""
+        loader, step = self._owner, self._start + b_ix
+        indices = loader.indices(step)
+        sampler = loader.sampler(step)
+        out, parameters, errors = next(m for m in self.memory_allocations["operation"].values() if isinstance(m, tuple))
+        parameters[batch_slot][:] = sampler.params(loader.images.shapes[indices]).pack()
         super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
-        for i in np.flatnonzero(faults[batch_slot][:, 0]):
-            indices[i] = self._again(int(indices[i]), int(i), sampler, parameters[batch_slot][i], out[batch_slot][i])
-        views = torch.from_numpy(out[batch_slot]).view(ours.dtype)  # pinned by FFCV where there is a GPU
-        labels = torch.from_numpy(ours.images.labels[indices]), torch.from_numpy(indices)
-        return views, *(t if ours.device.type == "cpu" else t.pin_memory() for t in labels)
+        for i in np.flatnonzero(errors[batch_slot][:, 0]):
+            indices[i] = self._render(int(indices[i]), int(i), sampler, parameters[batch_slot][i], out[batch_slot][i])
+        views = torch.from_numpy(out[batch_slot]).view(loader.dtype)  # pinned by FFCV where there is a GPU
+        labels = torch.from_numpy(loader.images.labels[indices]), torch.from_numpy(indices)
+        return views, *(t if loader.device.type == "cpu" else t.pin_memory() for t in labels)
 
-    def _again(self, index: int, i: int, sampler: Any, rows: NDArray[np.float32], out: NDArray) -> int:
-        """An image that libjpeg-turbo alone does not get right, decoded as the native backend does it, or the one that takes its place."""
-        ours = self._ours
-        found, image = ours.load_or_substitute(index, ours.fetch(index), lambda data: decode(data, self._buffer))
+    def _render(self, index: int, i: int, sampler: Sampler, params: NDArray[np.float32], out: NDArray) -> int:
+        """Render an image, or its substitute, like the native backend; return the index used."""
+        loader, renderer = self._owner, self._renderer
+        used, image = loader.load_or_substitute(index, loader.fetch(index), renderer.decode)
         boxes = sampler.boxes(slice(i, i + 1), [image.shape[:2]])[0].tolist()
         for v, box in enumerate(boxes):
-            self._scratch.render(image, box, rows[v], out[v].view(augment.WRITTEN[ours.dtype]))
-        return found
+            renderer.crop(image, box, bool(params[v, augment.FLIP]))
+            renderer.augment(params[v], out[v].view(augment.WRITTEN[loader.dtype]))
+        return used
 
     def next_batch(self) -> Any:
-        """FFCV's next batch.
+        """Return views, labels and indices of the next batch.
 
         Raises:
-            HungLoader: it does not come within `timeout_s`.
+            LoaderTimeout: no batch arrived within `timeout_s`.
         """
         try:
-            result = self.output_queue.get(timeout=self._ours.timeout_s)
+            result = self.output_queue.get(timeout=self._owner.timeout_s)
         except Empty:
-            self._hung = True
-            raise timeout_error(self._ours) from None
+            self._timed_out = True
+            raise timeout_error(self._owner) from None
         if result is None:
             assert self._error is not None
             raise self._error
         return result[1]
 
     def stop(self) -> None:
-        """Ends the thread, which otherwise goes on waiting for a place in its queue, unless it hangs: then it dies with the process."""
+        """Stop the thread, which may be waiting for its full queue; abandon it after a timeout."""
         self.close()
-        while self.is_alive() and not self._hung:
+        while self.is_alive() and not self._timed_out:
             try:
                 self.output_queue.get(timeout=0.01)
             except Empty:

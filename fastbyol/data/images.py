@@ -1,4 +1,4 @@
-"""What every set of images can do, whether it lies in a folder or in one file, and the part of it that a run uses."""
+"""Base class of data sets, whether the images are files of a folder or parts of one file."""
 
 import hashlib
 import unicodedata
@@ -11,92 +11,93 @@ import numpy as np
 from numpy.typing import NDArray
 
 UNLABELED = -1
-_SAMPLED = 64  # images that are read to tell a set from another: reading all takes as long as an epoch
+_HASHED_IMAGES = 64  # images that are read to tell one set from another; reading all takes as long as an epoch
 
 
 class ImageSet(ABC):
     """N images in a fixed order, each with a class index."""
 
     root: Path  # the folder or the file that holds them, for messages
-    labels: NDArray[np.int64]  # (N,), UNLABELED where the set has none
-    classes: list[str]  # names; empty where the set has no labels
-    notes: tuple[str, ...]  # what a user should know of how the set was found, a line each
+    labels: NDArray[np.int64]  # (N,), UNLABELED if the set has none
+    classes: list[str]  # names; empty if the set has no labels
+    notes: tuple[str, ...]  # what a user should know about how the set was found, one line each
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @abstractmethod
     def read(self, index: int) -> bytes | NDArray[np.uint8]:
-        """An image as it is stored: an encoded file's bytes, or pixels (H, W, 3), C-contiguous and writable.
+        """Return a stored image: an encoded file, or writable C-contiguous pixels (H, W, 3).
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the image cannot be read.
         """
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What an image is called within the set."""
+        """Return the name of an image within the set."""
 
     @abstractmethod
-    def take(self, keep: NDArray[np.int64]) -> Self:
-        """The set of the images at `keep`, in that order."""
+    def subset(self, indices: NDArray[np.int64]) -> Self:
+        """Return the set of the images at `indices`, in that order."""
 
     @abstractmethod
-    def relabel(self, labels: NDArray[np.int64], classes: list[str]) -> Self:
-        """The same images with other labels."""
+    def with_labels(self, labels: NDArray[np.int64], classes: list[str]) -> Self:
+        """Return the same images with other labels."""
 
     @abstractmethod
-    def _contents(self, members: NDArray[np.int64]) -> bytes:
-        """What tells the images at `members` from others, in that order, without reading them."""
+    def _identity(self, members: NDArray[np.int64]) -> bytes:
+        """Return bytes that identify the images at `members`, in that order, without reading them."""
 
     def fingerprint(self) -> dict[str, list[int | str]]:
-        """Class -> [its number of images, 16 hex digits of their names in order]; '' are the images without a class.
+        """Return class -> [number of images, hash of their names]; '' is for unlabeled images.
 
-        Of a .beton file, whose images have no names, number, stored size, mode and shape count. Where the set lies does not.
+        The hash has 16 hex digits. Images of a .beton file have no names; their number, stored
+        size, mode and shape are hashed instead. The set's location does not matter.
         """
         order = np.argsort(self.labels, kind="stable")
         ends = np.searchsorted(self.labels[order], np.arange(UNLABELED, len(self.classes)), side="right")
         parts = dict(zip(["", *self.classes], np.split(order, ends[:-1]), strict=True))
         return {
-            name: [len(members), hashlib.blake2b(self._contents(members), digest_size=8).hexdigest()]
+            name: [len(members), hashlib.blake2b(self._identity(members), digest_size=8).hexdigest()]
             for name, members in parts.items()
             if name or len(members)
         }
 
-    def sample(self) -> list[str]:
-        """16 hex digits of each of a few images as they are stored, evenly spread; empty for one that cannot be read."""
-        return [self._digest(index) for index in self.evenly(_SAMPLED).tolist()]
+    def content_hashes(self) -> list[str]:
+        """Return hashes of the bytes of up to 64 evenly spaced images; '' for unreadable ones."""
+        return [self._content_hash(index) for index in self.subsample_indices(_HASHED_IMAGES).tolist()]
 
-    def _digest(self, index: int) -> str:
+    def _content_hash(self, index: int) -> str:
         try:
             return hashlib.blake2b(self.read(index), digest_size=8).hexdigest()
         except OSError:
             return ""
 
-    def where(self, index: int) -> str:
-        """Where an image lies, for messages."""
+    def location(self, index: int) -> str:
+        """Return where an image is stored, for messages."""
         return f"{self.root}/{self.name(index)}"
 
-    def spread(self, limit: int) -> Self:
-        """At most `limit` of the images, evenly spread over the set and so over the classes."""
-        return self if len(self) <= limit else self.take(self.evenly(limit))
+    def subsample(self, limit: int) -> Self:
+        """Return at most `limit` images, evenly spaced over the set and thereby over its classes."""
+        return self if len(self) <= limit else self.subset(self.subsample_indices(limit))
 
-    def evenly(self, limit: int) -> NDArray[np.int64]:
-        """The indices of the images of `spread`."""
+    def subsample_indices(self, limit: int) -> NDArray[np.int64]:
+        """Return the indices of the images of `subsample`."""
         n = len(self)
         return np.arange(n) if n <= limit else np.linspace(0, n - 1, limit).astype(np.int64)
 
 
-def composed(name: str) -> str:
-    """The name in Unicode's composed form (NFC): macOS writes an accent as a character of its own, other systems do not."""
+def normalize_name(name: str) -> str:
+    """Return the name in Unicode's composed form (NFC); macOS decomposes accents."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def number_classes(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
-    """The classes that names stand for, composed and sorted, and each name's number among them.
+    """Return the sorted, normalized class names, and the number of each of `names` among them.
 
-    So that sets with the same classes give them the same numbers, whatever system wrote the names.
+    Sets with the same classes thus number them equally, whatever system wrote the names.
     """
-    classes = sorted(set(map(composed, names)))
+    classes = sorted(set(map(normalize_name, names)))
     number = {name: k for k, name in enumerate(classes)}
-    return classes, np.array([number[composed(name)] for name in names], dtype=np.int64)
+    return classes, np.array([number[normalize_name(name)] for name in names], dtype=np.int64)

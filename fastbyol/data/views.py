@@ -1,9 +1,9 @@
-"""What happens to an image: the recipes, and the parameters of both views drawn per (seed, epoch, position).
+"""Augmentations, and the parameters of both views drawn per (seed, epoch, position).
 
-Drawing is separate from applying. `sample` is a pure function of its arguments (numpy only, a counter-based
-generator, no state), so every backend applies the same numbers, and a run is the same for any number of threads,
-ranks or restarts. `apply_reference` is the plain float32 meaning of those numbers; the fast kernels are compared
-with it pixel by pixel.
+Drawing is separate from applying. `sample` is a pure function of its arguments (numpy only, a
+counter-based generator, no state), so every backend applies the same numbers, and a run is the same
+for any number of threads, ranks or restarts. `apply_reference` defines the meaning of those numbers
+in float32; the tests compare the fast kernels with it.
 
 Source: Grill et al. 2020, appendix B, and `byol/utils/{dataset,augmentations}.py` of
 google-deepmind/deepmind-research (commit 4822a45).
@@ -30,21 +30,24 @@ ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Ranges and probabilities of the random operations; a pair of probabilities is (view 1, view 2)."""
+    """Ranges and probabilities of the random operations.
+
+    A pair of probabilities is (view 1, view 2).
+    """
 
     area: tuple[float, float] = (0.08, 1.0)  # share of the image's area, uniform
     aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
-    crop_tries: int = 0  # 0: clamp width and height to the image; else redraw that often, then a center crop
+    crop_tries: int = 0  # 0: clamp the box to the image; else redraw up to N times, then use a center crop
     flip_p: float = 0.5
     jitter_p: float = 0.8
-    brightness: float = 0.4  # half-width of the uniform range, here and in the next three
+    brightness: float = 0.4  # half-width of the uniform range, like the next three
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1  # turns
-    color: Literal["byol", "torchvision"] = "byol"  # meaning of the four operations, see kernels/augment.py
+    color: Literal["byol", "torchvision"] = "byol"  # variant of the four operations, see kernels/augment.py
     gray_p: float = 0.2
     blur_p: tuple[float, float] = (1.0, 0.1)
-    sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the output
+    sigma: tuple[float, float] = (0.1, 2.0)  # in pixels of the output
     solarize_p: tuple[float, float] = (0.0, 0.2)
 
 
@@ -53,8 +56,9 @@ _NO_COLOR: dict[str, Any] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": (0.0, 0.0
 AUGMENTATIONS = {
     "byol": Augmentation(),
     "torchvision": Augmentation(crop_tries=10, color="torchvision"),
-    "crop_flip": Augmentation(**_NO_COLOR),  # training images of classifiers
-    # Both views are the whole center square: a try fails where the image is not square, and a center crop follows.
+    "crop_flip": Augmentation(**_NO_COLOR),  # for training classifiers
+    # Both views are the center square: the only try fails unless the image is square, and a center
+    # crop follows.
     "none": Augmentation(area=(1.0, 1.0), aspect=(1.0, 1.0), crop_tries=1, flip_p=0.0, **_NO_COLOR),
 }
 
@@ -65,13 +69,13 @@ class ViewParams:
 
     box: NDArray[np.int32]  # (n, V, 4): top, left, height, width in source pixels
     flip: NDArray[np.bool_]
-    jitter: NDArray[np.bool_]  # whether the four color operations are applied
-    order: NDArray[np.uint8]  # (n, V, 4): the operations in the order of their application
+    jitter: NDArray[np.bool_]  # True if the four color operations are applied
+    order: NDArray[np.uint8]  # (n, V, 4): the color operations in the order of application
     brightness: NDArray[np.float32]  # byol: added; torchvision: a factor
     contrast: NDArray[np.float32]  # factor
     saturation: NDArray[np.float32]  # factor
     hue: NDArray[np.float32]  # added, in turns
-    torchvision_color: NDArray[np.bool_]  # which meaning the four operations have
+    torchvision_color: NDArray[np.bool_]  # True for torchvision's variant of the four operations
     gray: NDArray[np.bool_]
     blur: NDArray[np.bool_]
     sigma: NDArray[np.float32]  # pixels
@@ -81,11 +85,14 @@ class ViewParams:
         return len(self.flip)
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> "ViewParams":
-        """The parameters of some of the images."""
+        """Return the parameters of some of the images."""
         return ViewParams(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def pack(self) -> NDArray[np.float32]:
-        """(n, V, augment.COLUMNS) float32, the layout that the kernels read; all values are exact in float32."""
+        """Return (n, V, augment.COLUMNS) float32, the kernels' layout.
+
+        All values are exact in float32.
+        """
         packed = np.empty((*self.flip.shape, augment.COLUMNS), dtype=np.float32)
         packed[..., augment.BOX : augment.BOX + 4] = self.box
         packed[..., augment.FLIP] = self.flip
@@ -103,9 +110,9 @@ class ViewParams:
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits the n images: image at position p is order[p].
+    """Return the order (n,) of an epoch: order[p] is the image at position p.
 
-    A stable argsort of one 64-bit random key per image, so that it depends on (seed, epoch, n) alone.
+    A stable argsort of one 64-bit random key per image, which depends on (seed, epoch, n) alone.
     """
     words = _philox(seed, np.arange(n), epoch, 0, stream=1)
     keys = words[0] << np.uint64(32) | words[1]
@@ -113,9 +120,15 @@ def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
 
 class Sampler:
-    """Draws the parameters of a set of positions in two steps: what needs no image now, the boxes once sizes are known.
+    """Draws the parameters of a set of positions. Only the boxes need the image sizes.
 
-    A loader draws a whole batch at once and asks for an image's boxes when it has decoded the image.
+    A loader draws a whole batch at once, and the boxes of an image once it is decoded.
+
+    Args:
+        augmentation: distribution of the views.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        positions: (n,) positions in the epoch's order, below 2^32.
     """
 
     def __init__(self, augmentation: Augmentation, seed: int, epoch: int, positions: ArrayLike) -> None:
@@ -123,7 +136,7 @@ class Sampler:
         positions = np.atleast_1d(np.asarray(positions, dtype=np.int64))
         n = len(positions)
         u = self._u = _uniforms(seed, epoch, positions, 16 + 2 * augmentation.crop_tries)  # (n, V, draws)
-        tries = [0, *range(16, u.shape[2] - 2, 2)]  # columns of each try's area; its aspect is in the next one
+        tries = [0, *range(16, u.shape[2] - 2, 2)]  # column of each try's area; its aspect follows
         low, high = augmentation.area
         log_low, log_high = np.log(augmentation.aspect[0]), np.log(augmentation.aspect[1])
         self._area = low + (high - low) * u[..., tries]  # (n, V, tries), shares of the image's area
@@ -151,7 +164,7 @@ class Sampler:
         )
 
     def boxes(self, rows: slice, sizes: ArrayLike) -> NDArray[np.int32]:
-        """Crop boxes (m, V, 4) of the m images `rows`, whose (height, width) are `sizes` (m, 2)."""
+        """Return the crop boxes (m, V, 4) of m images; `sizes` (m, 2) are (height, width)."""
         sizes = np.asarray(sizes, dtype=np.int64)
         out = np.empty((len(sizes), VIEWS, 4), dtype=np.int32)
         clamp = self.augmentation.crop_tries == 0
@@ -161,7 +174,7 @@ class Sampler:
         return out
 
     def params(self, sizes: ArrayLike | None = None) -> ViewParams:
-        """All parameters; without `sizes` (n, 2) the boxes are 0 and to be filled in."""
+        """Return all parameters. Without `sizes` (n, 2) the boxes are 0 and must be filled in."""
         if sizes is not None:
             self._params.box[:] = self.boxes(slice(None), sizes)
         return self._params
@@ -170,28 +183,31 @@ class Sampler:
 def sample(
     augmentation: str | Augmentation, seed: int, epoch: int, positions: ArrayLike, sizes: ArrayLike
 ) -> ViewParams:
-    """Draws the parameters of both views of the images at `positions` (n,) of an epoch.
+    """Draw the parameters of both views of the images at `positions` of an epoch.
 
     Args:
-        augmentation: a name in RECIPES or a Recipe.
-        positions: places in the epoch's order (not image indices), below 2^32.
-        sizes: (n, 2), height and width of each image in pixels.
+        augmentation: an Augmentation, or a name in AUGMENTATIONS.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        positions: (n,) positions in the epoch's order (not image indices), below 2^32.
+        sizes: (n, 2) height and width of each image in pixels.
     """
     augmentation = AUGMENTATIONS[augmentation] if isinstance(augmentation, str) else augmentation
     return Sampler(augmentation, seed, epoch, positions).params(sizes)
 
 
 def center_box(height: int, width: int, fraction: float) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the centered square whose side is `fraction` of the short side (224/256 = 0.875)."""
+    """Return (top, left, height, width) of the centered square of `fraction` * the short side."""
     side = max(1, round(fraction * min(height, width)))
     return (height - side) // 2, (width - side) // 2, side, side
 
 
 def apply_reference(images: Sequence[Tensor], params: ViewParams, size: int) -> Tensor:
-    """The augmentation in plain torch, float32: crop, flip, color, grayscale, blur, solarize, clip, normalize.
+    """Apply crop, flip, color, gray, blur, solarize, clip and normalize in plain torch, float32.
 
     Args:
         images: n decoded images, each uint8 (H, W, 3).
+        params: their parameters.
         size: S, side of a view in pixels.
 
     Returns:
@@ -208,7 +224,7 @@ def apply_reference(images: Sequence[Tensor], params: ViewParams, size: int) -> 
 
 
 def _uniforms(seed: int, epoch: int, positions: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
-    """(n, V, draws) uniforms in (0, 1): a function of (seed, epoch, position, view, draw) alone."""
+    """Return uniforms (n, V, draws) in (0, 1) by (seed, epoch, position, view, draw) alone."""
     blocks = -(-draws // 4)
     view = np.arange(VIEWS)[None, :, None]
     block = np.arange(blocks)[None, None, :]
@@ -218,10 +234,10 @@ def _uniforms(seed: int, epoch: int, positions: NDArray[np.int64], draws: int) -
 
 
 def _philox(seed: int, c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, stream: int) -> tuple[NDArray[np.uint64], ...]:
-    """Philox4x32-10 on arrays of counters (c0, c1, c2, stream) with key `seed`: four words below 2^32 each.
+    """Return the four words of Philox4x32-10 of counters (c0, c1, c2, stream) and key `seed`.
 
-    Counter-based, so that any draw can be made without the ones before it. Source: Salmon et al. 2011, "Parallel
-    random numbers: as easy as 1, 2, 3"; the tests hold its published vectors.
+    Counter-based: any draw can be made without the ones before it. Source: Salmon et al. 2011,
+    "Parallel random numbers: as easy as 1, 2, 3"; the tests check its published vectors.
     """
     mask, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     c = np.broadcast_arrays(*(np.asarray(x, dtype=np.uint64) & mask for x in (c0, c1, c2, stream)))

@@ -1,9 +1,16 @@
-"""Threads for work on many images."""
+"""The thread engine of the package: an ordered, bounded, parallel map.
 
+All parallel work on images runs on `PrefetchPool`: reading and rendering in the loaders, the crops
+of evaluations, and `map_in_order` for everything else. Pools are chained by passing the results of
+one as the tasks of the next.
+"""
+
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 
@@ -11,14 +18,14 @@ from fastbyol.runtime import cores
 
 T = TypeVar("T")
 R = TypeVar("R")
-_IN_HAND = 8  # tasks begun or waiting per thread: more would only hold memory
+_TASKS_PER_THREAD = 8  # tasks that map_in_order keeps begun or finished per thread
 
 
 def resolve_threads(threads: int) -> int:
-    """The number of threads that a setting means: 0 is one per core that this process may use.
+    """Return the number of threads of a setting: 0 is one per core available to this process.
 
     Raises:
-        ValueError: it is negative.
+        ValueError: `threads` is negative.
     """
     if threads < 0:
         raise ValueError(f"threads={threads}: must be 0 (one per core) or more")
@@ -27,7 +34,7 @@ def resolve_threads(threads: int) -> int:
 
 @contextmanager
 def preserve_torch_threads() -> Iterator[None]:
-    """Around what sets torch's number of threads without being asked: FFCV does it when it is imported and in its loader."""
+    """Restore torch's number of threads on exit. FFCV changes it on import and in its loader."""
     threads = torch.get_num_threads()
     try:
         yield
@@ -36,85 +43,176 @@ def preserve_torch_threads() -> Iterator[None]:
 
 
 class PrefetchPool(Generic[T, R]):
-    """function(task) for all tasks, in order, made by threads that stay at most `window` tasks ahead of who takes the results.
+    """Applies a function to tasks in threads and returns the results in the order of the tasks.
 
-    The threads are daemons: one that hangs, in a read from a disk that is gone, does not keep the process from ending.
+    The threads run ahead of the consumer by at most `window` tasks. They are daemons: one that
+    hangs, for example in a read from a dead disk, does not keep the process alive.
+
+    One thread at a time takes the next task, so `tasks` may be any iterator, and it may block. Only
+    one thread at a time may call `take`. An exception in a task is raised by the call of `take`
+    that would have returned its result.
+
+    Args:
+        new_worker: called once in each thread; returns the function for that thread, which may own
+            scratch memory.
+        tasks: finite or endless.
+        threads: number of threads.
+        window: largest number of tasks that are begun and not yet released. `take` releases the
+            results of the previous `take`.
+        name: prefix of the threads' names.
+        refill: threads stopped by a full window resume when `refill` tasks fit into it, which saves
+            wake-ups.
+        upstream: the pool that `tasks` reads from; closed together with this one.
     """
 
-    def __init__(self, function: Callable[[T], R], tasks: Iterable[T], *, threads: int, window: int, name: str) -> None:
-        self._function, self._tasks, self._window = function, iter(tasks), window
-        self._done: dict[int, tuple[bool, Any]] = {}  # number of a task -> whether it went well, result or exception
-        self._begun = self._taken = 0
-        self._end: int | None = None  # number of tasks, once it is known
-        self._closed = self._hung = False
-        self._changed = threading.Condition()
+    def __init__(
+        self,
+        new_worker: Callable[[], Callable[[T], R]],
+        tasks: Iterable[T],
+        *,
+        threads: int,
+        window: int,
+        name: str,
+        refill: int = 1,
+        upstream: "PrefetchPool[Any, Any] | None" = None,
+    ) -> None:
+        self._new_worker, self._tasks = new_worker, iter(tasks)
+        self._window, self._refill, self._upstream = window, refill, upstream
+        # Tasks are numbered from 0. Always: released <= taken <= begun <= released + window.
+        self._begun = self._taken = self._released = 0
+        self._end = sys.maxsize  # number of tasks, once known
+        self._results: dict[int, R | None] = {}  # finished, not yet taken
+        self._errors: dict[int, BaseException] = {}
+        self._missing = 0  # results that the consumer waits for, of the tasks before `_wanted`
+        self._wanted = 0
+        self._closed = self._timed_out = False
+        self._claim_lock = threading.Lock()  # held by the thread that takes the next task
+        self._lock = threading.Lock()  # guards the state above
+        self._window_open = threading.Condition(self._lock)
+        self._results_ready = threading.Condition(self._lock)
         self._threads = [threading.Thread(target=self._run, name=f"{name}-{k}", daemon=True) for k in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    def take(self, timeout_s: float | None = None) -> R:
-        """The next result.
+    def take(self, count: int = 1, timeout_s: float | None = None) -> list[R]:
+        """Return the next `count` results; fewer at the end of the tasks or after `close`.
 
         Raises:
-            StopIteration: there are no more.
-            TimeoutError: it does not come within `timeout_s`.
-            BaseException: what its task raised.
+            TimeoutError: the results are not ready after `timeout_s`. `close` then does not wait
+                for the threads.
+            BaseException: the exception of the first failed task among them.
         """
-        with self._changed:
-            k = self._taken
-            if not self._changed.wait_for(lambda: k in self._done or self._end == k, timeout_s):
-                self._hung = True
-                raise TimeoutError
-            if k not in self._done:
-                raise StopIteration
-            well, value = self._done.pop(k)
-            self._taken += 1
-            self._changed.notify_all()
-        if not well:
-            raise value
-        return value
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            first = self._released = self._taken
+            if self._window - (self._begun - first) >= self._refill:
+                self._window_open.notify()
+            while True:
+                last = min(first + count, self._end)
+                self._missing = len(set(range(first, last)).difference(self._results))
+                if self._closed or not self._missing:
+                    break
+                self._wanted = last
+                remaining = None if deadline is None else deadline - time.monotonic()
+                if remaining is not None and remaining <= 0:
+                    self._timed_out = True
+                    raise TimeoutError
+                self._results_ready.wait(remaining)
+            if self._closed:
+                return []
+            self._wanted, self._taken = 0, last
+            results: list[Any] = list(map(self._results.pop, range(first, last)))
+            if self._errors:
+                for k in range(first, last):
+                    if k in self._errors:
+                        raise self._errors.pop(k)
+        return results
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> R:
+        results = self.take()
+        if not results:
+            raise StopIteration
+        return results[0]
 
     def close(self) -> None:
-        """Drops the tasks not yet begun and waits for the others, unless they hang."""
-        with self._changed:
+        """Drop the tasks not yet begun, and wait for the others unless a `take` has timed out."""
+        self._stop()
+        if not self._timed_out:
+            self._join()
+
+    def _stop(self) -> None:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._window_open.notify_all()
+            self._results_ready.notify_all()
+        if self._upstream is not None:
+            self._upstream._stop()
+
+    def _join(self) -> None:
         for thread in self._threads:
-            if not self._hung:
-                thread.join()
+            thread.join()
+        if self._upstream is not None:
+            self._upstream._join()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._begun < self._taken + self._window)
-                if self._closed or self._end is not None:
-                    return
-                try:
-                    task = next(self._tasks)
-                except StopIteration:
-                    self._end = self._begun
-                    self._changed.notify_all()
-                    return
-                k, self._begun = self._begun, self._begun + 1
+        work = None
+        while (claimed := self._claim()) is not None:
+            number, task = claimed
+            result, error = None, None
             try:
-                result = True, self._function(task)
-            except BaseException as error:  # whoever takes it raises it
-                result = False, error
-            with self._changed:
-                self._done[k] = result
-                self._changed.notify_all()
+                work = work or self._new_worker()
+                result = work(task)
+            except BaseException as raised:  # `take` raises it
+                error = raised
+            self._finish(number, result, error)
+            del claimed, task, result, error  # not kept alive while this thread waits
+
+    def _claim(self) -> tuple[int, T] | None:
+        """Wait for room; return the next task with its number, None at the end or if closed."""
+        with self._claim_lock:
+            with self._lock:
+                while self._begun >= self._released + self._window and not self._closed:
+                    self._window_open.wait()
+                if self._closed or self._begun >= self._end:
+                    return None
+                number = self._begun
+            try:
+                task = next(self._tasks)
+            except BaseException as error:  # an error of the iterator counts as its last result
+                if not isinstance(error, StopIteration):
+                    self._finish(number, None, error)
+                    number += 1
+                with self._lock:
+                    self._begun = self._end = number
+                    self._results_ready.notify()
+                return None
+            self._begun = number + 1
+            return number, task
+
+    def _finish(self, number: int, result: R | None, error: BaseException | None) -> None:
+        with self._lock:
+            if error is not None:
+                self._errors[number] = error
+            self._results[number] = result
+            if number < self._wanted:
+                self._missing -= 1
+                if not self._missing:
+                    self._results_ready.notify()
 
 
 def map_in_order(function: Callable[[T], R], tasks: Iterable[T], threads: int = 0) -> Iterator[R]:
-    """function(task) for all tasks, in order, on `threads` threads; leaving early drops the tasks not yet begun."""
+    """Yield function(task) for all tasks, in order, computed in threads (0: one per core).
+
+    Leaving the loop early drops the tasks not yet begun.
+    """
     count = resolve_threads(threads)
-    ahead = PrefetchPool(function, tasks, threads=count, window=_IN_HAND * count, name="fastbyol-worker")
+    pool = PrefetchPool(
+        lambda: function, tasks, threads=count, window=_TASKS_PER_THREAD * count, name="fastbyol-worker"
+    )
     try:
-        while True:
-            try:
-                result = ahead.take()
-            except StopIteration:
-                return
-            yield result
+        yield from pool
     finally:
-        ahead.close()
+        pool.close()

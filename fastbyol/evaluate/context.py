@@ -67,7 +67,7 @@ class EvalContext:
         Args:
             bad: index of an image -> reason.
         """
-        new = {path: reason for index, reason in bad.items() if (path := images.where(index)) not in self.bad}
+        new = {path: reason for index, reason in bad.items() if (path := images.location(index)) not in self.bad}
         for path, reason in new.items():
             logger.warning(f"skipped {path}: {reason}")
         self.bad.update(new)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fastbyol.config import Config
 from fastbyol.data import find_images
+from fastbyol.data.crops import CENTER_FRACTION, center_crops, random_crops
 from fastbyol.data.images import ImageSet
-from fastbyol.data.native import CENTER_FRACTION, center_crops, random_crops
 from fastbyol.errors import InputError, join_names
 from fastbyol.evaluate.context import EvalContext
 from fastbyol.evaluate.options import EvalConfig
@@ -220,7 +220,7 @@ def no_readable_images(images: ImageSet, bad: dict[int, str]) -> InputError:
     """Return the error for a set in which no image is readable."""
     first = min(bad)
     return InputError(
-        f"{images.root}: none of the {len(images)} images can be read, for example {images.where(first)}: {bad[first]}"
+        f"{images.root}: none of the {len(images)} images can be read, for example {images.location(first)}: {bad[first]}"
     )
 
 

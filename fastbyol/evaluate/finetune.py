@@ -19,7 +19,6 @@ from torch import nn
 
 from fastbyol.config import Config
 from fastbyol.data.images import ImageSet
-from fastbyol.data.subset import training_part
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate.context import EvalContext, Row
 from fastbyol.evaluate.features import extract_features, feature_dim, open_splits, training_batches
@@ -114,7 +113,7 @@ def _select_base_lr(
         )
     order = np.random.default_rng(0).permutation(len(images))
     held_out = max(1, round(_HELD_OUT_FRACTION * len(order)))
-    fit, test = images.take(np.sort(order[held_out:])), images.take(np.sort(order[:held_out]))
+    fit, test = images.subset(np.sort(order[held_out:])), images.subset(np.sort(order[:held_out]))
     accuracy = {}
     for base_lr in options.base_lrs:
         try:
@@ -153,7 +152,7 @@ class FinetuneTask(EvalTask):
         part = replace(
             config.data, fraction=options.fraction, images_per_class=0, file_list=None, subset_seed=options.subset_seed
         )
-        return FinetuneData(training_part(splits.train, part, prefix=""), splits.val, config)
+        return FinetuneData(select_training_images(splits.train, part, prefix=""), splits.val, config)
 
     def measure(
         self, backbone: nn.Module | None, data: FinetuneData, options: FinetuneEval, context: EvalContext

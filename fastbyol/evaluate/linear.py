@@ -215,7 +215,7 @@ def augmented_accuracy(
             weights = torch.stack([mask / mask.sum().clamp(min=1) for mask in (torch.ones_like(fit), fit)])
             weights = weights.repeat_interleave(len(base_lrs), 0)  # (2 * len(base_lrs), B)
             probes.step(x, labels, weights, batch_size=batch_size, progress=step / total)
-    test = extract_features(backbone, train.take(held_out.nonzero()[:, 0].numpy()), context)
+    test = extract_features(backbone, train.subset(held_out.nonzero()[:, 0].numpy()), context)
     best, accuracy = _best_classifier(probes.scores(test.x)[len(base_lrs) :], test.labels)
     probes.check_finite(slice(best, best + 1))
     val = extract_features(backbone, splits.val, context)

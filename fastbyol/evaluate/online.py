@@ -153,7 +153,7 @@ class OnlineKnn(Callback):
             "dtype": run.step.dtype,
             "threads": config.data.threads,
         }
-        voters = training.images.spread(config.knn.max_bank_images)
+        voters = training.images.subsample(config.knn.max_bank_images)
         try:
             bank, val = (extract(training.model.online.backbone, split, **options) for split in (voters, self._val))
         except InputError as error:
@@ -170,10 +170,10 @@ class OnlineKnn(Callback):
         self, run: Run, voters: ImageSet, bad_voters: dict[int, str], val: ImageSet, bad_val: dict[int, str]
     ) -> None:
         """Log unreadable images once, and not again if the training has already logged them."""
-        positions = run.training.images.evenly(len(voters))
-        indices = {voters.where(i): int(positions[i]) for i in bad_voters}
+        positions = run.training.images.subsample_indices(len(voters))
+        indices = {voters.location(i): int(positions[i]) for i in bad_voters}
         for split, bad in ((voters, bad_voters), (val, bad_val)):
-            new = {where: reason for i, reason in bad.items() if (where := split.where(i)) not in self._bad}
+            new = {where: reason for i, reason in bad.items() if (where := split.location(i)) not in self._bad}
             self._bad |= new
             for where, reason in new.items():
                 if indices.get(where) not in run.named_bad:

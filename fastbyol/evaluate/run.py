@@ -147,7 +147,7 @@ def _networks(
     if not baselines:
         return
     untrained = prepare(build_model(config.model, context.size, config.seed).online.backbone)
-    calibrate_batchnorm(untrained, task.calibration_images(data).spread(config.knn.max_bank_images), context)
+    calibrate_batchnorm(untrained, task.calibration_images(data).subsample(config.knn.max_bank_images), context)
     yield UNTRAINED_ROW, untrained
     if task.uses_pixels:
         yield PIXELS_ROW, None

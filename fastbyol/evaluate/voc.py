@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.decode import EXTENSIONS, BadImage, as_stored
+from fastbyol.data.voc import LABELS_FILE, VOID
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError, error_reason
 from fastbyol.evaluate.context import EvalContext
 from fastbyol.evaluate.image_files import image_size, path_spellings, read_text, warn_absent_classes
 
-VOID = 255
-LABELS_FILE = "labels.txt"
 IMAGE_EXTENSIONS = (".jpg", *(extension for extension in EXTENSIONS if extension != ".jpg"))
 VOC_CLASSES = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),

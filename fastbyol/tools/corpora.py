@@ -1,7 +1,8 @@
-"""Corpora made from what is already on the machine: no download for the photographs, four idx files for Fashion-MNIST.
+"""Example corpora: crops of photographs that ship with dependencies, and Fashion-MNIST.
 
-Both writers are deterministic, refuse to overwrite, and build the corpus in a hidden folder beside the target that is
-renamed when it is complete, so an interrupt never leaves half a corpus under the final name.
+Both writers are deterministic and never overwrite. They build the corpus in a hidden folder next to
+the target, which is renamed when it is complete, so an interrupt never leaves a partial corpus
+under the final name.
 """
 
 import gzip
@@ -23,8 +24,8 @@ from fastbyol.runtime.files import make_folder
 
 Progress = Callable[[int, int], None]  # (images written, images in all)
 
-# Photographs that ship inside scikit-image and scikit-learn: one class each. Drawings and test charts are left out,
-# and so is the second eye of the motorcycle pair.
+# Photographs that ship with scikit-image and scikit-learn, one class each. Drawings, test charts
+# and the second image of the stereo pair are left out.
 SKIMAGE_PHOTOS = [
     "astronaut.png",
     "brick.png",
@@ -45,14 +46,16 @@ SKIMAGE_PHOTOS = [
 ]
 SKLEARN_PHOTOS = ("china.jpg", "flower.jpg")
 
-# Each photograph is cut into this many bands across its longer side; train/ takes the even ones, val/ the odd ones.
-# Objects stand in the middle of a photograph: with two halves, val/ would hold what train/ never showed.
+# Each photograph is cut into this many bands across its longer side; train/ uses the even ones,
+# val/ the odd ones. Objects are usually in the middle: with only two bands, val/ would show what
+# train/ never does.
 BANDS = 4
 DEFAULT_LONG_SIDE_PX = 500  # like ImageNet's
-BYTES_PER_PIXEL = (80_000 / (500 * 375), 110_000 / (500 * 375))  # likewise
+BYTES_PER_PIXEL = (80_000 / (500 * 375), 110_000 / (500 * 375))  # like ImageNet's
 SMALL_QUALITY = 90
-WINDOW_SHARE = (0.5, 1.0)  # side of a cut, as a share of the largest window that fits its band
-# Every cut is exposed anew, as pictures of one place at different hours are; color alone does not tell the class.
+WINDOW_SHARE = (0.5, 1.0)  # side of a crop, as a share of the largest window that fits its band
+# Each crop gets a random exposure, like pictures of one place at different hours: color alone must
+# not identify a class.
 EXPOSURE_STOPS = 0.5  # half-width
 WHITE_BALANCE = 0.1  # half-width of each channel's gain
 
@@ -60,23 +63,25 @@ WHITE_BALANCE = 0.1  # half-width of each channel's gain
 def prepare_photos(
     out: Path, images: int, seed: int, size: int | None = None, progress: Progress = lambda done, total: None
 ) -> str:
-    """Writes OUT/train/CLASS/*.jpg and OUT/val/CLASS/*.jpg, cut from disjoint bands of each photograph.
+    """Write OUT/{train,val}/CLASS/*.jpg: crops of disjoint bands of each photograph.
 
     Args:
-        out: the folder to make.
-        images: number in train/; val/ gets a quarter as many. Classes have equal shares.
-        seed: same seed, same bytes (for the same versions of Pillow and libjpeg-turbo).
-        size: longer side in pixels (quality 90); None gives ImageNet's: about 500x375 in 80-110 KB.
-        progress: called after each image.
+        out: the new folder.
+        images: number of images in train/; val/ gets a quarter as many. Classes have equal shares.
+        seed: the same seed gives the same bytes (with the same versions of Pillow and
+            libjpeg-turbo).
+        size: longer side in pixels (quality 90); None makes images like ImageNet's: about 500x375
+            in 80-110 KB.
+        progress: called after each image with the number done and the total.
 
     Returns:
-        one line saying what was written.
+        a one-line summary.
 
     Raises:
-        InputError: `out` exists, or there are fewer images than classes.
+        InputError: `out` exists, or `images` or `size` is too small.
     """
     check_free(out)
-    photos = [(path.stem, _open_photo(path)) for path in _photo_paths()]
+    photos = [(path.stem, open_photo(path)) for path in photo_paths()]
     if images < 4 * len(photos):
         raise InputError(
             f"--images {images}: at least {4 * len(photos)} are needed, 4 for each of {len(photos)} classes"
@@ -85,7 +90,7 @@ def prepare_photos(
         raise InputError(f"--size {size}: must be at least 16 pixels")
     counts = {"train": images, "val": images // 4}
     tasks = [(split, i) for split, count in counts.items() for i in range(count)]
-    with _atomic_folder(out) as folder:
+    with atomic_folder(out) as folder:
         for split in counts:
             for name, _ in photos:
                 (folder / split / name).mkdir(parents=True)
@@ -94,7 +99,7 @@ def prepare_photos(
             split, i = task
             name, photo = photos[i % len(photos)]
             rng = np.random.default_rng([seed, i, split == "val"])
-            data = _encode(_cut(photo, split, rng, size or DEFAULT_LONG_SIDE_PX), rng, size is None)
+            data = _encode(_crop(photo, split, rng, size or DEFAULT_LONG_SIDE_PX), rng, size is None)
             (folder / split / name / f"{name}_{i:06d}.jpg").write_bytes(data)
             return len(data)
 
@@ -115,20 +120,20 @@ def prepare_fashion_mnist(
     val_images: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> str:
-    """Writes Fashion-MNIST as OUT/train/CLASS/*.png and OUT/val/CLASS/*.png (28x28 gray, lossless).
+    """Write Fashion-MNIST as OUT/train/CLASS/*.png and OUT/val/CLASS/*.png (28x28 gray, lossless).
 
     Args:
-        out: the folder to make.
-        source: folder of the four idx files, gzipped or not; None looks where Debian's package dataset-fashion-mnist
-            puts them, then asks torchvision to download them.
-        images, val_images: only the first so many of each split.
-        progress: called after each image.
+        out: the new folder.
+        source: folder of the four idx files, gzipped or not; None uses the files of Debian's
+            package dataset-fashion-mnist if it is installed, else downloads them with torchvision.
+        images, val_images: use only the first N images of each split.
+        progress: called after each image with the number done and the total.
 
     Returns:
-        one line saying what was written.
+        a one-line summary.
 
     Raises:
-        InputError: `out` exists; a file is missing or malformed; the download failed.
+        InputError: `out` exists, a file is missing or malformed, or the download failed.
     """
     check_free(out)
     with tempfile.TemporaryDirectory() as temporary:
@@ -141,7 +146,7 @@ def prepare_fashion_mnist(
                 raise InputError(f"{source}: {len(pixels)} {prefix} images but {len(labels)} labels")
             splits[split] = pixels[:limit], labels[:limit]
     total, done = sum(len(labels) for _, labels in splits.values()), 0
-    with _atomic_folder(out) as folder:
+    with atomic_folder(out) as folder:
         for split, (pixels, labels) in splits.items():
             for label in np.unique(labels):
                 (folder / split / FASHION_CLASSES[label]).mkdir(parents=True)
@@ -167,11 +172,16 @@ FASHION_CLASSES = [
     "sneaker",
     "bag",
     "ankle_boot",
-]  # in the order of the labels 0..9
+]  # by label, 0..9
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
-def _photo_paths() -> list[Path]:
+def photo_paths() -> list[Path]:
+    """Return the paths of the installed photographs, sorted by file name.
+
+    Raises:
+        InputError: there are fewer than two.
+    """
     import skimage
     import sklearn
 
@@ -183,13 +193,17 @@ def _photo_paths() -> list[Path]:
     return present
 
 
-def _open_photo(path: Path) -> Image.Image:
+def open_photo(path: Path) -> Image.Image:
+    """Read a photograph as RGB."""
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
-def _cut(photo: Image.Image, split: str, rng: np.random.Generator, long_side: int) -> NDArray[np.uint8]:
-    """A random window of one of the split's bands, resized to about `long_side` by 3/4 of it (a quarter are upright); (H, W, 3)."""
+def _crop(photo: Image.Image, split: str, rng: np.random.Generator, long_side: int) -> NDArray[np.uint8]:
+    """Return a random window (H, W, 3) of one of the split's bands.
+
+    It has about `long_side` by 3/4 of it; a quarter are upright.
+    """
     width, height = photo.size
     band = 2 * rng.integers(BANDS // 2) + (split == "val")
     start, stop = (round(max(photo.size) * edge / BANDS) for edge in (band, band + 1))
@@ -210,9 +224,10 @@ def _cut(photo: Image.Image, split: str, rng: np.random.Generator, long_side: in
 
 
 def _encode(pixels: NDArray[np.uint8], rng: np.random.Generator, like_imagenet: bool) -> bytes:
-    """JPEG, 4:2:0; for ImageNet-like sizes the quality whose bytes come nearest to a drawn number of bytes.
+    """Encode as JPEG, 4:2:0; if `like_imagenet`, with a file size close to a random target.
 
-    A window that was enlarged is smoother than a photograph of that size, so grain like a sensor's is added there.
+    Enlarged windows are smoother than photographs of that size, so `like_imagenet` also adds grain
+    like a sensor's.
     """
     if not like_imagenet:
         return simplejpeg.encode_jpeg(pixels, quality=SMALL_QUALITY, colorsubsampling="420")
@@ -246,13 +261,16 @@ def _fashion_mnist_source(temporary: Path) -> Path:
 
 
 def _read_idx(source: Path, name: str, dims: int) -> NDArray[np.uint8]:
-    """One idx file of bytes, gzipped or not. Format: 0, 0, type 8, dimensions, then their sizes as big-endian u4."""
+    """Read an idx file of bytes, gzipped or not.
+
+    Format: 0, 0, type 8, number of dimensions, their sizes as big-endian u4.
+    """
     path = source / name
     try:
         if not path.is_file():
             path = source / f"{name}.gz"
         if not path.is_file():
-            raise InputError(f"--source {source}: neither {name} nor {name}.gz is there")
+            raise InputError(f"--source {source}: contains neither {name} nor {name}.gz")
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
         raise InputError(f"{path}: {first_line(error)}") from None
@@ -266,10 +284,10 @@ def _read_idx(source: Path, name: str, dims: int) -> NDArray[np.uint8]:
 
 
 def check_free(out: Path) -> None:
-    """The first thing to look at, before anything is read or downloaded.
+    """Check that `out` can be created; called before anything is read or downloaded.
 
     Raises:
-        InputError: `out` exists, or is a name that no folder can have.
+        InputError: `out` exists, or no folder can have this name.
     """
     try:
         os.lstat(out)
@@ -281,8 +299,8 @@ def check_free(out: Path) -> None:
 
 
 @contextmanager
-def _atomic_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, which is free, that becomes `out` when the block ends well and vanishes when it does not."""
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Context manager: a hidden folder that becomes `out` on success and is removed on failure."""
     try:
         make_folder(out.parent)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))

@@ -16,7 +16,7 @@ Parts, in the order of a step:
     rest                cast, scalars, bookkeeping
 """
 
-import threading
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -24,7 +24,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -52,6 +51,13 @@ PROFILE = "profile"  # .json, .html
 TRACE = "trace.json.gz"
 _WARM_UP = {"cpu": 2, "cuda": 15}  # steps, in addition to those that empty the loader's ring
 _LOADER_IMAGES = 256
+_WORKER_STAGES = {  # method of data.rendering.Worker -> stage
+    "__call__": "total",
+    "decode": "decode",
+    "decode_reduced": "decode",
+    "crop": "crop",
+    "augment": "augment",
+}
 
 
 @contextmanager
@@ -277,45 +283,58 @@ def _compilations() -> int:
 
 
 def loader_threads(training: Training) -> dict[str, float] | None:
-    """Milliseconds of a thread's processor time that an image takes: decode, crop and augmentation of both views, and the rest.
+    """Measure the milliseconds per image that loader threads spend on read, decode, crop, augment and the rest.
 
-    Reading is the reader's wall time. None for a loader whose work other libraries' threads do.
+    Crop and augment are those of both views. Reading is wall time of a reader, the others are CPU time of a worker.
+
+    Returns:
+        stage -> ms; None for a loader whose work is done by threads of other libraries.
     """
-    loader = training.loader
-    if not isinstance(loader, native.NativeLoader) or (training.device.type == "cuda" and hasattr(loader, "_render")):
+    if not isinstance(training.loader, native.NativeLoader):
         return None
-    spent: dict[str, float] = defaultdict(float)
-    lock = threading.Lock()
+    if training.device.type == "cuda" and hasattr(training.loader, "_render"):
+        return None
+    loader = copy.copy(training.loader)  # the run's own loader is not touched
+    fetch, reads, workers = loader.fetch, list[float](), list[Any]()
 
-    def timed(name: str, call: Callable[..., Any], clock: Callable[[], float]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            began = clock()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                took = clock() - began
-                with lock:
-                    spent[name] += took
+    def timed_fetch(index: int) -> Any:
+        start = time.perf_counter()
+        data = fetch(index)
+        reads.append(time.perf_counter() - start)
+        return data
 
-        return run
-
+    loader.fetch = timed_fetch
+    loader.worker_class = _timed_worker(loader.worker_class, workers)
     steps = max(1, -(-_LOADER_IMAGES // loader.batch_size))
-    with ExitStack() as stack:
-        for name, where, what, clock in (
-            ("read", loader, "fetch", time.perf_counter),
-            ("decode", native, "decode", time.thread_time),
-            ("decode", native, "decode_reduced", time.thread_time),
-            ("crop", native.crop, "crop_into", time.thread_time),
-            ("augment", native.augment, "augment_into", time.thread_time),
-            ("all", native.Pipeline, "_make", time.thread_time),
-        ):
-            stack.enter_context(patch.object(where, what, timed(name, getattr(where, what), clock)))
-        for _ in loader.batches(0, steps):
-            pass
+    for _ in loader.batches(0, steps):
+        pass
     images = steps * loader.batch_size
-    ms = {name: 1e3 * seconds / images for name, seconds in spent.items()}
-    work = {name: ms.get(name, 0.0) for name in ("read", "decode", "crop", "augment")}
-    return work | {"rest": ms["all"] - work["decode"] - work["crop"] - work["augment"]}
+    seconds = {stage: sum(worker.seconds[stage] for worker in workers) for stage in set(_WORKER_STAGES.values())}
+    ms = {stage: 1e3 * value / images for stage, value in (seconds | {"read": sum(reads)}).items()}
+    stages = {stage: ms[stage] for stage in ("read", "decode", "crop", "augment")}
+    return stages | {"rest": ms["total"] - ms["decode"] - ms["crop"] - ms["augment"]}
+
+
+def _timed_worker(base: type[native.Worker], workers: list[Any]) -> type[native.Worker]:
+    """Return a subclass of a loader's worker that adds up the CPU time of each stage; its objects are added to `workers`."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)
+        self.seconds = defaultdict(float)
+        workers.append(self)
+
+    def timed(method: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        def call(self: Any, *args: Any) -> Any:
+            start = time.thread_time()
+            try:
+                return method(self, *args)
+            finally:
+                self.seconds[stage] += time.thread_time() - start
+
+        return call
+
+    methods = {name: timed(getattr(base, name), stage) for name, stage in _WORKER_STAGES.items()}
+    return type("TimedWorker", (base,), methods | {"__init__": init})
 
 
 def _roofline(training: Training, timed: dict[str, Any], instruments: Instruments) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastbyol.config import Config
 from fastbyol.data import ImageSet
-from fastbyol.data.native import CENTER_FRACTION, center_crops
+from fastbyol.data.crops import CENTER_FRACTION, center_crops
 from fastbyol.evaluate.features import Features, extract
 from fastbyol.evaluate.knn import nearest
 from fastbyol.model import BYOL
@@ -95,7 +95,7 @@ def draw_neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet) 
         InputError: No image of a split can be read.
     """
     size = config.data.image_size_px
-    bank, queries = train.spread(config.knn.max_bank_images), val.spread(_QUERIES)
+    bank, queries = train.subsample(config.knn.max_bank_images), val.subsample(_QUERIES)
     bank_features, query_features = (_extract(config, model, images) for images in (bank, queries))
     similarity, index = nearest(bank_features.x, query_features.x, _NEIGHBORS)  # (queries, neighbors)
     bank_indices, query_indices = _readable(bank, bank_features), _readable(queries, query_features)
@@ -137,12 +137,12 @@ def _draw_frame(axis: Axes, color: str) -> None:
 def _readable(images: ImageSet, features: Features) -> list[int]:
     """Return the indices of the images that have features, in the order of the features."""
     for index, reason in features.bad.items():
-        logger.warning(f"the report's neighbors lack {images.where(index)}: {reason}")
+        logger.warning(f"the report's neighbors lack {images.location(index)}: {reason}")
     return [index for index in range(len(images)) if index not in features.bad]
 
 
 def _center_crop(images: ImageSet, index: int, size: int) -> NDArray[np.uint8]:
     """Return the (S, S, 3) crop of an image that the backbone sees."""
-    image = images.take(np.array([index]))
+    image = images.subset(np.array([index]))
     crops, _ = next(center_crops(image, size=size, fraction=CENTER_FRACTION, batch_size=1, threads=1, bad={}))
     return to_pixels(crops[0])

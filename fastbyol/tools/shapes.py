@@ -1,18 +1,19 @@
-"""A labeled corpus for dense transfer: textured shapes on photographs, as segmentation masks and as boxes.
+"""A labeled corpus for dense transfer: textured shapes with segmentation masks and boxes.
 
-What identifies a class is the texture alone: each class is one of the bundled photographs (brick, coins, grass, ...), and an
-object is a cut of it inside a shape. Shape, size, rotation, place and color are drawn anew for every object and say nothing of
-the class: a cut is turned to gray and tinted, so that all objects of all classes have mean colors from one distribution. The
-background is a cut of a photograph that is no class. Objects may hide a part of each other and reach over the border. train/
-and val/ take disjoint bands of the photographs, as `prepare_photos` has them.
+Only the texture identifies a class: each class is one of the bundled photographs (brick, coins,
+grass, ...), and an object is a crop of it inside a shape. Shape, size, rotation, position and color
+are random and independent of the class: crops are converted to gray and tinted, so that the mean
+colors of all classes have one distribution. The background is a crop of a photograph that is not a
+class. Objects may occlude each other and extend over the border. train/ and val/ use disjoint bands
+of the photographs, as in `prepare_photos`.
 
-The folder holds both formats of the same labels:
+The folder holds the same labels in both formats:
 
     JPEGImages/NAME.jpg                      all images
-    SegmentationClass/NAME.png               VOC: palette PNG, 0 background, 1 .. K classes, 255 void (mixed pixels of an edge)
+    SegmentationClass/NAME.png               VOC: palette PNG, 0 background, 1 .. K classes, 255 void (mixed pixels at edges)
     ImageSets/Segmentation/{train,val}.txt   VOC: names
     labels.txt                               names of the classes 1 .. K, one per line
-    annotations/instances_{train,val}.json   COCO: boxes and polygons of each object's visible part; a category's id is its class
+    annotations/instances_{train,val}.json   COCO: box and polygons of each object's visible part; category ids are the classes
 
 Shapes: S side of the image, D side of an object's square, K classes.
 """
@@ -27,26 +28,26 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from fastbyol.data.voc import LABELS_FILE, VOID, voc_palette
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError
-from fastbyol.evaluate.voc import LABELS_FILE, VOID
-from fastbyol.tools import corpora as prepare
+from fastbyol.tools import corpora
 
 CLASSES = ["brick", "cell", "clock_motion", "coins", "grass", "gravel", "hubble_deep_field", "moon"]
 
-OBJECTS = (1, 3)  # fewest and most per image
+OBJECTS = (1, 3)  # minimum and maximum per image
 RADIUS = (0.26, 0.42)  # of an object, as a share of the side
-VISIBLE_SHARE = 0.6  # of each object at least so much is seen: within the image and not hidden
-_PLACES = 30  # tries to place an object before the image does with fewer
+VISIBLE_SHARE = 0.6  # minimum visible share of each object: inside the image and not occluded
+_PLACEMENTS = 30  # tries to place an object before it is dropped
 MEAN_LEVEL = (70, 180)  # of an object's mean color
-WINDOW_SHARE = (0.9, 1.0)  # side of a cut, as a share of its band's width
-_TINT = 0.25  # half-width of each channel's share of it
-_SUBPIXELS = 4  # per side: an edge's pixels are mixed in 1/16
+WINDOW_SHARE = (0.9, 1.0)  # side of a crop, as a share of its band's width
+_TINT = 0.25  # half-width of the random factor of each channel
+_SUBPIXELS = 4  # per side: pixels at edges are mixed in steps of 1/16
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One image and what is seen in it."""
+    """One image and its visible objects."""
 
     pixels: NDArray[np.uint8]  # (S, S, 3)
     classes: NDArray[np.uint8]  # (S, S): 0 background, 1 .. K, VOID
@@ -54,29 +55,30 @@ class Scene:
 
 
 def prepare_shapes(
-    out: Path, images: int = 400, seed: int = 0, size: int = 128, progress: prepare.Progress = lambda done, total: None
+    out: Path, images: int = 400, seed: int = 0, size: int = 128, progress: corpora.Progress = lambda done, total: None
 ) -> str:
-    """Writes the corpus.
+    """Write the corpus.
 
     Args:
-        out: the folder to make.
-        images: number for training; a quarter as many are for validation.
-        seed: same seed, same bytes (for the same versions of Pillow and libjpeg-turbo).
+        out: the new folder.
+        images: number of training images; there are a quarter as many for validation.
+        seed: the same seed gives the same bytes (with the same versions of Pillow and
+            libjpeg-turbo).
         size: side of the images in pixels.
-        progress: called after each image.
+        progress: called after each image with the number done and the total.
 
     Returns:
-        one line saying what was written.
+        a one-line summary.
 
     Raises:
-        InputError: `out` exists; too few images or pixels; a photograph is missing.
+        InputError: `out` exists, `images` or `size` is out of range, or a photograph is missing.
     """
-    prepare.check_free(out)
+    corpora.check_free(out)
     if images < 4:
         raise InputError(f"--images {images}: at least 4 are needed, one of them for validation")
     if not 32 <= size <= 4096:
         raise InputError(f"--size {size}: must lie in 32..4096 pixels")
-    photos = {path.stem: prepare._open_photo(path) for path in prepare._photo_paths()}
+    photos = {path.stem: corpora.open_photo(path) for path in corpora.photo_paths()}
     missing = [name for name in CLASSES if name not in photos]
     if missing or len(photos) == len(CLASSES):
         raise InputError(
@@ -86,14 +88,14 @@ def prepare_shapes(
     names = {split: [f"{split}_{i:06d}" for i in range(count)] for split, count in counts.items()}
     tasks = [(split, i) for split, count in counts.items() for i in range(count)]
     annotations: dict[str, list[list[dict[str, Any]]]] = {split: [] for split in counts}
-    with prepare._atomic_folder(out) as folder:
+    with corpora.atomic_folder(out) as folder:
         for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation", "annotations"):
             (folder / name).mkdir(parents=True)
 
         def write(task: tuple[str, int]) -> tuple[str, list[dict[str, Any]]]:
             split, i = task
             scene = compose(photos, split, np.random.default_rng([seed, i, split == "val"]), size)
-            data = simplejpeg.encode_jpeg(scene.pixels, quality=prepare.SMALL_QUALITY, colorsubsampling="420")
+            data = simplejpeg.encode_jpeg(scene.pixels, quality=corpora.SMALL_QUALITY, colorsubsampling="420")
             (folder / "JPEGImages" / f"{names[split][i]}.jpg").write_bytes(data)
             mask = Image.fromarray(scene.classes).convert("P")
             mask.putpalette(voc_palette())
@@ -116,25 +118,25 @@ def prepare_shapes(
 
 
 def compose(photos: dict[str, Image.Image], split: str, rng: np.random.Generator, size: int) -> Scene:
-    """Draws one image: a background and two to four objects, later ones in front."""
+    """Draw one image: a background and one to three objects, later ones in front."""
     backgrounds = sorted(photos.keys() - set(CLASSES))
     canvas = _texture(photos[backgrounds[rng.integers(len(backgrounds))]], split, rng, size)
-    owner = np.zeros((size, size), dtype=np.int64)  # number of the object in front, 0 is the background
+    owner = np.zeros((size, size), dtype=np.int64)  # number of the front object, 0 is the background
     mixed = np.zeros((size, size), dtype=bool)
     kinds: list[int] = []
-    whole: list[int] = []  # pixels of each object were it alone
+    areas: list[int] = []  # pixels of each object if nothing occluded it
     for _ in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
         number = int(rng.integers(len(CLASSES)))
         radius = size * rng.uniform(*RADIUS)
         outline = list(SHAPES.values())[rng.integers(len(SHAPES))]
-        place = _place(outline, radius, owner, whole, rng)
-        if place is None:
+        placement = _place(outline, radius, owner, areas, rng)
+        if placement is None:
             continue
-        (top, left), coverage, full = place
+        (top, left), coverage, area = placement
         d = len(coverage)
         texture = _tinted(_texture(photos[CLASSES[number]], split, rng, d), rng)
         kinds.append(number + 1)
-        whole.append(full)
+        areas.append(area)
         rows, columns = slice(max(top, 0), max(top + d, 0)), slice(max(left, 0), max(left + d, 0))
         inside = slice(max(-top, 0), size - top), slice(max(-left, 0), size - left)
         share = coverage[inside]
@@ -148,7 +150,7 @@ def compose(photos: dict[str, Image.Image], split: str, rng: np.random.Generator
 
 
 def annotation(category: int, visible: NDArray[np.bool_]) -> dict[str, Any]:
-    """A COCO annotation of a mask (S, S), without ids: box [x, y, width, height] in pixels, area in pixels, polygons."""
+    """Return the COCO annotation of a mask (S, S), without ids. Box and area are in pixels."""
     rows, columns = (np.flatnonzero(visible.any(axis)) for axis in (1, 0))
     x, y = int(columns[0]), int(rows[0])
     return {
@@ -161,9 +163,9 @@ def annotation(category: int, visible: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
-    """Polygons [x0, y0, x1, y1, ...] whose union holds the centers of the mask's pixels and no others.
+    """Return polygons [x0, y0, x1, y1, ...] whose union contains the mask's pixel centers only.
 
-    COCO's polygons have no holes: a part with a hole is cut in two through it.
+    COCO's polygons have no holes, so a part with a hole is cut in two through the hole.
     """
     from scipy import ndimage
     from skimage.measure import find_contours
@@ -180,20 +182,14 @@ def polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
             found += polygons(left) + polygons(part & ~left)
             continue
         (line,) = find_contours(np.pad(part, 1), 0.5, fully_connected="low")
-        # Row and column of pixel centers in the padded mask -> x and y, whose pixel (0, 0) has its center at (0.5, 0.5).
+        # Row and column of pixel centers in the padded mask -> x and y, whose pixel (0, 0) has its
+        # center at (0.5, 0.5).
         found.append((line[:-1, ::-1] - 0.5).ravel().tolist())
     return found
 
 
-def voc_palette() -> list[int]:
-    """The colors of VOC's masks, 256 times red, green, blue: bits of the class, highest first, dealt out to the channels."""
-    return [
-        sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for k in range(256) for channel in range(3)
-    ]
-
-
 def _coco(names: list[str], per_image: list[list[dict[str, Any]]], size: int) -> dict[str, Any]:
-    """A COCO file of objects; `per_image` goes with `names`."""
+    """Return the content of a COCO file; `per_image` holds the annotations of each of `names`."""
     flat = [{"image_id": i} | found for i, objects in enumerate(per_image, start=1) for found in objects]
     return {
         "info": {"description": "fastbyol prepare shapes"},
@@ -210,62 +206,66 @@ def _place(
     outline: list[NDArray[np.float64]],
     radius: float,
     owner: NDArray[np.int64],
-    whole: list[int],
+    areas: list[int],
     rng: np.random.Generator,
 ) -> tuple[tuple[int, int], NDArray[np.float64], int] | None:
-    """Corner (top, left), coverage (D, D) in [0, 1] and pixels of a shape where enough is seen of it and of all before it."""
+    """Place a shape so that enough of it and of all earlier objects is visible.
+
+    Returns:
+        corner (top, left), coverage (D, D) in [0, 1] and area in pixels; None if no try succeeded.
+    """
     size = len(owner)
-    for _ in range(_PLACES):
+    for _ in range(_PLACEMENTS):
         coverage = _draw(outline, radius, rng)
         d = len(coverage)
         top, left = (int(v) for v in rng.integers(-d // 4, size - d + d // 4 + 1, size=2))
         solid = np.zeros((size + 2 * d, size + 2 * d), dtype=bool)
         solid[d + top : 2 * d + top, d + left : 2 * d + left] = coverage >= 0.5
-        full, inside = int(solid.sum()), solid[d:-d, d:-d]
-        left_over = np.bincount(owner[~inside], minlength=len(whole) + 1)[1:]
-        if inside.sum() >= VISIBLE_SHARE * full and (left_over >= VISIBLE_SHARE * np.array(whole)).all():
-            return (top, left), coverage, full
+        area, inside = int(solid.sum()), solid[d:-d, d:-d]
+        visible = np.bincount(owner[~inside], minlength=len(areas) + 1)[1:]
+        if inside.sum() >= VISIBLE_SHARE * area and (visible >= VISIBLE_SHARE * np.array(areas)).all():
+            return (top, left), coverage, area
     return None
 
 
 def _draw(outline: list[NDArray[np.float64]], radius: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    """A shape turned by a random angle, as coverage (D, D) of each pixel, D just above 2 * radius."""
+    """Draw a randomly rotated shape; return pixel coverage (D, D), D just above 2 * radius."""
     angle = rng.uniform(0, 2 * np.pi)
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     d = int(np.ceil(2 * radius)) + 2
     image = Image.new("L", (d * _SUBPIXELS, d * _SUBPIXELS))
     pen = ImageDraw.Draw(image)
     for ring, fill in zip(outline, (1, 0), strict=False):
-        points = (ring @ turn * radius + d / 2) * _SUBPIXELS
+        points = (ring @ rotation * radius + d / 2) * _SUBPIXELS
         pen.polygon([(x, y) for x, y in points.tolist()], fill=fill)
     fine = np.asarray(image, dtype=np.float64).reshape(d, _SUBPIXELS, d, _SUBPIXELS)
     return fine.mean((1, 3))
 
 
 def _texture(photo: Image.Image, split: str, rng: np.random.Generator, side: int) -> NDArray[np.float64]:
-    """A square of one of the split's bands (see `prepare.BANDS`), exposed anew: (side, side, 3) in 0..255."""
+    """Return a square (side, side, 3) in 0..255 of a band of the split, randomly exposed."""
     width, height = photo.size
-    band = 2 * rng.integers(prepare.BANDS // 2) + (split == "val")
-    start, stop = (round(max(photo.size) * edge / prepare.BANDS) for edge in (band, band + 1))
-    # Cut first: the interpolation would look over the band's edges.
+    band = 2 * rng.integers(corpora.BANDS // 2) + (split == "val")
+    start, stop = (round(max(photo.size) * edge / corpora.BANDS) for edge in (band, band + 1))
+    # Crop first: interpolation would read beyond the band's edges.
     strip = photo.crop((start, 0, stop, height) if width >= height else (0, start, width, stop))
     window = rng.uniform(*WINDOW_SHARE) * min(strip.size)
     x, y = (rng.uniform(0, length - window) for length in strip.size)
     picture = strip.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + window, y + window))
-    gain = 2 ** rng.uniform(-prepare.EXPOSURE_STOPS, prepare.EXPOSURE_STOPS)
-    balance = rng.uniform(1 - prepare.WHITE_BALANCE, 1 + prepare.WHITE_BALANCE, size=3)
+    gain = 2 ** rng.uniform(-corpora.EXPOSURE_STOPS, corpora.EXPOSURE_STOPS)
+    balance = rng.uniform(1 - corpora.WHITE_BALANCE, 1 + corpora.WHITE_BALANCE, size=3)
     return np.clip(np.asarray(picture) * gain * balance, 0, 255)
 
 
 def _tinted(texture: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """The texture (D, D, 3) in gray, with a mean color drawn at random."""
+    """Convert the texture (D, D, 3) to gray and give it a random mean color."""
     gray = texture.mean(2, keepdims=True)
     color = rng.uniform(*MEAN_LEVEL) * rng.uniform(1 - _TINT, 1 + _TINT, size=3)
     return np.clip(gray / max(gray.mean(), 1) * color, 0, 255)
 
 
 def _regular(points: int, radii: tuple[float, ...] = (1.0,)) -> NDArray[np.float64]:
-    """(points, 2): corners at equal angles, at the radii in turn."""
+    """Return corners (points, 2) at equal angles, cycling through the radii."""
     angles = 2 * np.pi * np.arange(points) / points
     lengths = np.resize(radii, points)
     return np.stack((lengths * np.cos(angles), lengths * np.sin(angles)), axis=1)
@@ -274,7 +274,7 @@ def _regular(points: int, radii: tuple[float, ...] = (1.0,)) -> NDArray[np.float
 _CROSS = np.array(
     [(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1), (-3, 1), (-1, 1), (-1, 3)]
 ) / np.sqrt(10)
-# Within the unit circle: an outline and, of the ring, a hole.
+# Inside the unit circle: an outline and, for the ring, a hole.
 SHAPES: dict[str, list[NDArray[np.float64]]] = {
     "disc": [_regular(64)],
     "triangle": [_regular(3)],

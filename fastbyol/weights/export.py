@@ -12,7 +12,7 @@ from typing import Any
 from fastbyol import __version__
 from fastbyol.build import build_backbone
 from fastbyol.config import Config
-from fastbyol.data.native import CENTER_FRACTION
+from fastbyol.data.crops import CENTER_FRACTION
 from fastbyol.errors import InputError, printable
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime import environment

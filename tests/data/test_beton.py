@@ -1,4 +1,6 @@
-"""The .beton reader and writer: what goes in comes out, ffcv agrees in both directions, damage is named and nothing else happens."""
+"""Reader and writer of .beton files: round trip, compatibility with ffcv in both directions,
+damaged files.
+"""
 
 import json
 import os
@@ -16,15 +18,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastbyol.data import beton, open_split
-from fastbyol.data.beton import BadBeton, open_beton, pack
+from fastbyol.data import pack as pack_module
+from fastbyol.data.beton import BadBeton, open_beton
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.folder import index_folder
+from fastbyol.data.pack import AUTO_RAW_BYTES, pack
 from fastbyol.errors import InputError
 
 
 @pytest.fixture
 def corpus(folder_of, tmp_path):
-    """Two classes of JPEGs, large and small, a PNG, a gray JPEG, one with EXIF orientation, one CMYK."""
+    """Two classes of JPEGs, large and small, a PNG, a gray JPEG, one with EXIF orientation, one
+    CMYK.
+    """
     root = folder_of(
         {f"train/{c}/{i}.jpg": jpeg(10 * k + i, 80, 100 + i) for k, c in enumerate("ab") for i in range(4)}
     )
@@ -45,7 +51,7 @@ def write(folder, out, **options):
     return images, pack(images, out, **options), open_beton(out)
 
 
-def test_jpegs_are_copied_byte_for_byte_and_the_rest_is_upright_rgb(corpus, tmp_path):
+def test_jpegs_are_copied_and_other_images_are_converted(corpus, tmp_path):
     images, text, found = write(corpus, tmp_path / "x.beton", mode="jpg")
     assert "13 images (13 JPEG, 0 raw)" in text
     assert found.labels.tolist() == images.labels.tolist()
@@ -54,13 +60,13 @@ def test_jpegs_are_copied_byte_for_byte_and_the_rest_is_upright_rgb(corpus, tmp_
         name, stored = images.name(i), found.read(i)
         if name.endswith(("turned.jpg", "print.jpg", ".png")):
             difference = decode(stored).astype(int) - decode(images.read(i))
-            assert np.abs(difference).mean() < 10, name  # coarse colors at quality 90; another picture is 80 off
+            assert np.abs(difference).mean() < 10, name  # coarse colors at quality 90; another image differs by 80
         else:
             assert stored == images.read(i), name
     assert found.shapes[images.paths.index("a/turned.jpg")].tolist() == [96, 80]
 
 
-def test_raw_pixels_are_the_decoded_ones(corpus, tmp_path):
+def test_raw_mode_stores_the_decoded_pixels(corpus, tmp_path):
     images, text, found = write(corpus, tmp_path / "x.beton", mode="raw")
     assert "(0 JPEG, 13 raw)" in text
     for i in range(len(images)):
@@ -70,15 +76,15 @@ def test_raw_pixels_are_the_decoded_ones(corpus, tmp_path):
         assert np.array_equal(stored, decode(images.read(i)))
 
 
-def test_auto_keeps_small_images_raw_and_others_jpeg(corpus, tmp_path):
+def test_auto_mode_stores_small_images_raw(corpus, tmp_path):
     images, _, found = write(corpus, tmp_path / "x.beton")
     for i in range(len(images)):
-        expected = beton.RAW if decode(images.read(i)).nbytes <= beton.AUTO_RAW_BYTES else beton.JPEG
+        expected = beton.RAW if decode(images.read(i)).nbytes <= AUTO_RAW_BYTES else beton.JPEG
         assert found.modes[i] == expected, images.name(i)
     assert set(found.modes.tolist()) == {beton.RAW, beton.JPEG}
 
 
-def test_max_side_reduces_larger_images_alone(corpus, tmp_path):
+def test_max_side_reduces_only_larger_images(corpus, tmp_path):
     images, _, found = write(corpus, tmp_path / "x.beton", mode="jpg", max_side=100)
     for i in range(len(images)):
         before, after = decode(images.read(i)).shape[:2], decode(found.read(i)).shape[:2]
@@ -88,15 +94,15 @@ def test_max_side_reduces_larger_images_alone(corpus, tmp_path):
             assert found.read(i) == images.read(i)
 
 
-def test_quality_is_that_of_new_jpegs(corpus, tmp_path):
+def test_quality_of_new_jpegs(corpus, tmp_path):
     sizes = [
         write(corpus, tmp_path / f"{q}.beton", mode="jpg", max_side=64, quality=q)[2].sizes.sum() for q in (30, 95)
     ]
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_an_image_larger_than_a_page_makes_the_pages_larger(folder_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(beton, "PAGE_SIZE", 1 << 12)
+def test_pages_grow_to_fit_the_largest_image(folder_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_module, "PAGE_SIZE", 1 << 12)
     root = folder_of({f"{i}.jpg": jpeg(i, 20 + 10 * i, 30) for i in range(8)})
     _, _, found = write(root, tmp_path / "x.beton", mode="raw")
     page = int(np.fromfile(tmp_path / "x.beton", beton.HEADER, 1)["page_size"][0])
@@ -119,14 +125,14 @@ def test_a_beton_file_can_be_packed_again(corpus, tmp_path):
     assert (tmp_path / "again.beton").read_bytes() == (tmp_path / "raw.beton").read_bytes()
 
 
-def test_taking_a_part_keeps_the_samples_numbers(corpus, tmp_path):
+def test_a_subset_keeps_sample_numbers(corpus, tmp_path):
     _, _, found = write(corpus, tmp_path / "x.beton", mode="jpg")
-    part = found.take(np.array([7, 2]))
+    part = found.subset(np.array([7, 2]))
     assert [part.read(0), part.read(1)] == [found.read(7), found.read(2)]
-    assert part.where(0) == f"{tmp_path / 'x.beton'}, sample 7"
+    assert part.location(0) == f"{tmp_path / 'x.beton'}, sample 7"
 
 
-def test_bad_images_stop_the_writing_or_are_left_out(folder_of, tmp_path):
+def test_bad_images_raise_input_error_or_are_skipped(folder_of, tmp_path):
     root = folder_of({f"a/{i}.jpg": jpeg(i) for i in range(4)} | {"a/9.jpg": b"words", "a/5.jpg": jpeg(5)[:-300]})
     with pytest.raises(InputError, match=r"a/5.jpg: .*truncated.*--skip.bad"):
         pack(index_folder(root), tmp_path / "x.beton")
@@ -144,12 +150,12 @@ def test_bad_images_stop_the_writing_or_are_left_out(folder_of, tmp_path):
         ({"quality": 0}, r"--quality 0: must lie in 1..100"),
     ],
 )
-def test_impossible_options(corpus, tmp_path, options, message):
+def test_invalid_options(corpus, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         pack(index_folder(corpus), tmp_path / "x.beton", **options)
 
 
-def test_nothing_is_overwritten_and_an_interrupt_leaves_nothing(corpus, tmp_path):
+def test_no_overwrite_and_no_partial_file_after_an_interrupt(corpus, tmp_path):
     out = tmp_path / "x.beton"
     out.write_text("mine")
     with pytest.raises(InputError, match="exists; it is not overwritten"):
@@ -165,7 +171,7 @@ def test_nothing_is_overwritten_and_an_interrupt_leaves_nothing(corpus, tmp_path
     assert not list(tmp_path.glob("*.beton")) + list(tmp_path.glob(".x*"))
 
 
-def test_a_file_cut_short_while_it_is_read_is_an_error_not_a_crash(corpus, tmp_path):
+def test_truncation_while_reading_raises_os_error(corpus, tmp_path):
     _, _, found = write(corpus, tmp_path / "x.beton", mode="raw")
     with open(tmp_path / "x.beton", "r+b") as file:
         file.truncate(int(found.starts[3]) + 100)
@@ -174,7 +180,7 @@ def test_a_file_cut_short_while_it_is_read_is_an_error_not_a_crash(corpus, tmp_p
         found.read(3)
 
 
-# --- damage ---
+# --- damaged files ---
 
 
 @pytest.fixture(scope="module")
@@ -186,15 +192,17 @@ def intact(tmp_path_factory):
         for i in range(3):
             (folder / "train" / c / f"{i}.jpg").write_bytes(jpeg(i, 16 + 60 * (i == 2), 20 + 70 * (i == 2)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(beton, "PAGE_SIZE", 1 << 12)
+        patch.setattr(pack_module, "PAGE_SIZE", 1 << 12)
         pack(index_folder(folder / "train"), folder / "x.beton")
     data = (folder / "x.beton").read_bytes()
     found = open_beton(folder / "x.beton")
     return data, [found.read(i) for i in range(len(found))], found.labels.tolist(), folder
 
 
-def check(data, intact, what):
-    """Either BadBeton with the file's name, or images and labels: each right, or refused as damaged by itself."""
+def check(data, intact, case):
+    """Opening raises BadBeton with the file's name, or every image is readable or raises BadImage
+    or OSError.
+    """
     _, images, _, folder = intact
     path = folder / "damaged.beton"
     path.write_bytes(data)
@@ -202,13 +210,13 @@ def check(data, intact, what):
         found = open_beton(path)
     except BadBeton as error:
         assert isinstance(error, ValueError)
-        assert str(error).startswith(f"{path}: "), what
+        assert str(error).startswith(f"{path}: "), case
         assert "\n" not in str(error)
         return False
     assert len(found) <= len(images)
     for i in range(len(found)):
         assert 0 <= found.starts[i]
-        assert found.starts[i] + found.sizes[i] <= len(data), what
+        assert found.starts[i] + found.sizes[i] <= len(data), case
         try:
             pixels = decode(found.read(i))
         except (BadImage, OSError):
@@ -218,7 +226,7 @@ def check(data, intact, what):
     return True
 
 
-def test_the_intact_file_is_read(intact):
+def test_the_intact_file_opens(intact):
     assert check(intact[0], intact, "intact")
 
 
@@ -229,31 +237,40 @@ def test_truncation_at_every_boundary(intact):
     boundaries |= set(range(table - 40, len(data))) | set(range(4096, table, 1024))
     for length in sorted(boundaries):
         opened = check(data[:length], intact, f"cut at {length}")
-        # A table that lost whole entries still ends where an entry does: its images are missed.
-        assert not opened, f"a file cut to {length} of {len(data)} bytes was taken for whole"
+        # A table cut between two entries is detected by its missing images.
+        assert not opened, f"a file cut to {length} of {len(data)} bytes was accepted"
 
 
 def test_every_byte_of_header_rows_and_table_flipped(intact):
     data = intact[0]
     table = struct.unpack("<Q", data[16:24])[0]
     rows = 24 + 2 * 1041
-    places = [*range(24), 24, *range(25, 41), 24 + 1041, *range(24 + 1042, 24 + 1042 + 60), *range(rows, rows + 6 * 24)]
-    places += range(table - 20, len(data))
-    for place in places:
+    offsets = [
+        *range(24),
+        24,
+        *range(25, 41),
+        24 + 1041,
+        *range(24 + 1042, 24 + 1042 + 60),
+        *range(rows, rows + 6 * 24),
+    ]
+    offsets += range(table - 20, len(data))
+    for offset in offsets:
         for flip in (0x01, 0x80, 0xFF):
-            check(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :], intact, f"byte {place} ^ {flip:#x}")
+            check(
+                data[:offset] + bytes([data[offset] ^ flip]) + data[offset + 1 :], intact, f"byte {offset} ^ {flip:#x}"
+            )
 
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
-def test_any_bytes_written_over_the_parts_that_are_parsed(intact, draws):
+def test_random_bytes_in_parsed_parts(intact, draws):
     data = bytearray(intact[0])
     table = struct.unpack("<Q", bytes(data[16:24]))[0]
     for _ in range(draws.draw(st.integers(1, 3))):
         start, stop = draws.draw(
             st.sampled_from([(0, 24), (24, 90), (24 + 2 * 1041, 24 + 2 * 1041 + 144), (table - 20, len(data))])
         )
-        place = draws.draw(st.integers(start, stop - 1))
+        offset = draws.draw(st.integers(start, stop - 1))
         values = draws.draw(
             st.one_of(
                 st.binary(min_size=1, max_size=9),
@@ -262,18 +279,18 @@ def test_any_bytes_written_over_the_parts_that_are_parsed(intact, draws):
                 ),
             )
         )
-        data[place : place + len(values)] = values[: len(data) - place]
+        data[offset : offset + len(values)] = values[: len(data) - offset]
     check(bytes(data), intact, "overwritten")
 
 
 @given(st.binary(max_size=4000))
 @settings(max_examples=100, deadline=None)
-def test_any_bytes_at_all(intact, data):
+def test_random_files(intact, data):
     check(data, intact, "random")
 
 
 def rewritten(intact, tmp_path, change):
-    """A copy with header, descriptors, rows and table changed through arrays."""
+    """Copy the file and apply `change` to its header, descriptors, rows and table."""
     data = bytearray(intact[0])
     header = np.frombuffer(data, beton.HEADER, 1)
     n, table = int(header["samples"][0]), int(header["table"][0])
@@ -294,7 +311,7 @@ def put(array, field, value, index=0):
 
 
 @pytest.mark.parametrize(
-    ("change", "fault"),
+    ("change", "message"),
     [
         (lambda header, **_: put(header, "version", 1), "version 1, only 2 is known"),
         (lambda header, **_: put(header, "fields", 0), "it has no fields"),
@@ -324,24 +341,24 @@ def put(array, field, value, index=0):
         (lambda rows, **_: put(rows, "f1", 10**15, 4), "sample 4: its label is not in 0"),
         (lambda rows, **_: put(rows, "f1", 2, 4), "its class names are damaged"),
         (lambda table, **_: put(table, "start", 8), "allocation 0 starts before the pages"),
-        (lambda table, **_: put(table, "start", 2**64 - 1), "allocation 5 starts behind the pages"),
-        (lambda table, **_: put(table, "size", 2**64 - 1), "allocation 0 ends behind the pages"),
+        (lambda table, **_: put(table, "start", 2**64 - 1), "allocation 5 starts after the pages"),
+        (lambda table, **_: put(table, "size", 2**64 - 1), "allocation 0 ends after the pages"),
         (lambda table, **_: put(table, "size", table["size"][0] + 1), "allocation 0 overlaps the next"),
         (lambda table, **_: put(table, "sample", 5), "sample 0: the allocation table does not hold its image"),
     ],
 )
-def test_the_fault_is_named(intact, tmp_path, change, fault):
+def test_error_messages_of_damaged_files(intact, tmp_path, change, message):
     path = rewritten(intact, tmp_path, change)
-    with pytest.raises(BadBeton, match=fault) as caught:
+    with pytest.raises(BadBeton, match=message) as caught:
         open_beton(path)
     assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_class_names_that_are_not_json(intact, tmp_path):
     data = bytearray(intact[0])
-    place = data.index(b'["a", "b"]')
+    offset = data.index(b'["a", "b"]')
     for damage in (b'["a", 5  ]', b'{"a": "b"}', b'["a", "b" ', b"[" * 10, b'["\xff", ""]'):
-        data[place : place + 10] = damage.ljust(10)
+        data[offset : offset + 10] = damage.ljust(10)
         (tmp_path / "x.beton").write_bytes(data)
         with pytest.raises(BadBeton, match="its class names are damaged"):
             open_beton(tmp_path / "x.beton")
@@ -355,7 +372,7 @@ def test_missing_and_unreadable_files(tmp_path):
         open_beton(tmp_path / "folder.beton")
 
 
-# --- which file a split is ---
+# --- files as splits ---
 
 
 def test_a_split_is_a_folder_or_a_beton_file(corpus, tmp_path):
@@ -371,12 +388,12 @@ def test_a_split_is_a_folder_or_a_beton_file(corpus, tmp_path):
         open_split(root, "test.beton")
 
 
-# --- the real ffcv ---
+# --- compatibility with ffcv ---
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jpg", "raw", "proportion", "smart"])
-def test_files_that_ffcv_writes(mode, tmp_path):
+def test_reading_files_written_by_ffcv(mode, tmp_path):
     path = tmp_path / "ffcv.beton"
     write_with_ffcv(path, mode)
     found = open_beton(path)
@@ -396,13 +413,14 @@ def test_files_that_ffcv_writes(mode, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jpg", "raw", "auto"])
-def test_files_that_ffcv_reads(mode, folder_of, tmp_path):
+def test_ffcv_reads_our_files(mode, folder_of, tmp_path):
     height, width = (60, 50) if mode == "auto" else (80, 100)
     root = folder_of({f"{c}/{i}.jpg": jpeg(10 * k + i, height, width) for k, c in enumerate("abc") for i in range(4)})
     gray = np.ascontiguousarray(pixels_of(77, height, width)[..., :1])
     (root / "c/9.jpg").write_bytes(simplejpeg.encode_jpeg(gray, colorspace="GRAY"))
     images, _, found = write(root, tmp_path / "x.beton", mode=mode)
-    # In a process of its own, since FFCV changes numba's types and torch's number of threads for the whole of one.
+    # In a separate process, since FFCV changes numba's types and torch's number of threads
+    # globally.
     command = [sys.executable, "-c", FFCV_READS, str(tmp_path / "x.beton"), str(tmp_path / "read.npz")]
     subprocess.run(command, check=True)
     read = np.load(tmp_path / "read.npz")
@@ -410,7 +428,7 @@ def test_files_that_ffcv_reads(mode, folder_of, tmp_path):
         assert read[f"{manager}_labels"].tolist() == images.labels.tolist()
         for i in range(13):
             difference = np.abs(read[f"{manager}_pixels"][i].astype(int) - decode(found.read(i)))
-            # FFCV asks libjpeg-turbo for its fast inverse DCT, which is off by up to 15 at these images' hard edges.
+            # FFCV uses the fast inverse DCT, which differs by up to 15 at these images' hard edges.
             assert difference.max() <= (0 if found.modes[i] == beton.RAW else 20)
             assert difference.mean() < 2
 
@@ -436,11 +454,11 @@ np.savez(sys.argv[2], **found)
 
 
 def test_the_header_is_written_last(corpus, tmp_path, monkeypatch):
-    """A process killed while it writes leaves a hidden file without a header, never one that looks whole."""
+    """A process killed while writing leaves a hidden file without a valid header."""
     seen = []
     monkeypatch.setattr(os, "replace", lambda a, b: seen.append((a, b)))
-    monkeypatch.setattr(beton._Writer, "finish", lambda self: self._file.flush() or 0)
-    monkeypatch.setattr(beton.Path, "unlink", lambda self, missing_ok=False: None)
+    monkeypatch.setattr(pack_module._Writer, "finish", lambda self: self._file.flush() or 0)
+    monkeypatch.setattr(pack_module.Path, "unlink", lambda self, missing_ok=False: None)
     pack(index_folder(corpus), tmp_path / "x.beton")
     partial = seen[0][0]
     assert partial.name.startswith(".") and partial.suffix == ".partial"
@@ -448,7 +466,7 @@ def test_the_header_is_written_last(corpus, tmp_path, monkeypatch):
         open_beton(partial)
 
 
-def test_names_survive_as_json(corpus, tmp_path):
+def test_class_names_survive_as_json(corpus, tmp_path):
     write(corpus, tmp_path / "x.beton")
     data = (tmp_path / "x.beton").read_bytes()
     assert json.dumps(["a", "b"]).encode() in data

@@ -1,4 +1,4 @@
-"""The whole chain from decoded image to normalized batch, and what the options of the loader do to it."""
+"""The CPU path from decoded image to normalized batch, and the loader's options."""
 
 import os
 import threading
@@ -13,9 +13,11 @@ from helpers.loaders import collect, make_loader, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbyol.data import native, open_split, views
+from fastbyol.data import open_split, rendering, views
 from fastbyol.data.decode import decode, decode_reduced, jpeg_size
 from fastbyol.data.folder import ImageFolder
+from fastbyol.data.rendering import Renderer
+from fastbyol.kernels import augment
 from fastbyol.kernels.augment import IMAGENET_STD
 
 STD = np.array(IMAGENET_STD, dtype=np.float32)
@@ -40,21 +42,26 @@ def smooth_image(seed: int, height: int, width: int) -> np.ndarray:
     augmentation=st.sampled_from(["byol", "torchvision"]),
     seed=st.integers(0, 10_000),
 )
-def test_every_view_is_within_one_255th_of_the_reference(height, width, size, augmentation, seed):
-    """Odd sizes, images smaller than the crop and one-pixel crops included; before normalization, float32."""
+def test_views_are_within_1_255_of_the_reference(height, width, size, augmentation, seed):
+    """Float32, before normalization; includes odd sizes, images smaller than the crop, and
+    one-pixel crops.
+    """
     image = smooth_image(seed, height, width)
     params = views.sample(augmentation, seed, 0, [seed], [image.shape[:2]])
     expected = views.apply_reference([torch.from_numpy(image)], params, size)
-    scratch = native.Scratch(size)
+    renderer = Renderer(size)
     for v, p in enumerate(params.pack()[0]):
         out = np.empty((size, size, 3), dtype=np.float32)
-        scratch.render(image, params.box[0, v].tolist(), p, out)
+        renderer.crop(image, params.box[0, v].tolist(), bool(p[augment.FLIP]))
+        renderer.augment(p, out)
         error = np.abs(out - expected[v, 0].permute(1, 2, 0).numpy()) * STD
         assert error.max() < 1 / 255
 
 
-def test_dct_scaling_decodes_less_and_moves_pixels_little(folder_of):
-    """What the option's help says: where both crops keep the output's size, decode smaller; the views differ slightly."""
+def test_dct_scaling_changes_views_little(folder_of):
+    """If both crops keep the output's resolution, images are decoded smaller, and the views differ
+    slightly.
+    """
     files = {
         f"train/{i:02d}.jpg": simplejpeg.encode_jpeg(smooth_image(i, 400, 520), quality=92, colorsubsampling="420")
         for i in range(24)
@@ -65,12 +72,12 @@ def test_dct_scaling_decodes_less_and_moves_pixels_little(folder_of):
     assert all(torch.equal(a[3], b[3]) for a, b in zip(plain, scaled, strict=True))
     difference = torch.cat([(a[v] - b[v]).abs().flatten(1) for a, b in zip(plain, scaled, strict=True) for v in (0, 1)])
     difference = difference.mean(1) * STD.mean() * 255  # per view, in 255ths
-    assert (difference > 0.05).float().mean() > 0.5  # it did something to most views
-    assert difference.median() < 8  # a sharper source than the aliasing resize of the full image sees: not equal
+    assert (difference > 0.05).float().mean() > 0.5  # most views changed
+    assert difference.median() < 8  # the reduced source aliases less than a resize of the full image
     assert same(scaled, collect(make_loader(root, dct_scaling=True, threads=4), 0, 4))
 
 
-def test_the_reduced_size_keeps_the_output_s_resolution(folder_of, monkeypatch):
+def test_dct_scaling_keeps_the_output_resolution(folder_of, monkeypatch):
     root = folder_of({f"train/{i:02d}.jpg": jpeg(i, 100, 130) for i in range(12)})
     seen = []
 
@@ -80,19 +87,19 @@ def test_the_reduced_size_keeps_the_output_s_resolution(folder_of, monkeypatch):
         return image
 
     shapes = []
-    render = native.Scratch.render
-    monkeypatch.setattr(native, "decode_reduced", watched)
-    monkeypatch.setattr(native.Scratch, "render", lambda self, *args: shapes.append(args[1]) or render(self, *args))
+    crop_view = Renderer.crop
+    monkeypatch.setattr(rendering, "decode_reduced", watched)
+    monkeypatch.setattr(Renderer, "crop", lambda self, *args: shapes.append(args[1]) or crop_view(self, *args))
     collect(make_loader(root, dct_scaling=True), 0, 8)
     assert {factor for _, factor, _ in seen} >= {1, 2}
     for (height, width), factor, shape in seen:
         assert shape == (-(-height // factor), -(-width // factor), 3)
     reduced = [box for box in shapes if box[2] < 24 or box[3] < 24]
     full_size = [factor for _, factor, _ in seen if factor == 1]
-    assert len(reduced) <= 2 * len(full_size)  # only what was too small in the full image is below the output's 24 px
+    assert len(reduced) <= 2 * len(full_size)  # only crops below 24 px in the full image
 
 
-def test_what_cannot_be_reduced_is_decoded_whole():
+def test_decode_reduced_falls_back_to_full_decode():
     data = jpeg(1, 64, 80)
     assert jpeg_size(data) == (64, 80)
     assert decode_reduced(data, (64, 80), 2).shape == (32, 40, 3)
@@ -106,7 +113,7 @@ def test_what_cannot_be_reduced_is_decoded_whole():
 
 
 def test_readers_hide_a_slow_disk(photos, monkeypatch):
-    """Eight readers wait for eight files at a time: no read returns before all eight have begun one."""
+    """Eight readers read concurrently: no read returns before all eight have started one."""
     read, all_eight = ImageFolder.read, threading.Barrier(8)
     monkeypatch.setattr(ImageFolder, "read", lambda self, index: (all_eight.wait(HANG_S), read(self, index))[1])
     assert (
@@ -114,18 +121,18 @@ def test_readers_hide_a_slow_disk(photos, monkeypatch):
     )  # of 6 images each
 
 
-def test_files_read_ahead_are_bounded(photos, monkeypatch):
+def test_readahead_is_bounded(photos, monkeypatch):
     read, count = ImageFolder.read, []
     monkeypatch.setattr(ImageFolder, "read", lambda self, index: count.append(1) or read(self, index))
     loader = make_loader(photos, prefetch_batches=1, readahead_images=20, readers=3)
     batches = loader.batches(0, 100)
     next(batches)
     time.sleep(0.5)
-    assert len(count) <= 2 * 6 + 20 + 3  # two batches decoded, twenty files ahead, one in each reader's hand
+    assert len(count) <= 2 * 6 + 20 + 3  # two batches decoded, 20 files ahead, one in progress per reader
     batches.close()
 
 
-def test_an_error_while_reading_reaches_the_consumer(photos, monkeypatch):
+def test_an_exception_in_a_reader_reaches_the_consumer(photos, monkeypatch):
     def explode(self, index):
         raise MemoryError("no memory for a file")
 
@@ -134,7 +141,7 @@ def test_an_error_while_reading_reaches_the_consumer(photos, monkeypatch):
         collect(make_loader(photos), 0, 5)
 
 
-def test_nothing_is_left_open(photos):
+def test_no_open_files_are_leaked(photos):
     shared, before = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         batches = make_loader(photos, threads=4).batches(0, 1000)
@@ -144,7 +151,7 @@ def test_nothing_is_left_open(photos):
     assert set(os.listdir("/dev/shm")) == shared
 
 
-def test_index_and_loader_agree_on_the_epoch(photos):
+def test_loader_follows_the_epoch_order(photos):
     folder = open_split(photos, "train")
     loader = make_loader(photos)
     indices = torch.cat([b[3] for b in collect(loader, len(loader), 2 * len(loader))]).tolist()

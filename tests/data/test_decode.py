@@ -1,4 +1,4 @@
-"""What `decode` makes of odd and damaged files, and what it makes of them in pack, in a training and on every backend."""
+"""`decode` on unusual and damaged files: alone, in `pack`, in training and with every backend."""
 
 import io
 import json
@@ -17,9 +17,13 @@ from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from fastbyol.api import pretrain as train
 from fastbyol.config import DataConfig
-from fastbyol.data import beton, build_loader, open_split
+from fastbyol.data import build_loader, metadata, open_split
 from fastbyol.data import decode as module
-from fastbyol.data.decode import BadImage, as_stored, decode, decode_reduced, jpeg_size, without_metadata
+from fastbyol.data import pack as pack_module
+from fastbyol.data.beton import JPEG, open_beton
+from fastbyol.data.decode import BadImage, as_stored, decode, decode_reduced, jpeg_size
+from fastbyol.data.metadata import without_metadata
+from fastbyol.data.pack import pack
 from fastbyol.errors import InputError
 from fastbyol.evaluate import image_files, voc
 from fastbyol.tools.preview import write_preview
@@ -28,7 +32,7 @@ UPRIGHT = np.asarray(picture())
 
 
 def is_turned(pixels, tolerance=12):
-    """Whether these are the pixels of `picture` turned by orientation 6."""
+    """Return True if these are the pixels of `picture` rotated by orientation 6."""
     expected = np.asarray(picture().transpose(Image.Transpose.ROTATE_270)).astype(int)
     return pixels.shape == expected.shape and np.abs(pixels - expected).mean() < tolerance
 
@@ -38,7 +42,7 @@ def segment(code, content):
 
 
 def ifd(*entries, order="<"):
-    """EXIF of one directory: (tag, type, count, value or offset)."""
+    """Return EXIF with one directory of entries (tag, type, count, value or offset)."""
     rows = b"".join(
         struct.pack(f"{order}HHI4s", tag, kind, count, value) for tag, kind, count, value in sorted(entries)
     )
@@ -53,7 +57,7 @@ JFIF_END = 2 + 2 + int.from_bytes(PLAIN[4:6], "big")
 
 
 def with_segments(*parts):
-    """The picture as a JPEG with these bytes behind its first segment."""
+    """Return the picture as a JPEG with these bytes after its first segment."""
     return PLAIN[:JFIF_END] + b"".join(parts) + PLAIN[JFIF_END:]
 
 
@@ -62,7 +66,7 @@ def with_segments(*parts):
 
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "TIFF lzw", "WEBP", "AVIF"])
-def test_images_come_out_as_pillow_turns_them(form, orientation):
+def test_orientation_is_applied_as_by_pillow(form, orientation):
     name, _, compression = form.partition(" ")
     if name not in Image.SAVE:
         pytest.skip(f"this Pillow has no {name}")
@@ -92,7 +96,7 @@ def test_images_come_out_as_pillow_turns_them(form, orientation):
     ],
     ids=["bytes as rational", "negative rational", "bad pointers", "beyond the end", "big endian", "long", "twice"],
 )
-def test_odd_exif_does_not_hide_an_orientation(content):
+def test_orientation_is_read_from_unusual_exif(content):
     jpeg_file = with_segments(segment(0xE1, content))
     png = saved(picture(), "PNG")
     chunk = b"eXIf" + content.removeprefix(b"Exif\0\0")
@@ -110,7 +114,7 @@ def chunk(kind, content):
 RAW_PROFILE = b"\nexif\n%8d\n%s\n" % (len(ifd(TURN)) + 6, (b"Exif\0\0" + ifd(TURN)).hex().encode())
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["in front of the pixels", "behind them"])
+@pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "after them"])
 @pytest.mark.parametrize(
     "text",
     [
@@ -120,10 +124,10 @@ RAW_PROFILE = b"\nexif\n%8d\n%s\n" % (len(ifd(TURN)) + 6, (b"Exif\0\0" + ifd(TUR
     ],
     ids=["text", "compressed text", "XMP"],
 )
-def test_the_orientation_of_a_png_is_found_in_its_texts(text, behind):
+def test_orientation_is_read_from_png_texts(text, after):
     """As ImageMagick and Adobe's programs write it."""
     plain = saved(picture(), "PNG")
-    at = len(plain) - 12 if behind else 33
+    at = len(plain) - 12 if after else 33
     data = plain[:at] + text + plain[at:]
     with Image.open(io.BytesIO(data)) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -136,7 +140,7 @@ def test_the_orientation_of_a_png_is_found_in_its_texts(text, behind):
     [b"Exif\0\0", b"Exif\0\0II", b"Exif\0\0" + b"\xff" * 30, ifd(TURN)[:20], ifd((0x0112, 2, 2, b"6\0\0\0"))],
     ids=["empty", "cut", "no EXIF", "cut entry", "text"],
 )  # fmt: skip
-def test_exif_that_cannot_be_read_is_no_orientation(content):
+def test_unreadable_exif_means_no_orientation(content):
     for data in (with_segments(segment(0xE1, content)), saved(picture(), "WEBP", lossless=True, exif=content)):
         pixels = decode(data)
         assert pixels.shape == UPRIGHT.shape
@@ -170,7 +174,7 @@ PROFILE = segment(0xE2, b"some profile" + b"\xff\xd8\xff\xda\xff\xe1" * 10_000)
     ids=["behind 64 KB", "in two segments", "fill bytes", "garbage", "behind the frame", "XMP", "EXIF before XMP", "EXIF says 1",
          "in a comment", "in APP5", "behind the scan", "in a second image"],
 )  # fmt: skip
-def test_the_orientation_of_a_jpeg_is_found_where_its_header_has_it(data, turned):
+def test_orientation_is_read_from_a_jpeg_header(data, turned):
     pixels = decode(data)
     assert is_turned(pixels, 3) == turned
     assert (pixels.shape == UPRIGHT.shape) != turned
@@ -178,7 +182,7 @@ def test_the_orientation_of_a_jpeg_is_found_where_its_header_has_it(data, turned
         assert (jpeg_size(data) is None) == turned
 
 
-def test_sizes_of_dense_evaluations_are_those_of_decoded_images(tmp_path):
+def test_checked_size_is_the_decoded_size(tmp_path):
     for k, (name, data) in enumerate(seeds().items()):
         file = tmp_path / f"{k}{name}"
         file.write_bytes(data)
@@ -188,19 +192,19 @@ def test_sizes_of_dense_evaluations_are_those_of_decoded_images(tmp_path):
 # --- metadata ---
 
 
-@pytest.mark.parametrize("where", ["text", "many texts", "international text", "profile", "damaged text"])
-def test_metadata_do_not_refuse_a_png(where):
+@pytest.mark.parametrize("kind", ["text", "many texts", "international text", "profile", "damaged text"])
+def test_broken_metadata_do_not_spoil_a_png(kind):
     texts = PngImagePlugin.PngInfo()
     options = {"exif": exif(6)}
-    if where == "profile":
+    if kind == "profile":
         options["icc_profile"] = bytes(3 << 20)
-    elif where == "many texts":
+    elif kind == "many texts":
         for k in range(70):
             texts.add_text(f"k{k}", "x" * (1 << 20), zip=True)
     else:
-        (texts.add_itxt if where == "international text" else texts.add_text)("k", "x" * (5 << 20), zip=True)
+        (texts.add_itxt if kind == "international text" else texts.add_text)("k", "x" * (5 << 20), zip=True)
     data = saved(picture(), "PNG", pnginfo=texts, **options)
-    if where == "damaged text":
+    if kind == "damaged text":
         data = data.replace(b"zTXtk", b"zTXtq")  # and its checksum no longer fits
     assert np.array_equal(decode(data), np.asarray(picture().transpose(Image.Transpose.ROTATE_270)))
 
@@ -209,8 +213,8 @@ def test_metadata_do_not_refuse_a_png(where):
 @pytest.mark.parametrize(
     "content", [b"", b"JFIF\0", b"Adobe", b"MPF\0junk", b"ICC_PROFILE\0", b"Photoshop 3.0\x008BIM\0"]
 )
-def test_metadata_do_not_refuse_a_jpeg_that_pillow_decodes(marker, content):
-    """CMYK, and bytes between segments, both of which simplejpeg leaves to Pillow."""
+def test_broken_metadata_do_not_spoil_a_jpeg_decoded_by_pillow(marker, content):
+    """CMYK and bytes between segments, which are left to Pillow."""
     print_file = saved(picture().convert("CMYK"), "JPEG", quality=95)
     for data in (
         with_segments(b"\0", segment(marker, content)),
@@ -219,24 +223,24 @@ def test_metadata_do_not_refuse_a_jpeg_that_pillow_decodes(marker, content):
         assert np.abs(decode(data).astype(int) - UPRIGHT).mean() < 4
 
 
-def test_metadata_do_not_refuse_a_tiff():
+def test_broken_metadata_do_not_spoil_a_tiff():
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     tags[0x0112], tags[0x8769], tags[0x8825] = 6, 4_000_000_000, 8
     for compression in ("raw", "tiff_lzw"):
         assert is_turned(decode(saved(picture(), "TIFF", tiffinfo=tags, compression=compression)), 0.5)
 
 
-def test_exif_does_not_refuse_an_avif():
+def test_broken_exif_does_not_spoil_an_avif():
     if "AVIF" not in Image.SAVE:
         pytest.skip("this Pillow has no AVIF")
     data = saved(picture(), "AVIF", quality=95, exif=exif(6, x010F="maker"))
     assert is_turned(decode(data))
-    place = data.rindex(b"maker")
-    start = data.rindex(b"\0*", 0, place) - 2  # big-endian TIFF
+    offset = data.rindex(b"maker")
+    start = data.rindex(b"\0*", 0, offset) - 2  # big-endian TIFF
     assert is_turned(decode(data[:start] + b"\xff" * 8 + data[start + 8 :]))
 
 
-def test_what_is_left_without_metadata_has_the_same_pixels():
+def test_removing_metadata_keeps_the_pixels():
     for name, data in seeds().items():
         bare = without_metadata(data)
         assert np.array_equal(as_stored(bare), as_stored(data)), name
@@ -280,7 +284,7 @@ RAMP = np.arange(256).reshape(16, 16)
         "1 bit",
     ],
 )
-def test_values_of_other_types(data, expected):
+def test_other_pixel_types(data, expected):
     assert np.array_equal(decode(data), np.repeat(np.asarray(expected)[..., None], 3, axis=2))
 
 
@@ -311,12 +315,12 @@ def test_values_of_other_types(data, expected):
         "small 16 bits",
     ],
 )
-def test_values_of_unknown_range_are_refused(values, dtype, why):
+def test_unknown_value_ranges_are_bad_images(values, dtype, why):
     with pytest.raises(BadImage, match=why):
         decode(saved(gray(values, dtype), "TIFF"))
 
 
-def test_a_12_bit_tiff_has_its_own_white():
+def test_a_12_bit_tiff_is_scaled_by_12_bits():
     values = np.linspace(0, 4095, WIDTH * HEIGHT).astype(int).reshape(HEIGHT, WIDTH)
     pairs = values.reshape(-1, 2)
     packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1).astype(
@@ -344,7 +348,7 @@ def test_a_12_bit_tiff_has_its_own_white():
     assert np.array_equal(decode(data)[..., 0], values >> 4)
 
 
-def test_a_turned_16_bit_tiff_keeps_its_shape():
+def test_orientation_of_a_16_bit_tiff():
     values = np.arange(WIDTH * HEIGHT).reshape(HEIGHT, WIDTH) * 170
     data = saved(gray(values, np.uint16), "TIFF", exif=exif(6))
     assert np.array_equal(decode(data)[..., 0], np.rot90(values >> 8, -1))
@@ -394,7 +398,7 @@ def test_an_interrupt_is_not_a_bad_image(monkeypatch):
         decode(saved(picture(), "PNG"))
 
 
-def test_decoding_warns_of_nothing_and_leaves_warnings_to_others(monkeypatch, capfd):
+def test_decoding_suppresses_only_its_own_warnings(monkeypatch, capfd):
     monkeypatch.setattr(
         Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT - 1
     )  # Pillow warns above it, and refuses twice as many
@@ -417,7 +421,7 @@ def test_decoding_warns_of_nothing_and_leaves_warnings_to_others(monkeypatch, ca
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_tiff_with_fewer_rows_than_it_says_is_bad():
+def test_a_tiff_with_missing_rows_is_bad():
     data = saved(picture(), "TIFF")
     with Image.open(io.BytesIO(data)) as image:
         kind = image.tag_v2.tagtype[257]
@@ -428,8 +432,8 @@ def test_a_tiff_with_fewer_rows_than_it_says_is_bad():
 
 def test_a_webp_with_a_huge_canvas_is_bad():
     data = bytearray(seeds()["frames.webp"])
-    place = data.index(b"VP8X") + 12
-    data[place : place + 3] = b"\x17\0\x80"
+    offset = data.index(b"VP8X") + 12
+    data[offset : offset + 3] = b"\x17\0\x80"
     with pytest.raises(BadImage, match="8388632x16 pixels: no frame of a WebP file has longer sides than 16383"):
         decode(bytes(data))
 
@@ -443,7 +447,7 @@ def test_an_image_without_pixels_is_bad():
 
 
 def outcome(data):
-    """Pixels, or why there are none; anything but BadImage is an error."""
+    """Return the pixels or the reason of BadImage; any other exception is an error."""
     try:
         pixels = decode(data)
     except BadImage as error:
@@ -461,10 +465,10 @@ def outcome(data):
     return pixels
 
 
-def test_all_formats_that_pillow_writes_are_among_the_seeds_and_decode():
+def test_the_seeds_cover_all_formats_that_pillow_writes():
     found = set()
     for name, data in seeds().items():
-        with module._quiet(), Image.open(io.BytesIO(data), formats=module.FORMATS) as image:
+        with metadata.quiet(), Image.open(io.BytesIO(data), formats=module.FORMATS) as image:
             found.add({"MPO": "JPEG"}.get(image.format, image.format.upper()))
         assert 130 < decode(data).mean() < 170, name
     assert set(module.FORMATS) & Image.SAVE.keys() <= found
@@ -496,32 +500,32 @@ def test_many_mutated_files_decode_or_are_bad_images():
 
 @pytest.fixture
 def mixed(folder_of):
-    """40 good JPEGs and 60 mutated files of all formats in two classes, and what each of them decodes to."""
+    """40 good JPEGs and 60 mutated files of all formats in two classes, and their decoded pixels."""
     files = {f"train/{'ab'[k % 2]}/{k:03d}.jpg": jpeg(k) for k in range(40)}
     damaged = mutations(seeds(), 60, seed=5)
     files |= {f"train/{'ab'[k % 2]}/{k + 100}.png": data for k, (_, data) in enumerate(damaged)}
-    # The folder's index takes files by their names, decoders by what is in them.
+    # The folder's index goes by file names, decoders by content.
     return folder_of(files), {name.removeprefix("train/"): outcome(data) for name, data in files.items()}
 
 
-def test_pack_keeps_the_good_and_names_the_bad_of_mutated_files(mixed, tmp_path):
+def test_pack_skips_and_reports_bad_images(mixed, tmp_path):
     root, expected = mixed
     images = open_split(root, "train")
     good = [i for i in range(len(images)) if not isinstance(expected[images.name(i)], str)]
     bad = [i for i in range(len(images)) if isinstance(expected[images.name(i)], str)]
     assert len(good) >= 45
     assert len(bad) >= 20
-    text = beton.pack(images, tmp_path / "x.beton", mode="raw", skip_bad=True)
+    text = pack(images, tmp_path / "x.beton", mode="raw", skip_bad=True)
     name = images.name(bad[0])
     assert f"{len(good)} images" in text
     assert f"{len(bad)} left out, the first: {root}/train/{name}: {expected[name]}" in text
-    found = beton.open_beton(tmp_path / "x.beton")
+    found = open_beton(tmp_path / "x.beton")
     assert all(np.array_equal(found.read(k), expected[images.name(i)]) for k, i in enumerate(good))
     with pytest.raises(InputError, match="--skip-bad"):
-        beton.pack(images, tmp_path / "y.beton", mode="raw")
+        pack(images, tmp_path / "y.beton", mode="raw")
 
 
-def test_a_training_goes_on_and_names_the_bad_of_mutated_files(mixed, make_config, tmp_path, one_thread):
+def test_training_skips_and_reports_bad_images(mixed, make_config, tmp_path, one_thread):
     root, expected = mixed
     data = {"root": str(root), "batch_size": 50, "max_bad_fraction": 0.9}
     config = make_config(data=data, optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})
@@ -533,7 +537,7 @@ def test_a_training_goes_on_and_names_the_bad_of_mutated_files(mixed, make_confi
     assert str(tmp_path / "p.png") in write_preview(config, tmp_path / "p.png")
 
 
-def test_mutated_files_of_dense_evaluations_are_one_line(tmp_path):
+def test_dense_evaluations_report_damaged_files_in_one_line(tmp_path):
     file = tmp_path / "x.png"
     for _, data in mutations(seeds(), 150, seed=6):
         file.write_bytes(data)
@@ -548,7 +552,7 @@ def test_mutated_files_of_dense_evaluations_are_one_line(tmp_path):
             voc.read_mask(tmp_path / f"{name}.png")
 
 
-def test_a_mask_is_not_refused_for_its_metadata(tmp_path):
+def test_metadata_do_not_spoil_a_mask(tmp_path):
     texts = PngImagePlugin.PngInfo()
     texts.add_text("k", "x" * (5 << 20), zip=True)
     mask = np.arange(6, dtype=np.uint8).reshape(2, 3)
@@ -561,7 +565,7 @@ def test_a_mask_is_not_refused_for_its_metadata(tmp_path):
 
 @pytest.fixture
 def oriented(folder_of):
-    """JPEGs whose orientations stand in EXIF, behind 64 KB, in XMP, or are 1 among broken metadata."""
+    """JPEGs with an orientation in EXIF, after 64 KB, in XMP, or none but broken metadata."""
     parts = [
         [segment(0xE1, ifd(TURN))],
         [PROFILE, PROFILE, segment(0xE1, ifd(TURN, (0x011A, 7, 4, b"abcd")))],
@@ -589,34 +593,34 @@ def is_close(a, b):
 
 def test_native_and_packed_images_are_upright(oriented, tmp_path):
     images = open_split(oriented, "train")
-    beton.pack(images, tmp_path / "raw.beton", mode="raw")
+    pack(images, tmp_path / "raw.beton", mode="raw")
     assert is_close(views_of(oriented, "train", "native"), views_of(tmp_path, "raw", "native"))
-    beton.pack(images, tmp_path / "jpg.beton", mode="jpg")
-    found = beton.open_beton(tmp_path / "jpg.beton")
+    pack(images, tmp_path / "jpg.beton", mode="jpg")
+    found = open_beton(tmp_path / "jpg.beton")
     assert [is_turned(found.read(k)) if found.modes[k] else is_turned(decode(found.read(k))) for k in range(16)] == 4 * [
         True, True, True, False
     ]  # fmt: skip
-    assert found.read(3) == PLAIN  # not encoded anew, and without metadata
+    assert found.read(3) == PLAIN  # copied, without metadata
 
 
-def test_dali_has_images_upright(oriented):
+def test_dali_images_are_upright(oriented):
     assert is_close(views_of(oriented, "train", "native"), views_of(oriented, "train", "dali"))
 
 
 @pytest.mark.slow
-def test_ffcv_has_images_upright_that_another_writer_stored_with_their_exif(oriented, tmp_path):
+def test_ffcv_images_stored_with_exif_are_upright(oriented, tmp_path):
     images = open_split(oriented, "train")
     with open(tmp_path / "x.beton", "w+b") as file:
-        writer = beton._Writer(file, len(images), [])
+        writer = pack_module._Writer(file, len(images), [])
         for k in range(len(images)):
-            writer.add(beton.Sample(beton.JPEG, WIDTH, HEIGHT, images.read(k)), -1)
+            writer.add(pack_module.Sample(JPEG, WIDTH, HEIGHT, images.read(k)), -1)
         writer.finish()
     expected = views_of(oriented, "train", "native")
     assert is_close(expected, views_of(tmp_path, "x", "native"))
     assert is_close(expected, views_of(tmp_path, "x", "ffcv"))
 
 
-def test_sides_that_libjpeg_cannot_write_are_refused(folder_of, tmp_path):
+def test_sides_beyond_the_limit_of_libjpeg_are_bad_images(folder_of, tmp_path):
     root = folder_of({"train/1.png": saved(Image.new("L", (65_510, 2)), "PNG"), "train/2.jpg": jpeg(0)})
-    text = beton.pack(open_split(root, "train"), tmp_path / "x.beton", mode="jpg", skip_bad=True)
+    text = pack(open_split(root, "train"), tmp_path / "x.beton", mode="jpg", skip_bad=True)
     assert "1.png: 65510x2 pixels: a .beton file holds sides up to 65,500; --max-side reduces them" in text

@@ -9,9 +9,11 @@ import torch
 from helpers.common import HANG_S, jpeg
 from helpers.loaders import BATCH, SIZE, collect, make_loader, same
 
-from fastbyol.data import native, open_split, views
+from fastbyol.data import native, open_split, rendering, views
+from fastbyol.data.crops import center_crops
 from fastbyol.data.decode import decode
 from fastbyol.errors import InputError, RunError
+from fastbyol.kernels import augment, crop
 
 
 def loader_threads():
@@ -24,7 +26,7 @@ def no_thread_is_left():
     assert loader_threads() == []
 
 
-def test_batches_per_epoch_and_every_image_at_most_once(photos):
+def test_an_epoch_has_no_duplicates(photos):
     loader = make_loader(photos, batch_size=16)
     assert len(loader) == 72 // 16
     for epoch in range(3):
@@ -35,7 +37,7 @@ def test_batches_per_epoch_and_every_image_at_most_once(photos):
         assert indices == views.epoch_order(0, epoch, 72)[:64].tolist()
 
 
-def test_views_equal_the_reference_and_come_as_promised(photos):
+def test_views_match_the_reference_and_the_contract(photos):
     folder = open_split(photos, "train")
     loader = make_loader(photos, seed=5)
     batch = collect(loader, 13, 14)[0]  # epoch 1, batch 1
@@ -52,21 +54,21 @@ def test_views_equal_the_reference_and_come_as_promised(photos):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_batches_are_the_rounded_float32_batches(photos, dtype):
+def test_16_bit_batches_are_rounded_float32_batches(photos, dtype):
     for a, b in zip(collect(make_loader(photos), 0, 2), collect(make_loader(photos, dtype=dtype), 0, 2), strict=True):
         assert b[0].dtype == dtype
         assert torch.equal(a[0].to(dtype), b[0])
         assert torch.equal(a[1].to(dtype), b[1])
 
 
-def test_the_same_batches_for_any_number_of_threads(photos):
+def test_batches_do_not_depend_on_threads(photos):
     one = collect(make_loader(photos, threads=1), 0, 30)
     assert same(one, collect(make_loader(photos, threads=4), 0, 30))
     assert same(one, collect(make_loader(photos, threads=3, prefetch_batches=1), 0, 30))
 
 
 @pytest.mark.parametrize("start", [1, 11, 12, 17, 24])
-def test_the_same_batches_from_any_restart_point(photos, start):
+def test_restart_is_bit_exact(photos, start):
     whole = collect(make_loader(photos), 0, 26)
     assert same(whole[start:], collect(make_loader(photos), start, 26))
 
@@ -77,12 +79,12 @@ def test_seed_changes_order_and_views(photos):
 
 def test_one_decode_per_image(photos, monkeypatch):
     calls = []
-    monkeypatch.setattr(native, "decode", lambda *args: calls.append(1) or decode(*args))
+    monkeypatch.setattr(rendering, "decode", lambda *args: calls.append(1) or decode(*args))
     collect(make_loader(photos), 0, 5)
     assert len(calls) == 5 * BATCH
 
 
-def test_an_early_break_stops_the_workers_and_the_loader_starts_again(photos):
+def test_early_break_stops_all_threads_and_the_loader_restarts(photos):
     loader = make_loader(photos)
     for step, _ in enumerate(loader.batches(0, 1000)):
         if step == 2:
@@ -92,21 +94,23 @@ def test_an_early_break_stops_the_workers_and_the_loader_starts_again(photos):
     assert len(collect(loader, 0, 12)) == 12
 
 
-def test_a_slow_consumer_blocks_the_producers(photos, monkeypatch):
+def test_backpressure(photos, monkeypatch):
     calls = []
-    monkeypatch.setattr(native, "decode", lambda *args: calls.append(1) or decode(*args))
+    monkeypatch.setattr(rendering, "decode", lambda *args: calls.append(1) or decode(*args))
     batches = make_loader(photos, prefetch_batches=2).batches(0, 1000)
     next(batches)
     deadline = time.monotonic() + HANG_S
     while len(calls) < 3 * BATCH and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
-    assert len(calls) == 3 * BATCH  # the batch in hand and two ahead, however long the consumer takes
+    assert len(calls) == 3 * BATCH  # the consumer's batch and two ahead, however long it takes
     batches.close()
 
 
-def test_waiting_is_measured(photos, monkeypatch):
-    """From the call for a batch to its arrival; not the time that the consumer takes. By a clock of its own."""
+def test_wait_s_measures_waiting(photos, monkeypatch):
+    """From the request for a batch to its arrival, without the consumer's time; measured with a
+    fake clock.
+    """
     loader, clock = make_loader(photos, threads=1), iter([0.0, 3.0, 10.0, 14.0])
     monkeypatch.setattr(native.time, "perf_counter", lambda: next(clock))
     collect(loader, 0, 2)
@@ -117,7 +121,7 @@ def test_an_exception_in_a_worker_reaches_the_consumer(photos, monkeypatch):
     def explode(*args):
         raise ZeroDivisionError("in a worker")
 
-    monkeypatch.setattr(native.augment, "augment_into", explode)
+    monkeypatch.setattr(rendering.augment, "augment_into", explode)
     with pytest.raises(ZeroDivisionError, match="in a worker"):
         collect(make_loader(photos), 0, 5)
 
@@ -132,7 +136,9 @@ def test_fewer_images_than_a_batch(photos):
 
 @pytest.fixture
 def flawed(folder_of):
-    """22 good images and two bad ones: text named .jpg, a truncated JPEG; and two odd ones: 1x1 and 20,000x10."""
+    """18 plain images, two bad ones (text named .jpg, a truncated JPEG) and two of extreme sizes
+    (1x1, 20,000x10).
+    """
     files = {f"train/a/{i:02d}.jpg": jpeg(i) for i in range(20)}
     files["train/a/05.jpg"] = b"these are words"
     files["train/a/11.jpg"] = jpeg(11)[:-300]
@@ -141,7 +147,7 @@ def flawed(folder_of):
     return folder_of(files)
 
 
-def test_bad_images_are_skipped_named_and_replaced_by_their_neighbors(flawed):
+def test_bad_images_are_reported_and_replaced_by_their_neighbors(flawed):
     loader = make_loader(flawed, max_bad_fraction=0.2)
     batches = collect(loader, 0, 2 * len(loader))
     orders = [views.epoch_order(0, epoch, 22)[: len(loader) * BATCH] for epoch in (0, 1)]
@@ -154,7 +160,7 @@ def test_bad_images_are_skipped_named_and_replaced_by_their_neighbors(flawed):
     assert all(torch.isfinite(view).all() for b in batches for view in b[:2])
 
 
-def test_bad_images_do_not_depend_on_the_number_of_threads(flawed):
+def test_substitutes_do_not_depend_on_threads(flawed):
     runs = [collect(make_loader(flawed, max_bad_fraction=0.2, threads=n), 0, 9) for n in (1, 4)]
     assert same(*runs)
 
@@ -177,7 +183,7 @@ def test_unreadable_files_count_as_bad(folder_of):
     assert "No such file" in next(iter(loader.bad.values()))
 
 
-def test_nothing_readable_is_an_error_not_a_hang(folder_of):
+def test_no_readable_image_raises_run_error(folder_of):
     root = folder_of({f"train/{i}.jpg": b"words" for i in range(8)})
     with pytest.raises(RunError, match="8 of 8 images cannot be read"):
         collect(make_loader(root, max_bad_fraction=0.9), 0, 1)
@@ -186,16 +192,16 @@ def test_nothing_readable_is_an_error_not_a_hang(folder_of):
 # --- evaluation crops ---
 
 
-def test_center_crops_are_all_images_once_in_order(flawed):
+def test_center_crops_yield_all_good_images_in_order(flawed):
     folder = open_split(flawed, "train")
     bad = {}
     images, indices = zip(
-        *native.center_crops(folder, size=SIZE, fraction=0.875, batch_size=7, threads=2, bad=bad), strict=True
+        *center_crops(folder, size=SIZE, fraction=0.875, batch_size=7, threads=2, bad=bad), strict=True
     )
     assert np.concatenate(indices).tolist() == [i for i in range(22) if i not in (5, 11)]
     assert set(bad) == {5, 11}
     assert sum(map(len, images)) == 20
     image = decode(folder.read(0))
     box = views.center_box(*image.shape[:2], 0.875)
-    expected = native.crop.crop_reference(torch.from_numpy(image), box, flip=False, size=SIZE)
-    assert (images[0][0] - native.augment.normalize_reference(expected)).abs().max() < 1e-3
+    expected = crop.crop_reference(torch.from_numpy(image), box, flip=False, size=SIZE)
+    assert (images[0][0] - augment.normalize_reference(expected)).abs().max() < 1e-3

@@ -1,4 +1,4 @@
-"""What a user's paths mean: ~, data sets that move, and roots that are a split themselves."""
+"""Paths of the user: ~, data sets that move, and roots that are a split."""
 
 import dataclasses
 import json
@@ -13,8 +13,8 @@ from fastbyol.api import pretrain as train
 from fastbyol.cli import COMMANDS, main
 from fastbyol.config import Config, DataConfig
 from fastbyol.data import find_images, open_split
-from fastbyol.data.beton import pack
 from fastbyol.data.folder import index_folder
+from fastbyol.data.pack import pack
 from fastbyol.errors import InputError
 from fastbyol.evaluate.features import check_splits, open_splits
 from fastbyol.evaluate.options import EVALUATIONS, FinetuneEval, KnnEval
@@ -30,7 +30,7 @@ def new_config(root, **data):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A home folder, and another folder to work in."""
+    """A home folder and a different working directory."""
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -41,7 +41,7 @@ def home(tmp_path, monkeypatch):
 # --- ~ ---
 
 
-def test_every_path_of_a_config_begins_at_home_where_it_says_so(home):
+def test_home_is_expanded_in_all_paths_of_a_config(home):
     config = Config(
         runs="~/runs",
         init="~/w.safetensors",
@@ -57,7 +57,7 @@ def test_every_path_of_a_config_begins_at_home_where_it_says_so(home):
     assert found == tuple(f"{home}/{name}" for name in ("r", "d", "t", "v", "o", "s"))
 
 
-def test_words_that_are_no_paths_stay(home):
+def test_values_that_are_not_paths_are_unchanged(home):
     config = Config(init="timm:resnet18", resume="auto", data=DataConfig(root="./~x"))
     assert (config.runs, config.init, config.resume) == ("runs", "timm:resnet18", "auto")
     assert config.data.root == f"{home.parent}/work/~x"
@@ -70,7 +70,7 @@ def test_words_that_are_no_paths_stay(home):
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name", "~nobody-of-this-name/x"])
-def test_an_unknown_home_makes_no_folder_of_that_name(path):
+def test_an_unknown_home_creates_no_folder(path):
     for key, make in (("data.root", lambda: DataConfig(root=path)), ("runs", lambda: Config(runs=path))):
         with pytest.raises(ValueError, match=f"^{key}='{path}': this home folder is not known"):
             make()
@@ -84,7 +84,7 @@ def test_an_empty_root_is_not_the_working_directory():
 # --- roots that move ---
 
 
-def test_roots_are_found_from_any_working_directory(folder_of, tmp_path, monkeypatch):
+def test_roots_do_not_depend_on_the_working_directory(folder_of, tmp_path, monkeypatch):
     root = folder_of({f"{split}/{c}/1.jpg": b"" for split in ("train", "val") for c in "ab"})
     (root / "list").write_text("a/1.jpg")
     monkeypatch.chdir(root.parent)
@@ -96,7 +96,7 @@ def test_roots_are_found_from_any_working_directory(folder_of, tmp_path, monkeyp
     assert len(open_splits(KnnEval(run="x"), stored).train) == 2
 
 
-def test_a_checkpoint_of_an_older_version_begins_at_the_working_directory(folder_of, monkeypatch):
+def test_roots_of_old_checkpoints_are_relative_to_the_working_directory(folder_of, monkeypatch):
     root = folder_of({f"{split}/{c}/1.jpg": b"" for split in ("train", "val") for c in "ab"})
     values = new_config(root).to_dict()
     values["data"]["root"] = "files"
@@ -104,7 +104,7 @@ def test_a_checkpoint_of_an_older_version_begins_at_the_working_directory(folder
     assert len(open_splits(KnnEval(run="x"), Config.from_dict(values)).train) == 2
 
 
-def test_without_its_working_directory_a_relative_root_is_one_line(tmp_path, monkeypatch):
+def test_a_relative_root_without_working_directory_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -113,7 +113,7 @@ def test_without_its_working_directory_a_relative_root_is_one_line(tmp_path, mon
     assert DataConfig(root="/x").root == "/x"
 
 
-def test_evaluation_moves_to_another_root_and_splits(folder_of, tmp_path):
+def test_evaluation_with_another_root_and_splits(folder_of, tmp_path):
     root = folder_of({f"{split}/{c}/1.jpg": b"" for split in ("train", "val") for c in "ab"})
     config = new_config(root)
     shutil.copytree(root / "val", root / "holdout")
@@ -139,8 +139,8 @@ def test_evaluation_moves_to_another_root_and_splits(folder_of, tmp_path):
 
 
 @pytest.mark.parametrize("protocol", ["segmentation", "detection"])
-def test_formats_with_splits_of_their_own_take_no_others(protocol):
-    with pytest.raises(ValueError, match=r"val_split='x': must not be set: the (VOC|COCO) format defines the splits"):
+def test_formats_with_fixed_splits_reject_split_options(protocol):
+    with pytest.raises(ValueError, match=r"val_split='x': (VOC|COCO)'s format says where the splits are"):
         EVALUATIONS[protocol](run="x", root="/x", val_split="x")
 
 
@@ -174,10 +174,10 @@ def test_a_root_may_be_a_file(folder_of, tmp_path):
     with pytest.raises(InputError, match=r"x.beton is one file, the training split; data.val_split names another"):
         find_images(DataConfig(root=str(file)), "val")
     with pytest.raises(
-        InputError, match=r"x.beton: this file is one split, and there is no .*other beside it; data.train_split=. is"
+        InputError, match=r"x.beton: this file is one split, and there is no .*other next to it; data.train_split=. is"
     ):
         find_images(DataConfig(root=str(file), train_split="other"), "train")
-    for val in (str(tmp_path / "y.beton"), "y.beton", "y"):  # a path in full, or beside the file
+    for val in (str(tmp_path / "y.beton"), "y.beton", "y"):  # an absolute path, or a name next to the file
         splits = open_splits(KnnEval(run="x", root=str(file), val_split=val), new_config(root))
         assert [split.root.name for split in splits] == ["x.beton", "y.beton"]
         assert find_images(DataConfig(root=str(file), val_split=val), "val").root.name == "y.beton"
@@ -203,7 +203,7 @@ def test_a_root_may_be_a_file(folder_of, tmp_path):
         (["a/1.txt"], "(it has no folder train/ and no file train.beton)"),
     ],
 )
-def test_a_root_is_not_taken_for_what_it_may_not_be(folder_of, names, message):
+def test_ambiguous_roots_are_rejected(folder_of, names, message):
     root = folder_of(dict.fromkeys(names, b""))
     with pytest.raises(InputError) as caught:
         find_images(DataConfig(root=str(root)), "train")
@@ -211,7 +211,7 @@ def test_a_root_is_not_taken_for_what_it_may_not_be(folder_of, names, message):
     assert "data.root=" in str(caught.value)
 
 
-def test_a_validation_split_within_the_root_is_no_class(folder_of, tmp_path):
+def test_a_validation_split_inside_the_root_is_not_a_class(folder_of, tmp_path):
     root = folder_of({"a/1.jpg": b"", "b/1.jpg": b"", "holdout/a/1.jpg": b"", "holdout/b/1.jpg": b""})
     for val in ("holdout", str(root / "holdout")):
         with pytest.raises(InputError, match="there is no folder .*/train or file"):
@@ -223,7 +223,7 @@ def test_a_validation_split_within_the_root_is_no_class(folder_of, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["x.zip", "x.zip/train"])
-def test_a_root_that_no_folder_can_be_is_one_line(tmp_path, path):
+def test_an_impossible_root_is_one_line(tmp_path, path):
     (tmp_path / "x.zip").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"data.root=.*(unpack it|there is no folder)"):
         find_images(DataConfig(root=str(tmp_path / path)), "train")
@@ -231,10 +231,10 @@ def test_a_root_that_no_folder_can_be_is_one_line(tmp_path, path):
         open_split(tmp_path / path, ".", key="source")
 
 
-# --- who says what was left out ---
+# --- notes about skipped files ---
 
 
-def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path, capsys, one_thread, log_lines):
+def test_every_command_reports_skipped_files_once(photos, make_config, tmp_path, capsys, one_thread, log_lines):
     root = tmp_path / "data"
     shutil.copytree(photos, root)
     (root / "train/moon/deep").mkdir()
@@ -260,7 +260,7 @@ def test_every_command_says_once_what_was_left_out(photos, make_config, tmp_path
 # --- classes of two splits ---
 
 
-def test_what_differs_between_splits_is_named_on_both_sides(folder_of):
+def test_check_splits_reports_both_sides(folder_of):
     root = folder_of({f"train/{c}/1.jpg": b"" for c in "abcdefgh"} | {f"val/{c}/1.jpg": b"" for c in ("a", "x")})
     (root / "val/b").mkdir()
     with pytest.raises(InputError) as caught:
@@ -284,12 +284,12 @@ def test_flat_splits_and_numbers_for_names(folder_of, tmp_path):
 
 
 def test_names_in_a_packed_file_are_numbered_as_in_a_folder(folder_of, tmp_path):
-    """Also where another system, or an older version, wrote them in another order."""
+    """Also if another system or an older version wrote them in another order."""
     root = folder_of({f"train/{c}/{i}.jpg": jpeg(i) for c in ("a", "e\u0301", "z") for i in range(2)})
     folder = open_split(root, "train")
     assert folder.classes == ["a", "z", "\u00e9"]
     pack(folder, tmp_path / "x.beton", mode="jpg")
-    old = folder.relabel(np.array([0, 0, 1, 1, 2, 2]), ["a", "e\u0301", "z"])
+    old = folder.with_labels(np.array([0, 0, 1, 1, 2, 2]), ["a", "e\u0301", "z"])
     pack(old, tmp_path / "y.beton", mode="jpg")
     for name in ("x.beton", "y.beton"):
         packed = open_split(tmp_path, name)

@@ -1,4 +1,6 @@
-"""Parts of a data set: classes, fractions, so many per class, lists; and the index of a very large one."""
+"""Selections of a data set: classes, fractions, images per class, lists; and the index of a very
+large one.
+"""
 
 import os
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 
 from fastbyol.config import DataConfig
 from fastbyol.data import find_images, folder, open_split
-from fastbyol.data.beton import pack
+from fastbyol.data.pack import pack
 from fastbyol.errors import InputError
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"  # one word in Unicode's composed and decomposed form
@@ -32,11 +34,11 @@ def counts(images):
     return np.bincount(images.labels).tolist()
 
 
-def test_all_of_it_by_default(root):
+def test_all_images_by_default(root):
     assert counts(part(root)) == [40, 40, 40, 8]
 
 
-def test_classes_are_those_of_both_splits_and_numbered_anew(root):
+def test_classes_select_and_renumber_in_both_splits(root):
     train, val = (part(root, split, classes=["d", "b"]) for split in ("train", "val"))
     assert train.classes == val.classes == ["b", "d"]
     assert counts(train) == [40, 8]
@@ -53,12 +55,12 @@ def test_classes_are_those_of_both_splits_and_numbered_anew(root):
         ({"images_per_class": 9}, "data.images_per_class=9: d has only 8 images"),
     ],
 )
-def test_what_does_not_fit_is_one_line(root, changes, message):
+def test_invalid_selections_are_one_line(root, changes, message):
     with pytest.raises(InputError, match=message):
         part(root, **changes)
 
 
-def test_the_fraction_named_in_the_message_is_enough(root):
+def test_the_suggested_fraction_is_the_smallest(root):
     assert len(part(root, classes=["a"], fraction=0.0126)) == 1
     with pytest.raises(InputError):
         part(root, classes=["a"], fraction=0.0124)
@@ -87,7 +89,7 @@ def test_a_flat_folder_has_fractions_but_no_classes(folder_of):
         part(flat, classes=["a"])
 
 
-def test_one_way_at_a_time():
+def test_selections_are_exclusive():
     with pytest.raises(ValueError, match=r"give one of data.fraction, images_per_class and file_list"):
         DataConfig(fraction=0.5, images_per_class=3)
     with pytest.raises(ValueError, match=r"data.fraction=0: must lie in \(0, 1\]"):
@@ -107,10 +109,10 @@ def test_a_list_of_paths_and_names(root, tmp_path):
         ("# nothing", "it names no image"),
         ("a00.jpg\na00.jpg", "line 2: 'a00.jpg' names a/a00.jpg again, after line 1"),
         ("a00.jpg\n\na/a00.jpg", "line 3: 'a/a00.jpg' names a/a00.jpg again, after line 1"),
-        ("a00.jpg\nx\ny", r"line 2: 'x' is not in .*train \(as 1 more\)"),
+        ("a00.jpg\nx\ny", r"line 2: 'x' is not in .*train \(and 1 more\)"),
     ],
 )
-def test_lists_that_do_not_fit(root, tmp_path, text, message):
+def test_invalid_lists(root, tmp_path, text, message):
     listed = tmp_path / "some.txt"
     listed.write_text(text)
     with pytest.raises(InputError, match=message):
@@ -122,11 +124,11 @@ def test_a_missing_list_and_an_ambiguous_name(root, tmp_path):
         part(root, file_list=str(tmp_path / "none.txt"))
     listed = tmp_path / "some.txt"
     listed.write_text("0.jpg")
-    with pytest.raises(InputError, match=r"'0.jpg' is several images of .*: give paths"):
+    with pytest.raises(InputError, match=r"'0.jpg' is the name of multiple images of .*: give paths"):
         part(root, train_split="val", file_list=str(listed))
 
 
-def test_a_beton_file_gives_the_same_parts(photos, tmp_path):
+def test_selections_of_a_beton_file_are_the_same(photos, tmp_path):
     pack(open_split(photos, "train"), tmp_path / "train.beton", mode="jpg")
     for changes in ({"fraction": 0.5}, {"images_per_class": 2}, {"classes": ["coffee", "moon"]}):
         a, b = part(photos, **changes), part(tmp_path, **changes)
@@ -138,12 +140,12 @@ def test_a_beton_file_gives_the_same_parts(photos, tmp_path):
 
 
 FORMS = {
-    "as it is": "b/b03.jpg",
+    "relative": "b/b03.jpg",
     "dot": "./b/b03.jpg",
     "dots": "b/../b//b03.jpg",
-    "of the root": "train/b/b03.jpg",
-    "of the root, dot": "./train/b/b03.jpg",
-    "of the working directory": "{relative}/train/b/b03.jpg",
+    "from the root": "train/b/b03.jpg",
+    "from the root, dot": "./train/b/b03.jpg",
+    "from the working directory": "{relative}/train/b/b03.jpg",
     "absolute": "{root}/train/b/b03.jpg",
     "through a link": "{link}/train/b/b03.jpg",
     "backslashes": "train\\b\\b03.jpg",
@@ -153,7 +155,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_a_list_names_images_as_people_and_programs_do(root, tmp_path, monkeypatch, form, end):
+def test_list_accepts_all_forms_of_paths(root, tmp_path, monkeypatch, form, end):
     link = tmp_path / "link"
     link.symlink_to(root)
     (tmp_path / "here").mkdir()
@@ -167,8 +169,10 @@ def test_a_list_names_images_as_people_and_programs_do(root, tmp_path, monkeypat
     assert part(root, file_list=str(tmp_path / "list")).paths == ["b/b03.jpg"]
 
 
-def test_a_list_names_what_no_line_of_text_should(folder_of, tmp_path):
-    """Names with a backslash, with spaces at their ends, in either Unicode form, and without any encoding."""
+def test_list_accepts_unusual_names(folder_of, tmp_path):
+    """Names with backslashes, surrounding spaces, either Unicode normal form, and bytes that are
+    not UTF-8.
+    """
     latin = os.fsdecode(b"caf\xe9.jpg")
     names = [
         "a/x\\y.jpg",
@@ -188,8 +192,8 @@ def test_a_list_names_what_no_line_of_text_should(folder_of, tmp_path):
     assert part(root, file_list=str(listed)).paths == sorted(names)
 
 
-def test_a_path_is_not_taken_for_an_image_elsewhere(root, tmp_path):
-    """b03.jpg alone is b/b03.jpg, but another folder's b03.jpg is not."""
+def test_paths_match_only_their_own_folder(root, tmp_path):
+    """A bare b03.jpg is b/b03.jpg, but b03.jpg in another folder is not."""
     for line in ("a/b03.jpg", "x/b03.jpg", f"{root}/train/b03.jpg", "../train/b/b03.jpg", "val/b/0.jpg"):
         (tmp_path / "list").write_text(f"a/a01.jpg\n{line}")
         with pytest.raises(InputError, match=rf"line 2: '{line}' is not in .*train$"):
@@ -197,13 +201,13 @@ def test_a_path_is_not_taken_for_an_image_elsewhere(root, tmp_path):
 
 
 @pytest.mark.parametrize("line", ["a/a01.jpg,0", "a/a01.jpg 0", "a/a01.jpg\t1", '"a/a01.jpg"', "a/a01.jpg;cat"])
-def test_a_list_with_more_than_paths_is_told_so(root, tmp_path, line):
+def test_list_with_extra_columns_gives_a_hint(root, tmp_path, line):
     (tmp_path / "list").write_text(f"{line}\n")
-    with pytest.raises(InputError, match=r"line 1: .* is not in .*train: write one path a line, and nothing else$"):
+    with pytest.raises(InputError, match=r"line 1: .* is not in .*train: write one path per line, and nothing else$"):
         part(root, file_list=str(tmp_path / "list"))
 
 
-def test_a_line_of_any_length_is_told_in_short(root, tmp_path):
+def test_long_lines_are_shortened_in_messages(root, tmp_path):
     (tmp_path / "list").write_text("x" * 100_000)
     with pytest.raises(InputError, match=r"line 1: 'x{300}\.\.\.' is not in") as caught:
         part(root, file_list=str(tmp_path / "list"))
@@ -217,13 +221,13 @@ def test_a_list_may_begin_at_the_home_folder(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("data", [b"a/a01.jpg\0", b"\xff\xfea", bytes(range(256))])
-def test_what_is_no_list_is_said_to_be_none(root, tmp_path, data):
+def test_binary_list_raises_input_error(root, tmp_path, data):
     (tmp_path / "list").write_bytes(data)
     with pytest.raises(InputError, match="data.file_list=.*list: not a text file"):
         part(root, file_list=str(tmp_path / "list"))
 
 
-def test_classes_are_known_in_either_unicode_form(folder_of):
+def test_classes_match_in_either_unicode_form(folder_of):
     root = folder_of({f"train/{name}/1.jpg": b"" for name in (NFD, "a", "z")})
     for name in (NFC, NFD):
         assert part(root, classes=[name, "a"]).classes == ["a", NFC]
@@ -236,7 +240,7 @@ def test_classes_are_known_in_either_unicode_form(folder_of):
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """Caches from 10 images on, in a folder of their own; the images' folders were changed long ago."""
+    """Caches sets of 10 or more images in a temporary folder; the images' folders count as settled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(folder, "CACHE_FROM_IMAGES", 10)
     monkeypatch.setattr(folder, "_SETTLED_NS", 0)
@@ -269,7 +273,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_folder_is_cached_with_its_notes(folder_of, tmp_path, monkeypatch, kind):
-    """With the time that a folder needs to settle; the new image lies in a folder that has others."""
+    """With the real settling time; the new image is added to a folder with other images."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(folder, "CACHE_FROM_IMAGES", 10)
     form, new = KINDS[kind]
@@ -287,14 +291,14 @@ def test_every_kind_of_folder_is_cached_with_its_notes(folder_of, tmp_path, monk
 
 
 def settle(base):
-    """As if no folder had changed for 10 s."""
+    """Set the modification times of all folders to 10 s ago."""
     for path in (base, *base.rglob("*")):
         if path.is_dir():
             os.utime(path, ns=(time.time_ns() - 10**10,) * 2)
 
 
-def test_a_cache_of_another_version_or_pillow_is_made_again(root, cached, monkeypatch):
-    monkeypatch.setattr(folder, "_FORMAT", "1 .jpg")
+def test_a_cache_of_another_format_is_rebuilt(root, cached, monkeypatch):
+    monkeypatch.setattr(folder, "_CACHE_FORMAT", "1 .jpg")
     open_split(root, "train")
     monkeypatch.undo()
     monkeypatch.setattr(folder, "CACHE_FROM_IMAGES", 10)
@@ -319,7 +323,7 @@ def test_without_a_home_there_is_no_cache(root, cached, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "renamed", "class added", "class removed"])
-def test_a_stale_cache_is_noticed(root, cached, monkeypatch, change):
+def test_a_stale_cache_is_detected(root, cached, monkeypatch, change):
     before = open_split(root, "train")
     {
         "added": lambda: (root / "train/a/new.jpg").touch(),
@@ -333,13 +337,13 @@ def test_a_stale_cache_is_noticed(root, cached, monkeypatch, change):
     assert calls == [1]
 
 
-def test_a_folder_that_has_just_changed_is_not_cached(root, cached, monkeypatch):
+def test_a_recently_changed_folder_is_not_cached(root, cached, monkeypatch):
     monkeypatch.setattr(folder, "_SETTLED_NS", 10**12)
     open_split(root, "train")
     assert not cached.exists()
 
 
-def test_a_damaged_cache_is_made_again(root, cached):
+def test_a_damaged_cache_is_rebuilt(root, cached):
     first = open_split(root, "train")
     (file,) = (cached / "fastbyol").iterdir()
     whole = file.read_bytes()
@@ -350,7 +354,7 @@ def test_a_damaged_cache_is_made_again(root, cached):
         assert file.read_bytes() == whole
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_else(root, cached, monkeypatch):
+def test_an_unwritable_cache_is_ignored(root, cached, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert len(open_split(root, "train")) == 128
 
@@ -396,7 +400,9 @@ print(len(listed), (after - before) / 1024, images.paths[1300])
 
 @pytest.mark.slow
 def test_an_index_of_imagenets_size(tmp_path):
-    """1.3 million files by a stub listing: each folder is listed once, in under 400 MB, and none with the cache."""
+    """1.3 million files from a stubbed listing: each folder is listed once, in under 400 MB, and
+    never with the cache.
+    """
     base = tmp_path / "imagenet"
     base.mkdir()
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin", "HOME": str(tmp_path)}
@@ -412,7 +418,7 @@ def test_an_index_of_imagenets_size(tmp_path):
     assert list((tmp_path / "cache" / "fastbyol").iterdir())
 
 
-def test_a_list_s_relative_paths_may_begin_at_its_own_folder(folder_of, tmp_path, monkeypatch):
+def test_list_paths_may_be_relative_to_its_folder(folder_of, tmp_path, monkeypatch):
     root = folder_of({f"set/train/{c}/{k}.jpg": b"" for c in "ab" for k in range(2)})
     (root / "list.txt").write_text("set/train/a/1.jpg\n./set/train/b/0.jpg\n")
     monkeypatch.chdir(tmp_path)  # as a resume from elsewhere does

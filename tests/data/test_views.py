@@ -34,7 +34,7 @@ def test_philox_known_answers(counter, key, expected):
     assert [int(word) for word in words] == expected
 
 
-def test_a_draw_depends_on_seed_epoch_and_position_alone(drawn):
+def test_views_are_a_function_of_seed_epoch_and_position(drawn):
     some = np.array([5, 23_000, 17])
     sizes = np.tile([375, 500], (3, 1))
     again = sample("byol", 7, 3, some, sizes)
@@ -85,7 +85,7 @@ def test_jitter_order_is_uniform_over_its_24_permutations(drawn):
     assert chi_squared < 49.7  # 23 degrees of freedom, p = 0.001
 
 
-def test_crops_have_the_paper_s_area_and_aspect(drawn):
+def test_crops_have_the_area_and_aspect_of_the_paper(drawn):
     height, width = (drawn.box[..., k].astype(float) for k in (2, 3))
     inside = (height < 375) & (width < 500)  # neither side was clamped
     aspect = (width / height)[inside]

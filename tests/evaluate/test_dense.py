@@ -16,6 +16,7 @@ from fastbyol.build import build_backbone
 from fastbyol.config import ModelConfig
 from fastbyol.data import open_split
 from fastbyol.data.decode import decode
+from fastbyol.data.voc import VOID
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import dense, image_files
 from fastbyol.evaluate.coco import CocoImage
@@ -24,7 +25,7 @@ from fastbyol.evaluate.detection import DETECTION, _sample, build_detector, eval
 from fastbyol.evaluate.features import calibrate_batchnorm
 from fastbyol.evaluate.options import DetectionEval, SegmentationEval
 from fastbyol.evaluate.segmentation import SEGMENTATION, _training_sample, build_segmenter, evaluate_segmenter
-from fastbyol.evaluate.voc import VOC_CLASSES, VOID, read_mask
+from fastbyol.evaluate.voc import VOC_CLASSES, read_mask
 from fastbyol.layers import batch_norms, fuse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -736,9 +737,9 @@ def test_file_name_spellings(folder, monkeypatch, how, relative):
     files = DETECTION.calibration_images(data)
     monkeypatch.chdir("/") if not relative else None
     assert len(data.train) == len(files) == 8
-    assert Path(files.where(3)).samefile(data.train[3].file)
+    assert Path(files.location(3)).samefile(data.train[3].file)
     assert decode(files.read(3)).shape == decode(data.train[3].file.read_bytes()).shape
-    assert [Path(files.where(i)).name for i in range(8)] == [f"train{i}.jpg" for i in range(8)]
+    assert [Path(files.location(i)).name for i in range(8)] == [f"train{i}.jpg" for i in range(8)]
 
 
 def test_open_decodes_all_images_that_are_used(folder):

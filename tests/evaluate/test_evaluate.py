@@ -22,9 +22,9 @@ from torch import nn
 from fastbyol.api import pretrain as train
 from fastbyol.config import Config
 from fastbyol.data import open_split
-from fastbyol.data.beton import pack
+from fastbyol.data.crops import random_crops
 from fastbyol.data.folder import ImageFolder
-from fastbyol.data.native import random_crops
+from fastbyol.data.pack import pack
 from fastbyol.data.views import apply_reference, epoch_order, sample
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import context as contexts
@@ -282,7 +282,7 @@ def test_warning_above_one_percent_unreadable_or_for_an_empty_class(folder_of):
     assert (
         missing_images_warning(images, range(5)) == "5 of 400 images of /d cannot be read: results cover the other 395"
     )
-    gone = missing_images_warning(images.take(np.array([0, 1, 2, 150, 250, 350])), [3, 5])
+    gone = missing_images_warning(images.subset(np.array([0, 1, 2, 150, 250, 350])), [3, 5])
     assert gone == "2 of 6 images of /d cannot be read: results cover the other 4, without any image of b, d"
 
 
@@ -304,8 +304,8 @@ def test_online_knn_logs_unreadable_images_once_and_ignores_them(damaged, make_c
 def test_spread_images_keep_their_paths(photos):
     images = open_split(photos, "train")
     for limit in (1, 7, 71, 72, 500):
-        part, indices = images.spread(limit), images.evenly(limit)
-        assert [part.where(i) for i in range(len(part))] == [images.where(int(i)) for i in indices]
+        part, indices = images.subsample(limit), images.subsample_indices(limit)
+        assert [part.location(i) for i in range(len(part))] == [images.location(int(i)) for i in indices]
 
 
 def capsys_lines(capsys, work):
@@ -466,7 +466,7 @@ def test_diverged_rate_is_skipped(run, log_lines):
 
 def test_backbone_without_batchnorm_allows_batch_size_1(photos):
     backbone = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    images = open_split(photos, "train").take(np.arange(3))
+    images = open_split(photos, "train").subset(np.arange(3))
     network = finetune(backbone, images, cpu_context(), base_lr=1.0, epochs=1, batch_size=1)
     assert not torch.equal(network[0][0].weight, backbone[0].weight)
 
@@ -618,11 +618,11 @@ def test_finetuning_rate_is_selected_on_held_out_labels(run, monkeypatch):
     accuracies = {0.1: 0.25, 1.0: 0.5, 3.0: 0.375}
 
     def train_on(backbone, images, context, *, base_lr, **options):
-        trained.append((base_lr, {images.where(k) for k in range(len(images))}))
+        trained.append((base_lr, {images.location(k) for k in range(len(images))}))
         return base_lr
 
     def accuracy(base_lr, split, context):
-        tested.append({split.where(k) for k in range(len(split))})
+        tested.append({split.location(k) for k in range(len(split))})
         return {"top1": accuracies[base_lr], "top5": 1.0}
 
     monkeypatch.setattr("fastbyol.evaluate.finetune.finetune", train_on)
@@ -770,7 +770,7 @@ def test_dense_tasks_require_root(task):
 def test_robustness_decodes_once_for_all_severities(run, photos, monkeypatch):
     original, read = ImageFolder.read, []
     monkeypatch.setattr(
-        ImageFolder, "read", lambda self, index: read.append(self.where(index)) or original(self, index)
+        ImageFolder, "read", lambda self, index: read.append(self.location(index)) or original(self, index)
     )
     evaluate("robustness", RobustnessEval(run=str(run), epochs=1, baselines=False))
     counts = Counter(read)

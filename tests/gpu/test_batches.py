@@ -1,4 +1,4 @@
-"""Batches on a GPU are those that the CPU's loader makes, whatever the consumer has queued meanwhile."""
+"""GPU batches equal CPU batches, whatever work the consumer has queued."""
 
 from contextlib import nullcontext
 
@@ -7,7 +7,8 @@ import torch
 from helpers.on_device import DEVICE, give_back_memory, needs_cuda, no_synchronization, stall, write_corpus
 
 from fastbyol.config import DataConfig
-from fastbyol.data import beton, build_loader, open_split
+from fastbyol.data import build_loader, open_split
+from fastbyol.data.pack import pack
 from fastbyol.kernels.augment import IMAGENET_STD
 from fastbyol.runtime.environment import FFCV_COMMAND, dali_install_command, has_module
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 CPU = torch.device("cpu")
 BATCH, SIZE = 16, 64
-EPOCH = 72 // BATCH  # 4 batches, and 8 images that no batch of an epoch holds
+EPOCH = 72 // BATCH  # 4 batches; 8 images are left over
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def stored(tmp_path_factory):
     """The photographs as a folder and as two .beton files."""
     root = write_corpus(tmp_path_factory.mktemp("corpus"))
     for mode in ("jpg", "raw"):
-        beton.pack(open_split(root, "train"), root / f"{mode}.beton", mode=mode)
+        pack(open_split(root, "train"), root / f"{mode}.beton", mode=mode)
     return root
 
 
@@ -34,7 +35,10 @@ def make(root, split, backend, device, dtype, **changes):
 
 
 def collect(loader, start, stop, watched=no_synchronization):
-    """View 1, view 2, labels and indices of all batches, on the CPU. Each is copied behind work that takes longer than the loader."""
+    """Return views, labels and indices of all batches on the CPU.
+
+    Each is copied after queued work slower than the loader.
+    """
     kept = []
     with watched():
         for batch in loader.batches(start, stop):
@@ -44,7 +48,7 @@ def collect(loader, start, stop, watched=no_synchronization):
 
 
 def assert_same_images_and_near_views(actual, expected):
-    """The decoders' rounding: views within 3/255 before normalization."""
+    """Views may differ by the decoders' rounding: 3/255 before normalization."""
     assert len(actual) == len(expected)
     std = torch.tensor(IMAGENET_STD)[:, None, None]
     for mine, other in zip(actual, expected, strict=True):
@@ -57,8 +61,10 @@ def assert_same_images_and_near_views(actual, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_the_native_loader_s_bytes_arrive(stored, dtype, prefetch):
-    """Three epochs, begun within one: the two places on the GPU are used six times each."""
+def test_native_batches_are_bit_exact(stored, dtype, prefetch):
+    """Three epochs, started in the middle of one: each of the two slots on the GPU is used six
+    times.
+    """
     start, stop = 3, 3 + 3 * EPOCH
     expected = collect(make(stored, "train", "native", CPU, dtype), start, stop)
     actual = collect(make(stored, "train", "native", DEVICE, dtype, prefetch_batches=prefetch), start, stop)
@@ -68,13 +74,13 @@ def test_the_native_loader_s_bytes_arrive(stored, dtype, prefetch):
 
 
 @needs_cuda
-def test_a_batch_does_not_take_memory_that_queued_work_still_writes(stored):
-    """The allocator gives freed memory out again at once: right for work on the same stream, too early for a copy on another."""
+def test_a_batch_does_not_use_memory_that_queued_work_still_writes(stored):
+    """The allocator reuses freed memory at once, which is too early for a copy on another stream."""
     expected = collect(make(stored, "train", "native", CPU, torch.float32), 0, 2)
     loader = make(stored, "train", "native", DEVICE, torch.float32)
     give_back_memory()
     values = 2 * BATCH * SIZE * SIZE * 3  # of both views
-    for _ in range(2):  # the second time no pinned memory has to be made, for which CUDA may wait
+    for _ in range(2):  # the second time no pinned memory is allocated, which may synchronize
         written = [torch.empty(values, device=DEVICE) for _ in range(2)]
         for _ in range(10):
             stall()
@@ -86,7 +92,7 @@ def test_a_batch_does_not_take_memory_that_queued_work_still_writes(stored):
             assert all(torch.equal(a.cpu(), b) for a, b in zip(mine, other, strict=True))
 
 
-def test_a_loop_left_early_can_begin_anew(stored):
+def test_early_break_and_restart(stored):
     loader = make(stored, "train", "native", DEVICE, torch.float32)
     first = collect(loader, 0, 2)
     for step, _ in enumerate(loader.batches(0, 10**6)):
@@ -99,7 +105,7 @@ def test_a_loop_left_early_can_begin_anew(stored):
 @pytest.mark.skipif(not has_module("nvidia.dali"), reason=f"DALI is not installed: {dali_install_command()}")
 @pytest.mark.parametrize("split", ["train", "jpg.beton", "raw.beton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dali_s_views_are_the_native_ones(stored, split, dtype):
+def test_dali_views_match_the_native_backend(stored, split, dtype):
     stop = 2 * EPOCH + 1
     expected = collect(make(stored, split, "native", CPU, dtype), 0, stop)
     assert_same_images_and_near_views(collect(make(stored, split, "dali", DEVICE, dtype), 0, stop), expected)
@@ -107,9 +113,9 @@ def test_dali_s_views_are_the_native_ones(stored, split, dtype):
 
 @pytest.mark.skipif(not has_module("ffcv"), reason=f"FFCV is not installed: {FFCV_COMMAND}")
 @pytest.mark.parametrize(("split", "dtype"), [("jpg.beton", torch.float32), ("raw.beton", torch.bfloat16)], ids=str)
-def test_ffcv_s_views_are_the_native_ones(stored, split, dtype):
+def test_ffcv_views_match_the_native_backend(stored, split, dtype):
     stop = 2 * EPOCH + 1
     expected = collect(make(stored, split, "native", CPU, dtype), 0, stop)
     loader = make(stored, split, "ffcv", DEVICE, dtype)
-    # What FFCV itself waits for is its own affair.
+    # FFCV itself synchronizes.
     assert_same_images_and_near_views(collect(loader, 0, stop, watched=nullcontext), expected)

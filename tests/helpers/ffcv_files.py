@@ -1,4 +1,4 @@
-"""Files that FFCV writes."""
+"""Files written by FFCV."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from helpers.common import HANG_S, ROOT, pixels_of
 
 
 class Samples:
-    """What ffcv's writer asks for: 30 images of different sizes among fields of every kind."""
+    """Data set for ffcv's writer: 30 images of different sizes, with fields of every type."""
 
     def __len__(self):
         return 30
@@ -20,7 +20,7 @@ class Samples:
 
 
 def write_with_ffcv(path, mode):
-    """In a process of its own: ffcv's writer forks, which a process with threads may not survive."""
+    """Write in a separate process: ffcv's writer forks, which is unsafe in a process with threads."""
     code = "import sys; sys.path.append(sys.argv[1]); from helpers.ffcv_files import ffcv_writes; ffcv_writes(*sys.argv[2:])"
     subprocess.run([sys.executable, "-c", code, str(ROOT / "tests"), str(path), mode], check=True, timeout=HANG_S)
 

@@ -1,4 +1,6 @@
-"""Small files of the formats that are read (but PCD, whose smallest has 0.8 MB), and damaged ones made of them by a seed."""
+"""Small files of all supported formats (except PCD, which has at least 0.8 MB), and randomly
+damaged versions of them.
+"""
 
 import io
 import struct
@@ -12,20 +14,20 @@ WIDTH, HEIGHT = 24, 16
 
 
 def picture(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """Smooth colors, no two corners alike."""
+    """Return an image with smooth colors and four different corners."""
     coarse = np.random.default_rng(3).integers(30, 226, (2, 3, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
 
 
 def saved(image: Image.Image, form: str, **options: object) -> bytes:
-    """An image as Pillow writes it; an encoder leaves its settings in the image, so it gets a copy."""
+    """Encode a copy of an image with Pillow, since encoders store their settings in the image."""
     buffer = io.BytesIO()
     image.copy().save(buffer, form, **options)
     return buffer.getvalue()
 
 
 def exif(orientation: int | None = None, **texts: str) -> Image.Exif:
-    """EXIF with an orientation and, by hexadecimal tag, texts."""
+    """Return EXIF with an orientation and texts by hexadecimal tag."""
     tags = Image.Exif()
     if orientation is not None:
         tags[0x0112] = orientation
@@ -132,14 +134,16 @@ def _by_hand() -> Iterator[tuple[str, bytes]]:
 
 
 def seeds() -> dict[str, bytes]:
-    """Good files by name."""
+    """Return name -> valid file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of formats that Pillow is to lose
+        warnings.simplefilter("ignore", DeprecationWarning)  # of formats that Pillow will drop
         return dict(_by_pillow()) | dict(_by_hand())
 
 
 def mutations(files: dict[str, bytes], count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Damaged files: bits, lengths and numbers changed, parts cut out, repeated, exchanged or taken from other files."""
+    """Yield damaged files: bits, lengths and numbers changed, parts removed, repeated or taken from
+    other files.
+    """
     rng = np.random.default_rng(seed)
     names = list(files)
     for k in range(count):
@@ -150,45 +154,45 @@ def mutations(files: dict[str, bytes], count: int, seed: int) -> Iterator[tuple[
         yield name, bytes(data)
 
 
-def _place(data: bytearray, rng: np.random.Generator) -> int:
-    """A byte, more often than not of the header."""
+def _offset(data: bytearray, rng: np.random.Generator) -> int:
+    """Return the offset of a byte, usually in the header."""
     return int(rng.integers(min(len(data), rng.choice([16, 64, 256, 1 << 20])) or 1))
 
 
 def _flip(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
     if data:
-        data[_place(data, rng)] ^= 1 << rng.integers(8)
+        data[_offset(data, rng)] ^= 1 << rng.integers(8)
 
 
 def _number(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
-    """A field of 1, 2, 4 or 8 bytes gets an extreme or a random value."""
-    at, size = _place(data, rng), int(rng.choice([1, 2, 4, 8]))
+    """Set a field of 1, 2, 4 or 8 bytes to an extreme or random value."""
+    at, size = _offset(data, rng), int(rng.choice([1, 2, 4, 8]))
     values = [b"\0" * size, b"\xff" * size, b"\x7f" + b"\xff" * (size - 1), rng.bytes(size), (1).to_bytes(size, "big")]
     data[at : at + size] = values[rng.integers(len(values))]
 
 
 def _cut(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
-    del data[_place(data, rng) :]
+    del data[_offset(data, rng) :]
 
 
 def _delete(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
-    at = _place(data, rng)
+    at = _offset(data, rng)
     del data[at : at + int(rng.integers(1, 40))]
 
 
 def _repeat(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
-    a, b = _place(data, rng), _place(data, rng)
+    a, b = _offset(data, rng), _offset(data, rng)
     data[b:b] = data[a : a + int(rng.integers(1, 200))]
 
 
 def _splice(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
-    """From somewhere on another file's bytes."""
-    at = _place(data, rng)
+    """Continue with another file's bytes."""
+    at = _offset(data, rng)
     data[at:] = other[int(rng.integers(len(other))) if rng.random() < 0.5 else at :]
 
 
 def _exif(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
-    """Damage between the start of EXIF and 100 bytes behind it, where there is EXIF."""
+    """Damage two bytes within the first 100 of EXIF, if there is EXIF."""
     start = max(data.find(b"Exif"), data.find(b"eXIf"), data.find(b"EXIF"))
     if start >= 0:
         at = start + int(rng.integers(100))
@@ -196,7 +200,7 @@ def _exif(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
 
 
 def _magic(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
-    """Another file's first bytes in front of this file's content."""
+    """Replace the first bytes by another file's."""
     size = int(rng.integers(2, 17))
     data[:size] = other[:size]
 

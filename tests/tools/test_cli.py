@@ -719,9 +719,9 @@ def test_signal_removes_partial_files_and_is_one_line(photos, tmp_path, number):
     code = f"""
 import os, signal, sys
 from fastbyol.cli import main
-from fastbyol.data import beton
+from fastbyol.data import pack
 signal.signal({number}, signal.SIG_DFL)  # a parent such as nohup may have ignored it
-encode, calls = beton._encode, []
+encode, calls = pack._encode, []
 
 def slowly(*args):
     calls.append(0)
@@ -729,7 +729,7 @@ def slowly(*args):
         os.kill(os.getpid(), {number})
     return encode(*args)
 
-beton._encode = slowly
+pack._encode = slowly
 sys.exit(main(["pack", {str(photos / "train")!r}, {str(tmp_path / "x.beton")!r}]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

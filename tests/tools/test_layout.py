@@ -16,7 +16,6 @@ CORE = (
         "layers",
         "precision",
         "schedules",
-        "spans",
         "loss",
         "variants",
         "model",
@@ -29,7 +28,7 @@ CORE = (
 )
 LAYERS = [  # lowest first: a module imports its own layer and those below
     {"kernels"},
-    {"errors", "settings", "config", "runtime"},
+    {"errors", "settings", "config", "runtime", "spans"},
     {"data"},
     set(CORE),
     {"weights"},

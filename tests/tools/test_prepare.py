@@ -14,7 +14,7 @@ from PIL import Image
 from fastbyol.data import open_split
 from fastbyol.data.decode import decode
 from fastbyol.errors import InputError
-from fastbyol.tools import corpora as prepare_module
+from fastbyol.tools import corpora
 from fastbyol.tools.corpora import prepare_fashion_mnist, prepare_photos
 from fastbyol.tools.shapes import prepare_shapes
 
@@ -36,7 +36,7 @@ def test_photos_have_one_class_per_photograph_in_both_splits(photos):
     assert max(sizes) <= 68
 
 
-def test_default_photos_are_like_imagenet_s(tmp_path):
+def test_default_photos_resemble_imagenet(tmp_path):
     prepare_photos(tmp_path / "p", 72, seed=1)
     files = list((tmp_path / "p/train").rglob("*.jpg"))
     kilobytes = np.array([f.stat().st_size for f in files]) / 1000
@@ -49,23 +49,24 @@ def test_default_photos_are_like_imagenet_s(tmp_path):
 
 @pytest.mark.parametrize("shape", [(300, 500), (500, 300)])
 def test_train_and_val_are_cut_from_disjoint_bands(monkeypatch, tmp_path, shape):
-    """A photograph whose brightness says where a pixel is from: the bands of train/ black, those of val/ white."""
-    from fastbyol.tools import corpora as prepare
+    """In a photograph whose train bands are black and val bands white, brightness tells a pixel's
+    origin.
+    """
 
     pixels = np.zeros((*shape, 3), dtype=np.uint8)
     long = pixels if shape[0] > shape[1] else pixels.swapaxes(0, 1)
     long[125:250] = 255
     long[375:] = 255
-    monkeypatch.setattr(prepare, "_open_photo", lambda path: Image.fromarray(pixels))
-    monkeypatch.setattr(prepare, "EXPOSURE_STOPS", 0)
-    monkeypatch.setattr(prepare, "WHITE_BALANCE", 0)
+    monkeypatch.setattr(corpora, "open_photo", lambda path: Image.fromarray(pixels))
+    monkeypatch.setattr(corpora, "EXPOSURE_STOPS", 0)
+    monkeypatch.setattr(corpora, "WHITE_BALANCE", 0)
     prepare_photos(tmp_path / "p", 144, seed=0, size=32)
     for split, value in (("train", 0), ("val", 255)):
         images = [decode(f.read_bytes()).astype(int) for f in (tmp_path / "p" / split).rglob("*.jpg")]
         assert max(np.abs(image.mean() - value).max() for image in images) < 4
 
 
-def test_photos_are_deterministic_and_follow_the_seed(tmp_path, photos):
+def test_photos_are_a_function_of_the_seed(tmp_path, photos):
     prepare_photos(tmp_path / "same", 72, seed=0, size=64)
     prepare_photos(tmp_path / "other", 72, seed=1, size=64)
     assert digest(tmp_path / "same") == digest(photos)
@@ -81,13 +82,13 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize(("images", "size", "message"), [(71, 64, "at least 72 are needed"), (100, 4, "at least 16")])
-def test_impossible_numbers(tmp_path, images, size, message):
+def test_invalid_numbers(tmp_path, images, size, message):
     with pytest.raises(InputError, match=message):
         prepare_photos(tmp_path / "p", images, seed=0, size=size)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_halfway_leaves_nothing(tmp_path):
+def test_an_error_leaves_no_files(tmp_path):
     def stop(done, total):
         if done == 10:
             raise RuntimeError("halfway")
@@ -99,7 +100,7 @@ def test_an_error_halfway_leaves_nothing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupt_leaves_no_half_corpus(tmp_path, number):
+def test_an_interrupt_leaves_no_partial_corpus(tmp_path, number):
     command = [sys.executable, "-m", "fastbyol", "prepare", "photos", "--out", str(tmp_path / "p"), "--images", "20000"]
 
     def heed_interrupts() -> None:
@@ -157,7 +158,7 @@ def test_fashion_mnist_limits(tmp_path, idx_files):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("train-labels-idx1-ubyte", lambda data: None, "neither train-labels-idx1-ubyte nor .* is there"),
+        ("train-labels-idx1-ubyte", lambda data: None, "contains neither train-labels-idx1-ubyte nor .*gz"),
         ("train-images-idx3-ubyte", lambda data: data[:-7], "23513 bytes of data where"),
         ("train-images-idx3-ubyte", lambda data: b"words", "not an idx file"),
         ("t10k-labels-idx1-ubyte", lambda data: idx(np.zeros(19, dtype=np.uint8)), "20 t10k images but 19 labels"),
@@ -177,7 +178,7 @@ def test_malformed_idx_files(tmp_path, idx_files, name, change, message):
 @pytest.mark.skipif(
     not os.path.isdir("/usr/share/datasets/fashion-mnist"), reason="dataset-fashion-mnist not installed"
 )
-def test_debian_s_package_is_found(tmp_path):
+def test_the_debian_package_is_found(tmp_path):
     prepare_fashion_mnist(tmp_path / "out", images=100, val_images=50)
     train = open_split(tmp_path / "out", "train")
     assert (len(train), len(train.classes)) == (100, 10)
@@ -187,9 +188,9 @@ def test_debian_s_package_is_found(tmp_path):
 @pytest.mark.parametrize(
     "prepare", [prepare_fashion_mnist, lambda out: prepare_photos(out, 100, seed=0), lambda out: prepare_shapes(out, 8)]
 )
-def test_a_folder_that_is_there_is_noticed_before_anything_is_read(tmp_path, monkeypatch, prepare):
-    """Fashion-MNIST would be downloaded first."""
-    for name in ("_fashion_mnist_source", "_photo_paths"):
-        monkeypatch.setattr(prepare_module, name, lambda *_: pytest.fail("something was read"))
+def test_an_existing_folder_is_detected_before_anything_is_read(tmp_path, monkeypatch, prepare):
+    """Fashion-MNIST would otherwise be downloaded first."""
+    for name in ("_fashion_mnist_source", "photo_paths"):
+        monkeypatch.setattr(corpora, name, lambda *_: pytest.fail("something was read"))
     with pytest.raises(InputError, match="not overwritten"):
         prepare(tmp_path)

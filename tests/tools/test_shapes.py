@@ -1,4 +1,4 @@
-"""The corpus of textured shapes: what its masks, boxes and polygons mean, and what tells its classes apart."""
+"""The corpus of textured shapes: masks, boxes, polygons, and what distinguishes its classes."""
 
 import json
 
@@ -11,14 +11,15 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from fastbyol.cli import main
+from fastbyol.data.voc import VOID
 from fastbyol.errors import InputError
-from fastbyol.tools import corpora as prepare
-from fastbyol.tools.shapes import CLASSES, SHAPES, VISIBLE_SHARE, VOID, annotation, compose, polygons, prepare_shapes
+from fastbyol.tools import corpora
+from fastbyol.tools.shapes import CLASSES, SHAPES, VISIBLE_SHARE, annotation, compose, polygons, prepare_shapes
 
 
 @pytest.fixture(scope="module")
 def photos():
-    return {path.stem: prepare._open_photo(path) for path in prepare._photo_paths()}
+    return {path.stem: corpora.open_photo(path) for path in corpora.photo_paths()}
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +34,18 @@ def shapes(tmp_path_factory):
     return root
 
 
-def rasterised(parts, height, width):
-    """COCO's own reading of polygons."""
+def rasterized(parts, height, width):
+    """Rasterize polygons with COCO's API."""
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(parts, height, width))).astype(bool)
 
 
 @settings(max_examples=50, deadline=None)
 @given(arrays.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))).filter(np.any))
-def test_polygons_are_the_mask_with_all_its_parts_and_holes(mask):
-    assert np.array_equal(rasterised(polygons(mask), *mask.shape), mask)
+def test_polygons_cover_exactly_the_mask(mask):
+    assert np.array_equal(rasterized(polygons(mask), *mask.shape), mask)
 
 
-def test_an_annotation_has_the_mask_s_extent_and_area():
+def test_annotation_has_the_extent_and_area_of_the_mask():
     mask = np.zeros((20, 30), dtype=bool)
     mask[3:9, 5:16] = True
     mask[5, 7] = False
@@ -55,7 +56,9 @@ def test_an_annotation_has_the_mask_s_extent_and_area():
 
 
 def test_both_formats_hold_the_same_pixels(shapes):
-    """Each object's polygon is its class in the VOC mask, up to void pixels, and what no polygon covers is background or void."""
+    """Up to void pixels, polygons and VOC masks agree, and pixels outside of all polygons are
+    background.
+    """
     for split, count in (("train", 12), ("val", 3)):
         coco = json.loads((shapes / f"annotations/instances_{split}.json").read_text())
         names = (shapes / f"ImageSets/Segmentation/{split}.txt").read_text().split()
@@ -69,7 +72,7 @@ def test_both_formats_hold_the_same_pixels(shapes):
                 mask = np.array(picture)
             drawn = np.zeros((48, 48), dtype=np.uint8)
             for found in [a for a in coco["annotations"] if a["image_id"] == image["id"]]:
-                part = rasterised(found["segmentation"], 48, 48)
+                part = rasterized(found["segmentation"], 48, 48)
                 assert not drawn[part].any()  # what is hidden belongs to the object in front
                 drawn[part] = found["category_id"]
                 rows, columns = np.nonzero(part)
@@ -82,15 +85,17 @@ def test_both_formats_hold_the_same_pixels(shapes):
     assert [c["id"] for c in coco["categories"]] == list(range(1, len(CLASSES) + 1))
 
 
-def test_masks_have_voc_s_colors(shapes):
+def test_masks_have_the_voc_palette(shapes):
     with Image.open(next((shapes / "SegmentationClass").iterdir())) as picture:
         palette = np.reshape(picture.getpalette(), (-1, 3)).tolist()
     assert palette[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
     assert palette[VOID] == [224, 224, 192]
 
 
-def test_void_is_where_pixels_are_mixed(scenes):
-    """A void pixel has another owner within two pixels, or an edge just outside the image; it is a thin line."""
+def test_void_pixels_are_at_edges(scenes):
+    """A void pixel has another owner within two pixels, or an edge just outside the image; it is a
+    thin line.
+    """
     for scene in scenes:
         void = scene.classes == VOID
         assert 0 < void.mean() < 0.15
@@ -121,8 +126,8 @@ def test_objects_overlap_and_all_remain_visible(scenes):
     assert touching >= 5
 
 
-def test_color_and_brightness_do_not_tell_the_class(photos):
-    """The classes' mean colors, over many objects, differ by less than the objects of a class do among themselves."""
+def test_color_and_brightness_do_not_identify_the_class(photos):
+    """Mean colors vary less between classes than within them."""
     colors = {k: [] for k in range(1, len(CLASSES) + 1)}
     for i in range(150):
         scene = compose(photos, "train", np.random.default_rng([1, i]), 48)
@@ -134,7 +139,7 @@ def test_color_and_brightness_do_not_tell_the_class(photos):
     assert (between < 0.5 * within).all()
 
 
-def test_every_class_comes_in_every_shape_and_the_shapes_differ():
+def test_areas_of_the_shapes():
     areas = {}
     for name, outline in SHAPES.items():
         for ring in outline:
@@ -149,7 +154,9 @@ def test_every_class_comes_in_every_shape_and_the_shapes_differ():
 
 
 def test_train_and_val_are_cut_from_disjoint_bands(photos):
-    """Photographs whose brightness says where a pixel is from: the bands of train/ black, those of val/ white."""
+    """In photographs whose train bands are black and val bands white, brightness tells a pixel's
+    origin.
+    """
     pixels = np.zeros((400, 800, 3), dtype=np.uint8)
     pixels[:, 200:400] = pixels[:, 600:] = 255
     for upright in (False, True):
@@ -171,20 +178,20 @@ def test_train_and_val_are_cut_from_disjoint_bands(photos):
         ({"size": 5000}, "--size 5000: must lie in 32..4096 pixels"),
     ],
 )
-def test_impossible_numbers(tmp_path, options, message):
+def test_invalid_numbers(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         prepare_shapes(tmp_path / "s", **options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_photograph_is_named(tmp_path, monkeypatch):
-    paths = [path for path in prepare._photo_paths() if path.stem != "gravel"]
-    monkeypatch.setattr(prepare, "_photo_paths", lambda: paths)
+    paths = [path for path in corpora.photo_paths() if path.stem != "gravel"]
+    monkeypatch.setattr(corpora, "photo_paths", lambda: paths)
     with pytest.raises(InputError, match="photograph gravel is missing; reinstall it"):
         prepare_shapes(tmp_path / "s")
 
 
-def test_an_error_halfway_leaves_nothing(tmp_path):
+def test_an_error_leaves_no_files(tmp_path):
     def stop(done, total):
         if done == 5:
             raise RuntimeError("halfway")

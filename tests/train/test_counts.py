@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastbyol
 import fastbyol.kernels
 from fastbyol.config import Config, DataConfig
-from fastbyol.data import native
-from fastbyol.kernels.cpu.lars_ema import LarsEma
+from fastbyol.data import rendering
+from fastbyol.kernels.lars_ema import LarsEma
 from fastbyol.runtime.distributed import World
 from fastbyol.tools.profiling import Loop, build
 from fastbyol.tools.roofline import count_step
@@ -114,9 +114,9 @@ def test_a_compiled_step_is_one_graph_without_a_break(make_config):
 def test_an_image_is_read_and_decoded_once_for_both_views(make_config, monkeypatch):
     training = build(make_config(), World(), CPU, lambda text: None)
     read, decoded = [], []
-    fetch, decode = training.loader.fetch, native.decode
+    fetch, decode = training.loader.fetch, rendering.decode
     monkeypatch.setattr(training.loader, "fetch", lambda index: read.append(index) or fetch(index))
-    monkeypatch.setattr(native, "decode", lambda *args: decoded.append(1) or decode(*args))
+    monkeypatch.setattr(rendering, "decode", lambda *args: decoded.append(1) or decode(*args))
     steps = TRAIN_IMAGES // BATCH
     delivered = [index for batch in training.loader.batches(0, steps) for index in batch.indices.tolist()]
     assert sorted(read) == sorted(delivered)
@@ -146,5 +146,5 @@ def test_python_calls_per_image_in_the_loader(make_config):
     finally:
         threading.setprofile(None)
     per_image = sum(calls.values()) / (steps * BATCH)
-    assert calls["Pipeline._make"] == steps * BATCH
-    assert per_image <= 38, [(name, n / steps / BATCH) for name, n in calls.most_common(40)]
+    assert calls["Worker.__call__"] == steps * BATCH
+    assert per_image <= 37.1, [(name, n / steps / BATCH) for name, n in calls.most_common(40)]

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbyol import step as step_module
 from fastbyol.config import DataConfig, OptimConfig
-from fastbyol.data import beton, build_loader, open_split
-from fastbyol.data.native import deliver
+from fastbyol.data import build_loader, open_split
+from fastbyol.data.device import deliver
+from fastbyol.data.pack import pack
 from fastbyol.evaluate.features import extract
 from fastbyol.kernels.batch_norm import batch_norm
 from fastbyol.optim import build_optimizer
@@ -177,7 +178,7 @@ def test_a_batch_travels_as_one_dense_block(dim):
 def test_ffcv_sends_its_own_block_and_pinned_labels(photos, tmp_path, monkeypatch):
     from fastbyol.data import ffcv
 
-    beton.pack(open_split(photos, "train"), tmp_path / "train.beton", mode="raw")
+    pack(open_split(photos, "train"), tmp_path / "train.beton", mode="raw")
     config = DataConfig(root=str(tmp_path), batch_size=BATCH, image_size_px=SIZE, threads=1, backend="ffcv")
     loader = build_loader(
         config, open_split(tmp_path, "train"), seed=0, device=torch.device("cpu"), dtype=torch.float16
@@ -198,7 +199,7 @@ def test_pixels_that_the_host_decodes_for_dali_are_pinned_by_the_readers(photos,
     pytest.importorskip("nvidia.dali")
     from fastbyol.data import dali
 
-    beton.pack(open_split(photos, "train"), tmp_path / "train.beton", mode="raw")
+    pack(open_split(photos, "train"), tmp_path / "train.beton", mode="raw")
     config = DataConfig(root=str(tmp_path), batch_size=BATCH, image_size_px=SIZE, threads=1, backend="dali")
     loader = build_loader(
         config, open_split(tmp_path, "train"), seed=0, device=torch.device("cpu"), dtype=torch.float32
@@ -215,7 +216,7 @@ def test_pixels_that_the_host_decodes_for_dali_are_pinned_by_the_readers(photos,
     monkeypatch.setattr(Tensor, "to", lambda t, device, non_blocking: (t, device, non_blocking))
     decoder = object.__new__(dali.Decoder)
     decoder._device = CUDA
-    assert decoder._place(prepared[0].pixels)[1:] == (CUDA, True)
+    assert decoder._to_device(prepared[0].pixels)[1:] == (CUDA, True)
     assert not threads
 
 

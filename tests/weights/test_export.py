@@ -28,7 +28,7 @@ from fastbyol.build import build_backbone, build_model
 from fastbyol.cli import main
 from fastbyol.config import Config, DataConfig, ModelConfig
 from fastbyol.data import find_images
-from fastbyol.data.native import CENTER_FRACTION, center_crops
+from fastbyol.data.crops import CENTER_FRACTION, center_crops
 from fastbyol.errors import InputError, RunError
 from fastbyol.runtime import checkpoint, environment
 from fastbyol.weights import export
