@@ -19,6 +19,7 @@ from torch import nn
 
 from fastbyol.config import Config
 from fastbyol.data.images import ImageSet
+from fastbyol.data.subset import select_training_images
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate.context import EvalContext, Row
 from fastbyol.evaluate.features import extract_features, feature_dim, open_splits, training_batches
@@ -27,7 +28,7 @@ from fastbyol.evaluate.options import FinetuneEval
 from fastbyol.evaluate.task import EvalTask
 from fastbyol.precision import autocast
 from fastbyol.runtime.logging import logger
-from fastbyol.weights.load import check_new, save_backbone
+from fastbyol.weights.files import check_new, save_backbone
 
 _MOMENTUM = 0.9
 _HELD_OUT_FRACTION = 0.2
