@@ -10,6 +10,11 @@ import pytest
 from fastbyol.runtime.logging import console_logging, logger, muted
 
 
+@pytest.fixture(autouse=True)
+def logs_to_the_console():
+    """Replaces conftest.py's fixture: these tests begin with the logger of a library."""
+
+
 def test_levels_and_prefixes(capsys):
     with console_logging():
         logger.debug("hidden")
