@@ -140,7 +140,7 @@ def test_evaluation_with_another_root_and_splits(folder_of, tmp_path):
 
 @pytest.mark.parametrize("protocol", ["segmentation", "detection"])
 def test_formats_with_fixed_splits_reject_split_options(protocol):
-    with pytest.raises(ValueError, match=r"val_split='x': (VOC|COCO)'s format says where the splits are"):
+    with pytest.raises(ValueError, match=r"val_split='x': must not be set: the (VOC|COCO) format defines the splits"):
         EVALUATIONS[protocol](run="x", root="/x", val_split="x")
 
 

@@ -90,7 +90,7 @@ def test_a_flat_folder_has_fractions_but_no_classes(folder_of):
 
 
 def test_selections_are_exclusive():
-    with pytest.raises(ValueError, match=r"give one of data.fraction, images_per_class and file_list"):
+    with pytest.raises(ValueError, match=r"give only one of data.fraction, data.images_per_class and data.file_list"):
         DataConfig(fraction=0.5, images_per_class=3)
     with pytest.raises(ValueError, match=r"data.fraction=0: must lie in \(0, 1\]"):
         DataConfig(fraction=0)

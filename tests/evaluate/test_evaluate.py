@@ -49,7 +49,8 @@ from fastbyol.evaluate.run import BYOL_ROW, PIXELS_ROW, TASKS, UNTRAINED_ROW, ev
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime.results import TASK_ORDER, read_results
 from fastbyol.runtime.run_log import read_metrics
-from fastbyol.tools.report import _neighbors, write_report
+from fastbyol.tools.report import write_report
+from fastbyol.tools.report_figures import draw_neighbors
 from fastbyol.tools.shapes import prepare_shapes
 from fastbyol.weights.checkpoints import load_checkpoint_model
 
@@ -332,13 +333,12 @@ def test_unreadable_validation_split_disables_online_knn_but_not_the_run(photos,
     assert not any("nan" in line for line in lines)
 
 
-def test_report_logs_images_missing_from_neighbors(run, damaged):
+def test_report_logs_images_missing_from_neighbors(run, damaged, log_lines):
     root, files = damaged
     config = Config.from_dict(json.loads((run / "config.json").read_text()))
     model = load_checkpoint_model(run).model
-    lines = []
-    _neighbors(config, model, open_split(root, "train"), open_split(root, "val"), lines.append)
-    assert [line.split(": ")[1] for line in lines] == [
+    draw_neighbors(config, model, open_split(root, "train"), open_split(root, "val"))
+    assert [line.split(": ")[1] for line in log_lines] == [
         f"the report's neighbors lack {file}" for file in (*files[1:], files[0])
     ]
 
@@ -727,7 +727,7 @@ def test_finetuned_backbone_is_saved_once_and_loads_with_init(run, make_config, 
     file = tmp_path / "tuned.safetensors"
     options = FinetuneEval(run=str(run), epochs=1, batch_size=24, save=str(file))
     evaluate("finetune", options)
-    with pytest.raises(InputError, match=r"^save .*tuned.safetensors exists; it is not overwritten"):
+    with pytest.raises(InputError, match=r"^save .*tuned.safetensors: already exists"):
         evaluate("finetune", options)
     config = make_config(name="from", init=str(file), optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})
     started = train(config).folder
@@ -758,7 +758,7 @@ def test_dense_tasks(run, tmp_path, task, metrics):
     assert (result["train_images"], result["val_images"], result["classes"]) == (12, 3, 8)
     again = evaluate(task, replace(options, baselines=False))
     assert again["rows"][BYOL_ROW] == result["rows"][BYOL_ROW]
-    assert TASKS[task].title in write_report(run, print).read_text()
+    assert TASKS[task].title in write_report(run).read_text()
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])

@@ -7,11 +7,8 @@ import sys
 
 import pytest
 
-from fastbyol.runtime import runlog
 from fastbyol.runtime.console import Output, safe_stdio
 from fastbyol.runtime.logging import console_logging, logger
-from fastbyol.runtime.run_log import RunLog
-from fastbyol.runtime.runlog import LOG
 
 
 class Broken(io.StringIO):
@@ -72,40 +69,6 @@ def test_any_text_is_printed_in_any_encoding(monkeypatch, encoding):
     assert ("中文" in text) == (encoding == "utf-8")
 
 
-def log(tmp_path, **options):
-    return RunLog(tmp_path, start=0, total_steps=4, steps_per_epoch=2, batch_size=8, tensorboard=False, **options)
-
-
-def test_run_log_continues_without_a_console(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", Broken(BrokenPipeError(32, "Broken pipe"), after=1))
-    with log(tmp_path) as running:
-        running.say("one [red]:smile: caf\udce9")
-        running.warn("two")
-        running.say("three")
-    lines = [line[20:] for line in (tmp_path / LOG).read_text().splitlines()]  # after the time
-    assert lines == [
-        "one [red]:smile: caf\\udce9",
-        "warning: two",
-        "warning: the console is gone (Broken pipe): from here on this file alone tells of the run",
-        "three",
-    ]
-
-
-def test_progress_bar_shows_loss_and_rate_from_the_first_step(tmp_path, monkeypatch):
-    clock = iter(range(100))
-    monkeypatch.setattr(runlog.time, "perf_counter", lambda: float(next(clock)))
-    with log(tmp_path) as running:
-        assert running._shown == {}
-        running.first(1, 1.25)
-        assert running._shown == {"loss": "1.250", "img/s": "8"}
-        running.advance(1)
-        running.advance(3)
-        assert running._shown == {"loss": "1.250", "img/s": "16"}  # two more steps of 8 images in a second
-        running.train(4, loss=1.0, lr=0.1, tau=0.99, projection_std=0.1, wait_s=0.0)
-        assert running._shown["loss"] == "1.000"
-        assert "wait" in running._shown
-
-
 def piped(arguments, shell_end, **options):
     command = f"{sys.executable} -m fastbyol {arguments} {shell_end}"
     return subprocess.run(
@@ -128,15 +91,3 @@ def test_print_only_commands_end_quietly(shell_end, code, message):
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     assert done.stderr.count("\n") == (1 if message else 0)
-
-
-def test_run_without_a_terminal_prints_progress_every_ten_seconds(tmp_path, monkeypatch, capsys):
-    clock = [0.0]
-    monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
-    values = {"loss": 1.0, "lr": 0.1, "tau": 0.99, "projection_std": 0.1, "wait_s": 0.0}
-    with log(tmp_path) as running:
-        for step, now in enumerate([4.0, 11.0, 12.0, 22.0], 1):
-            clock[0] = now
-            running.train(step, **values)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  loss")[0] for line in lines] == ["epoch 1/2  step 2/4", "epoch 2/2  step 4/4"]

@@ -146,7 +146,7 @@ def test_evaluations_of_best_checkpoints_of_different_steps_are_kept(make_config
     for step in (4, 8):
         best.unlink(missing_ok=True)
         best.hardlink_to(folder / "checkpoints" / f"step_{step:08d}.pt")
-        evaluate("knn", KnnEval(run=str(best), baselines=False), lambda line: None)
+        evaluate("knn", KnnEval(run=str(best), baselines=False))
     assert len(list(folder.glob("eval_knn_*.json"))) == 2
     monkeypatch.setattr("fastbyol.tools.report._images", lambda *args: {"views": None, "neighbors": None})
     page = write_report(folder).read_text()
@@ -182,7 +182,7 @@ def test_damaged_files_are_logged_and_left_out(make_config, log_lines):
         assert f"<h2>{heading}</h2>" not in page
     assert "Skipped images" not in page
     # The damaged summary makes the run unfinished: it is completed again.
-    assert train(make_config(resume="auto", **SHORT)).finished_before is False
+    assert train(make_config(resume="auto", **SHORT)).already_finished is False
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
 
 

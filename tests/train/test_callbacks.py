@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from fastbyol.api import pretrain as train
 from fastbyol.callbacks import Callback
+from fastbyol.train import train
 
 
 class Counter(Callback):

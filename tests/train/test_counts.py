@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.common import BATCH, TRAIN_IMAGES
+from helpers.trainings import training_of
 from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,9 +18,9 @@ import fastbyol
 import fastbyol.kernels
 from fastbyol.config import Config, DataConfig
 from fastbyol.data import rendering
-from fastbyol.kernels.lars_ema import LarsEma
+from fastbyol.kernels.cpu.lars_ema import LarsEma
 from fastbyol.runtime.distributed import World
-from fastbyol.tools.profiling import Loop, build
+from fastbyol.tools.profiling import Loop
 from fastbyol.tools.roofline import count_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +31,7 @@ OURS = tuple(str(Path(module.__file__).parent) for module in (fastbyol, fastbyol
 @pytest.fixture
 def loop(make_config):
     """A ResNet-18's training in the precision of a CPU without bfloat16, which every machine has."""
-    loop = Loop(build(make_config(precision="fp32"), World(), CPU, lambda text: None))
+    loop = Loop(training_of(make_config(precision="fp32")))
     yield loop
     loop.close()
 
@@ -95,7 +96,7 @@ def test_the_update_of_a_step_is_one_call(loop, monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiled_step_is_one_graph_without_a_break(make_config):
-    training = build(make_config(), World(), CPU, lambda text: None)
+    training = training_of(make_config())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs = []
@@ -112,7 +113,7 @@ def test_a_compiled_step_is_one_graph_without_a_break(make_config):
 
 
 def test_an_image_is_read_and_decoded_once_for_both_views(make_config, monkeypatch):
-    training = build(make_config(), World(), CPU, lambda text: None)
+    training = training_of(make_config())
     read, decoded = [], []
     fetch, decode = training.loader.fetch, rendering.decode
     monkeypatch.setattr(training.loader, "fetch", lambda index: read.append(index) or fetch(index))
@@ -129,7 +130,7 @@ def test_python_calls_per_image_in_the_loader(make_config):
     How often a thread waits, and with it the calls inside of threading, depends on the machine and is not counted.
     """
     config = make_config(data={"threads": 1, "readers": 1})
-    training = build(config, World(), CPU, lambda text: None)
+    training = training_of(config)
     for _ in training.loader.batches(0, 1):  # what happens once
         pass
     calls = Counter()

@@ -123,10 +123,10 @@ def test_one_target_update_per_optimizer_step_after_it(make_config, monkeypatch,
     original = step.TrainStep.__call__
 
     def checked(self, number, batch):
-        before = [t.clone() for _, t in self.pairs]
+        before = [t.clone() for _, t in self.model.target_pairs()]
         output = original(self, number, batch)
         tau = self.schedule.tau(number)
-        for (w, t), old in zip(self.pairs, before, strict=True):
+        for (w, t), old in zip(self.model.target_pairs(), before, strict=True):
             assert (t - (old + (1 - tau) * (w.detach() - old))).abs().max() < 1e-6
         updates.append(number)
         return output
@@ -171,7 +171,7 @@ def test_a_finished_run_is_said_to_be_and_left_as_it_is(make_config, capsys, epo
     assert (second.step, second.already_finished) == (4 * epochs, True)
     out = capsys.readouterr().out
     assert "already finished: checkpoint" in out
-    assert f"is of epoch {epochs}, optim.epochs={of}; nothing was done" in out
+    assert f"is of epoch {epochs}, optim.epochs={of}; nothing to do" in out
     assert contents(first.folder) == before
 
 
@@ -250,7 +250,7 @@ def test_resume_with_nothing_usable(make_config, capsys):
     assert train(make_config(resume="auto", optim={"epochs": 1, "warmup_epochs": 0})).step == 4  # nothing there: afresh
     for path in checkpoint.list_checkpoints(train_folder(make_config)):
         path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"none of the checkpoints in .* is usable: .*damaged"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* is usable: .*damaged"):
         train(make_config(resume="auto"))
 
 
@@ -451,7 +451,7 @@ def test_the_smallest_batch_and_a_batch_of_one():
 
 @pytest.mark.parametrize(("given", "named"), [(1, ""), (0.5, "optim.warmup_epochs 0.5 -> 1.0")])
 def test_a_default_warmup_longer_than_half_of_the_run_is_cut_and_said(make_config, capsys, given, named):
-    text = "optim.warmup_epochs: the default of 10 is longer than half of the run; it is 1 epochs"
+    text = "optim.warmup_epochs: the default of 10 is longer than half of the run; using 1 epochs"
     train(make_config(optim={"epochs": 1, "warmup_epochs": given}, knn={"every_epochs": 0}))
     assert "optim.warmup_epochs" not in capsys.readouterr().out
     result = train(make_config(resume="auto", optim={"epochs": 2, "warmup_epochs": None}, knn={"every_epochs": 0}))
@@ -537,7 +537,7 @@ def test_other_images_under_the_same_names_are_refused(make_config, photos, tmp_
     assert train(config).step == 8
     out = " ".join(capsys.readouterr().out.split())
     assert f"data.root {copy} -> {tmp_path / 'moved'}" in out
-    assert "1 of 64 images that were compared are not what they were when the run began" in out
+    assert "1 of 64 compared images have changed since the run began" in out
 
 
 def test_images_that_cannot_be_read_are_not_compared(make_config, photos, monkeypatch):
@@ -590,7 +590,7 @@ def test_tensorboard_s_events_are_read_by_tensorboard_and_end_no_run(make_config
     capsys.readouterr()
     result = train(make_config(name="full", **options))
     assert result.step == 4
-    warning = "TensorBoard's events cannot be written: No space left on device; the run goes on"
+    warning = "TensorBoard events cannot be written: No space left on device; the run continues"
     assert capsys.readouterr().out.count(warning) == 1
 
 
@@ -653,12 +653,14 @@ def test_a_run_whose_folder_goes_away_while_it_trains(make_config, monkeypatch, 
 
         monkeypatch.setattr(step.TrainStep, "__call__", stepping)
         if gone == "taken":
-            with pytest.raises(RunError, match=r"another run writes into it .*this run's own was moved or removed"):
+            with pytest.raises(
+                RunError, match=r"another run writes into it .*this run's own folder was moved or removed"
+            ):
                 train(config)
             assert [p.name for p in folder.iterdir()] == [".lock"]
             return
         assert train(config).step == 8
-    assert "was moved or removed while the run wrote into it: it goes on in a new one" in capsys.readouterr().out
+    assert "was moved or removed during the run; the run continues in a new folder" in capsys.readouterr().out
     assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["step_00000008.pt"]
     names = {"config.json", "summary.json", "train.log", "metrics.jsonl", "tensorboard"}
     assert names <= {p.name for p in folder.iterdir()}
@@ -705,7 +707,7 @@ def test_a_finished_run_without_its_report_says_how_to_write_it(make_config, cap
     folder = train(make_config(**SHORT)).folder
     capsys.readouterr()
     train(make_config(resume="auto", **SHORT))
-    assert f"; `fastbyol report --run {folder}` writes the report, which is missing" in capsys.readouterr().out
+    assert f"; `fastbyol report --run {folder}` writes the missing report" in capsys.readouterr().out
     (folder / "report.html").touch()
     train(make_config(resume="auto", **SHORT))
     assert "fastbyol report" not in capsys.readouterr().out

@@ -334,7 +334,7 @@ def test_the_online_classifier_needs_labels(make_config, photos, tmp_path):
 
 def test_impossible_combinations_are_refused():
     with pytest.raises(
-        ValueError, match=r"model.feature_noise=0.5: is in place of image augmentation: set data.augmentation=none"
+        ValueError, match=r"model.feature_noise=0.5: replaces image augmentation: set data.augmentation=none"
     ):
         Config(model=ModelConfig(feature_noise=0.5))
     assert Config(model=ModelConfig(feature_noise=0.5), data=DataConfig(augmentation="none"))

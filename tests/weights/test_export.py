@@ -90,6 +90,7 @@ def written(tmp_path, log_lines):
             checkpoint=tmp_path / "r" / "checkpoints" / "s.pt", config=config, backbone=backbone.eval(), features=count
         )
         path = tmp_path / f"x{suffix or FORMATS[form].suffixes[0]}"
+        log_lines.clear()
         card = export.write(source, form, path)
         assert log_lines == []
         return backbone, path, card
