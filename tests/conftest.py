@@ -29,7 +29,8 @@ from fastbyol.runtime.logging import console_logging, format_record, logger
 from fastbyol.tools.corpora import prepare_photos
 
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
-    # Inductor's graph cache has no instruction set in its key: code cached for AVX-512 reads out of bounds when AVX2 runs it.
+    # The key of Inductor's graph cache lacks the instruction set: AVX-512 code from the cache reads
+    # out of bounds under AVX2.
     cache = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{capability}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
@@ -42,57 +43,57 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "interpreted" in item.fixturenames:
             item.add_marker("interpreter")
-        # Triton decides when it is imported whether kernels are compiled or interpreted: one process does one of the two.
+        # Triton chooses between compiler and interpreter at import, once per process.
         if "interpreter" in item.keywords and not triton.knobs.runtime.interpret:
             item.add_marker(
-                pytest.mark.skip(reason="needs TRITON_INTERPRET=1; `make test` runs these in a second process")
+                pytest.mark.skip(reason="needs TRITON_INTERPRET=1; `make test` runs these in a separate process")
             )
         if "interpreter" in item.keywords and _version(triton) < (3, 7) and _version(np) >= (2, 4):
             item.add_marker(
-                pytest.mark.skip(reason="Triton 3.6's interpreter needs numpy<2.4: it takes int() of arrays")
+                pytest.mark.skip(reason="Triton 3.6's interpreter needs numpy<2.4: it calls int() on arrays")
             )
-        rehearsed = os.environ.get("FASTBYOL_TEST_DEVICE") == "cpu"  # of tests/gpu, what needs no CUDA
-        if "gpu" in item.keywords and not torch.cuda.is_available() and not rehearsed:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+        on_cpu = os.environ.get("FASTBYOL_TEST_DEVICE") == "cpu"  # runs the part of tests/gpu that needs no CUDA
+        if "gpu" in item.keywords and not torch.cuda.is_available() and not on_cpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device available"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, Any, Any]:
-    """Escape file names that are not UTF-8 in captured output: pytest-xdist cannot send them."""
+    """Escape non-UTF-8 file names in captured output, which pytest-xdist cannot serialize."""
     report = yield
     report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
     return report
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_from_the_sources() -> None:
-    """No test runs a kernel that numba cached before the last change of intrinsics.py or simd.py."""
+def compiled_kernels() -> None:
+    """Compile the CPU kernels, so that no test runs a stale kernel from numba's cache."""
     jit_cache.compile_cpu_kernels()
 
 
 @pytest.fixture(autouse=True)
-def logs_to_the_console() -> Iterator[None]:
-    """Messages are printed as under the command line."""
+def console_output() -> Iterator[None]:
+    """Print log messages to the console, as the command line does."""
     with console_logging():
         yield
 
 
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test draws and prints does not depend on the tests that ran before it in its process, nor on the load of the machine."""
+    """Make random numbers and output independent of earlier tests and of the machine's load."""
     torch.manual_seed(0)
     monkeypatch.setattr(cores, "_others", lambda: (0.0, 0.0))
 
 
 @pytest.fixture(scope="session")
 def interpreted() -> Callable[[str], ModuleType]:
-    """Gives a module of fastbyol.kernels.triton whose kernels run on CPU tensors, in Triton's interpreter."""
+    """Return a loader of fastbyol.kernels.triton modules, whose kernels run in the interpreter."""
     return lambda name: importlib.import_module(f"fastbyol.kernels.triton.{name}")
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of 72 training and 18 validation photographs, 64 px; not to be changed."""
+    """Return a read-only corpus of 72 training and 18 validation photographs of 64 px."""
     root = tmp_path_factory.mktemp("corpus") / "photos"
     prepare_photos(root, TRAIN_IMAGES, seed=0, size=64)
     return root
@@ -100,7 +101,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Small networks gain nothing from more, and lose much where other processes want the cores."""
+    """Limit torch to one thread: small networks do not scale, and other processes use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -109,7 +110,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def make_config(photos: Path, tmp_path: Path) -> Callable[..., Config]:
-    """Builds a config small enough for a test: R18 of width 1/8 at 32 px; keyword arguments replace sections' fields."""
+    """Return a factory of small configs: ResNet-18 of width 1/8 at 32 px.
+
+    Its keyword arguments override fields of the sections, or top-level fields.
+    """
 
     def make(**changes: dict[str, Any]) -> Config:
         defaults: dict[str, dict[str, Any]] = {
@@ -139,7 +143,7 @@ def make_config(photos: Path, tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.fixture
 def folder_of(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
-    """Writes files given by relative path and content; returns their root."""
+    """Return a function that writes files from {relative path: content} and returns their root."""
 
     def write(files: dict[str, bytes]) -> Path:
         root = tmp_path / "files"
@@ -153,7 +157,7 @@ def folder_of(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
 
 @pytest.fixture
 def log_lines() -> Iterator[list[str]]:
-    """Every record of fastbyol's logger, as the console prints it: "warning: ..." for a warning."""
+    """Yield a list of all log records as the console prints them ("warning: ..." for warnings)."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(format_record(record))  # type: ignore[method-assign]

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.on_device import DEVICE, give_back_memory, needs_cuda, no_synchronization, stall, write_corpus
+from helpers.on_device import DEVICE, release_memory, needs_cuda, no_synchronization, stall, write_corpus
 
 from fastbyol.config import DataConfig
 from fastbyol.data import build_loader, open_split
@@ -78,7 +78,7 @@ def test_a_batch_does_not_use_memory_that_queued_work_still_writes(stored):
     """The allocator reuses freed memory at once, which is too early for a copy on another stream."""
     expected = collect(make(stored, "train", "native", CPU, torch.float32), 0, 2)
     loader = make(stored, "train", "native", DEVICE, torch.float32)
-    give_back_memory()
+    release_memory()
     values = 2 * BATCH * SIZE * SIZE * 3  # of both views
     for _ in range(2):  # the second time no pinned memory is allocated, which may synchronize
         written = [torch.empty(values, device=DEVICE) for _ in range(2)]

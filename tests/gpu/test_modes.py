@@ -7,14 +7,14 @@ import torch
 from helpers.on_device import (
     DEVICE,
     Network,
-    give_back_memory,
+    release_memory,
     needs_cuda,
     new_batch,
     no_synchronization,
     run,
     set_scale,
     state_of,
-    through_a_file,
+    save_and_load,
     weights_of,
 )
 
@@ -36,7 +36,7 @@ def network():
     widths = {"resnet18": {"width": 0.25}}
     yield lru_cache(lambda backbone: Network(backbone, **widths.get(backbone, {})))
     torch._dynamo.reset()
-    give_back_memory()
+    release_memory()
 
 
 def snapshot(step):
@@ -176,7 +176,7 @@ def cut_and_resume(network, mode, name, at, stop):
     step = network.step(mode, "fp16", optim={"name": name})
     set_scale(step, 512.0)
     run(step, at)
-    saved = through_a_file({"model": step.model.state_dict(), **step.state_dict()})
+    saved = save_and_load({"model": step.model.state_dict(), **step.state_dict()})
     begin = weights_of(step.model)
     whole = run(step, stop - at, at), weights_of(step.model) - begin
     again = network.step(mode, "fp16", optim={"name": name})

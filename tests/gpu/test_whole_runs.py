@@ -11,8 +11,8 @@ from helpers.on_device import (
     DEVICE,
     SIZE,
     Network,
-    give_back_memory,
-    memory_limited_to,
+    release_memory,
+    memory_limit,
     needs_cuda,
     new_batch,
     write_corpus,
@@ -131,7 +131,7 @@ def test_an_exported_backbone_gives_the_run_s_features(trained, tmp_path, form):
 
 def bytes_of_a_step(config, images):
     """The most that the allocator held in a step of so many images, above what it held before there was a network."""
-    give_back_memory()
+    release_memory()
     torch.cuda.reset_peak_memory_stats(DEVICE)
     before = torch.cuda.memory_allocated(DEVICE)
     options = {"width": config.model.width}
@@ -150,7 +150,7 @@ def test_the_batch_that_auto_finds_fits_and_four_times_as_much_does_not(make_con
         model={"hidden_dim": 64, "projection_dim": 32},
         step={"mode": "eager"},
     )
-    with memory_limited_to(GIB):
+    with memory_limit(GIB):
         size = batch_size.find_batch_size(
             config, DEVICE, World(), build_model(config.model, config.data.image_size_px, 0)
         )
@@ -169,7 +169,7 @@ def test_a_run_takes_the_largest_batch_of_its_images(make_config, capsys):
         step={"mode": "eager"},
         knn={"every_epochs": 0},
     )
-    with memory_limited_to(GIB // 2):
+    with memory_limit(GIB // 2):
         result = train(config)
     assert (
         "data.batch_size=auto: 64; the learning rate rises to 0.5 (optim.base_lr * 64 / 256)" in capsys.readouterr().out
@@ -186,7 +186,7 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_do(make_config):
         step={"mode": "eager"},
         knn={"every_epochs": 0},
     )
-    with memory_limited_to(3 * GIB // 8), pytest.raises(RunError) as caught:
+    with memory_limit(3 * GIB // 8), pytest.raises(RunError) as caught:
         train(config)
     text = str(caught.value)
     assert text.startswith("out of GPU memory: ")

@@ -1,6 +1,7 @@
-"""What the ranks of test_profiling.py run: `torchrun ... commands.py COMMANDS.json`.
+"""Script for the ranks of test_profiling.py: `torchrun ... commands.py COMMANDS.json`.
 
-Every command line of a JSON list, in turn, in one process: starting takes longer than they do. Their exit codes go to RANK.json beside it.
+Runs all command lines of a JSON list in one process, since startup dominates their time. Writes the
+exit codes to RANK.json in the same folder.
 """
 
 import json

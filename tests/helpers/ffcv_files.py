@@ -1,4 +1,4 @@
-"""Files written by FFCV."""
+"""Test files written by FFCV."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from helpers.common import HANG_S, ROOT, pixels_of
 
 
 class Samples:
-    """Data set for ffcv's writer: 30 images of different sizes, with fields of every type."""
+    """Dataset of 30 images of different sizes, with fields of every FFCV type."""
 
     def __len__(self):
         return 30
@@ -20,7 +20,7 @@ class Samples:
 
 
 def write_with_ffcv(path, mode):
-    """Write in a separate process: ffcv's writer forks, which is unsafe in a process with threads."""
+    """Write in a separate process: FFCV's writer forks, which is unsafe with running threads."""
     code = "import sys; sys.path.append(sys.argv[1]); from helpers.ffcv_files import ffcv_writes; ffcv_writes(*sys.argv[2:])"
     subprocess.run([sys.executable, "-c", code, str(ROOT / "tests"), str(path), mode], check=True, timeout=HANG_S)
 

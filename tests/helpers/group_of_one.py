@@ -1,6 +1,7 @@
-"""What test_nccl.py runs: a few steps of parts compiled one by one, under DistributedDataParallel, in a process group of one.
+"""Script of test_nccl.py: separately compiled modules under DDP in a process group of one rank.
 
-TrainStep and ProcessGroup leave all this out for a world of one, so it is put together here from what they use for more.
+TrainStep and ProcessGroup skip all of this for one rank, so this script assembles the multi-rank
+step from the functions that they use.
 """
 
 import json
@@ -22,7 +23,7 @@ def main() -> None:
     begin = weights_of(network.model)
     plain = run(network.step("eager", "fp32"), STEPS)
     path = weights_of(network.model) - begin
-    step, world = network.step("eager", "fp32"), World(0, 2)  # the group's size comes from the environment: one
+    step, world = network.step("eager", "fp32"), World(0, 2)  # the environment sets the group's size to 1
     with ProcessGroup(world, config, DEVICE):
         group = dist.group.WORLD
         for norm in batch_norms(step.model):

@@ -1,8 +1,8 @@
-"""What test_faults.py runs: `killed.py CONFIG.json TIMES`, a training that is killed so often, and then let go on to its end.
+"""Script of test_faults.py: kill a training run TIMES times, then let it finish.
 
-Every attempt is a fork of a process that has imported everything and computed nothing, so it starts within a second. SIGKILL comes
-a random number of steps after an attempt's first, and a few random milliseconds later, in the middle of whatever happens then: the
-machine may be as slow as it likes. Prints the steps at which attempts began.
+Usage: `killed.py CONFIG.json TIMES`. Each attempt is a fork of a process that has only imported the
+package, so it starts within a second. It receives SIGKILL after a random number of steps plus a few
+random milliseconds, regardless of the machine's speed. Prints the first step of each attempt.
 """
 
 import json
@@ -21,7 +21,10 @@ from fastbyol.step import TrainStep
 
 
 def attempt(config: Config, steps: int | None, delay_s: float = 0.0) -> int:
-    """The exit status of a training that is killed `delay_s` after it has begun its `steps`-th step; None lets it end."""
+    """Train, kill the process `delay_s` after its `steps`-th step begins, and return its exit status.
+
+    With `steps=None` the run finishes.
+    """
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -42,7 +45,7 @@ def attempt(config: Config, steps: int | None, delay_s: float = 0.0) -> int:
                 steps -= 1
             time.sleep(delay_s)
             os.kill(child, signal.SIGKILL)
-        while begun.read(4096):  # a full pipe would stop the training
+        while begun.read(4096):  # a full pipe would block the training
             pass
     return os.waitpid(child, 0)[1]
 
@@ -57,7 +60,7 @@ def main() -> int:
         begins.append(saved[1]["step"] if saved else 0)
         killed += attempt(config, draw.randint(1, 20), draw.uniform(0, 0.03)) == signal.SIGKILL
         if len(begins) > 3 * int(sys.argv[2]):
-            break  # it ends before it can be killed: the test says so
+            break  # the runs finish before the signal; the test fails on the count
     last = attempt(config, None)
     print(json.dumps({"begins": begins, "killed": killed, "last": last}))
     return 0

@@ -1,4 +1,4 @@
-"""Loaders for tests."""
+"""Build loaders and compare their batches."""
 
 import torch
 
@@ -15,7 +15,7 @@ def make_loader(root, *, split="train", seed=0, dtype=torch.float32, **changes):
 
 
 def collect(loader, start, stop):
-    """Return copies of all batches, since a batch's memory is reused."""
+    """Return copies of all batches, since the loader reuses their memory."""
     return [
         (b.views[0].clone(), b.views[1].clone(), b.labels.clone(), b.indices.clone())
         for b in loader.batches(start, stop)

@@ -1,5 +1,6 @@
-"""Small files of all supported formats (except PCD, which has at least 0.8 MB), and randomly
-damaged versions of them.
+"""Small files of all supported formats and randomly damaged versions of them.
+
+PCD is missing, since its files have at least 0.8 MB.
 """
 
 import io
@@ -20,14 +21,14 @@ def picture(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
 
 
 def saved(image: Image.Image, form: str, **options: object) -> bytes:
-    """Encode a copy of an image with Pillow, since encoders store their settings in the image."""
+    """Encode a copy of an image with Pillow, whose encoders store settings in the image."""
     buffer = io.BytesIO()
     image.copy().save(buffer, form, **options)
     return buffer.getvalue()
 
 
 def exif(orientation: int | None = None, **texts: str) -> Image.Exif:
-    """Return EXIF with an orientation and texts by hexadecimal tag."""
+    """Return EXIF data with an orientation and texts by hexadecimal tag."""
     tags = Image.Exif()
     if orientation is not None:
         tags[0x0112] = orientation
@@ -80,7 +81,7 @@ def _by_pillow() -> Iterator[tuple[str, bytes]]:
     yield "dxt.dds", saved(image.convert("RGBA"), "DDS", pixel_format="DXT5")
     yield "rle.sgi", saved(image.convert("L"), "SGI")
     for form in ("AVIF", "BMP", "DIB", "DDS", "ICO", "IM", "JPEG2000", "PCX", "QOI", "SGI", "TGA"):
-        if form in Image.SAVE:  # Pillow reads, and writes, more with every release
+        if form in Image.SAVE:  # depends on Pillow's version
             yield f"x.{form.lower()}", saved(picture(16, 16) if form == "ICO" else image, form)
     yield "x.blp", saved(image.quantize(256), "BLP")
     yield "x.msp", saved(image.convert("1"), "MSP")
@@ -93,7 +94,7 @@ def _by_hand() -> Iterator[tuple[str, bytes]]:
     rgb, gray = image.tobytes(), image.convert("L").tobytes()
     yield "plain.ppm", b"P3 %d %d 255\n" % (WIDTH, HEIGHT) + b" ".join(b"%d" % v for v in rgb)
     dib = bytearray(saved(image, "DIB"))
-    dib[8:12] = struct.pack("<i", 2 * HEIGHT)  # as in icons: pixels, then a mask
+    dib[8:12] = struct.pack("<i", 2 * HEIGHT)  # icons store pixels, then a mask
     cursor = struct.pack("<3H4B2H2I", 0, 2, 1, WIDTH, HEIGHT, 0, 0, 0, 0, len(dib), 22)
     yield "x.cur", cursor + bytes(dib) + b"\0" * 4 * HEIGHT
     yield "x.dcx", struct.pack("<3I", 0x3ADE68B1, 12, 0) + saved(image, "PCX")
@@ -134,15 +135,16 @@ def _by_hand() -> Iterator[tuple[str, bytes]]:
 
 
 def seeds() -> dict[str, bytes]:
-    """Return name -> valid file."""
+    """Return valid files by name."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of formats that Pillow will drop
+        warnings.simplefilter("ignore", DeprecationWarning)  # for formats that Pillow will drop
         return dict(_by_pillow()) | dict(_by_hand())
 
 
 def mutations(files: dict[str, bytes], count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Yield damaged files: bits, lengths and numbers changed, parts removed, repeated or taken from
-    other files.
+    """Yield damaged files.
+
+    Damage changes bits, lengths and numbers, and removes, repeats or splices parts of files.
     """
     rng = np.random.default_rng(seed)
     names = list(files)
@@ -155,7 +157,7 @@ def mutations(files: dict[str, bytes], count: int, seed: int) -> Iterator[tuple[
 
 
 def _offset(data: bytearray, rng: np.random.Generator) -> int:
-    """Return the offset of a byte, usually in the header."""
+    """Return a random byte offset, usually within the header."""
     return int(rng.integers(min(len(data), rng.choice([16, 64, 256, 1 << 20])) or 1))
 
 
@@ -165,7 +167,7 @@ def _flip(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
 
 
 def _number(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
-    """Set a field of 1, 2, 4 or 8 bytes to an extreme or random value."""
+    """Set 1, 2, 4 or 8 bytes to an extreme or random value."""
     at, size = _offset(data, rng), int(rng.choice([1, 2, 4, 8]))
     values = [b"\0" * size, b"\xff" * size, b"\x7f" + b"\xff" * (size - 1), rng.bytes(size), (1).to_bytes(size, "big")]
     data[at : at + size] = values[rng.integers(len(values))]
@@ -186,13 +188,13 @@ def _repeat(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
 
 
 def _splice(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
-    """Continue with another file's bytes."""
+    """Replace the rest of the file by bytes of another file."""
     at = _offset(data, rng)
     data[at:] = other[int(rng.integers(len(other))) if rng.random() < 0.5 else at :]
 
 
 def _exif(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
-    """Damage two bytes within the first 100 of EXIF, if there is EXIF."""
+    """Damage two of the first 100 bytes of EXIF data, if present."""
     start = max(data.find(b"Exif"), data.find(b"eXIf"), data.find(b"EXIF"))
     if start >= 0:
         at = start + int(rng.integers(100))
@@ -200,7 +202,7 @@ def _exif(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
 
 
 def _magic(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
-    """Replace the first bytes by another file's."""
+    """Replace the first bytes by those of another file."""
     size = int(rng.integers(2, 17))
     data[:size] = other[:size]
 

@@ -1,6 +1,7 @@
-"""What the tests on a GPU share: the device, networks whose compiled code serves many tests, batches, and a corpus.
+"""Shared helpers of the GPU tests: device, networks that are compiled once, batches and a corpus.
 
-FASTBYOL_TEST_DEVICE=cpu rehearses on the CPU whatever does not need CUDA itself. Nothing optional is imported here.
+FASTBYOL_TEST_DEVICE=cpu runs the tests that need no CUDA on the CPU. This module imports no optional
+dependencies.
 """
 
 import gc
@@ -23,16 +24,17 @@ from fastbyol.data import Batch
 from fastbyol.step import TrainStep
 
 DEVICE = torch.device("cpu") if os.environ.get("FASTBYOL_TEST_DEVICE") == "cpu" else torch.device("cuda", 0)
-needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA itself: graphs, streams or its allocator")
-BATCH, SIZE = (32, 64) if DEVICE.type == "cuda" else (8, 32)  # a CPU computes in float16 at a snail's pace
-STEPS = 20  # of a whole schedule, of which two warm up
+needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA graphs, streams or the CUDA allocator")
+BATCH, SIZE = (32, 64) if DEVICE.type == "cuda" else (8, 32)  # float16 is very slow on a CPU
+STEPS = 20  # of the schedule, including 2 warmup steps
 HEADS = {"hidden_dim": 64, "projection_dim": 32}
-# At the peak. Small: early training doubles a difference every other step, the faster the higher the rate is.
+# Peak learning rates. They are small because early training doubles rounding differences every other
+# step, and faster at higher rates.
 LR = {"lars": 0.125, "sgd": 0.02, "adamw": 0.001}
 
 
 class Network:
-    """An online/target pair that many steps train in turn, each from the same weights: Dynamo then compiles it once per dtype."""
+    """BYOL model whose steps all start from the same weights; Dynamo compiles it once per dtype."""
 
     def __init__(self, backbone: str, **model: Any) -> None:
         self.config = ModelConfig(backbone=backbone, **HEADS | model)
@@ -42,7 +44,7 @@ class Network:
     def step(
         self, mode: str, precision: str, *, optim: dict[str, Any] | None = None, batch: int = BATCH, **step: Any
     ) -> TrainStep:
-        """A new step on the weights that the pair began with; an earlier step must not be used any more."""
+        """Return a new step on the initial weights; this invalidates earlier steps."""
         schedule = {"name": "lars", "epochs": STEPS, "warmup_epochs": 2, "tau_base": 0.9} | (optim or {})
         schedule = {"base_lr": LR[schedule["name"]] * 256 / batch} | schedule
         config = Config(
@@ -55,12 +57,12 @@ class Network:
         self.model.load_state_dict(self._start)
         made = TrainStep(self.model, config, 1, DEVICE)
         if made.loss_scale is not None:
-            set_scale(made, 1024.0)  # the first one is too high for a small network
+            set_scale(made, 1024.0)  # the default initial scale is too high for a small network
         return made
 
 
 def new_batch(k: int, dtype: torch.dtype, images: int = BATCH) -> Batch:
-    """Two noisy views of smooth images, so that there is something to learn; equal for equal k."""
+    """Return two noisy views of smooth images, which are learnable; deterministic in `k`."""
     rng = torch.Generator().manual_seed(k)
     side = SIZE // 4
     coarse = torch.randn(images, 3, 4, 4, generator=rng).repeat_interleave(side, 2).repeat_interleave(side, 3)
@@ -70,28 +72,28 @@ def new_batch(k: int, dtype: torch.dtype, images: int = BATCH) -> Batch:
 
 
 def run(step: TrainStep, steps: int, start: int = 0) -> list[float]:
-    """Losses of steps start .. start + steps - 1."""
+    """Return the losses of steps `start` to `start + steps - 1`."""
     return [float(step(k, new_batch(k, step.dtype)).loss) for k in range(start, start + steps)]
 
 
 def set_scale(step: TrainStep, value: float) -> None:
-    """In place, since a captured graph reads it there."""
+    """Set the loss scale in place, since a captured graph reads it from the same address."""
     step.loss_scale.scale.fill_(value)
     step.loss_scale.inverse.fill_(1 / value)
 
 
 def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of all tensors by name."""
+    """Return copies of all tensors by name."""
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 def weights_of(module: torch.nn.Module) -> Tensor:
-    """A copy of all parameters as one vector."""
+    """Return a copy of all parameters as one vector."""
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-def through_a_file(state: Any) -> Any:
-    """As a checkpoint has it when it is read: on the CPU."""
+def save_and_load(state: Any) -> Any:
+    """Save and load the state, as a checkpoint does; the result is on the CPU."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -100,7 +102,7 @@ def through_a_file(state: Any) -> Any:
 
 @contextmanager
 def no_synchronization() -> Iterator[None]:
-    """Torch raises where the host would wait for the GPU; on a CPU nothing happens."""
+    """Raise an error if the host synchronizes with the GPU; no effect on a CPU."""
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -111,34 +113,45 @@ def no_synchronization() -> Iterator[None]:
 
 
 def stall() -> None:
-    """Keeps the current stream busy for some 20 ms, in which the host goes on."""
+    """Keep the current stream busy for about 20 ms without blocking the host."""
     if DEVICE.type == "cuda":
         torch.cuda._sleep(40_000_000)
 
 
 @contextmanager
-def memory_limited_to(more: int) -> Iterator[None]:
-    """Torch's allocator gives this process `more` bytes beyond what it holds now. cuBLAS has no workspaces yet, as in a new process."""
+def memory_limit(more: int) -> Iterator[None]:
+    """Limit torch's allocator to `more` bytes above the current usage.
+
+    Frees cuBLAS's workspaces first, to match a new process.
+    """
     torch._C._cuda_clearCublasWorkspaces()
-    give_back_memory()
+    release_memory()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(DEVICE) + more) / total, DEVICE)
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
-        give_back_memory()
+        release_memory()
 
 
-def give_back_memory() -> None:
-    """Frees what nothing refers to, on the GPU too."""
+def release_memory() -> None:
+    """Collect garbage and empty the CUDA cache."""
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def write_corpus(root: Path, *, classes: int = 6, train: int = 12, val: int = 8, side: int = 80) -> Path:
-    """ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg: noisy waves, of one direction and tint a class. So many images a class."""
+    """Write ROOT/{train,val}/CLASS/*.jpg, noisy waves with one direction and tint per class.
+
+    Args:
+        root: folder of the corpus.
+        classes: number of classes.
+        train: training images per class.
+        val: validation images per class.
+        side: height of the images in pixels.
+    """
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:side, : side + 10] / side
     for split, count in (("train", train), ("val", val)):

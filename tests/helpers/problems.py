@@ -1,4 +1,4 @@
-"""Kernel test problems for CPU, Triton's interpreter and GPU. Imports nothing optional."""
+"""Kernel test problems for CPU, Triton's interpreter and GPU, without optional dependencies."""
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ HYPERS = [(1e-4, 0.9, ETA), (0.0, 0.9, None)]  # weight decay, momentum, trust c
 
 
 class Problem:
-    """Parameters of given shapes, updated next to their float64 copies."""
+    """Parameters of given shapes and a float64 reference of their updates."""
 
     def __init__(self, shapes, *, seed=0, dtype=torch.float32, scale=1.0):
         self.rng, self.dtype, self.scale = np.random.default_rng(seed), dtype, scale
-        self.groups = [k % 3 == 2 for k in range(len(shapes))]  # every third has no decay and no trust ratio
+        self.groups = [k % 3 == 2 for k in range(len(shapes))]  # every third: no weight decay, no trust ratio
         self.weights = [self.random(shape) for shape in shapes]
         self.targets = [self.random(shape) if k % 4 else None for k, shape in enumerate(shapes)]
         self.grads = [torch.zeros(shape, dtype=dtype) for shape in shapes]
@@ -63,7 +63,7 @@ class Problem:
                 row[3] = t + (1 - self.tau.item()) * (w - t)
 
     def largest_error(self):
-        """Return the largest relative error of all weights, momenta and targets, in norms."""
+        """Return the largest relative error (in norm) of all weights, momenta and targets."""
         errors = []
         for row, exact in zip(self.rows(), self.exact, strict=True):
             for k in (0, 2, 3):
@@ -82,7 +82,7 @@ def odd_shapes(count):
 
 
 def parameter_row(**columns: float) -> np.ndarray:
-    """Return a view's parameter row from column names; ORDER takes a sequence."""
+    """Return the parameter row of a view from column names; ORDER takes a sequence."""
     row = np.zeros(augment.COLUMNS, dtype=np.float32)
     row[augment.ORDER : augment.ORDER + 4] = columns.pop("ORDER", range(4))
     for name, value in columns.items():
@@ -91,7 +91,7 @@ def parameter_row(**columns: float) -> np.ndarray:
 
 
 def random_view(seed: int, size: int) -> torch.Tensor:
-    """Return (3, S, S) with colors, exact grays, black, white and saturated pixels."""
+    """Return a (3, S, S) view with colors, exact grays, black, white and saturated pixels."""
     view = torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed))
     view[:, 0] = view[0, 0]
     view[:, 1, : size // 2], view[:, 1, size // 2 :] = 0, 1
@@ -100,7 +100,7 @@ def random_view(seed: int, size: int) -> torch.Tensor:
 
 
 def reference(crops, rows):
-    """Return (N, 3, S, S) float32, normalized."""
+    """Return the normalized reference views, (N, 3, S, S) float32."""
     views = [
         augment.augment_reference(c.permute(2, 0, 1).float() / 255, row) for c, row in zip(crops, rows, strict=True)
     ]
@@ -108,7 +108,7 @@ def reference(crops, rows):
 
 
 def largest_error(actual, expected):
-    """Return the largest difference in [0, 1] (before normalization)."""
+    """Return the largest absolute difference of the values in [0, 1] before normalization."""
     return float(((actual.float() - expected) * torch.tensor(augment.IMAGENET_STD)[:, None, None]).abs().max())
 
 

@@ -1,7 +1,12 @@
-"""What the ranks of test_distributed.py run: `torchrun ... ranks.py CONFIGS.json [WHAT RANK STEP]`.
+"""Script for the ranks of test_distributed.py.
 
-Trains every config of a JSON list in turn. WHAT happens on RANK when it is about to do STEP: `kill` (SIGKILL to itself), `sigterm`
-(SIGTERM to itself), `bad` (an image that cannot be read stops its loader), `once` (as kill, in the first attempt only).
+Usage: `torchrun ... ranks.py CONFIGS.json [WHAT RANK STEP]`. Trains all configs of a JSON list.
+WHAT happens on RANK before STEP:
+
+- `kill`: SIGKILL to itself.
+- `once`: like `kill`, but only before the first restart.
+- `sigterm`: SIGTERM to itself.
+- `bad`: the error of too many unreadable images.
 """
 
 import json

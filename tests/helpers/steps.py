@@ -1,4 +1,4 @@
-"""Training steps of the tests."""
+"""Small training steps and batches."""
 
 import torch
 from helpers.common import BATCH
@@ -23,7 +23,7 @@ def new_step(
     layout=torch.channels_last,
     **step,
 ):
-    """A TrainStep of a small network, with 100 steps to go of which none warms up."""
+    """Return a TrainStep of a small network with a 100-step schedule without warmup."""
     model = MODEL if backbone == "resnet18" else MODEL | {"backbone": backbone, "width": 1}
     config = Config(
         precision=precision,
@@ -38,7 +38,7 @@ def new_step(
 
 
 def new_batch(k, batch=BATCH, dtype=torch.float32):
-    """Two noisy views of smooth images, so that there is something to learn."""
+    """Return two noisy views of smooth images, which are learnable."""
     rng = torch.Generator().manual_seed(k)
     coarse = torch.randn(batch, 3, 4, 4, generator=rng).repeat_interleave(8, 2).repeat_interleave(8, 3)
     views = [coarse + 0.5 * torch.randn(batch, 3, SIZE, SIZE, generator=rng) for _ in range(2)]

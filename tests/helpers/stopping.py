@@ -1,4 +1,4 @@
-"""Signals in the middle of a training."""
+"""Signals during a training run."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from fastbyol import step
 
 
 def stop_after(monkeypatch, steps):
-    """SIGTERM arrives during optimizer step number `steps`, counted from this call."""
+    """Send SIGTERM during optimizer step number `steps`, counted from this call."""
     count = iter(range(1, 10_000))
     original = step.TrainStep.__call__
 

@@ -1,4 +1,4 @@
-"""Trainings that are built and not run."""
+"""Build trainings without running them."""
 
 from helpers.steps import CPU
 

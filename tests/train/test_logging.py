@@ -11,7 +11,7 @@ from fastbyol.runtime.logging import console_logging, logger, muted
 
 
 @pytest.fixture(autouse=True)
-def logs_to_the_console():
+def console_output():
     """Replaces conftest.py's fixture: these tests begin with the logger of a library."""
 
 
