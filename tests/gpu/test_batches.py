@@ -1,10 +1,10 @@
-"""GPU batches equal CPU batches, whatever work the consumer has queued."""
+"""GPU batches equal CPU batches, even while the GPU runs queued work."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.on_device import DEVICE, release_memory, needs_cuda, no_synchronization, stall, write_corpus
+from helpers.on_device import DEVICE, needs_cuda, no_synchronization, release_memory, stall, write_corpus
 
 from fastbyol.config import DataConfig
 from fastbyol.data import build_loader, open_split
@@ -16,12 +16,12 @@ pytestmark = pytest.mark.gpu
 
 CPU = torch.device("cpu")
 BATCH, SIZE = 16, 64
-EPOCH = 72 // BATCH  # 4 batches; 8 images are left over
+EPOCH = 72 // BATCH  # 4 batches; the last 8 images are dropped
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """The photographs as a folder and as two .beton files."""
+    """Return the root of a corpus: an image folder and two .beton files."""
     root = write_corpus(tmp_path_factory.mktemp("corpus"))
     for mode in ("jpg", "raw"):
         pack(open_split(root, "train"), root / f"{mode}.beton", mode=mode)
@@ -37,7 +37,7 @@ def make(root, split, backend, device, dtype, **changes):
 def collect(loader, start, stop, watched=no_synchronization):
     """Return views, labels and indices of all batches on the CPU.
 
-    Each is copied after queued work slower than the loader.
+    Each batch is copied after queued GPU work that is slower than the loader.
     """
     kept = []
     with watched():
@@ -47,8 +47,8 @@ def collect(loader, start, stop, watched=no_synchronization):
     return [[tensor.cpu() for tensor in batch] for batch in kept]
 
 
-def assert_same_images_and_near_views(actual, expected):
-    """Views may differ by the decoders' rounding: 3/255 before normalization."""
+def assert_same_images_and_close_views(actual, expected):
+    """Views may differ by the rounding of the decoders, 3/255 before normalization."""
     assert len(actual) == len(expected)
     std = torch.tensor(IMAGENET_STD)[:, None, None]
     for mine, other in zip(actual, expected, strict=True):
@@ -62,9 +62,7 @@ def assert_same_images_and_near_views(actual, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_native_batches_are_bit_exact(stored, dtype, prefetch):
-    """Three epochs, started in the middle of one: each of the two slots on the GPU is used six
-    times.
-    """
+    """Three epochs from mid-epoch use each of the two GPU slots six times."""
     start, stop = 3, 3 + 3 * EPOCH
     expected = collect(make(stored, "train", "native", CPU, dtype), start, stop)
     actual = collect(make(stored, "train", "native", DEVICE, dtype, prefetch_batches=prefetch), start, stop)
@@ -74,13 +72,13 @@ def test_native_batches_are_bit_exact(stored, dtype, prefetch):
 
 
 @needs_cuda
-def test_a_batch_does_not_use_memory_that_queued_work_still_writes(stored):
-    """The allocator reuses freed memory at once, which is too early for a copy on another stream."""
+def test_batches_never_reuse_memory_of_queued_work(stored):
+    """The allocator reuses freed memory immediately, too early for a copy on another stream."""
     expected = collect(make(stored, "train", "native", CPU, torch.float32), 0, 2)
     loader = make(stored, "train", "native", DEVICE, torch.float32)
     release_memory()
     values = 2 * BATCH * SIZE * SIZE * 3  # of both views
-    for _ in range(2):  # the second time no pinned memory is allocated, which may synchronize
+    for _ in range(2):  # the first pass allocates pinned memory, which may synchronize
         written = [torch.empty(values, device=DEVICE) for _ in range(2)]
         for _ in range(10):
             stall()
@@ -108,7 +106,7 @@ def test_early_break_and_restart(stored):
 def test_dali_views_match_the_native_backend(stored, split, dtype):
     stop = 2 * EPOCH + 1
     expected = collect(make(stored, split, "native", CPU, dtype), 0, stop)
-    assert_same_images_and_near_views(collect(make(stored, split, "dali", DEVICE, dtype), 0, stop), expected)
+    assert_same_images_and_close_views(collect(make(stored, split, "dali", DEVICE, dtype), 0, stop), expected)
 
 
 @pytest.mark.skipif(not has_module("ffcv"), reason=f"FFCV is not installed: {FFCV_COMMAND}")
@@ -117,5 +115,5 @@ def test_ffcv_views_match_the_native_backend(stored, split, dtype):
     stop = 2 * EPOCH + 1
     expected = collect(make(stored, split, "native", CPU, dtype), 0, stop)
     loader = make(stored, split, "ffcv", DEVICE, dtype)
-    # FFCV itself synchronizes.
-    assert_same_images_and_near_views(collect(loader, 0, stop, watched=nullcontext), expected)
+    # FFCV synchronizes internally.
+    assert_same_images_and_close_views(collect(loader, 0, stop, watched=nullcontext), expected)

@@ -1,4 +1,4 @@
-"""The training step eager, compiled and captured: the same training, without a host sync, from a checkpoint too."""
+"""Eager, compiled and captured steps: agreement, host syncs, overflow, schedules and resume."""
 
 from functools import lru_cache
 
@@ -7,31 +7,31 @@ import torch
 from helpers.on_device import (
     DEVICE,
     Network,
-    release_memory,
     needs_cuda,
     new_batch,
     no_synchronization,
+    release_memory,
     run,
+    save_and_load,
     set_scale,
     state_of,
-    save_and_load,
     weights_of,
 )
 
 pytestmark = pytest.mark.gpu
 
 GRAPH = pytest.param("cuda_graph", marks=needs_cuda)
-WARM = 5  # steps after which a graph is captured and has been replayed
-BUFFERS = (
+WARM = 5  # steps after which the graph has been captured and replayed
+BUFFERS = (  # updated by the forward pass, even if the optimizer step is skipped
     "running_mean",
     "running_var",
     "num_batches_tracked",
-)  # they follow the forward pass, whatever the update does
+)
 
 
 @pytest.fixture(scope="module")
 def network():
-    """A network by its backbone, one for all tests of this file, with the code that was compiled for it."""
+    """Yield a cached factory of networks by backbone, so that all tests share the compiled code."""
     torch._dynamo.reset()
     widths = {"resnet18": {"width": 0.25}}
     yield lru_cache(lambda backbone: Network(backbone, **widths.get(backbone, {})))
@@ -40,14 +40,14 @@ def network():
 
 
 def snapshot(step):
-    """Copies of everything that a step changes."""
+    """Return copies of everything that a step changes."""
     state = step.state_dict()["optimizer"]
     return state_of(step.model), {name: {key: v.clone() for key, v in values.items()} for name, values in state.items()}
 
 
 @torch.no_grad()
 def restore(step, saved):
-    """In place: a captured graph goes on reading and writing where it did."""
+    """Restore a snapshot in place, since a captured graph keeps its addresses."""
     for name, tensor in step.model.state_dict().items():
         tensor.copy_(saved[0][name])
     for name, values in step.state_dict()["optimizer"].items():
@@ -65,12 +65,14 @@ def relative(difference, whole):
 @pytest.mark.parametrize(
     ("backbone", "precision", "tolerance"), [("resnet18", "bf16", 0.05), ("test_resnet", "fp16", 0.02)]
 )
-def test_eager_compiled_and_captured_steps_agree_over_eight_steps(network, backbone, precision, tolerance):
-    """Equal losses; weights and target as near to float32's as eager's are. The rate and tau change with every step.
+def test_eager_compiled_and_captured_steps_agree(network, backbone, precision, tolerance):
+    """Losses agree, and all modes are about as close to float32 weights as the eager mode.
 
-    Eager rounds to 16 bits after every operator, compiled code after every fused group of them. On a CPU this moves the losses by
-    up to 0.019 in bf16 and 0.007 in fp16, and they fall by 0.4 and more: the tolerance lies between. A loss may agree by chance, the
-    path of a hundred thousand weights does not: eager errs by 0.18 of its length in bf16, 0.09 in fp16. Captured is compiled code replayed.
+    The learning rate and tau change at every step. Eager code rounds to 16 bits after every
+    operator, compiled code after every fused group. On a CPU this changes the losses by up to 0.019
+    in bf16 and 0.007 in fp16. They fall by at least 0.4, so the tolerances lie in between. Losses
+    may agree by chance, so the test also compares the weight updates: the relative error of eager
+    code is 0.18 in bf16 and 0.09 in fp16. A captured step replays compiled code.
     """
     begin, found = weights_of(network(backbone).model), {}
     modes = ["eager", "compile", "cuda_graph"][: 3 if DEVICE.type == "cuda" else 2]
@@ -79,7 +81,7 @@ def test_eager_compiled_and_captured_steps_agree_over_eight_steps(network, backb
         losses = run(step, 8)
         found[mode, dtype] = losses, weights_of(step.model) - begin
     losses, exact = found["eager", "fp32"]
-    assert losses[0] - losses[-1] > 0.25  # it has learned, so the comparison means something
+    assert losses[0] - losses[-1] > 0.25  # the comparison is meaningful only if the network learns
     eager = relative(found["eager", precision][1] - exact, exact)
     assert eager < 0.3
     for mode in modes:
@@ -105,7 +107,7 @@ def test_eager_compiled_and_captured_steps_agree_over_eight_steps(network, backb
         pytest.param("cuda_graph", "fp16", {"name": "adamw"}, marks=needs_cuda),
     ],
 )
-def test_a_step_synchronizes_nothing(network, mode, precision, optim):
+def test_step_has_no_host_sync(network, mode, precision, optim):
     step = network("test_resnet").step(mode, precision, optim=optim)
     run(step, WARM)
     batches = [new_batch(k, step.dtype) for k in range(3)]
@@ -119,8 +121,8 @@ def test_a_step_synchronizes_nothing(network, mode, precision, optim):
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 @pytest.mark.parametrize("mode", ["eager", GRAPH])
-def test_an_overflow_skips_weights_and_target_and_halves_the_scale(network, mode, name):
-    """In the captured step as in the eager one, without the host's knowledge; the next step goes on."""
+def test_overflow_skips_the_update_and_halves_the_scale(network, mode, name):
+    """The skip happens on the device, in eager and captured steps; the next step updates again."""
     step = network("test_resnet").step(mode, "fp16", optim={"name": name})
     run(step, WARM)
     assert int(step.loss_scale.skipped) == 0
@@ -145,8 +147,11 @@ def test_an_overflow_skips_weights_and_target_and_halves_the_scale(network, mode
 
 @pytest.mark.parametrize("name", ["lars", "sgd"])
 @pytest.mark.parametrize("mode", ["compile", GRAPH])
-def test_lr_and_tau_are_followed(network, mode, name):
-    """From one state, the same batch at several steps: the weights move by lr times the same vector, the target by the formula."""
+def test_step_follows_lr_and_tau(network, mode, name):
+    """Repeat one batch from one state at multiple step numbers.
+
+    The weights move by lr times the same vector, and the target follows its formula.
+    """
     step = network("test_resnet").step(mode, "fp16", optim={"name": name})
     run(step, WARM)
     saved, batch = snapshot(step), new_batch(0, step.dtype)
@@ -164,7 +169,7 @@ def test_lr_and_tau_are_followed(network, mode, name):
                 assert (t - (old + (1 - tau) * (w - old))).abs().max() < 1e-6, key
     assert step.schedule.lr(WARM) > 4 * step.schedule.lr(17)
     assert step.schedule.tau(17) > step.schedule.tau(WARM) + 0.05
-    # A small step is lost in a weight's last digits: with the rate, the vectors differ by up to a hundredth.
+    # Rounding of small updates in the weights' last digits changes the vectors by up to 1%.
     assert all(relative(other - directions[0], directions[0]) < 0.05 for other in directions[1:])
 
 
@@ -172,7 +177,7 @@ def test_lr_and_tau_are_followed(network, mode, name):
 
 
 def cut_and_resume(network, mode, name, at, stop):
-    """Losses and weights of a step that goes on, and of a new one that takes over its state after step `at`."""
+    """Return losses and weight changes of an uninterrupted step and of one resumed at step `at`."""
     step = network.step(mode, "fp16", optim={"name": name})
     set_scale(step, 512.0)
     run(step, at)
@@ -189,12 +194,12 @@ def cut_and_resume(network, mode, name, at, stop):
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_a_resumed_eager_step_has_the_same_bits(monkeypatch, name):
-    """With cuDNN's deterministic algorithms, and without the max-pool, whose backward pass adds in any order."""
+def test_eager_resume_is_bit_exact(monkeypatch, name):
+    """Uses cuDNN's deterministic algorithms and no max-pool (its backward is nondeterministic)."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     network = Network("resnet18", width=0.125, stem="small")
     twice = [run(network.step("eager", "fp16", optim={"name": name}), 3) for _ in range(2)]
-    assert twice[0] == twice[1], "an operator is not deterministic here: what follows would say nothing"
+    assert twice[0] == twice[1], "an operator is not deterministic here, so the rest of the test is meaningless"
     whole, resumed = cut_and_resume(network, "eager", name, 3, 6)
     assert resumed[0] == whole[0]
     assert torch.equal(resumed[1], whole[1])
@@ -202,8 +207,11 @@ def test_a_resumed_eager_step_has_the_same_bits(monkeypatch, name):
 
 @needs_cuda
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_a_resumed_captured_step_goes_on(network, name):
-    """Six more steps: three before the new capture, and three replays. The code is the same; atomics may add in another order."""
+def test_captured_resume_continues_the_run(network, name):
+    """Six more steps: three before the new capture and three replays.
+
+    The code is the same, but the summation order of atomics may differ.
+    """
     whole, resumed = cut_and_resume(network("test_resnet"), "cuda_graph", name, WARM + 1, WARM + 7)
     assert max(abs(a - b) for a, b in zip(whole[0], resumed[0], strict=True)) < 0.01
     assert relative(resumed[1] - whole[1], whole[1]) < 0.1

@@ -1,4 +1,4 @@
-"""A run on a GPU from its first batch to an exported file, the batch size that fits there, its profile, and memory that runs out."""
+"""GPU runs end to end: training, evaluation, export, automatic batch size and profiling."""
 
 import json
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from helpers.on_device import (
     DEVICE,
     SIZE,
     Network,
-    release_memory,
     memory_limit,
     needs_cuda,
     new_batch,
+    release_memory,
     write_corpus,
 )
 
@@ -50,18 +50,18 @@ VAL_IMAGES = 48  # of 6 classes
 
 
 def silent(text):
-    """Instead of printing."""
+    """Discard the text."""
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """In place of photographs, which come from a package that may be missing: make_config trains on these."""
+    """Replace conftest.py's photographs, which need an optional package, by a synthetic corpus."""
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory):
-    """The result of a run of two epochs: an eager float32 ResNet-18, which torchvision can load."""
+    """Return the result of a two-epoch float32 run of a ResNet-18, which torchvision can load."""
     config = Config(
         name="run",
         runs=str(tmp_path_factory.mktemp("runs")),
@@ -81,20 +81,20 @@ def trained(photos, tmp_path_factory):
 # --- train, evaluate, export ---
 
 
-def test_a_run_logs_and_evaluates(trained):
+def test_run_logs_and_evaluates(trained):
     assert (trained.step, trained.total_steps, trained.stopped_by) == (8, 8, None)
     found = losses(trained.folder)
     assert sorted(found) == list(range(1, 9))
     assert all(0 < loss < 8 for loss in found.values())
     summary = json.loads((trained.folder / "summary.json").read_text())
-    assert summary["knn_best"] > 0.5  # six classes of waves, of other directions and colors
+    assert summary["knn_best"] > 0.5  # six classes of waves with different directions and colors
     parts = summary["memory_bytes"]
     assert min(parts[name] for name in ("weights", "target", "momentum", "gradients", "batch")) > 0
 
 
 @pytest.mark.parametrize(("name", "kind", "options"), [("knn", KnnEval, {}), ("linear", LinearEval, {"epochs": 20})])
-def test_an_evaluation_says_what_it_says_on_a_cpu(trained, tmp_path, name, kind, options):
-    """Accuracies from the same float32 features: two of 48 images may change sides."""
+def test_evaluation_matches_the_cpu(trained, tmp_path, name, kind, options):
+    """Both devices use the same float32 features; up to 2 of 48 predictions may differ."""
     accuracy = {}
     for device in {DEVICE.type, "cpu"}:
         options = options | {
@@ -110,8 +110,8 @@ def test_an_evaluation_says_what_it_says_on_a_cpu(trained, tmp_path, name, kind,
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["safetensors", "torchvision"])
-def test_an_exported_backbone_gives_the_run_s_features(trained, tmp_path, form):
-    """On the GPU and on the CPU, to a thousandth of the largest: cuDNN may take Winograd's convolutions, which round more."""
+def test_exported_backbone_reproduces_the_features(trained, tmp_path, form):
+    """GPU and CPU features agree to 1e-3 of the largest: cuDNN's Winograd kernels round more."""
     out = tmp_path / {"safetensors": "b.safetensors", "torchvision": "b.pth"}[form]
     export(trained.folder, form, out)
     backbone = open_backbone(out) if form == "safetensors" else torchvision.models.resnet18()
@@ -129,8 +129,8 @@ def test_an_exported_backbone_gives_the_run_s_features(trained, tmp_path, form):
 # --- memory ---
 
 
-def bytes_of_a_step(config, images):
-    """The most that the allocator held in a step of so many images, above what it held before there was a network."""
+def peak_step_bytes(config, images):
+    """Return the peak memory of a step with `images` images, including the network."""
     release_memory()
     torch.cuda.reset_peak_memory_stats(DEVICE)
     before = torch.cuda.memory_allocated(DEVICE)
@@ -142,8 +142,8 @@ def bytes_of_a_step(config, images):
 
 
 @needs_cuda
-def test_the_batch_that_auto_finds_fits_and_four_times_as_much_does_not(make_config):
-    """Within a GiB, of which cuBLAS's workspaces, and what the allocator cannot use, take a part: the batch uses a quarter at least."""
+def test_automatic_batch_size_fits_and_four_times_it_does_not(make_config):
+    """The batch uses at least a quarter of 1 GiB; workspaces and fragmentation take a part."""
     config = make_config(
         precision="bf16",
         data={"batch_size": "auto", "image_size_px": SIZE},
@@ -156,13 +156,13 @@ def test_the_batch_that_auto_finds_fits_and_four_times_as_much_does_not(make_con
         )
         assert size >= 4
         assert size & (size - 1) == 0
-        assert GIB / 4 < bytes_of_a_step(config, size) < GIB
+        assert GIB / 4 < peak_step_bytes(config, size) < GIB
         with pytest.raises(torch.OutOfMemoryError):
-            bytes_of_a_step(config, 4 * size)
+            peak_step_bytes(config, 4 * size)
 
 
 @needs_cuda
-def test_a_run_takes_the_largest_batch_of_its_images(make_config, capsys):
+def test_automatic_batch_size_is_limited_by_the_dataset(make_config, capsys):
     config = make_config(
         data={"batch_size": "auto"},
         optim={"epochs": 2, "warmup_epochs": 0, "base_lr": 2.0},
@@ -178,8 +178,8 @@ def test_a_run_takes_the_largest_batch_of_its_images(make_config, capsys):
 
 
 @needs_cuda
-def test_memory_that_runs_out_is_one_line_that_says_what_to_do(make_config):
-    """64 images of 160 px need more than a GiB; the weights have room."""
+def test_out_of_memory_error_is_one_line_with_remedies(make_config):
+    """64 images of 160 px need more than 1 GiB, but the weights fit."""
     config = make_config(
         data={"batch_size": 64, "image_size_px": 160},
         model={"width": 1.0},
@@ -201,15 +201,15 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_do(make_config):
 
 @contextmanager
 def small_peaks(monkeypatch):
-    """The machine's peaks are not what is tested."""
+    """Measure the machine's peaks on small problems, since this test does not check them."""
     with monkeypatch.context() as patch:
         patch.setattr("fastbyol.tools.roofline._PEAK_SIDES", {"cpu": (128,), "cuda": (1024,)})
         patch.setattr("fastbyol.tools.roofline._PEAK_BYTES", {"cpu": 2**16, "cuda": 2**24})
         yield
 
 
-def test_the_parts_of_a_profile_add_up_to_the_step(make_config, monkeypatch, tmp_path):
-    """Every moment of the GPU's stream belongs to a part, so the sum is the step; and marks cost it little."""
+def test_profile_parts_add_up_to_the_step(make_config, monkeypatch, tmp_path):
+    """The parts cover the whole stream, so their sum is the step time, and spans cost little."""
     config = make_config(data={"backend": "native", "image_size_px": SIZE}, step={"mode": "eager"})
     with small_peaks(monkeypatch):
         result = profile(config, steps=20 if DEVICE.type == "cuda" else 3, out=tmp_path, say=silent)
@@ -220,6 +220,6 @@ def test_the_parts_of_a_profile_add_up_to_the_step(make_config, monkeypatch, tmp
     worked = [WAIT, TARGET, ONLINE, BACKWARD, "LARS + target", REST] + ([COPY] if DEVICE.type == "cuda" else [])
     assert all(by[part] > 0 for part in worked)
     assert by[EXCHANGE] == 0
-    # Once a step the native loader waits until its pinned memory has been read; the step itself waits for nothing.
+    # Once per step the native loader waits for its pinned memory; the step itself never waits.
     assert result["host_syncs_per_step"] == (1 if DEVICE.type == "cuda" else 0)
     assert (tmp_path / "profile.html").exists()

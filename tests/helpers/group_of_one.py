@@ -34,10 +34,10 @@ def main() -> None:
             found = {
                 "plain": plain,
                 "parallel": run(step, STEPS),
-                "path apart": float((weights_of(step.model) - begin - path).norm() / path.norm()),
+                "weight difference": float((weights_of(step.model) - begin - path).norm() / path.norm()),
                 "ranks": dist.get_world_size(),
                 "backend": group._get_backend(DEVICE).name(),
-                "backend of the host": group._get_backend(torch.device("cpu")).name(),
+                "host backend": group._get_backend(torch.device("cpu")).name(),
                 "maximum": int(world.maximum(torch.tensor([3], device=DEVICE))),
                 "agreed": [consensus.agree(stop) for stop in (False, True, False)],
             }

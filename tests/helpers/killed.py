@@ -21,9 +21,9 @@ from fastbyol.step import TrainStep
 
 
 def attempt(config: Config, steps: int | None, delay_s: float = 0.0) -> int:
-    """Train, kill the process `delay_s` after its `steps`-th step begins, and return its exit status.
+    """Train in a child process, kill it, and return its exit status.
 
-    With `steps=None` the run finishes.
+    SIGKILL comes `delay_s` seconds after the `steps`-th step begins; None lets the run finish.
     """
     read_end, write_end = os.pipe()
     child = os.fork()

@@ -1,7 +1,7 @@
 """Shared helpers of the GPU tests: device, networks that are compiled once, batches and a corpus.
 
-FASTBYOL_TEST_DEVICE=cpu runs the tests that need no CUDA on the CPU. This module imports no optional
-dependencies.
+FASTBYOL_TEST_DEVICE=cpu runs the tests that need no CUDA on the CPU. This module imports no
+optional dependencies.
 """
 
 import gc
@@ -28,8 +28,8 @@ needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA graphs
 BATCH, SIZE = (32, 64) if DEVICE.type == "cuda" else (8, 32)  # float16 is very slow on a CPU
 STEPS = 20  # of the schedule, including 2 warmup steps
 HEADS = {"hidden_dim": 64, "projection_dim": 32}
-# Peak learning rates. They are small because early training doubles rounding differences every other
-# step, and faster at higher rates.
+# Peak learning rates. They are small because early training doubles rounding differences every
+# other step, and faster at higher rates.
 LR = {"lars": 0.125, "sgd": 0.02, "adamw": 0.001}
 
 
