@@ -1,21 +1,24 @@
-"""Bytes that the compiled step moves on a GPU and kernels that it launches, counted on a machine without one.
+"""Count the bytes and kernel launches of the compiled CUDA step, without a GPU.
 
-    python benchmarks/cuda_bytes.py [--backbone resnet50 --size 224 --batch 256] [--only fastbyol plain] [--top 10] [--save /tmp/code]
+    python benchmarks/cuda_bytes.py [--backbone resnet50 --size 224 --batch 256]
+        [--only fastbyol plain] [--top 10] [--save /tmp/code]
 
-Inductor compiles forward and backward of the BYOL pair for an H100, from fake tensors and with a stub in the driver's place
-(cuda_stub.c), and its own count of every kernel's reads and writes is summed. Nothing is launched and nothing is timed. The script
-refuses a machine with a CUDA driver, where bench_step.py measures. R18 takes a minute a contender, R50 three.
+Inductor compiles the forward and backward passes for an H100, with fake tensors and a stub of the
+CUDA driver (cuda_stub.c). The script sums Inductor's estimate of each kernel's reads and writes. It
+launches and times nothing, and rejects machines with a CUDA driver, where bench_step.py measures.
+ResNet-18 takes one minute per contender, ResNet-50 three.
 
 Contenders:
-    fastbyol    its model under torch.compile, as the step calls it
-    plain       BYOL as one writes it down from the paper (bench_step.PlainBYOL) under torch.compile
-Both with channels-last weights and views, under bfloat16 autocast.
+    fastbyol    fastbyol's model under torch.compile, as the step calls it
+    plain       a direct implementation of the paper (bench_step.PlainBYOL) under torch.compile
+Both use channels-last weights and views and bfloat16 autocast.
 
-Counted are the operands of each kernel, once per kernel: a cache may serve some, and a library call may launch several kernels and
-use a workspace. Convolutions and matrix products are library calls, all else is Triton's. Optimizer, target update and
-augmentation are not part of the two graphs. Kept is what forward holds for backward, beyond its own inputs.
+The operands of each kernel count once per kernel. Caches may serve some of them, and a library call
+may launch multiple kernels and use a workspace. Convolutions and matrix products are library calls;
+everything else is Triton code. The two graphs contain no optimizer, target update or augmentation.
+Saved bytes are the forward pass's results for the backward pass, without its inputs.
 
-`--out` writes a row per contender: commit and versions with it, since another torch fuses otherwise.
+`--out` writes one row per contender, with commit and versions, since fusion depends on torch.
 """
 
 import argparse
@@ -49,44 +52,44 @@ FACTS = ("fastbyol", "torch", "triton", "torchvision", "timm")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch of a Triton kernel, or one call of a library."""
+    """One launch of a Triton kernel, or one library call."""
 
     phase: str
-    """forward or backward"""
+    """forward or backward."""
     kind: str
-    """triton or library"""
+    """triton or library."""
     bytes: int
-    """read and written"""
+    """Bytes read and written."""
     operations: str
-    """ATen's names of what is fused in it"""
+    """Names of the fused ATen operators."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What forward and backward of one step launch and move."""
+    """Kernels and bytes of the forward and backward pass of one step."""
 
     contender: str
     work: bench_step.Work
     kernels: list[Kernel]
     kept_bytes: int
-    """forward's results that backward reads"""
+    """Bytes that the forward pass saves for the backward pass."""
 
     def of(self, phase: str | None = None, kind: str | None = None) -> tuple[int, int]:
-        """Launches and bytes of a phase and a kind, of all by default."""
+        """Return launches and bytes of a phase and a kind; None selects all."""
         chosen = [k.bytes for k in self.kernels if phase in (None, k.phase) and kind in (None, k.kind)]
         return len(chosen), sum(chosen)
 
     @property
     def mb_per_image(self) -> float:
-        """MB that an image costs, both its views together."""
+        """MB per image, including both views."""
         return self.of()[1] / 1e6 / self.work.batch
 
 
-# --- the process of a contender, in which the stub stands in for CUDA ---
+# --- the process of one contender, with the stub as CUDA driver ---
 
 
 class _H100:
-    """The properties that Inductor reads."""
+    """Device properties that Inductor reads."""
 
     name = "NVIDIA H100 80GB HBM3"
     major, minor = 9, 0
@@ -95,7 +98,7 @@ class _H100:
 
 
 def _pretend_h100() -> None:
-    """Replaces what would allocate on the device, launch on it, or ask the driver for more than the stub knows."""
+    """Patch everything that allocates or launches on the device, or needs a real driver."""
     import triton
     from torch._functorch import config as functorch_config
     from torch._inductor import config
@@ -105,15 +108,15 @@ def _pretend_h100() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
     from triton.backends.compiler import GPUTarget
 
-    torch.cuda.init()  # before the next line, which it would undo
+    torch.cuda.init()  # must precede the next line, which it would undo
     torch.cuda._get_device_properties = lambda index: _H100
     # Triton's own driver compiles a module against libcuda.
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
 
-    fake_tensor.init_gpu_context = lambda device: None  # in torch 2.11 the first fake tensor allocates a real one
-    # Attention's patterns are made from real tensors. There is no attention here.
+    fake_tensor.init_gpu_context = lambda device: None  # torch 2.11 allocates a real tensor with the first fake one
+    # Attention patterns allocate real tensors, and these models have no attention.
     fuse_attention._sfdp_init = lambda *args, **kwargs: None
-    config.shape_padding = False  # it would time matrix products of odd sizes with and without padding
+    config.shape_padding = False  # would time matrix products of odd sizes with and without padding
 
     class OnCpu(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -123,17 +126,17 @@ def _pretend_h100() -> None:
     fold = ConstantFolder.run
 
     def fold_on_cpu(self: ConstantFolder) -> Any:
-        with OnCpu():  # uniform constants are evaluated as real tensors of one element
+        with OnCpu():  # evaluates uniform constants as real one-element tensors
             return fold(self)
 
     ConstantFolder.run = fold_on_cpu
-    config.force_disable_caches = True  # a cached graph would not be lowered again
-    config.compile_threads = 1  # no pool of workers: no kernel is compiled
-    functorch_config.force_non_lazy_backward_lowering = True  # without a backward pass
+    config.force_disable_caches = True  # a cached graph would skip the lowering
+    config.compile_threads = 1  # no worker pool, since no kernel is compiled
+    functorch_config.force_non_lazy_backward_lowering = True  # lower it without running a backward pass
 
 
 def _build(contender: str, work: bench_step.Work) -> torch.nn.Module:
-    """On the meta device."""
+    """Build the contender's model on the meta device."""
     if contender == "fastbyol":
         model = ModelConfig(backbone=work.backbone, hidden_dim=bench_step.HIDDEN, projection_dim=bench_step.PROJECTION)
         return meta_model(Config(data=DataConfig(image_size_px=work.size), model=model))
@@ -142,13 +145,13 @@ def _build(contender: str, work: bench_step.Work) -> torch.nn.Module:
 
 
 def _kernels(graph: Any, phase: str) -> Iterable[Kernel]:
-    """Of a lowered graph (torch._inductor.graph.GraphLowering)."""
+    """Yield the kernels of a lowered graph (torch._inductor.graph.GraphLowering)."""
     from torch._inductor.ir import MultiOutput
     from torch._inductor.scheduler import NopKernelSchedulerNode
 
     for node in graph.scheduler.nodes:
         if isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, MultiOutput):
-            continue  # no launch: memory alone, or one of a library call's results
+            continue  # no launch: only memory, or one result of a library call
         origins = {str(o.target) for part in node.get_nodes() if part.node is not None for o in part.node.get_origins()}
         names = sorted({name.removeprefix("aten.").removeprefix("prims.").partition(".")[0] for name in origins})
         kind = "library" if node.is_extern() else "triton"
@@ -156,12 +159,12 @@ def _kernels(graph: Any, phase: str) -> Iterable[Kernel]:
 
 
 def _size(value: Any) -> int:
-    """Bytes of one of a lowered graph's tensors."""
+    """Return the bytes of a tensor of a lowered graph."""
     return value.get_dtype().itemsize * int(value.get_numel())
 
 
 def _count_here(contender: str, work: bench_step.Work, save: Path | None) -> Counts:
-    """`count` within the process that has the stub."""
+    """Implement `count` in the process with the stub."""
     from torch._inductor.graph import GraphLowering
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -170,13 +173,13 @@ def _count_here(contender: str, work: bench_step.Work, save: Path | None) -> Cou
     kept = 0
 
     def lower(graph: GraphLowering) -> Any:
-        """In place of GraphLowering.compile_to_module: counts, and returns a module whose kernels do nothing."""
+        """Count, and return a module without kernels; replaces GraphLowering.compile_to_module."""
         nonlocal kept
         phase = "backward" if graph.is_backward else "forward"
         code, _ = graph.codegen()
         kernels.extend(_kernels(graph, phase))
         if graph.is_backward:
-            own = ("primals", "tangents")  # AOTAutograd's names of forward's inputs and of the gradients
+            own = ("primals", "tangents")  # AOTAutograd's names for inputs of the forward pass and for gradients
             kept = sum(_size(t) for name, t in graph.graph_inputs.items() if not name.startswith(own))
         if save is not None:
             save.mkdir(parents=True, exist_ok=True)
@@ -189,9 +192,9 @@ def _count_here(contender: str, work: bench_step.Work, save: Path | None) -> Cou
         return SimpleNamespace(call=call, key="", __file__="")
 
     GraphLowering.compile_to_module = lower
-    torch.backends.cudnn.benchmark = True  # as the step sets it
+    torch.backends.cudnn.benchmark = True  # the step sets it too
     model = _build(contender, work).to(memory_format=torch.channels_last)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the meta tensors
+    with FakeTensorMode(allow_non_fake_inputs=True):  # for the meta tensors
         fake = {name: torch.empty_like(t, device="cuda") for name, t in model.state_dict().items()}
         model.load_state_dict(fake, assign=True)
         shape = (work.batch, 3, work.size, work.size)
@@ -201,25 +204,22 @@ def _count_here(contender: str, work: bench_step.Work, save: Path | None) -> Cou
     return Counts(contender, work, kernels, kept)
 
 
-# --- the process that asks ---
+# --- the parent process ---
 
 
 def check_machine() -> None:
-    """Before the stub is built.
+    """Check that the stub can be built and used on this machine.
 
     Raises:
-        InputError: there is a CUDA driver, which the stub must never stand before; or torch has no CUDA backend, or gcc is missing.
+        InputError: if there is a CUDA driver, which the stub must not shadow; if torch has no CUDA
+            backend; or if gcc is missing.
     """
     if torch.cuda.is_available() or _has_driver():
-        raise InputError(
-            "this machine has a CUDA driver, and the count's stub must not stand before it: run bench_step.py"
-        )
+        raise InputError("this machine has a CUDA driver, which the stub would shadow: run bench_step.py instead")
     if torch.version.cuda is None:
-        raise InputError(
-            f"torch {torch.__version__} is built without CUDA: install one that has it; a GPU is not needed"
-        )
+        raise InputError(f"torch {torch.__version__} is built without CUDA: install a CUDA build; no GPU is needed")
     if shutil.which("gcc") is None:
-        raise InputError("gcc is missing, which builds cuda_stub.c: apt-get install gcc libc6-dev")
+        raise InputError("gcc is missing and needed for cuda_stub.c: apt-get install gcc libc6-dev")
 
 
 def _has_driver() -> bool:
@@ -231,17 +231,18 @@ def _has_driver() -> bool:
 
 
 def count(contender: str, backbone: str, size: int, batch: int, save: Path | None = None) -> Counts:
-    """Launches and bytes of a contender's forward and backward, counted in a process of its own.
+    """Count a contender's kernels and bytes in a separate process.
 
     Args:
-        contender: of CONTENDERS.
-        size: of the views, pixels.
+        contender: one of CONTENDERS.
+        backbone: name of the backbone.
+        size: side of the views in pixels.
         batch: images; each has two views.
         save: folder for the generated code.
 
     Raises:
-        InputError: as of `check_machine`, or the stub does not compile.
-        RunError: the contender does not compile; the process's own message stands above.
+        InputError: see `check_machine`, or if the stub does not compile.
+        RunError: if the contender does not compile. Its process prints the cause.
     """
     check_machine()
     with tempfile.TemporaryDirectory() as folder:
@@ -249,7 +250,7 @@ def count(contender: str, backbone: str, size: int, batch: int, save: Path | Non
         command = ["gcc", "-shared", "-fPIC", "-O1", f"-Wl,-soname,{stub.name}", "-o", str(stub), str(STUB)]
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
-            raise InputError(f"gcc does not compile {STUB.name}: {built.stderr.strip().splitlines()[-1]}")
+            raise InputError(f"gcc cannot compile {STUB.name}: {built.stderr.strip().splitlines()[-1]}")
         command = [sys.executable, "-W", "ignore", __file__, "--only", contender, "--result", str(result)]
         command += ["--backbone", backbone, "--size", str(size), "--batch", str(batch)]
         command += ["--save", str(save)] if save is not None else []
@@ -259,7 +260,7 @@ def count(contender: str, backbone: str, size: int, batch: int, save: Path | Non
 
 
 def to_json(counts: Counts) -> str:
-    """What the contender's process hands back."""
+    """Serialize the result of the contender's process."""
     return json.dumps(asdict(counts))
 
 
@@ -271,17 +272,17 @@ def from_json(text: str) -> Counts:
 
 
 def ratio(counts: list[Counts]) -> float | None:
-    """fastbyol's bytes over plain's; None where one of them was not counted."""
+    """Return fastbyol's bytes divided by plain's; None if one of them is missing."""
     moved = {c.contender: c.of()[1] for c in counts}
     return moved["fastbyol"] / moved["plain"] if len(moved) == len(CONTENDERS) else None
 
 
 def table(counts: list[Counts]) -> str:
-    """A line per contender: GB and launches of its parts."""
+    """Return a table with one line per contender: GB and launches by phase and kind."""
     parts = {"Triton forward": ("forward", "triton"), "Triton backward": ("backward", "triton")}
     parts |= {"library": (None, "library"), "total": (None, None)}
     lines = [
-        f"{'GB (launches)':<14}" + "".join(f"{name:>18}" for name in parts) + f"{'MB an image':>14}{'GB kept':>10}"
+        f"{'GB (launches)':<14}" + "".join(f"{name:>18}" for name in parts) + f"{'MB per image':>14}{'GB saved':>10}"
     ]
     for c in counts:
         cells = [f"{moved / 1e9:.2f} ({launches})" for launches, moved in (c.of(*part) for part in parts.values())]
@@ -296,7 +297,7 @@ def table(counts: list[Counts]) -> str:
 
 
 def heaviest(counts: Counts, top: int) -> str:
-    """The kernels that move most, one per distinct line."""
+    """Return the kernels with the most bytes, without duplicate lines."""
     same = collections.Counter(
         f"{k.bytes / 1e9:7.3f} GB  {k.phase:<8} {k.kind:<7} {k.operations[:100]}"
         for k in sorted(counts.kernels, key=lambda k: -k.bytes)
@@ -305,7 +306,7 @@ def heaviest(counts: Counts, top: int) -> str:
 
 
 def row(counts: Counts) -> dict[str, Any]:
-    """Of the result file."""
+    """Return a row of the result file."""
     values: dict[str, Any] = {"kind": "count", "contender": counts.contender, "set": str(counts.work)}
     for kind in ("triton", "library"):
         for phase in ("forward", "backward"):
@@ -317,14 +318,14 @@ def row(counts: Counts) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", default="resnet50", help="of torchvision and timm alike")
-    parser.add_argument("--size", type=int, default=224, help="of a view, pixels")
+    parser.add_argument("--backbone", default="resnet50", help="name in both torchvision and timm")
+    parser.add_argument("--size", type=int, default=224, help="side of a view in pixels")
     parser.add_argument("--batch", type=int, default=256, help="images; each has two views")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="these contenders alone")
-    parser.add_argument("--top", type=int, default=0, help="kernels of each contender to name, those that move most")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="contenders to count")
+    parser.add_argument("--top", type=int, default=0, help="number of kernels to list, by bytes")
     parser.add_argument("--save", type=Path, help="folder for the generated code")
-    parser.add_argument("--out", type=Path, help="result file, a row per contender")
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # set where this is a contender's process
+    parser.add_argument("--out", type=Path, help="result file, one row per contender")
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # set in a contender's process
     args = parser.parse_args()
     if args.result is not None:
         work = bench_step.Work(args.backbone, args.size, args.batch)

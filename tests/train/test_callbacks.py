@@ -1,4 +1,4 @@
-"""Hooks of a run: when they are called, and what their state is for."""
+"""Callbacks: order of the hooks and state in checkpoints."""
 
 import json
 
@@ -9,7 +9,7 @@ from fastbyol.train import train
 
 
 class Counter(Callback):
-    """Counts its calls, and keeps the count of steps over a resume."""
+    """Record hook calls, and keep the step count across a resume."""
 
     name = "counter"
 
@@ -39,7 +39,7 @@ class Counter(Callback):
         self.steps = state["steps"]
 
 
-def test_hooks_are_called_in_order_and_their_state_is_resumed(make_config):
+def test_hooks_run_in_order_and_resume_their_state(make_config):
     first, second = Counter(), Counter()
     result = train(make_config(optim={"epochs": 2, "warmup_epochs": 0, "base_lr": 2.0}), [first])
     assert first.calls == ["model", "build", 4, 8]
@@ -51,7 +51,7 @@ def test_hooks_are_called_in_order_and_their_state_is_resumed(make_config):
     assert second.steps == 12
 
 
-def test_a_run_without_callbacks_trains_and_saves(make_config):
+def test_run_without_callbacks(make_config):
     result = train(make_config(optim={"epochs": 1, "warmup_epochs": 0, "base_lr": 2.0}))
     assert result.step == 4
     saved = torch.load(result.folder / "checkpoints" / "step_00000004.pt", weights_only=True)

@@ -42,7 +42,7 @@ def test_round_trip_with_plain_torch_load(tmp_path):
     assert loaded["format"] == checkpoint.FORMAT
 
 
-def test_the_last_k_and_the_best_are_kept(tmp_path):
+def test_last_and_best_checkpoints_are_kept(tmp_path):
     for step in range(1, 8):
         save(tmp_path, step, best=step == 2)
     names = [p.name for p in checkpoint.list_checkpoints(tmp_path)]
@@ -51,7 +51,7 @@ def test_the_last_k_and_the_best_are_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_every_cut_is_noticed(tmp_path):
+def test_truncated_checkpoints_are_rejected(tmp_path):
     path = save(tmp_path, 1)
     whole = path.read_bytes()
     rng = random.Random(0)
@@ -63,22 +63,22 @@ def test_every_cut_is_noticed(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_changed_byte_is_noticed_or_harmless(tmp_path):
+def test_changed_byte_is_detected_or_harmless(tmp_path):
     path = save(tmp_path, 1)
     whole = path.read_bytes()
     rng = random.Random(1)
-    noticed = 0
+    detected = 0
     for _ in range(60):
-        place = rng.randrange(len(whole))
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        index = rng.randrange(len(whole))
+        path.write_bytes(whole[:index] + bytes([whole[index] ^ 0x10]) + whole[index + 1 :])
         try:
             assert torch.equal(checkpoint.load(path)["model"]["w"], state(1)["model"]["w"])
         except InputError:
-            noticed += 1
-    assert noticed > 50  # nearly all of the file is tensor data
+            detected += 1
+    assert detected > 50  # most of the file is tensor data
 
 
-def test_a_damaged_newest_is_reported_and_the_one_before_taken(tmp_path):
+def test_latest_valid_skips_a_damaged_checkpoint(tmp_path):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -99,7 +99,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("writer", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
-def test_a_pickle_bomb_is_refused_and_not_run(tmp_path, writer):
+def test_pickle_with_code_is_rejected_without_running_it(tmp_path, writer):
     path = tmp_path / "step_00000001.pt"
     writer(state(1) | {"model": Bomb(tmp_path / "it-went-off")}, path)
     with pytest.raises(InputError, match="refused: it holds code|not a checkpoint"):
@@ -108,7 +108,7 @@ def test_a_pickle_bomb_is_refused_and_not_run(tmp_path, writer):
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {**state(1), "format": 99}, {**state(1), "step": "1"}])
-def test_other_people_s_files_are_refused(tmp_path, content):
+def test_foreign_files_are_rejected(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(InputError, match="not one of fastbyol's|has format 99"):
         checkpoint.load(tmp_path / "x.pt")
@@ -121,7 +121,7 @@ def test_missing_files_and_empty_folders(tmp_path):
         checkpoint.resolve(tmp_path, print)
 
 
-def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
     def full(*args):
@@ -134,8 +134,8 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_file_that_cannot_grow_is_one_line_and_no_file(tmp_path):
-    """A real failing write inside torch's own writer: the process may not write files above 64 KB."""
+def test_failed_write_is_one_line_and_leaves_no_file(tmp_path):
+    """Let a write inside torch's writer fail with a file size limit of 64 KB."""
     code = f"""
         import resource, pathlib, torch
         from fastbyol.runtime import checkpoint
@@ -155,8 +155,8 @@ def test_a_file_that_cannot_grow_is_one_line_and_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kill_9_during_a_write_leaves_a_loadable_checkpoint(tmp_path):
-    """The writer kills itself in the middle of torch.save, after part of the file has reached the disk."""
+def test_sigkill_during_a_save_keeps_the_previous_checkpoint(tmp_path):
+    """The process kills itself inside torch.save, after part of the file is on disk."""
     save(tmp_path, 1)
     code = f"""
         import os, pathlib, signal, torch
@@ -185,5 +185,5 @@ def test_kill_9_during_a_write_leaves_a_loadable_checkpoint(tmp_path):
     assert len(leftovers) == 1
     assert leftovers[0].stat().st_size > 100_000
     assert checkpoint.latest_valid(tmp_path, pytest.fail)[1]["step"] == 1
-    save(tmp_path, 2)  # and the next save clears the rest away
+    save(tmp_path, 2)  # removes the partial file
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001.pt", "step_00000002.pt"]

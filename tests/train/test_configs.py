@@ -1,4 +1,4 @@
-"""Shipped configs: header, model, and two training steps of a copy that is small enough for a CPU."""
+"""Shipped configs: header, model, and two CPU training steps of a scaled-down copy."""
 
 import dataclasses
 import re
@@ -34,7 +34,7 @@ each = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
 def header(path):
-    """Return key -> text of the comment at the top of the file."""
+    """Return the fields of the comment at the top of the file."""
     found, key = {}, "title"
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
@@ -68,7 +68,7 @@ def test_hours_match_the_plan(path):
     words = match[2].split()
     assert words[:2] == ["--config", f"configs/{path.name}"]
     call = parse_command_line(["plan", "--config", str(path), *words[2:]], cli.COMMANDS)
-    found = plan(call.config, **dataclasses.asdict(call.options), say=lambda text: None)
+    found = plan(call.config, **dataclasses.asdict(call.options))
     assert float(match[1]) == pytest.approx(found["hours"], abs=0.05 if found["hours"] < 100 else 0.5)
     assert found["limit"] != "memory"
     assert f"{found['gpus']} x {found['device'].split('-')[0].upper()}" in header(path)["hardware"]
@@ -86,7 +86,7 @@ def test_model_can_be_built(path):
 @pytest.mark.slow
 @each
 def test_two_steps_of_a_small_copy(path, photos):
-    """Smaller model, batch and images, with backend and step mode for a CPU."""
+    """The copy has a smaller model, batch and images, and a CPU's backend and step mode."""
     config = train_config(["--config", str(path)])
     parts = config.step.micro_batches
     config = dataclasses.replace(
@@ -95,7 +95,7 @@ def test_two_steps_of_a_small_copy(path, photos):
             config.data, root=str(photos), batch_size=4 * parts, image_size_px=32, threads=1, backend="auto"
         ),
         model=dataclasses.replace(config.model, width=0.125 * config.model.width, hidden_dim=32, projection_dim=16),
-        # the learning rate of the full batch, from the first step on
+        # full-batch learning rate from the first step on
         optim=dataclasses.replace(config.optim, warmup_epochs=0, base_lr=config.optim.base_lr * 64 / parts),
         step=dataclasses.replace(config.step, mode="eager"),
     )

@@ -1,6 +1,7 @@
-"""What a step and the loader cost, in counts: a noisy machine cannot blur them, and none may grow unnoticed.
+"""Ceilings for the cost of a step and of the loader, as counts that do not depend on machine noise.
 
-A number here is a ceiling with its reason. A change that needs more has to say why; one that needs less lowers the ceiling.
+Each number is a ceiling with its reason. A change that raises one must justify it; a change that
+needs less lowers it.
 """
 
 import threading
@@ -29,14 +30,14 @@ OURS = tuple(str(Path(module.__file__).parent) for module in (fastbyol, fastbyol
 
 @pytest.fixture
 def loop(make_config):
-    """A ResNet-18's training in the precision of a CPU without bfloat16, which every machine has."""
+    """Yield the loop of a float32 ResNet-18, a precision that every CPU supports."""
     loop = Loop(training_of(make_config(precision="fp32")))
     yield loop
     loop.close()
 
 
 class Calls(TorchDispatchMode):
-    """Operators that do something: views and empty memory are none."""
+    """Count operators, except views and allocations of uninitialized memory."""
 
     def __init__(self):
         super().__init__()
@@ -56,24 +57,30 @@ def test_operators_and_allocations_of_a_step(loop):
     with Calls() as calls:
         loop.step(batch)
     names = calls.names
-    # 21 convolutions in either network (20 of a ResNet-18, and the shortcut from its 64 channels to 8), each once for both views.
+    # 21 convolutions per network (20 of a ResNet-18 and the shortcut from 64 to 8 channels), each
+    # called once for both views.
     assert names["convolution"] + names["mkldnn_convolution"] <= 42
     assert names["convolution_backward"] + names["mkldnn_convolution_backward"] <= 21
-    # BatchNorm, max-pool, LARS and the target are kernels of ours. Of torch's 496 calls, 315 keep BatchNorm's running statistics (seven for
-    # each of both networks' 45 norms), 63 are convolutions, the rest heads, loss and bookkeeping.
+    # BatchNorm, max-pool, LARS and the target update are custom kernels. Of torch's 496 calls, 315
+    # update BatchNorm's running statistics (7 for each of the 45 norms of both networks) and 63 are
+    # convolutions. The rest is heads, loss and bookkeeping.
     assert sum(names.values()) <= 500, names.most_common()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loop.step(batch)
     events = profiler.profiler.kineto_results.events()
     allocations = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
-    # A result of every operator, and BatchNorm's output and statistics; gradients are made anew, since they are set to None. 849 with
-    # AVX-512; with AVX2 oneDNN lays 14 weights out anew.
+    # One result per operator, and BatchNorm's output and statistics. Gradients are allocated again
+    # at each step, since they are set to None. 849 with AVX-512; with AVX2, oneDNN reorders 14 more
+    # weights.
     assert len(allocations) <= 863
-    assert names["_local_scalar_dense"] == 0  # nothing is read by the host
+    assert names["_local_scalar_dense"] == 0  # no value is read by the host
 
 
 def test_bytes_of_a_step():
-    """ResNet-50 at 224 px in bfloat16, counted on the model: 978 MB an image with both views, and 36 bytes a parameter for the update."""
+    """ResNet-50 at 224 px in bfloat16: 978 MB per image, and 36 bytes per parameter to update.
+
+    An image includes both views.
+    """
     config = Config(data=DataConfig(batch_size=64, image_size_px=224))
     work = count_step(config, 64, torch.bfloat16)
     update = work.pop("update").bytes
@@ -81,8 +88,8 @@ def test_bytes_of_a_step():
     assert sum(w.bytes for w in work.values()) / 64 <= 978e6
 
 
-def test_the_update_of_a_step_is_one_call(loop, monkeypatch):
-    """Over all tensors of both networks at once, which the kernels then pass over twice, whatever their number."""
+def test_update_is_one_call(loop, monkeypatch):
+    """One call with two kernel passes updates all tensors of both networks."""
     calls = []
     update = LarsEma.__call__
     monkeypatch.setattr(
@@ -94,7 +101,7 @@ def test_the_update_of_a_step_is_one_call(loop, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_one_graph_without_a_break(make_config):
+def test_compiled_step_is_one_graph(make_config):
     training = training_of(make_config())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -107,11 +114,11 @@ def test_a_compiled_step_is_one_graph_without_a_break(make_config):
     forward = torch.compile(training.model.forward, backend=note, dynamic=False)
     for _ in range(3):
         forward(*(torch.randn(BATCH, 3, 32, 32) for _ in range(2)))
-    assert len(graphs) == 1  # one for both networks and the loss, compiled once
+    assert len(graphs) == 1  # covers both networks and the loss, compiled once
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
 
 
-def test_an_image_is_read_and_decoded_once_for_both_views(make_config, monkeypatch):
+def test_image_is_read_and_decoded_once_for_both_views(make_config, monkeypatch):
     training = training_of(make_config())
     read, decoded = [], []
     fetch, decode = training.loader.fetch, rendering.decode
@@ -124,13 +131,13 @@ def test_an_image_is_read_and_decoded_once_for_both_views(make_config, monkeypat
 
 
 def test_python_calls_per_image_in_the_loader(make_config):
-    """Functions of ours that the loader's threads enter for an image: each holds the interpreter lock that all of them share.
+    """Counts fastbyol's Python calls per image in the loader's threads, which share the GIL.
 
-    How often a thread waits, and with it the calls inside of threading, depends on the machine and is not counted.
+    Calls inside `threading` are not counted: how often a thread waits depends on the machine.
     """
     config = make_config(data={"threads": 1, "readers": 1})
     training = training_of(config)
-    for _ in training.loader.batches(0, 1):  # what happens once
+    for _ in training.loader.batches(0, 1):  # one-time initialization
         pass
     calls = Counter()
 

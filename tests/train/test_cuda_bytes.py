@@ -1,4 +1,4 @@
-"""What the compiled step moves on a GPU, counted without one: the count's own parts, and a ceiling that a change must not exceed."""
+"""Memory traffic of the compiled CUDA step, counted without a GPU: the script and a ceiling."""
 
 import csv
 import dataclasses
@@ -18,12 +18,12 @@ from fastbyol.errors import InputError, RunError
 
 WORK = bench_step.Work("resnet18", 96, 64)
 LIMIT = 0.97
-"""fastbyol's bytes over plain compiled BYOL's; the count is the same in every run."""
+"""fastbyol's bytes relative to plain compiled BYOL; the count is deterministic."""
 
 
 @pytest.fixture(scope="module")
 def stub() -> None:
-    """Where the count can run: gcc, torch with CUDA, and no GPU."""
+    """Skip unless the count can run: it needs gcc, torch with CUDA, and no GPU."""
     try:
         cuda_bytes.check_machine()
     except InputError as error:
@@ -32,20 +32,23 @@ def stub() -> None:
 
 @pytest.fixture(scope="module")
 def counts(stub: None) -> dict[str, Counts]:
-    """Of both contenders; two minutes."""
+    """Return the counts of both contenders, which take two minutes."""
     return {name: cuda_bytes.count(name, WORK.backbone, WORK.size, WORK.batch) for name in cuda_bytes.CONTENDERS}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_compiled_step_moves_no_more_than_plain_byol(counts: dict[str, Counts]):
+def test_compiled_step_moves_fewer_bytes_than_plain_byol(counts: dict[str, Counts]):
     assert cuda_bytes.ratio(list(counts.values())) <= LIMIT
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_library_calls_are_those_of_the_network(counts: dict[str, Counts]):
-    """20 convolutions and the heads' 2 matrix products each: fastbyol sends both views through at once, plain BYOL one by one."""
+def test_library_calls_match_the_network(counts: dict[str, Counts]):
+    """A pass has 20 convolutions and 2 matrix products per head.
+
+    fastbyol has one pass for both views, plain BYOL one pass per view.
+    """
     forward, backward = 2 * 20 + 3 * 2, 20 + 2 * 2 * 2
     for name, passes in (("fastbyol", 1), ("plain", 2)):
         assert counts[name].of("forward", "library")[0] == passes * forward
@@ -54,8 +57,8 @@ def test_library_calls_are_those_of_the_network(counts: dict[str, Counts]):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_bytes_of_the_stem(counts: dict[str, Counts]):
-    """Both views read, the filters, and 64 channels of half the size written, all in bfloat16; online and target."""
+def test_stem_bytes(counts: dict[str, Counts]):
+    """Online and target: read both views and the filters, write 64 channels of half the size."""
     stem = 2 * (2 * 64 * 3 * 96**2 + 64 * 3 * 7**2 + 2 * 64 * 64 * 48**2)
     kernels = [k for k in counts["fastbyol"].kernels if (k.phase, k.kind) == ("forward", "library")]
     assert sorted(k.bytes for k in kernels)[-2:] == [stem, stem]
@@ -84,32 +87,32 @@ def test_sums():
 
 
 def words(text: str) -> list[str]:
-    """Its lines, whatever the width of columns."""
+    """Return the lines with single spaces between columns."""
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
 def test_table():
     assert words(cuda_bytes.table([FASTBYOL, PLAIN])) == [
-        "GB (launches) Triton forward Triton backward library total MB an image GB kept",
+        "GB (launches) Triton forward Triton backward library total MB per image GB saved",
         "fastbyol 0.60 (2) 0.50 (1) 0.18 (2) 1.28 (5) 20.0 0.64",
         "plain 1.20 (2) 1.00 (1) 0.36 (2) 2.56 (5) 40.0 0.70",
         "fastbyol / plain: 0.500",
     ]
 
 
-def test_one_contender_has_no_ratio():
+def test_single_contender_has_no_ratio():
     assert cuda_bytes.ratio([FASTBYOL]) is None
     assert "/" not in cuda_bytes.table([PLAIN])
 
 
-def test_heaviest_kernels_are_named_once():
+def test_heaviest_kernels_are_listed_once():
     assert words(cuda_bytes.heaviest(FASTBYOL, 2)) == [
         "1 x 0.500 GB backward triton mul sum",
         "2 x 0.300 GB forward triton add relu",
     ]
 
 
-def test_counts_survive_the_way_between_the_processes():
+def test_counts_json_round_trip():
     assert cuda_bytes.from_json(cuda_bytes.to_json(FASTBYOL)) == FASTBYOL
 
 
@@ -126,14 +129,14 @@ def test_result_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert rows[0]["torch"] == torch.__version__.partition("+")[0]
     assert rows[0]["fastbyol"]
     with open(tmp_path / "out.csv", newline="") as file:
-        assert "gpu" not in next(csv.reader(file))  # nothing ran on one
+        assert "gpu" not in next(csv.reader(file))  # no GPU is involved
 
 
-# --- where it refuses ---
+# --- machines without support ---
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> tuple[int, str]:
-    """Exit code and stderr; no process may be started."""
+    """Return exit code and stderr of a main() that must not start a process."""
 
     def started(*args, **kwargs):
         raise AssertionError(f"started {args}")
@@ -146,7 +149,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> 
 
 
 @pytest.mark.parametrize("sign", ["driver", "device"])
-def test_refuses_a_machine_with_cuda(sign: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_machine_with_cuda_is_rejected(sign: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(cuda_bytes, "_has_driver", lambda: sign == "driver")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: sign == "device")
     code, text = run_main(monkeypatch, capsys)
@@ -155,7 +158,7 @@ def test_refuses_a_machine_with_cuda(sign: str, monkeypatch: pytest.MonkeyPatch,
     assert "CUDA driver" in text
 
 
-def test_says_that_gcc_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_missing_gcc_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(cuda_bytes, "_has_driver", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -166,8 +169,8 @@ def test_says_that_gcc_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 @pytest.mark.slow
-def test_a_library_by_the_drivers_name_is_found(stub: None, tmp_path: Path):
-    """The check itself, in a process that would load it."""
+def test_driver_library_is_detected(stub: None, tmp_path: Path):
+    """Run the check in a process that can load the library."""
     (tmp_path / "empty.c").write_text("")
     library = str(tmp_path / "libcuda.so.1")
     subprocess.run(["gcc", "-shared", "-o", library, str(tmp_path / "empty.c")], check=True)
@@ -178,14 +181,14 @@ def test_a_library_by_the_drivers_name_is_found(stub: None, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_contender_that_fails_is_a_run_error(stub: None, capfd: pytest.CaptureFixture):
+def test_failing_contender_raises_run_error(stub: None, capfd: pytest.CaptureFixture):
     with pytest.raises(RunError, match="plain could not be counted"):
         cuda_bytes.count("plain", "no-such-network", 32, 2)
     assert "no-such-network" in capfd.readouterr().err
 
 
-def test_a_stub_that_does_not_compile_is_one_line(stub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_stub_compile_error_is_one_line(stub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "broken.c").write_text("int f( {")
     monkeypatch.setattr(cuda_bytes, "STUB", tmp_path / "broken.c")
-    with pytest.raises(InputError, match=r"gcc does not compile broken\.c"):
+    with pytest.raises(InputError, match=r"gcc cannot compile broken\.c"):
         cuda_bytes.count("plain", "resnet18", 32, 2)

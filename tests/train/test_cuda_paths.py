@@ -1,4 +1,4 @@
-"""What the CUDA paths ask of torch, seen without a GPU: with stand-ins for its CUDA objects, or on tensors without memory."""
+"""CUDA code paths without a GPU: fakes of torch's CUDA objects, and fake tensors."""
 
 import contextlib
 import threading
@@ -26,7 +26,7 @@ CUDA = torch.device("cuda")
 
 
 class Stream:
-    """Stands for torch.cuda.Stream."""
+    """Fake of torch.cuda.Stream."""
 
     made = 0
 
@@ -39,7 +39,10 @@ class Stream:
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Lets a step on the CPU believe in CUDA graphs; the list holds what each capture was asked for. A replay does nothing."""
+    """Fake CUDA graphs for a step on the CPU, and return a list of each capture's options.
+
+    A replay does nothing.
+    """
     asked, current = [], Stream()
 
     class Graph:
@@ -66,8 +69,8 @@ def captures(monkeypatch):
     return asked
 
 
-def test_capture_is_deaf_to_other_threads_and_all_steps_before_it_share_a_stream(captures):
-    """DALI's threads make CUDA calls while the step is captured, and the allocator keeps a pool of memory for every stream."""
+def test_capture_is_thread_local_and_warmup_shares_its_stream(captures):
+    """DALI's threads call CUDA during a capture, and the allocator has one pool per stream."""
     step = new_step()
     for k in range(6):
         step(k, new_batch(k))
@@ -76,7 +79,7 @@ def test_capture_is_deaf_to_other_threads_and_all_steps_before_it_share_a_stream
     assert Stream.made == 1
 
 
-def test_a_dropped_graph_is_captured_anew_without_another_warm_up(captures):
+def test_dropped_graph_is_recaptured_without_warmup(captures):
     step = new_step()
     for k in range(3):
         step(k, new_batch(k))
@@ -91,7 +94,7 @@ def test_a_dropped_graph_is_captured_anew_without_another_warm_up(captures):
         step(4, new_batch(4))
 
 
-def test_profile_drops_the_graph_before_it_marks_steps(make_config):
+def test_profile_drops_the_graph_before_instrumented_steps(make_config):
     from helpers.trainings import training_of
 
     training, dropped = training_of(make_config()), []
@@ -103,7 +106,7 @@ def test_profile_drops_the_graph_before_it_marks_steps(make_config):
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_adam_can_be_captured_on_a_gpu(monkeypatch, name):
+def test_adam_is_capturable_on_a_gpu(monkeypatch, name):
     options = {}
     monkeypatch.setattr(
         torch.optim, {"adam": "Adam", "adamw": "AdamW"}[name], lambda groups, lr, **o: options.update(o)
@@ -115,8 +118,8 @@ def test_adam_can_be_captured_on_a_gpu(monkeypatch, name):
         assert options["capturable"] is capturable
 
 
-def test_all_of_an_optimizers_state_moves_to_the_device():
-    """Fused Adam reads its counter, a tensor without dimensions, by its address."""
+def test_optimizer_state_moves_to_the_device():
+    """Fused Adam reads its step counter, a 0-dim tensor, from device memory."""
     step = new_step(optim={"name": "adamw"})
     step(0, new_batch(0))
     state = step.state_dict()
@@ -137,8 +140,8 @@ class Operators(TorchDispatchMode):
         return f(*args, **(kwargs or {}))
 
 
-def test_eager_batch_norm_on_a_gpu_is_torch_s_kernels():
-    """A step in mode eager and the trials of data.batch_size=auto: other operations would move six times the bytes."""
+def test_eager_cuda_batch_norm_uses_torch_kernels():
+    """Eager steps and data.batch_size=auto depend on it: other operators move 6x the bytes."""
     with FakeTensorMode(), Operators() as operators:
         x = torch.empty(8, 4, 3, 3, dtype=torch.bfloat16, device=CUDA).to(memory_format=torch.channels_last)
         weight, bias = (torch.empty(4, device=CUDA, requires_grad=True) for _ in range(2))
@@ -149,7 +152,7 @@ def test_eager_batch_norm_on_a_gpu_is_torch_s_kernels():
 
 
 class Slots:
-    """Stands for DeviceSlots: what would travel stays."""
+    """Fake of DeviceSlots that keeps the tensors on the host."""
 
     def __init__(self, *_):
         self.sent = []
@@ -163,8 +166,8 @@ class Slots:
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_a_batch_travels_as_one_dense_block(dim):
-    """A copy of views that are not dense would be synchronous, from pageable memory."""
+def test_batch_is_copied_as_one_dense_block(dim):
+    """Copies of views that are not dense would go through pageable memory and be synchronous."""
     shape = [3, 5, 5, 3]
     shape.insert(dim, 2)
     block, slots = torch.randn(shape), Slots()
@@ -175,7 +178,7 @@ def test_a_batch_travels_as_one_dense_block(dim):
 
 
 @pytest.mark.slow
-def test_ffcv_sends_its_own_block_and_pinned_labels(photos, tmp_path, monkeypatch):
+def test_ffcv_batches_are_dense_with_pinned_labels(photos, tmp_path, monkeypatch):
     from fastbyol.data import ffcv
 
     pack(open_split(photos, "train"), tmp_path / "train.beton", mode="raw")
@@ -194,8 +197,8 @@ def test_ffcv_sends_its_own_block_and_pinned_labels(photos, tmp_path, monkeypatc
     assert pinned.count((BATCH,)) == 2 * len(batches)
 
 
-def test_pixels_that_the_host_decodes_for_dali_are_pinned_by_the_readers(photos, tmp_path, monkeypatch):
-    """The thread that launches the step only starts the copies."""
+def test_dali_readers_pin_pixels_decoded_on_the_host(photos, tmp_path, monkeypatch):
+    """The thread that launches the step only starts the copies; readers pin the memory."""
     pytest.importorskip("nvidia.dali")
     from fastbyol.data import dali
 
@@ -220,8 +223,11 @@ def test_pixels_that_the_host_decodes_for_dali_are_pinned_by_the_readers(photos,
     assert not threads
 
 
-def test_evaluation_compiles_nothing(photos):
-    """Over several ranks the backbone's parts are compiled for training; kNN's eval mode and its last, smaller batch run as they are."""
+def test_evaluation_does_not_compile(photos):
+    """Multi-rank training compiles the backbone's modules, but kNN runs them eagerly.
+
+    Otherwise eval mode and the smaller last batch would each compile again.
+    """
     torch._dynamo.reset()
     compiled = []
 
@@ -243,7 +249,7 @@ def test_evaluation_compiles_nothing(photos):
     assert len(compiled) == 1
 
 
-def test_half_precision_views_are_half_as_many_bytes():
+def test_fp16_step_takes_fp16_views():
     step = new_step(precision="fp16")
     assert step.dtype == torch.float16
     output = step(0, new_batch(0, dtype=step.dtype))

@@ -1,4 +1,4 @@
-"""Several ranks over gloo on the CPU: the same training as one rank, and one message when a rank fails."""
+"""Multiple ranks with gloo on the CPU: equivalence to one rank, and one message per failure."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ SCRIPT = ROOT / "tests/helpers/ranks.py"
 
 
 def torchrun(tmp_path, configs, *sabotage, ranks=2, restarts=0):
-    """Trains the configs, one after the other, on so many ranks; returns the finished process."""
+    """Train the configs one after another on `ranks` ranks; return the finished process."""
     path = tmp_path / "configs.json"
     path.write_text(json.dumps([config.to_dict() for config in configs]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -35,7 +35,7 @@ def torchrun(tmp_path, configs, *sabotage, ranks=2, restarts=0):
 
 
 def options(name, **changes):
-    """20 steps in float32, at a learning rate that does not blow the last digit up to a difference."""
+    """Return config options of 20 float32 steps, with a low rate that does not amplify rounding."""
     sections = {
         "name": name,
         "precision": "fp32",
@@ -48,8 +48,8 @@ def options(name, **changes):
     return sections
 
 
-# Compiled code rounds otherwise than eager code: with ReLUs a value may fall to the other side of a kink, and the runs part there, on
-# one rank as on two. This network has smooth activations.
+# Compiled and eager code round differently. With ReLUs, a value may fall on the other side of the
+# kink, and the runs diverge, on one rank or two. This network has smooth activations.
 SMOOTH = {"model": {"backbone": "test_efficientnet", "width": 1.0}}
 
 
@@ -59,8 +59,11 @@ def largest_gap(a, b):
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
-    """20 steps: losses to 1e-5; gradients in bf16, and statistics of each rank's own, are something else, nearby."""
+def test_two_ranks_match_one_rank(make_config, tmp_path):
+    """Losses of 20 steps agree to 1e-5.
+
+    With bf16 gradients or per-rank BatchNorm statistics, they are close but not equal.
+    """
     own = {"distributed": DistributedConfig(sync_bn_ranks=1)}
     short = {"distributed": DistributedConfig(gradient_dtype="bf16")}
     two = [
@@ -69,12 +72,13 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
         make_config(**options("short", **short)),
         make_config(**options("compiled", step={"mode": "compile"}, **SMOOTH)),
         make_config(**options("parts", step={"micro_batches": 2})),
-        # Rank 0 alone evaluates, and saves when it is best; the online classifier learns from all ranks' images.
+        # Only rank 0 evaluates and saves the best checkpoint. The online classifier learns from the
+        # images of all ranks.
         make_config(**options("watched", knn={"every_epochs": 2}, probe=ProbeConfig(enabled=True))),
     ]
     done = torchrun(tmp_path, two)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 ranks on cpu") == 6  # one of the ranks speaks
+    assert done.stdout.count("2 ranks on cpu") == 6  # only one rank logs
     one = train(make_config(**options("one", probe=ProbeConfig(enabled=True))))
     runs = {config.name: losses(Path(config.runs) / config.name) for config in two}
     exact = losses(one.folder)
@@ -108,8 +112,8 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(make_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_statistics_over_groups_of_two_of_four_ranks(make_config, tmp_path):
-    """Ranks 0 and 1 share BatchNorm statistics, and so do 2 and 3: the losses of one rank with two micro-batches."""
+def test_batch_norm_groups_match_micro_batches(make_config, tmp_path):
+    """With statistics shared by ranks {0, 1} and {2, 3}, losses equal those of two micro-batches."""
     groups = make_config(**options("groups", distributed=DistributedConfig(sync_bn_ranks=2)))
     done = torchrun(tmp_path, [groups], ranks=4)
     assert done.returncode == 0, done.stderr
@@ -122,8 +126,8 @@ def test_statistics_over_groups_of_two_of_four_ranks(make_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_batch_size_that_fits_on_two_ranks(make_config, tmp_path):
-    """Both ranks find one size, the one that a single rank finds here: the largest power of two in 72 images."""
+def test_automatic_batch_size_on_two_ranks(make_config, tmp_path):
+    """Two ranks find the same size as one rank: the largest power of two up to 72 images."""
     short = {"data": {"batch_size": "auto"}, "optim": {"epochs": 4, "warmup_epochs": 0, "base_lr": 0.02}}
     config = make_config(**options("auto", **short))
     done = torchrun(tmp_path, [config])
@@ -134,15 +138,18 @@ def test_the_batch_size_that_fits_on_two_ranks(make_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_two_ranks_to_one_and_back(make_config, tmp_path, monkeypatch):
-    """SIGTERM to one of two ranks saves at one step; a single rank goes on, then two: the losses of the run that was not cut."""
+def test_resume_with_another_number_of_ranks(make_config, tmp_path, monkeypatch):
+    """SIGTERM on one of two ranks saves a checkpoint; one rank resumes it, then two ranks.
+
+    The losses equal those of an uninterrupted run.
+    """
     whole = train(make_config(**options("whole")))
     config = make_config(**options("moved"))
     first = torchrun(tmp_path, [config], "sigterm", 1, 5)
     assert first.returncode == 0, first.stderr
     folder = Path(config.runs) / "moved"
     saved = checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])["step"]
-    assert saved in (6, 7)  # the step in hand, and the one in which all ranks learn of it
+    assert saved in (6, 7)  # the current step or the next one, when all ranks know of the signal
     assert f"stopped after step {saved} of 20" in first.stdout
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
@@ -163,12 +170,12 @@ def test_from_two_ranks_to_one_and_back(make_config, tmp_path, monkeypatch):
         ("kill", 0, r"fastbyol: error: rank 1 lost contact with another rank"),
     ],
 )
-def test_one_rank_s_failure_ends_all_with_one_message(make_config, tmp_path, what, rank, message):
+def test_failure_of_one_rank_ends_all_with_one_message(make_config, tmp_path, what, rank, message):
     done = torchrun(tmp_path, [make_config(**options("failed"))], what, rank, 6)  # distributed.timeout_s is 1,800
     assert done.returncode != 0
     assert done.stderr.count("fastbyol: error") == 1, done.stderr
     assert message in done.stderr
-    # The only traceback is torchrun's own report.
+    # The only traceback is torchrun's report.
     assert done.stderr.count("Traceback (most recent call last)") == done.stderr.count("ChildFailedError: ") == 1
 
 
@@ -183,7 +190,7 @@ def test_torchrun_restarts_from_the_newest_checkpoint(make_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_config_that_fits_no_rank_is_said_once(make_config, tmp_path):
+def test_config_error_is_reported_once(make_config, tmp_path):
     config = make_config(**options("odd", data={"batch_size": 9}))
     done = torchrun(tmp_path, [config])
     assert done.returncode != 0
@@ -192,8 +199,8 @@ def test_a_config_that_fits_no_rank_is_said_once(make_config, tmp_path):
 
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (2, 1), (4, 1), (2, 4)])
-def test_all_shards_together_are_the_batch(photos, make_config, ranks, parts):
-    """Every micro-batch of all ranks together holds the images and views that one rank's has."""
+def test_shards_partition_the_batch(photos, make_config, ranks, parts):
+    """The union of all ranks' micro-batches has the images and views of one rank's micro-batch."""
     folder = open_split(photos, "train")
     config = make_config().data
 
@@ -210,7 +217,7 @@ def test_all_shards_together_are_the_batch(photos, make_config, ranks, parts):
                 assert torch.equal(torch.cat([mine[k][i].chunk(parts)[part] for mine in ours]), expected)
 
 
-def test_the_world_without_and_with_torchrun(monkeypatch):
+def test_world_from_environment(monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(key, raising=False)
     assert world_from_environment() == World()
@@ -223,19 +230,19 @@ def test_the_world_without_and_with_torchrun(monkeypatch):
     assert world_from_environment() == World(3, 4, 1, 2)
 
 
-def test_groups_must_divide_the_ranks(make_config):
+def test_batch_norm_groups_must_divide_the_ranks(make_config):
     model = build_model(make_config().model, 32, 0)
     with pytest.raises(InputError, match="distributed.sync_bn_ranks=3 does not divide the 4 ranks"):
         sync_batch_norm(model, DistributedConfig(sync_bn_ranks=3), World(0, 4))
 
 
-def test_one_rank_stops_at_once():
+def test_single_rank_stops_immediately():
     with StopConsensus(World()) as consensus:
         assert [consensus.agree(False), consensus.agree(True)] == [False, True]
 
 
-def test_the_mean_over_ranks_traces_into_one_graph(monkeypatch, tmp_path):
-    """A compiler sees the collective inside the graph, forward and backward; it breaks nothing."""
+def test_mean_over_ranks_traces_into_one_graph(monkeypatch, tmp_path):
+    """The collective is part of the compiled graph, forward and backward, without a graph break."""
     monkeypatch.setattr(os, "environ", os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"})
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""What happens to long runs: kill -9, a full disk, a loader that hangs, a GPU without memory."""
+"""Failures of long runs: SIGKILL, full disk, hanging loader, out of memory, compile errors."""
 
 import json
 import multiprocessing
@@ -22,7 +22,7 @@ from fastbyol.runtime import checkpoint
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_is_the_run_that_was_not(make_config, tmp_path):
+def test_run_killed_twenty_times_matches_an_uninterrupted_run(make_config, tmp_path):
     options = {
         "optim": {"epochs": 100, "warmup_epochs": 1, "base_lr": 0.5},
         "knn": {"every_epochs": 0},
@@ -39,8 +39,8 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(make_config, tmp_path
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["killed"], result["last"]) == (20, 0), result
-    assert len(set(result["begins"])) > 3  # it did get on between its deaths
-    assert "damaged" not in done.stdout  # a checkpoint is there whole or not at all
+    assert len(set(result["begins"])) > 3  # the run made progress between the kills
+    assert "damaged" not in done.stdout  # checkpoints are complete or absent
     folder = Path(config.runs) / "killed"
     assert losses(folder) == losses(whole.folder)
     assert not list((folder / "checkpoints").glob(".*.partial"))
@@ -48,8 +48,8 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(make_config, tmp_path
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def _train_with_files_up_to(config, limit, results):
-    """In a process of its own: the kernel refuses to make any file longer than `limit` bytes."""
+def _train_with_file_size_limit(config, limit, results):
+    """Train in this process with a file size limit of `limit` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
@@ -67,15 +67,15 @@ def _train_with_files_up_to(config, limit, results):
         (4_000, r"metrics.jsonl: No space left on device"),
     ],
 )
-def test_a_disk_that_takes_no_more(make_config, limit, message):
-    """The operating system itself refuses to write: one line, exit, nothing half-written."""
+def test_full_disk_is_one_line(make_config, limit, message):
+    """A write error of the operating system ends the run with one line and no partial file."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     every = 1 if "checkpoint" in message else 100
     config = make_config(
         knn={"every_epochs": 0}, optim={"epochs": 10, "warmup_epochs": 0}, checkpoint={"every_epochs": every}
     )
-    process = context.Process(target=_train_with_files_up_to, args=(config, limit, results))
+    process = context.Process(target=_train_with_file_size_limit, args=(config, limit, results))
     process.start()
     text = results.get(timeout=HANG_S)
     process.join()
@@ -85,8 +85,8 @@ def test_a_disk_that_takes_no_more(make_config, limit, message):
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def test_a_loader_that_hangs_is_noticed_with_all_stacks(make_config, monkeypatch):
-    """A file that never arrives (a dead network disk): the run ends, and says in which line each thread was."""
+def test_hanging_loader_ends_the_run_with_all_stacks(make_config, monkeypatch):
+    """A read that never returns (dead network disk) ends the run and writes all stacks."""
     original, never = ImageFolder.read, threading.Event()
 
     def read(self, index):
@@ -104,15 +104,15 @@ def test_a_loader_that_hangs_is_noticed_with_all_stacks(make_config, monkeypatch
         ) as caught:
             train(config)
     finally:
-        never.set()  # lets the threads end
+        never.set()  # release the threads
     assert "\n" not in str(caught.value)
     stacks = (Path(config.runs) / config.name / "stacks.txt").read_text()
     assert stacks.lower().count("thread 0x") >= 7  # four readers, two workers, the loop
-    assert "test_faults.py" in stacks  # where the reader waits
-    assert "in take" in stacks  # and the loop
+    assert "test_faults.py" in stacks  # the hanging reader
+    assert "in take" in stacks  # the training loop
 
 
-def test_out_of_gpu_memory_says_what_to_lower(make_config, monkeypatch):
+def test_out_of_gpu_memory_lists_remedies(make_config, monkeypatch):
     original = step.TrainStep.__call__
 
     def full(self, number, batch):
@@ -131,7 +131,7 @@ def test_out_of_gpu_memory_says_what_to_lower(make_config, monkeypatch):
     assert "\n" not in text
 
 
-def test_a_model_that_does_not_compile_names_the_way_out(make_config, monkeypatch):
+def test_compile_error_recommends_eager_mode(make_config, monkeypatch):
     from fastbyol.model import BYOL
 
     original = BYOL.forward
@@ -145,8 +145,8 @@ def test_a_model_that_does_not_compile_names_the_way_out(make_config, monkeypatc
         train(make_config(step={"mode": "compile"}, knn={"every_epochs": 0}))
 
 
-def test_a_signal_while_an_error_is_on_its_way_does_not_swallow_it(make_config, tmp_path):
-    """torchrun sends SIGTERM to the ranks that have lost another: they still say what happened."""
+def test_signal_during_shutdown_does_not_hide_the_error(make_config, tmp_path):
+    """torchrun sends SIGTERM to ranks that have lost a peer; they must still report the error."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(make_config(knn={"every_epochs": 0}).to_dict()))
     code = f"""
@@ -164,10 +164,10 @@ step.TrainStep.close = lambda self: os.kill(os.getpid(), signal.SIGTERM)
 try:
     train(Config.from_dict(json.load(open({str(path)!r}))))
 except RunError as error:
-    print("said", error)
+    print("reported", error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False)
-    assert "said lost" in done.stdout, done.stderr
+    assert "reported lost" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ except RunError as error:
         RuntimeError("can't start new thread"),
     ],
 )
-def test_memory_that_runs_out_on_a_cpu_is_one_line_with_the_last_checkpoint(make_config, monkeypatch, error):
+def test_out_of_cpu_memory_is_one_line_with_the_last_checkpoint(make_config, monkeypatch, error):
     original = step.TrainStep.__call__
 
     def run_out(self, number, batch):

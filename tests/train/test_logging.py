@@ -12,7 +12,7 @@ from fastbyol.runtime.logging import console_logging, logger, muted
 
 @pytest.fixture(autouse=True)
 def console_output():
-    """Replaces conftest.py's fixture: these tests begin with the logger of a library."""
+    """Disable conftest.py's fixture, so that these tests start with an unconfigured logger."""
 
 
 def test_levels_and_prefixes(capsys):
@@ -55,8 +55,8 @@ def test_warnings_are_yellow_on_a_terminal(monkeypatch):
     assert sys.stdout.getvalue() == "one\n\x1b[33mwarning: two\x1b[0m\n"
 
 
-def test_as_a_library_nothing_is_configured():
-    """Importing the package adds no handler, and Python's own last resort prints warnings to stderr."""
+def test_import_does_not_configure_logging():
+    """Importing the package adds no handler; Python's last-resort handler prints warnings."""
     code = """
 import logging
 import fastbyol.train
@@ -70,7 +70,7 @@ logger.warning("two")
     assert (done.stdout, done.stderr) == ("", "two\n")
 
 
-def test_the_application_s_handlers_receive_records(caplog):
+def test_application_handlers_receive_records(caplog):
     with caplog.at_level(logging.INFO):
         logger.info("one")
     assert caplog.messages == ["one"]

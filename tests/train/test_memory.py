@@ -1,4 +1,4 @@
-"""Where a step's memory goes, and the batch size that is found by it."""
+"""Memory breakdown of a step, and automatic batch size."""
 
 import gc
 import json
@@ -22,16 +22,17 @@ CPU = torch.device("cpu")
 GIB = 2**30
 
 
-def test_saved_bytes_of_a_network_counted_by_hand():
+def test_saved_bytes_match_a_hand_count():
     network = nn.Sequential(nn.Linear(100, 50), nn.Sigmoid(), nn.Linear(50, 10))
     x = torch.randn(8, 100)
     with SavedTensorBytes(network) as saved:
         network(x).sum().backward()
-    # The input, and the sigmoid's output, which sigmoid and the second layer share; weights are not counted.
+    # The input and the output of the sigmoid, which the sigmoid and the second layer share. Weights
+    # do not count.
     assert saved.total == 4 * (8 * 100 + 8 * 50)
 
 
-def test_nothing_is_counted_without_gradients_or_outside():
+def test_saved_bytes_are_zero_without_gradients():
     network = nn.Linear(4, 4)
     saved = SavedTensorBytes(network)
     with saved, torch.no_grad():
@@ -41,7 +42,7 @@ def test_nothing_is_counted_without_gradients_or_outside():
 
 
 @pytest.mark.parametrize(("name", "states"), [("lars", 1), ("sgd", 1), ("adamw", 2)])
-def test_parts_of_a_step(make_config, name, states):
+def test_memory_breakdown_of_a_step(make_config, name, states):
     config = make_config(optim={"name": name, "base_lr": 0.01})
     model = build_model(config.model, 32, 0)
     lr, tau = torch.zeros(()), torch.ones(())
@@ -56,11 +57,9 @@ def test_parts_of_a_step(make_config, name, states):
     buffers = sum(8 * m.num_features + 8 for m in norms)
     assert parts.gradients == 4 * online
     assert parts.weights + parts.target == 4 * (online + target) + buffers
-    assert parts.momentum - 4 * states * online in (
-        0,
-        4 * len(list(optimizer.state)),
-    )  # Adam counts its steps in tensors
-    assert parts.batch == 4 * 2 * 4 * 3 * 32 * 32 * 4  # ring of four, two views, four images
+    step_counters = 4 * len(list(optimizer.state))  # Adam's are tensors
+    assert parts.momentum - 4 * states * online in (0, step_counters)
+    assert parts.batch == 4 * 2 * 4 * 3 * 32 * 32 * 4  # 4 slots, 2 views, 4 images
     assert parts.total == sum(
         getattr(parts, f) for f in ("weights", "target", "momentum", "gradients", "activations", "batch")
     )
@@ -69,17 +68,17 @@ def test_parts_of_a_step(make_config, name, states):
 
 
 @pytest.mark.slow
-def test_a_run_reports_its_parts(make_config, capsys):
+def test_run_reports_its_memory_breakdown(make_config, capsys):
     result = train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0}))
     parts = json.loads((result.folder / "summary.json").read_text())["memory_bytes"]
     assert "peak memory of a step, MiB" in capsys.readouterr().out
     assert min(parts.values()) > 0
-    assert parts["activations"] > parts["batch"] / 4  # of one image's: more than its pixels
+    assert parts["activations"] > parts["batch"] / 4  # more than the pixels of one batch
 
 
 @pytest.mark.slow
-def test_the_prediction_is_what_a_large_step_keeps(make_config):
-    """Bytes predicted from 4 and 8 images against a step of 64."""
+def test_predicted_bytes_match_a_large_step(make_config):
+    """The extrapolation from 4 and 8 images matches a step of 64."""
     config = make_config(data={"batch_size": "auto"})
     model = build_model(config.model, 32, 0).to(memory_format=torch.channels_last)
     low, high, large = (batch_size._trial(model, config, n, CPU) for n in (4, 8, 64))
@@ -87,13 +86,13 @@ def test_the_prediction_is_what_a_large_step_keeps(make_config):
 
 
 def found(config, world=None):
-    """The batch size that fits, tried with a new model."""
+    """Return the batch size that fits, for a new model."""
     return find_batch_size(config, CPU, world or World(), build_model(config.model, config.data.image_size_px, 0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 4])
-def test_the_largest_power_of_two_that_fits(make_config, monkeypatch, parts):
+def test_automatic_batch_size_is_the_largest_power_of_two_that_fits(make_config, monkeypatch, parts):
     config = make_config(data={"batch_size": "auto"}, step={"micro_batches": parts})
     sizes = []
     for free in (0.2 * GIB, 0.4 * GIB, 0.8 * GIB):
@@ -104,17 +103,17 @@ def test_the_largest_power_of_two_that_fits(make_config, monkeypatch, parts):
     model = build_model(config.model, 32, 0).to(memory_format=torch.channels_last)
     kept = batch_size._trial(model, config, sizes[0] // parts, CPU)
     whole = kept + batch_bytes(config, sizes[0], CPU, torch.bfloat16)
-    assert whole < 0.2 * GIB  # it does fit,
-    assert 2 * whole + batch_size.fixed_bytes(model, config) > 0.85 * 0.2 * GIB * 0.8  # and twice as much hardly would
+    assert whole < 0.2 * GIB  # fits
+    assert 2 * whole + batch_size.fixed_bytes(model, config) > 0.85 * 0.2 * GIB * 0.8  # twice as much is near the limit
 
 
-def test_nothing_fits(make_config, monkeypatch):
+def test_automatic_batch_size_fails_if_nothing_fits(make_config, monkeypatch):
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: 1000)
     with pytest.raises(InputError, match=r"data.batch_size=auto: 2 images need about .* GiB, 0.0 GiB are free"):
         found(make_config(data={"batch_size": "auto"}))
 
 
-def test_ranks_of_a_machine_share_its_memory(make_config, monkeypatch):
+def test_ranks_of_one_machine_share_its_memory(make_config, monkeypatch):
     config = make_config(data={"batch_size": "auto"})
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: GIB // 2)
     alone = found(config)
@@ -122,8 +121,8 @@ def test_ranks_of_a_machine_share_its_memory(make_config, monkeypatch):
     assert found(config, World(0, 8)) == alone // 4
 
 
-def test_auto_trains_scales_the_rate_and_keeps_its_size_on_resume(make_config, monkeypatch, capsys):
-    """72 images: the largest batch is 64. A resumed run keeps the checkpoint's, whatever is free by then."""
+def test_automatic_batch_size_scales_the_rate_and_survives_a_resume(make_config, monkeypatch, capsys):
+    """72 images allow a batch of 64. A resume keeps the checkpoint's size, whatever memory is free."""
     options = {"optim": {"epochs": 2, "warmup_epochs": 0, "base_lr": 2.0}, "knn": {"every_epochs": 0}}
     first = train(make_config(data={"batch_size": "auto"}, **options))
     output = capsys.readouterr().out
@@ -138,20 +137,20 @@ def test_auto_trains_scales_the_rate_and_keeps_its_size_on_resume(make_config, m
     assert (again.step, again.total_steps) == (3, 3)
 
 
-def test_free_memory_of_this_machine():
+def test_free_memory_is_plausible():
     assert 2**24 < memory.free_bytes(CPU) < 2**50
 
 
-def test_all_networks_of_the_paper_are_counted(make_config):
-    """On tensors without memory: R50's fixed part is 35.1 M weights x 4 copies and a target of 33 M, float32."""
+def test_fixed_bytes_of_resnet50(make_config):
+    """ResNet-50: three float32 copies of 35.1 M weights and a target of 33 M, on the meta device."""
     with torch.device("meta"):
         model = build_model(ModelConfig(), 224, 0)
     config = make_config(optim={"name": "lars"})
     assert batch_size.fixed_bytes(model, config) / 1e6 == pytest.approx(4 * (3 * 35.1 + 33.0), rel=0.01)
 
 
-def test_a_trial_that_runs_out_of_memory_leaves_nothing_behind(make_config, monkeypatch):
-    """Or the next, smaller one would not fit either. Seen on a GPU: data.batch_size=auto ended at two images."""
+def test_failed_trial_releases_its_memory(make_config, monkeypatch):
+    """Leftover tensors would make smaller trials fail too (seen on a GPU, ending at 2 images)."""
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
