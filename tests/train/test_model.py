@@ -20,14 +20,14 @@ def model() -> BYOL:
     return build_model(ModelConfig(**SMALL), 32, seed=0)
 
 
-def test_loss_on_a_case_computed_by_hand():
-    # cos = 0.6 and 0.8: 2 - 1.2 = 0.8 and 2 - 1.6 = 0.4, mean 0.6; lengths do not matter.
+def test_loss_matches_a_hand_computation():
+    # Cosines are 0.6 and 0.8, losses 2 - 1.2 = 0.8 and 2 - 1.6 = 0.4, mean 0.6. Norms do not matter.
     q = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
     z = torch.tensor([[0.6, 0.8], [6.0, 8.0]])
     assert regression_loss(q, z).item() == pytest.approx(0.6)
 
 
-def test_the_two_terms_are_summed_not_averaged():
+def test_loss_sums_both_terms():
     class Fixed(nn.Module):
         def __init__(self, *outputs):
             super().__init__()
@@ -37,7 +37,8 @@ def test_the_two_terms_are_summed_not_averaged():
             return self.outputs
 
     right, up, left = (torch.tensor([v, v]) for v in ([1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]))
-    # View 1 predicts `right` for a target `up` (2 - 0), view 2 predicts `left` for a target `right` (2 + 2).
+    # View 1 predicts `right`, the target is `up` (2 - 0). View 2 predicts `left`, the target is
+    # `right` (2 + 2).
     online, target = (Encoder(Fixed(*views), nn.Identity()) for views in ((right, left), (right, up)))
     pair = BYOL(online, target, nn.Identity())
     view = torch.zeros(1)
@@ -46,11 +47,11 @@ def test_the_two_terms_are_summed_not_averaged():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet26", "test_resnet", "test_byobnet", "vgg11_bn"])
-def test_both_views_in_one_batch_are_two_forward_passes(backbone):
-    """Loss, gradients and running statistics equal those of plain torch modules that see one view after the other."""
+def test_joint_forward_matches_one_pass_per_view(backbone):
+    """Loss, gradients and running statistics equal those of plain torch modules, view by view."""
     config = ModelConfig(**(SMALL | {"backbone": backbone, "width": 0.125 if backbone.startswith("resnet") else 1}))
     pair = build_model(config, 32, seed=0).double()
-    for p in pair.online.parameters():  # zeros would hide the last norm of every block
+    for p in pair.online.parameters():  # zero weights would hide the last norm of each block
         p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype), alpha=0.05)
     options = {"channels": (8, 16, 32, 64)} if backbone.startswith("resnet") else {}
     features = pair.online.projector[0].in_features
@@ -87,7 +88,7 @@ def test_loss_is_float32_under_autocast(model):
     assert 0 < output.loss.item() < 8
 
 
-def test_heads_are_the_paper_s():
+def test_heads_match_the_paper():
     first, norm, relu, last = mlp(512, 4096, 256)
     assert (first.in_features, first.out_features, first.bias is not None) == (512, 4096, True)
     assert (norm.num_features, norm.momentum, norm.eps) == (4096, 0.1, 1e-5)
@@ -96,7 +97,7 @@ def test_heads_are_the_paper_s():
     assert (last.in_features, last.out_features, last.bias) == (4096, 256, None)
 
 
-def test_every_batchnorm_has_the_paper_s_constants(model):
+def test_batch_norm_constants_match_the_paper(model):
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert {(m.momentum, m.eps, m.views) for m in norms} == {(0.1, 1e-5, 2)}
     assert batch_norms(model) == norms
@@ -105,22 +106,22 @@ def test_every_batchnorm_has_the_paper_s_constants(model):
 @pytest.mark.parametrize(
     ("backbone", "kind", "relus"), [("resnet18", FusedBasicBlock, 18), ("resnet50", FusedBottleneck, 50)]
 )
-def test_norm_addition_and_relu_of_a_resnet_are_one_call(backbone, kind, relus):
+def test_resnet_blocks_fuse_norm_residual_and_relu(backbone, kind, relus):
     online = build_model(ModelConfig(**(SMALL | {"backbone": backbone})), 32, seed=0).online
     blocks = [block for k in (1, 2, 3, 4) for block in getattr(online.backbone, f"layer{k}")]
     assert {type(block) for block in blocks} == {kind}
     fused = [norm for norm in batch_norms(online) if norm.relu]
-    assert len(fused) == relus  # the stem, two or three a block, the projector
+    assert len(fused) == relus  # the stem, two or three per block, the projector
 
 
-def test_a_norm_whose_views_cannot_be_kept_apart_is_refused():
+def test_unsupported_norms_are_rejected():
     with pytest.raises(InputError, match="GhostNorm, whose statistics cannot be kept per view"):
         fuse_layers(nn.Sequential(type("GhostNorm", (nn.BatchNorm2d,), {})(4)))
     with pytest.raises(InputError, match="only norms with weight, bias and running statistics"):
         fuse_layers(nn.Sequential(nn.BatchNorm2d(4, affine=False)))
 
 
-def test_resnet50_has_the_published_number_of_parameters():
+def test_resnet50_parameter_count():
     with torch.device("meta"):
         resnet = timm.create_model("resnet50", num_classes=0)
         heads = [mlp(2048, 4096, 256), mlp(256, 4096, 256)]
@@ -128,24 +129,24 @@ def test_resnet50_has_the_published_number_of_parameters():
     assert online / 1e6 == pytest.approx(35.1, abs=0.1)
 
 
-def test_gradients_reach_all_of_online_and_none_of_target(model):
+def test_gradients_reach_online_but_not_target(model):
     model(torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)).loss.backward()
     trained = [p for part in (model.online, model.predictor) for p in part.parameters()]
     assert all(p.grad is not None for p in trained)
     assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
 
 
-def test_statistics_are_per_view_and_the_target_keeps_its_own(model):
+def test_statistics_are_per_view_and_per_network(model):
     views = torch.randn(8, 3, 32, 32), 3 + torch.randn(8, 3, 32, 32)
     stem = model.target.backbone.bn1
     online_stem = model.online.backbone.bn1
     model(*views)
-    # Two updates of momentum 0.1, one per view, from each view's own batch mean.
+    # Two updates with momentum 0.1, one per view, each from the batch mean of that view.
     means = [model.target.backbone.conv1(v).mean((0, 2, 3)) for v in views]
     expected = 0.9 * (0.1 * means[0]) + 0.1 * means[1]
     assert (stem.running_mean - expected).abs().max() < 1e-5
     assert (online_stem.running_mean - expected).abs().max() < 1e-5
-    # Target statistics are not averaged from the online network's.
+    # The target's statistics are not a moving average of the online network's.
     online_stem.running_mean.add_(1)
     before = stem.running_mean.clone()
     assert [name for name, _ in model.named_buffers() if name.startswith("target.")]
@@ -153,14 +154,14 @@ def test_statistics_are_per_view_and_the_target_keeps_its_own(model):
     assert all(isinstance(t, nn.Parameter) for _, t in model.target_pairs())
 
 
-def test_target_starts_as_a_copy_or_from_another_seed(model):
+def test_target_is_a_copy_or_has_another_seed(model):
     assert all(torch.equal(o, t) for o, t in model.target_pairs())
     other = build_model(ModelConfig(**SMALL, target_init="reseed"), 32, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(model.online.parameters(), other.online.parameters(), strict=True))
     assert not torch.equal(other.online.backbone.conv1.weight, other.target.backbone.conv1.weight)
 
 
-def test_weights_depend_on_the_seed_alone_and_leave_the_global_generator_alone():
+def test_weights_depend_only_on_the_seed():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = build_model(ModelConfig(**SMALL), 32, seed=1)
@@ -171,14 +172,14 @@ def test_weights_depend_on_the_seed_alone_and_leave_the_global_generator_alone()
     assert not torch.equal(first.online.backbone.conv1.weight, other.online.backbone.conv1.weight)
 
 
-def test_width_widens_all_four_groups_and_the_small_stem_keeps_the_resolution():
+def test_width_and_small_stem():
     model = build_model(ModelConfig(**(SMALL | {"width": 2, "stem": "small"})), 32, seed=0)
     backbone = model.online.backbone
     assert [getattr(backbone, f"layer{k}")[0].conv1.out_channels for k in (1, 2, 3, 4)] == [128, 256, 512, 1024]
     assert backbone.eval().forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 1024, 4, 4)
 
 
-def test_projection_std_of_spread_and_collapsed_projections():
+def test_projection_std():
     spread = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     assert projection_std(spread).item() == pytest.approx(1 / math.sqrt(64), rel=0.02)
     assert projection_std(torch.ones(16, 64)).item() == pytest.approx(0, abs=1e-7)
@@ -194,7 +195,7 @@ def test_projection_std_of_spread_and_collapsed_projections():
         ({"backbone": "vit_tiny_patch16_224", "width": 1}, "does not accept data.image_size_px=32"),
     ],
 )
-def test_a_model_that_cannot_be_built_is_one_clear_line(changes, message):
+def test_model_errors_are_one_line(changes, message):
     with pytest.raises(InputError, match=message) as caught:
         build_model(ModelConfig(**(SMALL | changes)), 32, seed=0)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The log of a run: train.log, the progress bar, and lines without a terminal."""
+"""Log of a run: train.log, progress bar, and progress lines without a terminal."""
 
 import io
 import logging
@@ -12,7 +12,7 @@ from fastbyol.runtime.run_log import LOG, EarlyRecords, RunLog
 
 
 class BrokenAfterOneWrite(io.StringIO):
-    """A pipe whose reader goes away."""
+    """A pipe whose reader exits."""
 
     left = 1
 
@@ -28,10 +28,10 @@ def new_log(tmp_path, **options):
 
 
 def text_of(tmp_path):
-    return [line[20:] for line in (tmp_path / LOG).read_text().splitlines()]  # without the time
+    return [line[20:] for line in (tmp_path / LOG).read_text().splitlines()]  # without the timestamp
 
 
-def test_train_log_has_all_messages_also_without_a_console(tmp_path, monkeypatch):
+def test_train_log_survives_a_broken_console(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", BrokenAfterOneWrite())
     with safe_stdio(), new_log(tmp_path):
         logger.info("one [red]:smile: caf\udce9")
@@ -66,14 +66,14 @@ def test_other_ranks_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_does_not_stop_the_text_log(tmp_path):
+def test_full_disk_does_not_stop_the_text_log(tmp_path):
     with new_log(tmp_path) as log:
         log._text._file.close()
         log._text._file = open("/dev/full", "wb", buffering=0)
         logger.log(logging.INFO, "lost")
 
 
-def test_the_bar_shows_loss_and_rate_from_the_first_step(tmp_path, monkeypatch):
+def test_progress_bar_shows_loss_and_rate_from_the_first_step(tmp_path, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(run_log.time, "perf_counter", lambda: float(next(clock)))
     with new_log(tmp_path) as log:
@@ -82,13 +82,13 @@ def test_the_bar_shows_loss_and_rate_from_the_first_step(tmp_path, monkeypatch):
         assert log._shown == {"loss": "1.250", "img/s": "8"}
         log.advance(1)
         log.advance(3)
-        assert log._shown == {"loss": "1.250", "img/s": "16"}  # two more steps of 8 images in a second
+        assert log._shown == {"loss": "1.250", "img/s": "16"}  # two steps of 8 images in one second
         log.train(4, loss=1.0, lr=0.1, tau=0.99, projection_std=0.1, wait_s=0.0)
         assert log._shown["loss"] == "1.000"
         assert "wait" in log._shown
 
 
-def test_without_a_terminal_a_progress_line_every_ten_seconds(tmp_path, monkeypatch, capsys):
+def test_progress_lines_every_ten_seconds_without_a_terminal(tmp_path, monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(run_log.time, "monotonic", lambda: clock[0])
     values = {"loss": 1.0, "lr": 0.1, "tau": 0.99, "projection_std": 0.1, "wait_s": 0.0}

@@ -5,12 +5,12 @@ import pytest
 from fastbyol.schedules import learning_rate, scaled_lr, target_decay
 
 
-def test_peak_follows_the_linear_rule():
+def test_peak_follows_the_linear_scaling_rule():
     assert scaled_lr(0.45, 4096) == pytest.approx(7.2)
     assert scaled_lr(2.0, 256) == 2.0
 
 
-def test_learning_rate_at_its_corners():
+def test_learning_rate_schedule():
     rate = {"peak": 7.2, "warmup_steps": 10, "total_steps": 110}
     assert learning_rate(0, **rate) == 0
     assert learning_rate(9, **rate) == pytest.approx(7.2 * 0.9)
@@ -20,7 +20,7 @@ def test_learning_rate_at_its_corners():
     assert learning_rate(110, **rate) == pytest.approx(0, abs=1e-12)
 
 
-def test_learning_rate_without_warmup_or_with_nothing_else():
+def test_learning_rate_without_warmup_or_with_warmup_only():
     assert learning_rate(0, peak=1, warmup_steps=0, total_steps=10) == 1
     assert learning_rate(3, peak=1, warmup_steps=4, total_steps=4) == 0.75
 

@@ -1,4 +1,4 @@
-"""Spans: what a recorder receives, and that they cost nothing without one."""
+"""Spans: events of a recorder, and no overhead without one."""
 
 import time
 
@@ -20,7 +20,7 @@ class Recorder:
         self.events.append(("end", name))
 
 
-def test_a_step_opens_its_spans_in_order():
+def test_step_opens_its_spans_in_order():
     step, recorder = new_step(), Recorder()
     with recording(recorder):
         step(0, new_batch(0))
@@ -28,14 +28,14 @@ def test_a_step_opens_its_spans_in_order():
     assert recorder.events == [event for name in names for event in (("begin", name), ("end", name))]
 
 
-def test_a_span_ends_when_its_body_raises():
+def test_span_ends_when_its_body_raises():
     recorder = Recorder()
     with recording(recorder), pytest.raises(ValueError, match="inside"), span("x"):
         raise ValueError("inside")
     assert recorder.events == [("begin", "x"), ("end", "x")]
 
 
-def test_recording_ends_and_restores_the_recorder_before():
+def test_recording_restores_the_previous_recorder():
     outer, inner = Recorder(), Recorder()
     with recording(outer):
         with recording(inner), span("a"):
@@ -46,12 +46,12 @@ def test_recording_ends_and_restores_the_recorder_before():
     assert spans._recorder is None
 
 
-def test_without_a_recorder_every_span_is_the_same_no_op():
+def test_span_without_a_recorder_is_a_shared_no_op():
     assert span("a") is span("b") is spans._OFF
 
 
-def test_a_span_takes_less_than_a_microsecond_when_off():
-    """The fastest of many batches, so that the load of the machine does not matter."""
+def test_span_without_a_recorder_takes_less_than_a_microsecond():
+    """Takes the fastest of many batches, so that the machine's load does not matter."""
     fastest = float("inf")
     for _ in range(200):
         began = time.perf_counter()

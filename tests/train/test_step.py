@@ -1,4 +1,4 @@
-"""The training step: its modes and precisions, micro-batches, recomputed activations, clipping, and what it must never do."""
+"""Training step: modes, precisions, micro-batches, activation checkpointing and clipping."""
 
 import contextlib
 import copy
@@ -40,11 +40,12 @@ def weights_of(step):
 
 
 @pytest.mark.slow
-def test_compiled_and_eager_steps_agree_over_fifty_steps():
-    """float32: the same losses to 1e-5 (3.3e-6 over five seeds); compiled as one graph, once, though lr and tau change every step.
+def test_compiled_step_matches_eager_over_fifty_steps():
+    """Float32 losses agree to 1e-5 (3.3e-6 over five seeds), with one graph for all lr and tau.
 
-    With ReLUs a value may fall to the other side of a kink, and early training doubles a difference of the last digit every other
-    step: a network with smooth activations runs freely here, and one with ReLUs begins each step from the same state.
+    With ReLUs, a value may fall on the other side of the kink, and early training doubles rounding
+    differences every other step. So this test trains a network with smooth activations, and the next
+    one starts each step of a network with ReLUs from the same state.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -52,7 +53,7 @@ def test_compiled_and_eager_steps_agree_over_fifty_steps():
     eager, compiled = (new_step(mode=mode, **smooth) for mode in ("eager", "compile"))
     a, b = run(eager, 50), run(compiled, 50)
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
-    assert min(a[40:]) < min(a[:10]) - 0.2  # it has learned, so the comparison means something
+    assert min(a[40:]) < min(a[:10]) - 0.2  # the comparison is meaningful only if the network learns
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
@@ -60,13 +61,14 @@ def test_compiled_and_eager_steps_agree_over_fifty_steps():
 
 
 @pytest.mark.slow
-def test_compiled_and_eager_steps_agree_from_fifty_states():
-    """A network with ReLUs and fused layers at a real learning rate, in one part and in two micro-batches of that size."""
+def test_compiled_step_matches_eager_from_fifty_states():
+    """Network with ReLUs and fused layers at a realistic learning rate, with 1 or 2 micro-batches."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager, compiled = (new_step(backbone="test_resnet", mode=m, optim={"base_lr": 0.01}) for m in ("eager", "compile"))
     a, b = run(eager, 5), run(compiled, 5)
-    # At a small rate, freely: 7e-7 to 8.6e-6 over five seeds, and up to 6.5e-4 after fifty steps.
+    # Five uninterrupted steps at a small rate differ by 7e-7 to 8.6e-6 over five seeds, and fifty
+    # steps by up to 6.5e-4.
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
     for step in (eager, compiled):
         step.schedule._peak = 0.1
@@ -77,22 +79,22 @@ def test_compiled_and_eager_steps_agree_from_fifty_states():
         assert abs(a - b) < 1e-5  # 2.4e-6 over five seeds
         pairs = zip(eager.model.state_dict().values(), compiled.model.state_dict().values(), strict=True)
         gaps.append(max((x.float() - y.float()).abs().max().item() for x, y in pairs))
-    # In some states a value lies so close to a ReLU's kink that rounding decides whether it has a gradient. Over five seeds: half of the
-    # states to 7e-7, all to 6e-4.
+    # In some states a value is so close to a ReLU's kink that rounding decides whether it has a
+    # gradient. Over five seeds, half of the states agree to 7e-7 and all to 6e-4.
     assert sorted(gaps)[25] < 1e-5
     assert max(gaps) < 1e-2
-    assert run(eager, 1)[0] < 3.2  # it began above 3.5 and has learned, so the comparison means something
+    assert run(eager, 1)[0] < 3.2  # the network has learned: its loss started above 3.5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     options = {"backbone": "test_resnet", "micro_batches": 2, "batch": 2 * BATCH, "optim": {"base_lr": 0.01}}
     eager, compiled = (new_step(mode=mode, **options) for mode in ("eager", "compile"))
     a, b = ([step(k, new_batch(k, 2 * BATCH)).loss.item() for k in range(4)] for step in (eager, compiled))
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
     whole = new_step(**options | {"micro_batches": 1})
-    assert abs(whole(0, new_batch(0, 2 * BATCH)).loss.item() - a[0]) > 1e-4  # BatchNorm of each part is something else
+    assert abs(whole(0, new_batch(0, 2 * BATCH)).loss.item() - a[0]) > 1e-4  # each part has its own BatchNorm statistics
 
 
 def copy_state(source, target):
-    """In place, as a compiled model needs it."""
+    """Copy weights and momenta in place, as compiled models require."""
     with torch.no_grad():
         for x, y in zip(source.model.state_dict().values(), target.model.state_dict().values(), strict=True):
             y.copy_(x)
@@ -101,7 +103,7 @@ def copy_state(source, target):
             momenta[1][name]["momentum_buffer"].copy_(state["momentum_buffer"])
 
 
-def test_the_mode_of_a_device_and_what_cannot_be():
+def test_choose_step_mode():
     cuda = torch.device("cuda")
     assert (choose_step_mode("auto", CPU, World()), choose_step_mode("auto", cuda, World())) == ("eager", "compile")
     assert choose_step_mode("cuda_graph", cuda, World()) == "cuda_graph"
@@ -113,13 +115,13 @@ def test_the_mode_of_a_device_and_what_cannot_be():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_reads_no_value(monkeypatch, precision):
-    """On tensors without values, where `.item()` and its like raise: the step as a whole asks for none."""
-    # Kernels that take addresses cannot run on tensors without memory.
+def test_step_reads_no_values(monkeypatch, precision):
+    """Fake tensors raise an error in `.item()` and similar calls, and the step makes none."""
+    # Kernels that take addresses cannot run on fake tensors.
     monkeypatch.setattr(lars_ema, "lars_update", lambda device: reference_update)
     with FakeTensorMode():
         options = {"micro_batches": 2, "optim": {"clip_grad_norm": 1.0}}
-        # Copying the weights, for a target or into another memory order, would have to read them.
+        # Copying the weights to a target or another memory format would read them.
         step = new_step(precision=precision, target_init="reseed", layout=None, **options)
         view = torch.empty(BATCH, 3, SIZE, SIZE, dtype=step.dtype)
         output = step(0, Batch((view, view), view, view))
@@ -131,7 +133,7 @@ def test_a_step_reads_no_value(monkeypatch, precision):
 
 
 @pytest.mark.slow
-def test_bfloat16_learns_what_float32_learns():
+def test_bf16_learns_like_fp32():
     exact, short = (run(new_step(precision=p, optim={"base_lr": 0.5}), 30) for p in ("fp32", "bf16"))
     assert max(abs(a - b) for a, b in zip(exact[:3], short[:3], strict=True)) < 0.05
     assert abs(sum(exact[-10:]) - sum(short[-10:])) / 10 < 0.3
@@ -151,10 +153,10 @@ def test_weights_momentum_and_loss_stay_float32(precision):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "adam"])
-def test_a_step_that_overflows_is_skipped_with_its_target_and_halves_the_scale(name):
-    """Target updates == optimizer steps: both are left out, nothing is lost, and the next step goes on."""
+def test_overflow_skips_optimizer_and_target_and_halves_the_scale(name):
+    """The skip omits both optimizer step and target update, and the next step updates again."""
     step = new_step(precision="fp16", optim={"name": name, "base_lr": 2.0 if name == "lars" else 0.01})
-    set_scale(step, 1024.0)  # the first one is too high for this network
+    set_scale(step, 1024.0)  # the default initial scale is too high for this network
     run(step, 3)
     assert int(step.loss_scale.skipped) == 0
     before, momentum = weights_of(step), copy.deepcopy(step.state_dict()["optimizer"])
@@ -180,7 +182,7 @@ def test_a_step_that_overflows_is_skipped_with_its_target_and_halves_the_scale(n
     assert not torch.equal(new["online.backbone.conv1.weight"], online["online.backbone.conv1.weight"])
 
 
-def test_the_scale_grows_after_two_thousand_good_steps_and_survives_a_checkpoint():
+def test_loss_scale_grows_and_survives_a_checkpoint():
     scale = LossScale(CPU)
     for _ in range(2000):
         scale.update()
@@ -190,14 +192,14 @@ def test_the_scale_grows_after_two_thousand_good_steps_and_survives_a_checkpoint
     again = new_step(precision="fp16")
     again.load_state_dict(step.state_dict())
     assert again.loss_scale.scale.item() == 2.0**17
-    new_step().load_state_dict(step.state_dict())  # float32 has no use for it
-    again.load_state_dict(new_step().state_dict())  # and has none to give
+    new_step().load_state_dict(step.state_dict())  # float32 ignores the scale
+    again.load_state_dict(new_step().state_dict())  # and saves none
     assert again.loss_scale.scale.item() == 2.0**17
 
 
 @pytest.mark.slow
-def test_fp16_gradients_are_those_of_float32():
-    """One plain SGD step: the scale has been divided out again, and float16 errs no more than bfloat16, which has none."""
+def test_fp16_gradients_match_fp32():
+    """After one plain SGD step, the scale is divided out and fp16 has a smaller error than bf16."""
     optim = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "base_lr": 16.0}
     exact, short, rough = (new_step(precision=p, optim=optim) for p in ("fp32", "fp16", "bf16"))
     set_scale(short, 1024.0)
@@ -212,10 +214,10 @@ def test_fp16_gradients_are_those_of_float32():
     assert errors[0] < errors[1] < 0.3
 
 
-# --- micro-batches, recomputed activations, clipping ---
+# --- micro-batches, activation checkpointing, clipping ---
 
 
-def test_micro_batches_are_the_mean_of_their_gradients_and_one_update():
+def test_micro_batches_average_gradients_for_one_update():
     step = new_step(micro_batches=4, optim={"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "base_lr": 0.5})
     batch = new_batch(0)
     reference = copy.deepcopy(step.model)
@@ -236,10 +238,10 @@ def test_micro_batches_are_the_mean_of_their_gradients_and_one_update():
             w = dict(step.model.named_parameters())[name.replace("target.", "online.")]
             assert torch.allclose(p, before[name] + (1 - tau) * (w - before[name]), atol=1e-6), name
     for (name, a), b in zip(step.model.named_buffers(), reference.named_buffers(), strict=True):
-        assert torch.equal(a, b[1]), name  # BatchNorm saw four batches of four
+        assert torch.equal(a, b[1]), name  # BatchNorm processed four batches of four
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+def test_indivisible_batch_is_rejected():
     with pytest.raises(InputError, match="data.batch_size=16 cannot be split into 1 ranks x step.micro_batches=3"):
         new_step(micro_batches=3)
     with pytest.raises(InputError, match="equal parts of at least 2 images are needed"):
@@ -247,27 +249,27 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 @pytest.mark.parametrize(("backbone", "stages"), [("resnet18", 1), ("resnet18", 4), ("test_byobnet", 1)])
-def test_recomputed_activations_change_nothing_but_the_memory(backbone, stages):
+def test_activation_checkpointing_only_saves_memory(backbone, stages):
     plain, frugal = (new_step(backbone=backbone, activation_checkpointing=k) for k in (0, stages))
-    with SavedTensorBytes(plain.model) as all_of_them:
+    with SavedTensorBytes(plain.model) as saved:
         run(plain, 1)
     with SavedTensorBytes(frugal.model) as fewer:
         run(frugal, 1)
-    assert fewer.total < 0.9 * all_of_them.total
+    assert fewer.total < 0.9 * saved.total
     assert run(plain, 3, start=1) == run(frugal, 3, start=1)
     for (name, a), b in zip(plain.model.state_dict().items(), frugal.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name  # running statistics are not updated a second time
 
 
 @pytest.mark.slow
-def test_a_backbone_without_checkpointing_is_refused():
+def test_backbone_without_activation_checkpointing_is_rejected():
     with pytest.raises(InputError, match="step.activation_checkpointing=2: VGG does not support it"):
         new_step(backbone="vgg11_bn", activation_checkpointing=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_clipping_limits_the_total_norm(precision):
+def test_clipping_limits_the_gradient_norm(precision):
     optim = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "base_lr": 16.0}
     free, clipped, loose = (
         new_step(precision=precision, optim=optim | {"clip_grad_norm": c}) for c in (0.0, 0.01, 1000.0)
@@ -288,18 +290,18 @@ def test_clipping_limits_the_total_norm(precision):
 
 
 @pytest.mark.slow
-def test_weights_stay_where_they_are():
-    """A captured graph, and torch's compiled code, go on writing to the addresses they have seen."""
+def test_weight_and_momentum_addresses_are_stable():
+    """Captured graphs and compiled code keep writing to the addresses of the first steps."""
     step = new_step(precision="bf16")
     run(step, 2)
-    places = [t.data_ptr() for t in (*step.model.parameters(), *step.model.buffers())]
+    weights = [t.data_ptr() for t in (*step.model.parameters(), *step.model.buffers())]
     momenta = [v.data_ptr() for s in step.optimizer.state.values() for v in s.values()]
     run(step, 3, start=2)
-    assert places == [t.data_ptr() for t in (*step.model.parameters(), *step.model.buffers())]
+    assert weights == [t.data_ptr() for t in (*step.model.parameters(), *step.model.buffers())]
     assert momenta == [v.data_ptr() for s in step.optimizer.state.values() for v in s.values()]
 
 
-def test_the_first_step_that_was_not_finite_is_kept():
+def test_first_non_finite_step_is_recorded():
     step = new_step()
     with contextlib.suppress(StopIteration):
         run(step, 2)

@@ -1,4 +1,4 @@
-"""What differs from BYOL by setting: losses, norms, views of features, masks, no target, heads, the online classifier."""
+"""Variants of BYOL: losses, norms, feature noise, masks, SimSiam, heads and online classifier."""
 
 import math
 import re
@@ -46,7 +46,7 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_losses_of_a_hand_computed_pair():
+def test_losses_match_a_hand_computation():
     q, z = torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 4.0], [0.0, 1.0]])
     assert regression_loss(q, z).item() == pytest.approx((2 + 0) / 2)
     assert euclidean_loss(q, z).item() == pytest.approx((5 + 1) / 2)
@@ -55,14 +55,17 @@ def test_losses_of_a_hand_computed_pair():
     assert hinge_loss(q, z, 1.5).item() == 0
 
 
-def test_distances_have_a_gradient_where_both_vectors_are_equal():
+def test_distance_gradients_are_finite_for_equal_vectors():
     q = torch.ones(3, 4, requires_grad=True)
     (euclidean_loss(q, torch.ones(3, 4)) + hinge_loss(q, torch.ones(3, 4), 0.0)).backward()
     assert torch.isfinite(q.grad).all()
 
 
-def test_the_contrastive_term_with_weight_one_gives_infonce():
-    """2 + 2 a InfoNCE, its negatives all other images of both views, its positive the same image's other view."""
+def test_contrastive_term_with_weight_one_equals_infonce():
+    """The loss is 2 + 2 a InfoNCE with temperature a.
+
+    The positive is the other view of the image; negatives are both views of all other images.
+    """
     q, other, same, a = normal(5, 7), normal(5, 7, seed=1), normal(5, 7, seed=2), 0.3
     q, other, same = (F.normalize(x, dim=1) for x in (q, other, same))
     expected = 0.0
@@ -74,7 +77,7 @@ def test_the_contrastive_term_with_weight_one_gives_infonce():
     assert mine.item() == pytest.approx(2 + 2 * a * expected, abs=1e-5)
 
 
-def test_both_directions_of_every_loss_are_summed_with_the_right_negatives():
+def test_losses_are_symmetric_with_the_right_negatives():
     q1, q2, t1, t2 = (normal(6, 8, seed=k) for k in range(4))
     for name, term in (("euclidean", euclidean_loss), ("mse", mse_loss)):
         config = ModelConfig(loss=name)
@@ -89,32 +92,32 @@ def test_both_directions_of_every_loss_are_summed_with_the_right_negatives():
 
 
 @pytest.mark.parametrize(("norm", "groups"), [("layer", 1), ("group", 4)])
-def test_other_norms_take_the_place_of_every_batchnorm(norm, groups):
+def test_other_norms_replace_every_batch_norm(norm, groups):
     model = build_model(ModelConfig(**SMALL, norm=norm, norm_groups=4), 32, seed=0)
     assert not batch_norms(model)
     norms = [m for m in model.online.modules() if isinstance(m, nn.GroupNorm)]
     plain = build_model(ModelConfig(**SMALL), 32, seed=0)
     assert [m.num_channels for m in norms] == [m.num_features for m in batch_norms(plain.online)]
     assert {m.num_groups for m in norms} == {groups}
-    # An image's features do not depend on the rest of the batch.
+    # The features of an image do not depend on the rest of the batch.
     images = normal(4, 3, 32, 32)
     together, alone = model.online(images), model.online(images[:1])
     assert (together[:1] - alone).abs().max() < 1e-5
     assert (plain.online(images)[:1] - plain.online(images.roll(1, 0) * 2)[1:2]).abs().max() > 1e-3
 
 
-def test_layer_norm_of_a_head_is_torch_s():
+def test_head_layer_norm_matches_torch():
     head = build_model(ModelConfig(**SMALL, norm="layer"), 32, seed=0).predictor
     x = head[0](normal(5, 16))
     assert (head[1](x) - F.layer_norm(x, (32,))).abs().max() < 1e-6
 
 
-def test_groups_that_do_not_divide_the_channels_are_refused():
+def test_groups_must_divide_the_channels():
     with pytest.raises(InputError, match=r"model.norm_groups=3 does not divide the 64 channels of backbone.bn1"):
         build_model(ModelConfig(**SMALL, norm="group", norm_groups=3), 32, seed=0)
 
 
-def test_norms_with_an_activation_of_their_own_keep_it():
+def test_norms_keep_their_fused_activation():
     config = ModelConfig(backbone="test_efficientnet", norm="group", norm_groups=8, hidden_dim=32, projection_dim=16)
     model = build_model(config, 32, seed=0)
     acts = [m.act for m in model.online.backbone.modules() if isinstance(m, nn.GroupNorm) and hasattr(m, "act")]
@@ -122,7 +125,7 @@ def test_norms_with_an_activation_of_their_own_keep_it():
     assert torch.isfinite(model(normal(4, 3, 32, 32), normal(4, 3, 32, 32, seed=1)).loss)
 
 
-def test_standardized_weights_are_blind_to_scale_and_shift():
+def test_weight_standardization_ignores_scale_and_shift():
     model = build_model(ModelConfig(**SMALL, norm="group", norm_groups=4, weight_standardization=True), 32, seed=0)
     conv = model.online.backbone.layer1[0].conv2
     x = normal(2, 8, 9, 9)
@@ -141,7 +144,7 @@ def test_standardized_weights_are_blind_to_scale_and_shift():
     assert (linear(y) - F.linear(y, plain, linear.bias)).abs().max() < 1e-2
 
 
-def test_feature_noise_makes_the_second_view_of_normalized_features():
+def test_feature_noise_creates_the_second_view():
     x, noise = 5 + 3 * normal(64, 10), normal(64, 10, seed=1)
     one, two = noisy_views(x, noise, 0.25).chunk(2)
     assert one.mean(0).abs().max() < 1e-5
@@ -149,7 +152,7 @@ def test_feature_noise_makes_the_second_view_of_normalized_features():
     assert (two - one - 0.25 * noise).abs().max() < 1e-6
 
 
-def test_under_feature_noise_the_backbones_see_each_image_once():
+def test_feature_noise_runs_the_backbone_once_per_image():
     model = build_model(ModelConfig(**SMALL, feature_noise=0.5), 32, seed=0)
     seen = []
     for branch in (model.online, model.target):
@@ -163,7 +166,7 @@ def test_under_feature_noise_the_backbones_see_each_image_once():
     assert {norm.views for norm in batch_norms(model.online.projector)} == {2}
 
 
-def test_the_views_without_augmentation_are_the_center_square():
+def test_views_without_augmentation_are_center_crops():
     sizes = [(60, 80), (80, 60), (50, 50)]
     boxes = sample("none", 0, 0, range(3), sizes).box
     for (height, width), box in zip(sizes, boxes, strict=True):
@@ -173,7 +176,7 @@ def test_the_views_without_augmentation_are_the_center_square():
         assert not getattr(params, name).any(), name
 
 
-def test_masks_hide_patches_from_the_online_network_alone():
+def test_masks_hide_patches_from_the_online_network_only():
     model = build_model(ModelConfig(**SMALL, mask_ratio=0.4, mask_patch_px=8), 40, seed=0)
     seen = {}
     for name in ("online", "target"):
@@ -188,15 +191,15 @@ def test_masks_hide_patches_from_the_online_network_alone():
     patches = hidden.view(128, 5, 8, 5, 8).float().mean((2, 4))
     assert set(patches.unique().tolist()) == {0.0, 1.0}
     assert patches.mean().item() == pytest.approx(0.4, abs=0.03)
-    assert not torch.equal(hidden[0], hidden[64])  # each view has its own
+    assert not torch.equal(hidden[0], hidden[64])  # each view has its own mask
 
 
-def test_a_patch_that_does_not_divide_the_side_is_cut_off():
+def test_mask_patch_may_exceed_the_image_border():
     model = build_model(ModelConfig(**SMALL, mask_ratio=0.4, mask_patch_px=7), 32, seed=0)
     assert torch.isfinite(model(normal(4, 3, 32, 32), normal(4, 3, 32, 32, seed=1)).loss)
 
 
-def test_without_a_moving_target_the_online_network_predicts_itself():
+def test_target_online_predicts_its_own_projections():
     model = build_model(ModelConfig(**SMALL, target="online"), 32, seed=0)
     assert not any(name.startswith("target") for name in model.state_dict())
     assert model.target_pairs() == []
@@ -218,14 +221,14 @@ def test_linear_heads_have_one_layer():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_trains(make_config, name):
-    """Three epochs: finite losses of which the last epoch's mean is below the first's, and features that classify."""
+def test_variant_trains(make_config, name):
+    """In three epochs, losses are finite and the mean of the last epoch is below the first's."""
     changes = VARIANTS[name]
     data = {"augmentation": "none"} if "feature_noise" in changes else {}
     optim = {"epochs": 3, "warmup_epochs": 0, "base_lr": 0.5}
     if changes.get("loss") in ("euclidean", "mse"):
         optim["base_lr"] = 0.1
-    if changes.get("contrastive_weight"):  # its loss starts near the least that so small a batch allows
+    if changes.get("contrastive_weight"):  # the loss starts near its minimum for this small batch
         optim["base_lr"] = 4.0
     config = make_config(model=changes, data=data, optim=optim, knn={"every_epochs": 3})
     result = train(config)
@@ -236,7 +239,7 @@ def test_every_variant_trains(make_config, name):
 
 
 @pytest.mark.parametrize("changes", [{"mask_ratio": 0.3, "mask_patch_px": 8}, {"feature_noise": 0.5}])
-def test_masks_and_noise_are_the_same_after_a_restart(make_config, changes):
+def test_masks_and_noise_resume_exactly(make_config, changes):
     augmentation = {"augmentation": "none"} if "feature_noise" in changes else {}
     config = make_config(model=changes, data=augmentation, knn={"every_epochs": 0}, checkpoint={"keep_last": 99})
     whole = train(config).folder
@@ -245,7 +248,7 @@ def test_masks_and_noise_are_the_same_after_a_restart(make_config, changes):
     assert other == {step: value for step, value in losses(whole).items() if step > 8}
 
 
-def test_ranks_and_steps_draw_different_masks(make_config):
+def test_masks_differ_between_ranks_and_steps(make_config):
     from fastbyol.runtime.distributed import World
 
     config = make_config(model={"mask_ratio": 0.3})
@@ -265,7 +268,7 @@ def test_ranks_and_steps_draw_different_masks(make_config):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"mask_ratio": 0.3}, {"target": "online"}, {"contrastive_weight": 0.5}])
 def test_variants_compile_into_one_graph(make_config, changes):
-    """Without a break; which code is made of it does not matter here."""
+    """Traces without a graph break; the backend does not matter here."""
     model = build_model(ModelConfig(**SMALL, **changes), 32, seed=0)
     views = normal(4, 3, 32, 32), normal(4, 3, 32, 32, seed=1)
     compiled = torch.compile(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -276,7 +279,7 @@ def test_variants_compile_into_one_graph(make_config, changes):
 
 
 @pytest.mark.slow
-def test_the_online_classifier_learns_and_says_so_in_the_article_s_words(make_config, capfd):
+def test_online_classifier_learns_and_logs_in_the_article_format(make_config, capfd):
     config = make_config(
         probe=ProbeConfig(enabled=True, lr=0.02),
         model={"heads": "linear", "loss": "mse"},
@@ -295,7 +298,7 @@ def test_the_online_classifier_learns_and_says_so_in_the_article_s_words(make_co
 
 
 @pytest.mark.slow
-def test_the_online_classifier_changes_nothing_of_the_run_and_resumes_exactly(make_config):
+def test_online_classifier_does_not_affect_the_run_and_resumes_exactly(make_config):
     config = make_config(knn={"every_epochs": 0}, probe=ProbeConfig(enabled=True), checkpoint={"keep_last": 99})
     with_probe = train(config).folder
     without = train(replace(config, name="without", probe=ProbeConfig())).folder
@@ -309,7 +312,7 @@ def test_the_online_classifier_changes_nothing_of_the_run_and_resumes_exactly(ma
     assert probe_lines(resumed) == probe_lines(with_probe)[2:]
 
 
-def test_features_of_micro_batches_stand_in_the_order_of_the_batch(make_config):
+def test_micro_batch_features_keep_the_batch_order(make_config):
     config = make_config(model={"norm": "layer"}, step={"micro_batches": 2}, precision="fp32")
     model = build_model(config.model, 32, 0)
     model.return_features = True
@@ -322,7 +325,7 @@ def test_features_of_micro_batches_stand_in_the_order_of_the_batch(make_config):
     assert not output.features.requires_grad
 
 
-def test_the_online_classifier_needs_labels(make_config, photos, tmp_path):
+def test_online_classifier_needs_labels(make_config, photos, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
     for k, path in enumerate(sorted(photos.glob("train/*/*.jpg"))):
@@ -332,7 +335,7 @@ def test_the_online_classifier_needs_labels(make_config, photos, tmp_path):
         train(config)
 
 
-def test_impossible_combinations_are_refused():
+def test_invalid_combinations_are_rejected():
     with pytest.raises(
         ValueError, match=r"model.feature_noise=0.5: replaces image augmentation: set data.augmentation=none"
     ):
@@ -344,7 +347,7 @@ def test_impossible_combinations_are_refused():
         ModelConfig(mask_ratio=1)
 
 
-def test_a_run_starts_from_given_weights_in_both_networks(make_config, tmp_path, capfd):
+def test_init_loads_weights_into_both_networks(make_config, tmp_path, capfd):
     config = make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})
     model = build_model(config.model, 32, seed=77)
     file = tmp_path / "start.safetensors"
@@ -369,8 +372,8 @@ ARTICLE = {"name": "adam", "base_lr": 8e-4, "schedule": "constant", "warmup_epoc
 
 
 @pytest.mark.slow
-def test_a_supervised_network_goes_on_with_linear_heads_adam_and_mse(make_config, tmp_path):
-    """The article's mode; the weights here are random ones from a file."""
+def test_article_mode_learns_from_initial_weights(make_config, tmp_path):
+    """The article starts from supervised weights; this test starts from random ones in a file."""
     config = make_config(
         model={"heads": "linear", "loss": "mse"},
         data={"batch_size": 24},
@@ -387,25 +390,26 @@ def test_a_supervised_network_goes_on_with_linear_heads_adam_and_mse(make_config
 
 
 @pytest.mark.slow
-def test_a_vgg_learns_in_that_mode(make_config):
+def test_vgg_learns_in_article_mode(make_config):
     changes = {"backbone": "vgg11", "width": 1.0, "heads": "linear", "loss": "mse"}
     config = make_config(model=changes, data={"batch_size": 4}, optim=ARTICLE | {"epochs": 2})
     model = build_model(config.model, 32, seed=0)
     step = TrainStep(model, config, 4, torch.device("cpu"))
     batch = type("B", (), {"views": (normal(4, 3, 32, 32), normal(4, 3, 32, 32, seed=1))})
     found = [step(k, batch).loss.item() for k in range(4)]
-    # The pair starts equal, the first step parts it; by the fourth the loss falls to 0.11-0.31 of that (six seeds).
+    # Both networks start equal, and the first step separates them. By the fourth step, the loss falls
+    # to 0.11-0.31 of the second (six seeds).
     assert found[-1] < 0.6 * found[1]
 
 
-def test_a_checkpoint_without_the_online_classifier_says_that_it_starts_anew(make_config, capfd):
+def test_online_classifier_starts_from_scratch_without_saved_state(make_config, capfd):
     config = make_config(knn={"every_epochs": 0}, checkpoint={"keep_last": 99})
     found = train(config).folder / "checkpoints" / "step_00000008.pt"
     train(replace(config, name="again", resume=str(found), probe=ProbeConfig(enabled=True)))
     assert f"checkpoint {found} has no state of 'probe': it starts from scratch" in capfd.readouterr().out
 
 
-def test_a_run_that_diverges_says_so_before_the_online_classifier_sums_it_up(make_config, capfd):
+def test_divergence_is_reported_before_the_online_classifier(make_config, capfd):
     config = make_config(
         probe=ProbeConfig(enabled=True),
         model={"loss": "mse"},
