@@ -113,7 +113,7 @@ def test_two_ranks_match_one_rank(make_config, tmp_path):
 
 @pytest.mark.slow
 def test_batch_norm_groups_match_micro_batches(make_config, tmp_path):
-    """With statistics shared by ranks {0, 1} and {2, 3}, losses equal those of two micro-batches."""
+    """With statistics over ranks {0, 1} and {2, 3}, losses equal those of two micro-batches."""
     groups = make_config(**options("groups", distributed=DistributedConfig(sync_bn_ranks=2)))
     done = torchrun(tmp_path, [groups], ranks=4)
     assert done.returncode == 0, done.stderr

@@ -122,7 +122,7 @@ def test_ranks_of_one_machine_share_its_memory(make_config, monkeypatch):
 
 
 def test_automatic_batch_size_scales_the_rate_and_survives_a_resume(make_config, monkeypatch, capsys):
-    """72 images allow a batch of 64. A resume keeps the checkpoint's size, whatever memory is free."""
+    """72 images allow a batch of 64. A resume keeps this size, whatever memory is free."""
     options = {"optim": {"epochs": 2, "warmup_epochs": 0, "base_lr": 2.0}, "knn": {"every_epochs": 0}}
     first = train(make_config(data={"batch_size": "auto"}, **options))
     output = capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_free_memory_is_plausible():
 
 
 def test_fixed_bytes_of_resnet50(make_config):
-    """ResNet-50: three float32 copies of 35.1 M weights and a target of 33 M, on the meta device."""
+    """ResNet-50 has three float32 copies of 35.1 M weights and a target of 33 M."""
     with torch.device("meta"):
         model = build_model(ModelConfig(), 224, 0)
     config = make_config(optim={"name": "lars"})

@@ -21,7 +21,8 @@ def model() -> BYOL:
 
 
 def test_loss_matches_a_hand_computation():
-    # Cosines are 0.6 and 0.8, losses 2 - 1.2 = 0.8 and 2 - 1.6 = 0.4, mean 0.6. Norms do not matter.
+    # The cosines are 0.6 and 0.8, the losses 2 - 1.2 = 0.8 and 2 - 1.6 = 0.4, their mean 0.6. Norms
+    # of the vectors do not matter.
     q = torch.tensor([[2.0, 0.0], [0.0, 5.0]])
     z = torch.tensor([[0.6, 0.8], [6.0, 8.0]])
     assert regression_loss(q, z).item() == pytest.approx(0.6)

@@ -44,8 +44,8 @@ def test_compiled_step_matches_eager_over_fifty_steps():
     """Float32 losses agree to 1e-5 (3.3e-6 over five seeds), with one graph for all lr and tau.
 
     With ReLUs, a value may fall on the other side of the kink, and early training doubles rounding
-    differences every other step. So this test trains a network with smooth activations, and the next
-    one starts each step of a network with ReLUs from the same state.
+    differences every other step. So this test trains a network with smooth activations, and the
+    next one starts each step of a network with ReLUs from the same state.
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -62,7 +62,7 @@ def test_compiled_step_matches_eager_over_fifty_steps():
 
 @pytest.mark.slow
 def test_compiled_step_matches_eager_from_fifty_states():
-    """Network with ReLUs and fused layers at a realistic learning rate, with 1 or 2 micro-batches."""
+    """Network with ReLUs and fused layers at a realistic learning rate and 1 or 2 micro-batches."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager, compiled = (new_step(backbone="test_resnet", mode=m, optim={"base_lr": 0.01}) for m in ("eager", "compile"))
@@ -90,7 +90,9 @@ def test_compiled_step_matches_eager_from_fifty_states():
     a, b = ([step(k, new_batch(k, 2 * BATCH)).loss.item() for k in range(4)] for step in (eager, compiled))
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
     whole = new_step(**options | {"micro_batches": 1})
-    assert abs(whole(0, new_batch(0, 2 * BATCH)).loss.item() - a[0]) > 1e-4  # each part has its own BatchNorm statistics
+    assert (
+        abs(whole(0, new_batch(0, 2 * BATCH)).loss.item() - a[0]) > 1e-4
+    )  # each part has its own BatchNorm statistics
 
 
 def copy_state(source, target):

@@ -1,4 +1,4 @@
-"""The run as a whole: 16 steps on the CPU, resume, signals, and everything that can go wrong."""
+"""Whole runs of 16 steps on the CPU: resume, signals, run folders and errors."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ from fastbyol.runtime.signals import StopSignals
 STEPS = 16  # 4 epochs of 4 batches
 
 
-def test_sixteen_steps_end_to_end(make_config, capsys):
+def test_run_end_to_end(make_config, capsys):
     config = make_config(log={"tensorboard": True})
     result = train(config)
     assert (result.step, result.total_steps, result.stopped_by) == (STEPS, STEPS, None)
@@ -55,15 +55,15 @@ def test_sixteen_steps_end_to_end(make_config, capsys):
     assert "images/s" in capsys.readouterr().out
     state = checkpoint.load(result.folder / "checkpoints" / f"step_{STEPS:08d}.pt")
     assert all(name.split(".")[0] in ("online", "predictor", "target") for name in state["model"])
-    # The optimizer's threads stay for the next step, as torch's do.
+    # The optimizer's threads stay alive for the next step, like torch's.
     left = [t.name for t in threading.enumerate() if t.name.startswith("fastbyol")]
     assert all(name.startswith("fastbyol-kernel") for name in left)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-@pytest.mark.parametrize("cut", [1, 6, 8])  # between epochs at 8, within one otherwise
-def test_a_cut_and_resumed_run_has_the_losses_of_the_uncut_one(make_config, monkeypatch, name, cut):
+@pytest.mark.parametrize("cut", [1, 6, 8])  # 8 is the end of an epoch, 1 and 6 are not
+def test_resume_is_bit_exact(make_config, monkeypatch, name, cut):
     optim = {"name": name, "base_lr": 2.0 if name == "lars" else 0.05}
     whole = train(make_config(name="whole", optim=optim))
     with monkeypatch.context() as patch:
@@ -78,13 +78,13 @@ def test_a_cut_and_resumed_run_has_the_losses_of_the_uncut_one(make_config, monk
 
 
 @pytest.mark.slow
-def test_the_number_of_threads_does_not_change_a_loss(make_config):
+def test_losses_do_not_depend_on_the_number_of_threads(make_config):
     runs = [train(make_config(name=f"t{n}", data={"threads": n}, knn={"every_epochs": 0})) for n in (1, 4)]
     assert losses(runs[0].folder) == losses(runs[1].folder)
 
 
-def test_device_values_are_read_only_when_they_are_logged(make_config, monkeypatch):
-    """Counts every way from a tensor to a Python number: each would be a host sync on a GPU."""
+def test_device_values_are_read_only_for_logging(make_config, monkeypatch):
+    """Counts all conversions of tensors to Python values, which would be host syncs on a GPU."""
     reads = []
 
     def count(name):
@@ -117,8 +117,8 @@ def test_device_values_are_read_only_when_they_are_logged(make_config, monkeypat
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "adam"])
-def test_one_target_update_per_optimizer_step_after_it(make_config, monkeypatch, name):
-    """The target equals the moving average of the weights after each step, applied once per step."""
+def test_target_update_follows_each_optimizer_step(make_config, monkeypatch, name):
+    """The target is the moving average of the weights after each step, updated once per step."""
     updates = []
     original = step.TrainStep.__call__
 
@@ -136,7 +136,7 @@ def test_one_target_update_per_optimizer_step_after_it(make_config, monkeypatch,
     assert updates == list(range(8))
 
 
-def test_the_target_is_not_reset_on_resume(make_config, monkeypatch):
+def test_checkpoint_keeps_the_target(make_config, monkeypatch):
     stop_after(monkeypatch, 6)
     first = train(make_config())
     state = checkpoint.load(first.folder / "checkpoints" / "step_00000006.pt")
@@ -144,26 +144,26 @@ def test_the_target_is_not_reset_on_resume(make_config, monkeypatch):
     assert not torch.equal(online, target)
 
 
-def test_an_existing_run_is_not_mixed_with_a_new_one(make_config):
+def test_existing_run_needs_resume(make_config):
     config = make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})
     train(config)
     with pytest.raises(InputError, match="already holds a run: continue it with --resume auto"):
         train(config)
     again = train(dataclasses.replace(config, resume="auto"))
-    assert again.step == 4  # nothing was left to do
+    assert again.step == 4  # nothing to do
 
 
 SHORT = {"knn": {"every_epochs": 0}, "optim": {"epochs": 1, "warmup_epochs": 0}}
 
 
 def contents(folder):
-    """Every file below a folder with its bytes and time of change."""
+    """Return bytes and modification time of all files in a folder."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.mark.parametrize(("epochs", "of"), [(1, 1), (2, 1)])
-def test_a_finished_run_is_said_to_be_and_left_as_it_is(make_config, capsys, epochs, of):
+def test_finished_run_is_reported_and_unchanged(make_config, capsys, epochs, of):
     first = train(make_config(**SHORT | {"optim": {"epochs": epochs, "warmup_epochs": 0}}))
     before = contents(first.folder)
     capsys.readouterr()
@@ -175,7 +175,7 @@ def test_a_finished_run_is_said_to_be_and_left_as_it_is(make_config, capsys, epo
     assert contents(first.folder) == before
 
 
-def test_a_run_killed_before_its_summary_is_closed(make_config):
+def test_resume_writes_a_missing_summary(make_config):
     folder = train(make_config(**SHORT)).folder
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").unlink()
@@ -185,23 +185,23 @@ def test_a_run_killed_before_its_summary_is_closed(make_config):
         assert again[key] == summary[key]
 
 
-def test_a_longer_run_says_what_its_schedules_do(make_config, capsys):
+def test_longer_run_reports_changed_schedules(make_config, capsys):
     train(make_config(knn={"every_epochs": 0}, optim={"epochs": 2, "warmup_epochs": 0}))
     train(make_config(knn={"every_epochs": 0}, optim={"epochs": 4, "warmup_epochs": 0}, resume="auto"))
     out = capsys.readouterr().out
-    lr = 2.0 * BATCH / 256 / 2  # half-way down the cosine
+    lr = 2.0 * BATCH / 256 / 2  # halfway down the cosine
     assert (
         f"optim.epochs 2 -> 4: the schedules span 4 epochs, so at step 8 the learning rate is {lr:.4g} instead of 0, "
         "tau 0.995 instead of 1"
     ) in out
 
 
-def test_another_data_set_of_equal_size_is_refused(make_config, photos, tmp_path):
+def test_resume_rejects_another_dataset_of_equal_size(make_config, photos, tmp_path):
     train(make_config(**SHORT))
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy)
     config = make_config(resume="auto", data={"root": str(copy)}, optim={"epochs": 2, "warmup_epochs": 0})
-    assert train(config).step == 8  # the same images in another place are the same data set
+    assert train(config).step == 8  # a copy of the images is the same dataset
     first = sorted((copy / "train").iterdir())[0]
     image = sorted(first.iterdir())[0]
     image.rename(image.with_name("other.jpg"))
@@ -215,7 +215,7 @@ def test_another_data_set_of_equal_size_is_refused(make_config, photos, tmp_path
         train(config)
 
 
-def test_two_runs_do_not_write_into_one_folder(make_config):
+def test_run_folder_is_locked(make_config):
     config = make_config(name="two", resume="auto", **SHORT)
     folder = Path(config.runs) / "two"
     with FolderLock(folder, warn=print), pytest.raises(InputError, match=r"two: another run writes into it \(process"):
@@ -224,14 +224,14 @@ def test_two_runs_do_not_write_into_one_folder(make_config):
     assert train(config).step == 4
 
 
-def test_a_run_that_cannot_start_leaves_no_folder(make_config):
+def test_failed_start_leaves_no_folder(make_config):
     config = make_config(data={"root": "/nowhere"})
     with pytest.raises(InputError, match="no folder"):
         train(config)
     assert not Path(config.runs).exists()
 
 
-def test_resume_takes_the_one_before_a_damaged_newest(make_config, capsys):
+def test_resume_skips_a_damaged_checkpoint(make_config, capsys):
     whole = train(make_config())
     folder = whole.folder / "checkpoints"
     newest = folder / "step_00000016.pt"
@@ -246,15 +246,17 @@ def test_resume_takes_the_one_before_a_damaged_newest(make_config, capsys):
     assert losses(result.folder) == expected
 
 
-def test_resume_with_nothing_usable(make_config, capsys):
-    assert train(make_config(resume="auto", optim={"epochs": 1, "warmup_epochs": 0})).step == 4  # nothing there: afresh
-    for path in checkpoint.list_checkpoints(train_folder(make_config)):
+def test_resume_without_a_usable_checkpoint(make_config, capsys):
+    assert (
+        train(make_config(resume="auto", optim={"epochs": 1, "warmup_epochs": 0})).step == 4
+    )  # no checkpoint: a new run
+    for path in checkpoint.list_checkpoints(checkpoint_folder(make_config)):
         path.write_bytes(b"")
     with pytest.raises(InputError, match=r"no checkpoint in .* is usable: .*damaged"):
         train(make_config(resume="auto"))
 
 
-def train_folder(make_config):
+def checkpoint_folder(make_config):
     config = make_config()
     return checkpoint.Path(config.runs) / config.name / "checkpoints"
 
@@ -270,19 +272,19 @@ def train_folder(make_config):
         ({"data": {"batch_size": 8}}, "made with data.batch_size=16, this run has data.batch_size=8"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(make_config, changes, message):
+def test_resume_rejects_incompatible_settings(make_config, changes, message):
     train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0}))
     with pytest.raises(InputError, match=message):
         train(make_config(resume="auto", **changes))
 
 
-def test_resume_names_settings_that_changed(make_config, capsys):
+def test_resume_reports_changed_settings(make_config, capsys):
     train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0}))
     train(make_config(resume="auto", optim={"epochs": 2, "warmup_epochs": 0}, knn={"every_epochs": 0}))
     assert "resumed with other settings than the run began with: optim.epochs 1 -> 2" in capsys.readouterr().out
 
 
-# --- what can go wrong ---
+# --- errors and warnings ---
 
 
 def poison(monkeypatch, at):
@@ -298,17 +300,17 @@ def poison(monkeypatch, at):
 
 
 @pytest.mark.parametrize("log_every", [1, 7])
-def test_a_nan_loss_stops_with_step_lr_and_the_last_good_checkpoint(make_config, monkeypatch, log_every):
+def test_nan_loss_reports_step_lr_and_the_last_good_checkpoint(make_config, monkeypatch, log_every):
     poison(monkeypatch, at=9)
     with pytest.raises(RunError, match=r"NaN or infinite at step 9 \(lr 0\.0\d+\).*step_00000008.pt") as caught:
         train(make_config(log={"log_every_steps": log_every}))
     assert "\n" not in str(caught.value)
-    folder = train_folder(make_config)
+    folder = checkpoint_folder(make_config)
     assert checkpoint.list_checkpoints(folder)[-1].name == "step_00000008.pt"
     assert all(torch.isfinite(v).all() for v in checkpoint.load(folder / "step_00000008.pt")["model"].values())
 
 
-def test_collapse_is_warned_about(make_config, monkeypatch, capsys):
+def test_collapse_warning(make_config, monkeypatch, capsys):
     original = step.TrainStep.__call__
 
     def collapsed(self, number, batch):
@@ -322,7 +324,7 @@ def test_collapse_is_warned_about(make_config, monkeypatch, capsys):
     assert "step 6: std of the normalized projections" in output
 
 
-def test_bad_images_are_named_in_the_log_and_in_the_summary(make_config, folder_of, capsys):
+def test_bad_images_are_listed_in_log_and_summary(make_config, folder_of, capsys):
     files = {f"train/{c}/{i:02d}.jpg": jpeg(i) for i in range(20) for c in "ab"}
     files["train/a/05.jpg"] = b"words"
     root = folder_of(files)
@@ -336,28 +338,28 @@ def test_bad_images_are_named_in_the_log_and_in_the_summary(make_config, folder_
     assert summary["bad_images"] == {"a/05.jpg": "not an image file"}
 
 
-def test_one_class_or_no_labels_train_without_knn(make_config, folder_of, capsys):
+def test_single_class_trains_without_knn(make_config, folder_of, capsys):
     root = folder_of({f"train/a/{i}.jpg": jpeg(i) for i in range(16)} | {"val/a/0.jpg": jpeg(0)})
     result = train(make_config(data={"root": str(root)}, optim={"epochs": 1, "warmup_epochs": 0}))
     assert result.step == 1
     assert "no online kNN: " in capsys.readouterr().out
 
 
-def test_a_full_disk_while_saving(make_config, monkeypatch):
+def test_full_disk_keeps_the_last_checkpoint(make_config, monkeypatch):
     original = os.fsync
 
     def full_after_first(handle):
-        if any((train_folder(make_config)).glob("step_*.pt")):
+        if any((checkpoint_folder(make_config)).glob("step_*.pt")):
             raise OSError(28, "No space left on device")
         original(handle)
 
     monkeypatch.setattr(os, "fsync", full_after_first)
     with pytest.raises(RunError, match=r"No space left on device.*last good checkpoint is .*step_00000004.pt"):
         train(make_config())
-    assert [p.name for p in train_folder(make_config).iterdir()] == ["step_00000004.pt"]
+    assert [p.name for p in checkpoint_folder(make_config).iterdir()] == ["step_00000004.pt"]
 
 
-def test_a_run_folder_that_cannot_be_made(make_config, tmp_path):
+def test_unwritable_run_folder(make_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/run: cannot be written: .*file is not a folder; choose another --runs"):
         train(make_config(runs=str(tmp_path / "file")))
@@ -365,13 +367,13 @@ def test_a_run_folder_that_cannot_be_made(make_config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)])
-def test_signals_finish_the_step_save_and_say_how_to_go_on(photos, tmp_path, number, code):
+def test_signals_save_a_checkpoint_and_explain_how_to_resume(photos, tmp_path, number, code):
     command = [sys.executable, "-m", "fastbyol", "train", "--name", "s", "--runs", str(tmp_path)]
     command += ["--data.root", str(photos), "--data.batch_size", "16", "--data.image_size_px", "32"]
     command += ["--model.backbone", "resnet18", "--model.width", "0.125", "--model.hidden_dim", "32"]
     command += ["--optim.epochs", "500", "--log.log_every_steps", "1", "--log.tensorboard", "false"]
     command += ["--knn.every_epochs", "0", "--checkpoint.every_epochs", "100"]
-    # Whoever runs the tests may ignore the signal, as nohup does, and a child would go on with that.
+    # The test's parent may ignore the signal, like nohup, and child processes inherit that.
     command = ["env", f"--default-signal={number}", *command]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "s" / "metrics.jsonl"
@@ -390,8 +392,8 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(photos, tmp_path, num
     assert saved["step"] == metrics.read_text().count("\n")
 
 
-def test_a_sighup_that_is_ignored_stays_ignored():
-    """Under nohup, say."""
+def test_ignored_sighup_stays_ignored():
+    """nohup ignores SIGHUP, for example."""
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals() as stop:
@@ -400,7 +402,7 @@ def test_a_sighup_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            os.kill(os.getpid(), signal.SIGHUP)  # shell and kernel may each send one
+            os.kill(os.getpid(), signal.SIGHUP)  # shell and kernel may both send one
             assert stop.received == signal.SIGHUP
     finally:
         signal.signal(signal.SIGHUP, old)
@@ -408,7 +410,7 @@ def test_a_sighup_that_is_ignored_stays_ignored():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("console", ["| head -n 1", "> /dev/full", ">&-"])
-def test_training_goes_on_when_the_reader_of_its_output_goes_away(photos, tmp_path, console):
+def test_training_survives_a_broken_console(photos, tmp_path, console):
     command = [sys.executable, "-m", "fastbyol", "train", "--name", "s", "--runs", str(tmp_path)]
     command += ["--data.root", str(photos), "--data.batch_size", "16", "--data.image_size_px", "32"]
     command += ["--model.backbone", "resnet18", "--model.width", "0.125", "--model.hidden_dim", "32"]
@@ -428,20 +430,20 @@ def test_training_goes_on_when_the_reader_of_its_output_goes_away(photos, tmp_pa
     assert (tmp_path / "s" / "report.html").exists()
 
 
-def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
+def test_metrics_of_repeated_steps_are_dropped(tmp_path):
     options = {"total_steps": 8, "steps_per_epoch": 4, "batch_size": 2, "tensorboard": False}
     values = {"loss": 1.0, "lr": 0.1, "tau": 0.9, "projection_std": 0.2, "wait_s": 0.0}
     with RunLog(tmp_path, start=0, **options) as log:
         for number in range(1, 7):
             log.train(number, **values)
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "tra')  # a crash in the middle of a line
+        file.write('{"kind": "tra')  # a line cut by a crash
     with RunLog(tmp_path, start=4, **options) as log:
         log.train(5, **values)
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5]
 
 
-def test_the_smallest_batch_and_a_batch_of_one():
+def test_batch_size_and_warmup_limits():
     assert DataConfig(batch_size=2).batch_size == 2
     with pytest.raises(ValueError, match="data.batch_size=1: BatchNorm needs at least 2 images"):
         DataConfig(batch_size=1)
@@ -450,14 +452,14 @@ def test_the_smallest_batch_and_a_batch_of_one():
 
 
 @pytest.mark.parametrize(("given", "named"), [(1, ""), (0.5, "optim.warmup_epochs 0.5 -> 1.0")])
-def test_a_default_warmup_longer_than_half_of_the_run_is_cut_and_said(make_config, capsys, given, named):
+def test_default_warmup_is_limited_and_reported(make_config, capsys, given, named):
     text = "optim.warmup_epochs: the default of 10 is longer than half of the run; using 1 epochs"
     train(make_config(optim={"epochs": 1, "warmup_epochs": given}, knn={"every_epochs": 0}))
     assert "optim.warmup_epochs" not in capsys.readouterr().out
     result = train(make_config(resume="auto", optim={"epochs": 2, "warmup_epochs": None}, knn={"every_epochs": 0}))
     out = capsys.readouterr().out
     assert out.count(text) == 1
-    # What the run began with is compared by the number used.
+    # The comparison with the original run uses the effective number of warmup epochs.
     changed = next(line for line in out.splitlines() if "resumed with other settings" in line)
     assert ("warmup" in changed, named in changed) == (bool(named), True)
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
@@ -482,7 +484,7 @@ def _dangling(path):
 @pytest.mark.parametrize(
     "name", ["config.json", "summary.json", "metrics.jsonl", "train.log", "report.html", "checkpoints/best.pt"]
 )
-def test_what_is_in_a_file_s_place_is_named_before_the_training(make_config, name, make):
+def test_blocked_output_files_are_rejected_before_training(make_config, name, make):
     folder = Path(make_config().runs) / "run"
     (folder / name).parent.mkdir(parents=True)
     make(folder / name)
@@ -490,7 +492,7 @@ def test_what_is_in_a_file_s_place_is_named_before_the_training(make_config, nam
         train(make_config(**SHORT))
 
 
-def test_a_file_or_a_dangling_link_in_the_place_of_a_folder_is_named(make_config, tmp_path):
+def test_blocked_output_folders_are_rejected(make_config, tmp_path):
     runs = Path(make_config().runs)
     (runs / "run").mkdir(parents=True)
     (runs / "run" / "checkpoints").write_text("")
@@ -503,7 +505,7 @@ def test_a_file_or_a_dangling_link_in_the_place_of_a_folder_is_named(make_config
         train(make_config(name="link", **SHORT))
 
 
-def test_a_link_in_the_place_of_a_folder_is_named(make_config):
+def test_dangling_links_for_output_folders_are_rejected(make_config):
     folder = Path(make_config().runs) / "run"
     folder.mkdir(parents=True)
     for name in ("checkpoints", "tensorboard"):
@@ -515,12 +517,12 @@ def test_a_link_in_the_place_of_a_folder_is_named(make_config):
         (folder / name).unlink()
 
 
-def test_other_images_under_the_same_names_are_refused(make_config, photos, tmp_path, capsys):
+def test_resume_rejects_other_images_under_the_same_names(make_config, photos, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy)
     images = sorted((copy / "train").rglob("*.jpg"))
     whole = [image.read_bytes() for image in images]
-    images[0].write_bytes(whole[0][:300])  # unreadable, and repaired later
+    images[0].write_bytes(whole[0][:300])  # unreadable; repaired later
     train(make_config(data={"root": str(copy), "max_bad_fraction": 0.1}, **SHORT))
     images[0].write_bytes(whole[0])
     shutil.move(copy, tmp_path / "moved")
@@ -540,7 +542,7 @@ def test_other_images_under_the_same_names_are_refused(make_config, photos, tmp_
     assert "1 of 64 compared images have changed since the run began" in out
 
 
-def test_images_that_cannot_be_read_are_not_compared(make_config, photos, monkeypatch):
+def test_unreadable_images_are_not_compared(make_config, photos, monkeypatch):
     def unreadable(self, index):
         raise OSError(5, "Input/output error")
 
@@ -550,7 +552,7 @@ def test_images_that_cannot_be_read_are_not_compared(make_config, photos, monkey
 
 
 class _Full:
-    """A file on a disk that is full after some bytes."""
+    """A file on a disk that is full after `left` bytes."""
 
     def __init__(self, file, left):
         self._file, self._left = file, left
@@ -565,7 +567,7 @@ class _Full:
         self._file.close()
 
 
-def test_tensorboard_s_events_are_read_by_tensorboard_and_end_no_run(make_config, monkeypatch, capsys):
+def test_tensorboard_events_are_readable_and_optional(make_config, monkeypatch, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def losses_of(folder):
@@ -577,7 +579,7 @@ def test_tensorboard_s_events_are_read_by_tensorboard_and_end_no_run(make_config
     folder = train(make_config(**options)).folder
     assert losses_of(folder) == [(k, pytest.approx(loss)) for k, loss in losses(folder).items()]
     train(make_config(resume="auto", **options | {"optim": {"epochs": 2, "warmup_epochs": 0}}))
-    (folder / "checkpoints" / "step_00000008.pt").unlink()  # steps 5 to 8 are done again
+    (folder / "checkpoints" / "step_00000008.pt").unlink()  # steps 5 to 8 are repeated
     train(make_config(resume="auto", **options | {"optim": {"epochs": 3, "warmup_epochs": 0}}))
     assert [step for step, _ in losses_of(folder)] == list(range(1, 13))
     original = run_log._Events.__init__
@@ -594,7 +596,7 @@ def test_tensorboard_s_events_are_read_by_tensorboard_and_end_no_run(make_config
     assert capsys.readouterr().out.count(warning) == 1
 
 
-def test_going_back_in_a_run_is_refused_and_works_under_another_name(make_config):
+def test_resume_from_an_earlier_checkpoint_needs_another_name(make_config):
     first = train(make_config(**SHORT | {"optim": {"epochs": 3, "warmup_epochs": 0}}))
     early = first.folder / "checkpoints" / "step_00000004.pt"
     before = contents(first.folder)
@@ -606,7 +608,7 @@ def test_going_back_in_a_run_is_refused_and_works_under_another_name(make_config
     assert contents(first.folder) == before
     second = train(dataclasses.replace(again, name="back"))
     assert [p.name for p in checkpoint.list_checkpoints(second.folder / "checkpoints")] == ["step_00000008.pt"]
-    # Nor does another run's checkpoint go into a folder that holds a run, nor the newest one count as going back.
+    # Another run's checkpoint is rejected too, but resuming from the newest checkpoint is allowed.
     with pytest.raises(InputError, match=r"already holds a run up to step_00000008.pt"):
         train(dataclasses.replace(again, name="back", resume=str(first.folder)))
     newest = str(second.folder / "checkpoints" / "step_00000008.pt")
@@ -614,7 +616,7 @@ def test_going_back_in_a_run_is_refused_and_works_under_another_name(make_config
     assert train(dataclasses.replace(again, name="back", resume=newest, optim=longer)).step == 16
 
 
-def test_workers_that_are_started_anew_go_on_from_what_they_saved(make_config, monkeypatch):
+def test_restarted_workers_resume_from_their_own_checkpoints(make_config, monkeypatch):
     first = train(make_config(**SHORT))
     early = str(first.folder / "checkpoints" / "step_00000004.pt")
     config = make_config(name="other", resume=early, **SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
@@ -622,10 +624,10 @@ def test_workers_that_are_started_anew_go_on_from_what_they_saved(make_config, m
     monkeypatch.setattr("fastbyol.train.world_from_environment", lambda: World(restarts=1))
     third = train(dataclasses.replace(config, optim=OptimConfig(epochs=3, warmup_epochs=0)))
     assert json.loads((third.folder / "summary.json").read_text())["steps"] == 12
-    assert [m["step"] for m in read_metrics(third.folder) if m["kind"] == "train"][:1] == [5]  # of its first attempt
+    assert [m["step"] for m in read_metrics(third.folder) if m["kind"] == "train"][:1] == [5]  # from its first attempt
 
 
-def test_new_checkpoints_stay_beside_damaged_later_ones(make_config):
+def test_new_checkpoints_survive_damaged_later_ones(make_config):
     folder = train(make_config(**SHORT | {"optim": {"epochs": 4, "warmup_epochs": 0}})).folder / "checkpoints"
     for path in checkpoint.list_checkpoints(folder)[1:]:
         path.write_bytes(b"")
@@ -636,7 +638,7 @@ def test_new_checkpoints_stay_beside_damaged_later_ones(make_config):
 
 
 @pytest.mark.parametrize("gone", ["moved", "removed", "taken"])
-def test_a_run_whose_folder_goes_away_while_it_trains(make_config, monkeypatch, capsys, gone):
+def test_run_folder_that_disappears_during_training(make_config, monkeypatch, capsys, gone):
     config = make_config(log={"tensorboard": True}, **SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
     folder, elsewhere = Path(config.runs) / "run", Path(config.runs) / "elsewhere"
     original = step.TrainStep.__call__
@@ -670,7 +672,7 @@ def test_a_run_whose_folder_goes_away_while_it_trains(make_config, monkeypatch, 
     assert train(dataclasses.replace(config, resume="auto")).already_finished
 
 
-def test_a_lock_that_is_removed_is_made_anew_without_a_word(make_config, monkeypatch, capsys):
+def test_removed_lock_is_recreated_silently(make_config, monkeypatch, capsys):
     config = make_config(**SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
     folder = Path(config.runs) / "run"
     original = step.TrainStep.__call__
@@ -687,7 +689,7 @@ def test_a_lock_that_is_removed_is_made_anew_without_a_word(make_config, monkeyp
     assert (folder / ".lock").exists()
 
 
-def test_a_finished_run_whose_newest_checkpoint_is_damaged_stays_as_it_is(make_config, capsys):
+def test_finished_run_with_a_damaged_checkpoint_is_unchanged(make_config, capsys):
     folder = train(make_config(**SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})).folder
     (folder / "checkpoints" / "step_00000008.pt").write_bytes(b"")
     before = (folder / "summary.json").read_bytes()
@@ -696,14 +698,14 @@ def test_a_finished_run_whose_newest_checkpoint_is_damaged_stays_as_it_is(make_c
         assert (folder / "summary.json").read_bytes() == before
 
 
-def test_another_run_that_is_finished_has_no_report_to_write(make_config, capsys):
+def test_finished_checkpoint_of_another_run_suggests_no_report(make_config, capsys):
     folder = train(make_config(**SHORT)).folder
     capsys.readouterr()
     assert train(make_config(name="other", resume=str(folder), **SHORT)).already_finished
     assert "fastbyol report" not in capsys.readouterr().out
 
 
-def test_a_finished_run_without_its_report_says_how_to_write_it(make_config, capsys):
+def test_finished_run_without_a_report_suggests_the_command(make_config, capsys):
     folder = train(make_config(**SHORT)).folder
     capsys.readouterr()
     train(make_config(resume="auto", **SHORT))
@@ -713,8 +715,8 @@ def test_a_finished_run_without_its_report_says_how_to_write_it(make_config, cap
     assert "fastbyol report" not in capsys.readouterr().out
 
 
-def test_another_packed_data_set_of_equal_size_is_refused(make_config, tmp_path):
-    """Raw images of one size differ in nothing but their pixels."""
+def test_resume_rejects_another_packed_dataset_of_equal_size(make_config, tmp_path):
+    """Raw images of one size differ only in their pixels."""
     rng = np.random.default_rng(0)
     for name in ("one", "two"):
         for k in range(16):
@@ -729,8 +731,8 @@ def test_another_packed_data_set_of_equal_size_is_refused(make_config, tmp_path)
         train(make_config(resume="auto", data={"root": str(tmp_path / "two-packed"), **options}, **longer))
 
 
-def altered(folder, change):
-    """The newest checkpoint of a run, written again with other content."""
+def modify_newest_checkpoint(folder, change):
+    """Apply `change` to the state in the newest checkpoint of a run."""
     path = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
     state = torch.load(path, weights_only=True)
     change(state)
@@ -764,9 +766,9 @@ def altered(folder, change):
         ),
     ],
 )
-def test_a_checkpoint_that_does_not_say_what_it_is_of_is_one_line(make_config, change, message):
+def test_inconsistent_checkpoints_are_one_line(make_config, change, message):
     folder = train(make_config(**SHORT)).folder
-    altered(folder, change)
+    modify_newest_checkpoint(folder, change)
     longer = SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}}
     with pytest.raises(InputError, match=message):
         train(make_config(resume="auto", **longer))

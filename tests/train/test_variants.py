@@ -397,8 +397,8 @@ def test_vgg_learns_in_article_mode(make_config):
     step = TrainStep(model, config, 4, torch.device("cpu"))
     batch = type("B", (), {"views": (normal(4, 3, 32, 32), normal(4, 3, 32, 32, seed=1))})
     found = [step(k, batch).loss.item() for k in range(4)]
-    # Both networks start equal, and the first step separates them. By the fourth step, the loss falls
-    # to 0.11-0.31 of the second (six seeds).
+    # Both networks start equal, and the first step separates them. By the fourth step, the loss
+    # falls to 0.11-0.31 of the second (six seeds).
     assert found[-1] < 0.6 * found[1]
 
 
