@@ -1,20 +1,24 @@
-"""Tests and measures everything on a CUDA machine, the most informative first: `make gpu`.
+"""Test and benchmark everything on a CUDA machine, the most informative parts first (`make gpu`).
 
-    python benchmarks/gpu.py                                   # all parts: first, measure, rest
-    python benchmarks/gpu.py --group first --seconds 480       # facts, tests, short trainings: what works here?
-    python benchmarks/gpu.py --group measure --seconds 590     # the step of a ResNet-50 against its baselines
-    python benchmarks/gpu.py --dry-run                         # the parts, how long each should take, and its limit
-    cp runs/gpu/*_cuda.csv benchmarks/results/                 # keeps the results
+    python benchmarks/gpu.py                                # all groups: first, measure, rest
+    python benchmarks/gpu.py --group first --seconds 480    # facts, tests, short trainings
+    python benchmarks/gpu.py --group measure --seconds 590  # ResNet-50 step against baselines
+    python benchmarks/gpu.py --dry-run                      # list the parts and their time limits
+    cp runs/gpu/*_cuda.csv benchmarks/results/              # keep the results
 
-It needs nothing but the interpreter's packages: fastbyol runs from the checkout, installed or not, and nothing is downloaded. Every part is a process
-group of its own with a time limit; one that fails or hangs costs its limit and nothing else. A hanging part's Python stacks are in the log.
-A part that misses a package or program is named with it. A part that does not fit into what is left of --seconds is left out.
+The script needs only the interpreter's packages: it runs fastbyol from the checkout, installed or
+not, and downloads nothing. Each part runs in a separate process group with a time limit. A part
+that fails or hangs costs at most its limit, and the log has the Python stacks of a hanging part.
+The table names missing packages and programs. Parts that exceed the rest of --seconds are skipped.
 
---work DIR (runs/gpu) keeps the state, corpora, runs and compilers' caches: the same command again goes on with the parts that are not ok yet.
---out DIR (by default the same) gets gpu.log, which has what the parts print as they print it, and the result files, rewritten after every
-measurement. FASTBYOL_COMMIT names their commit where .git is not that of the tree. Expected seconds were measured on one H100 with cold caches;
-those of the tests, the profile, whole runs, the kernels' report and slow augmenters are estimates. The exit code is 0 if every part is ok: its
-exit code was 0 and, of tests, at least one ran.
+--work DIR (default runs/gpu) keeps state, corpora, runs and compiler caches. The same command again
+continues with the parts that are not ok yet. --out DIR (default: --work) receives gpu.log, the live
+output of all parts, and the result files, which are rewritten after every measurement.
+FASTBYOL_COMMIT sets the commit of the results if .git is missing.
+
+Expected times were measured on one H100 with cold caches. Those of the tests, the profile, whole
+runs, the kernel report and slow augmenters are estimates. The exit code is 0 if all parts are ok. A
+part is ok if its exit code is 0 and, for tests, at least one test ran.
 """
 
 import argparse
@@ -37,8 +41,8 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
-GRACE_S = 5  # of a part between its limit and its end
-CUDA_BIN = "/usr/local/cuda/bin"  # the toolkit's programs, where PATH does not have them
+GRACE_S = 5  # time for a part to print its stacks after its limit
+CUDA_BIN = "/usr/local/cuda/bin"  # appended to PATH
 R50 = "R50 224 px, batch 256"
 
 
@@ -49,27 +53,27 @@ class Part:
     name: str
     command: list[str]
     expected_s: int
-    """Measured on one H100 or an estimate: see above."""
+    """Measured on one H100, or an estimate (see the module's docstring)."""
     limit_s: int
     fresh: tuple[Path, ...] = ()
-    """Folders of an earlier attempt that it cannot go on from: removed before it starts."""
+    """Outputs of earlier attempts that are removed before the part starts."""
     report: Path | None = None
-    """pytest's JUnit file: its exit code is 0 even if every test was skipped."""
+    """pytest's JUnit file, since pytest's exit code is 0 even if all tests are skipped."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a part."""
+    """Outcome of a part."""
 
     state: str
-    """ok, exit N, too long, missing, skipped, no time, unfinished"""
+    """ok, exit N, timeout, missing, skipped, over budget or unfinished."""
     seconds: float = 0.0
     last: str = ""
-    """The last line that it printed."""
+    """Last line of the output."""
 
 
 def parts(work: Path, out: Path) -> dict[str, list[Part]]:
-    """The parts of every group, in order; a part that stands in two groups runs once."""
+    """Return the parts of each group, in order; a part in two groups runs once."""
     photos, corpus, runs = work / "photos", work / "photos-500px", work / "runs"
 
     def fastbyol(*words: str) -> list[str]:
@@ -80,7 +84,7 @@ def parts(work: Path, out: Path) -> dict[str, list[Part]]:
 
     def pytest(name: str, *words: str, expected_s: int, limit_s: int, under: tuple[str, ...] = ()) -> Part:
         report = work / f"{name.replace(' ', '-')}.xml"
-        # Of what a failing test prints, torch's trace of thousands of lines is left out.
+        # Show only stdout of failing tests: torch's traces have thousands of lines.
         options = f"-p no:cacheprovider -rs --tb=short --show-capture=stdout --durations=30 --junitxml={report}".split()
         command = [*under, PYTHON, "-m", "pytest", *options, *words]
         return Part(name=name, command=command, expected_s=expected_s, limit_s=limit_s, report=report)
@@ -105,13 +109,13 @@ def parts(work: Path, out: Path) -> dict[str, list[Part]]:
 
     small = prepare("photos", photos, "--images", "3600", "--size", "80", expected_s=10, limit_s=60)
     big = prepare("corpus", corpus, "--images", "5000", expected_s=20, limit_s=180)
-    # A process for each of the files, whose compilers then work beside each other.
-    beside = ["-n", "5", "--dist", "loadfile"] if find_spec("xdist") else []
+    # One process per file, so that their compilations run in parallel.
+    parallel = ["-n", "5", "--dist", "loadfile"] if find_spec("xdist") else []
     lars, augment = "benchmarks/bench_lars_ema.py", "benchmarks/bench_augment.py"
     first = [
         Part(name="facts", command=script("gpu", "--facts"), expected_s=6, limit_s=60),
         Part(name="doctor", command=fastbyol("doctor"), expected_s=35, limit_s=90),
-        pytest("tests", "tests/gpu", *beside, "-o", "timeout=200", expected_s=180, limit_s=400),
+        pytest("tests", "tests/gpu", *parallel, "-o", "timeout=200", expected_s=180, limit_s=400),
         small,
         train("eager", "--step.mode", "eager", expected_s=40, limit_s=90),
         train("compile", "--step.mode", "compile", expected_s=100, limit_s=180),
@@ -147,8 +151,8 @@ def parts(work: Path, out: Path) -> dict[str, list[Part]]:
         pytest(
             "memcheck", "tests/gpu/test_kernels.py", "-k", "not twenty_steps", under=sanitizer, expected_s=15, limit_s=240
         ),
-        Part(name="kernels' report", command=[PYTHON, "-m", "fastbyol.kernels.triton.resources"], expected_s=30, limit_s=120),
-        # torchvision sends about a hundred kernels a view.
+        Part(name="kernel report", command=[PYTHON, "-m", "fastbyol.kernels.triton.resources"], expected_s=30, limit_s=120),
+        # torchvision launches about a hundred kernels per view.
         benchmark(
             "slow augmenters", augment, "--rounds", "1", "--views", "16", results=out / "16_views", expected_s=60, limit_s=180
         ),
@@ -160,7 +164,10 @@ def parts(work: Path, out: Path) -> dict[str, list[Part]]:
 
 
 def environment(work: Path) -> dict[str, str]:
-    """What the parts run in: the checkout first on the path, compilers' caches in WORK unless they have a place already."""
+    """Return the environment of the parts.
+
+    The checkout comes first in PYTHONPATH. Compiler caches are in WORK, unless already configured.
+    """
     caches = {
         "TORCHINDUCTOR_CACHE_DIR": str(work / "cache" / "inductor"),
         "TRITON_CACHE_DIR": str(work / "cache" / "triton"),
@@ -173,7 +180,7 @@ def environment(work: Path) -> dict[str, str]:
 
 
 def run(part: Part, limit_s: float, log: Path, env: dict[str, str]) -> Result:
-    """Runs a part to its end or limit; nothing of its process group is left afterwards."""
+    """Run a part until its end or limit, then kill the rest of its process group."""
     began = time.monotonic()
     for path in (*part.fresh, *([part.report] if part.report else [])):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -199,10 +206,10 @@ def run(part: Part, limit_s: float, log: Path, env: dict[str, str]) -> Result:
             lines = _lines(log, start)
         except subprocess.TimeoutExpired:
             lines = _lines(log, start)
-            process.send_signal(signal.SIGABRT)  # Python then prints where each of its threads stands
+            process.send_signal(signal.SIGABRT)  # Python's faulthandler prints the stacks of all threads
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
-        finally:  # an interrupt comes here too
+        finally:  # also after an interrupt
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -211,7 +218,7 @@ def run(part: Part, limit_s: float, log: Path, env: dict[str, str]) -> Result:
 
 def _state(part: Part, code: int | None, lines: list[str]) -> str:
     if code is None:
-        return "too long"
+        return "timeout"
     if code != 0:
         missing = any(re.search(r"No module named", line) for line in lines[-3:])
         return "missing" if missing else f"exit {code}"
@@ -219,7 +226,7 @@ def _state(part: Part, code: int | None, lines: list[str]) -> str:
 
 
 def _tests_that_ran(report: Path) -> int:
-    """By a JUnit file; 0 if there is none."""
+    """Return the number of executed tests in a JUnit file; 0 if it is missing."""
     if not report.exists():
         return 0
     suites = ElementTree.parse(report).getroot().iter("testsuite")
@@ -227,7 +234,7 @@ def _tests_that_ran(report: Path) -> int:
 
 
 def _lines(log: Path, start: int) -> list[str]:
-    """What a part printed, without colors and empty lines; of a line that was written over, the last state."""
+    """Return the lines of a part's output, without colors, empty lines and carriage returns."""
     with open(log, "rb") as file:
         file.seek(start)
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.read().decode(errors="replace"))
@@ -235,7 +242,7 @@ def _lines(log: Path, start: int) -> list[str]:
 
 
 def run_all(chosen: list[Part], work: Path, out: Path, seconds: float | None, again: bool) -> dict[str, Result]:
-    """Runs the parts that are not ok yet, or all, and keeps the state after each; the results of all."""
+    """Run the parts that are not ok yet (or all), save the state after each, return all results."""
     began, state, log = time.monotonic(), work / "parts.json", out / "gpu.log"
     for folder in (work, out):
         folder.mkdir(parents=True, exist_ok=True)
@@ -253,10 +260,12 @@ def run_all(chosen: list[Part], work: Path, out: Path, seconds: float | None, ag
             continue
         left = float("inf") if seconds is None else seconds - GRACE_S - (time.monotonic() - began)
         if left < part.expected_s:
-            keep(part.name, Result("no time", 0.0, f"needs about {part.expected_s} s of {max(left, 0):.0f} s"))
+            keep(
+                part.name, Result("over budget", 0.0, f"needs about {part.expected_s} s; {max(left, 0):.0f} s are left")
+            )
             continue
         print(f"{part.name}: about {part.expected_s} s, at most {min(part.limit_s, left):.0f} s", flush=True)
-        keep(part.name, Result("unfinished"))  # what a kill leaves behind
+        keep(part.name, Result("unfinished"))  # remains if this script is killed
         keep(part.name, run(part, min(part.limit_s, left), log, environment(work)))
         print(row(part.name, results[part.name]), flush=True)
     return {part.name: results[part.name] for part in chosen}
@@ -267,12 +276,12 @@ def _read(state: Path) -> dict[str, dict]:
 
 
 def row(name: str, result: Result) -> str:
-    """A line of the table."""
+    """Return one line of the table."""
     return f"{name:<18}{result.state:<12}{result.seconds:7.1f} s   {result.last[:110]}"
 
 
 def dry_run(groups: dict[str, list[Part]]) -> str:
-    """The parts with their expected seconds and limits, as text."""
+    """Return the parts with expected times and limits, as text."""
     lines = []
     for group, members in groups.items():
         expected, limits = sum(p.expected_s for p in members), sum(p.limit_s for p in members)
@@ -286,11 +295,11 @@ def _shown(part: Part) -> str:
 
 
 def facts() -> int:
-    """What is on this machine and what is not; 1 if torch sees no CUDA device."""
+    """Print available programs, packages and hardware; return 1 if torch sees no CUDA device."""
     if shutil.which("nvidia-smi"):
         subprocess.run(["nvidia-smi"], check=False)
     for program in ("nvidia-smi", "nvcc", "gcc", "g++", "git", "make", "compute-sanitizer", "ncu", "nsys"):
-        print(f"{program:<20} {shutil.which(program) or 'not here'}")
+        print(f"{program:<20} {shutil.which(program) or 'not installed'}")
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lists = [wanted["dependencies"], *wanted["optional-dependencies"].values()]
     names = [re.match(r"[\w.-]+", text)[0] for texts in lists for text in texts]
@@ -300,7 +309,7 @@ def facts() -> int:
             print(f"{name:<20} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
-    print(f"packages that are not here: {', '.join(name for name in missing if name != 'fastbyol') or 'none'}")
+    print(f"missing packages: {', '.join(name for name in missing if name != 'fastbyol') or 'none'}")
     print(
         f"disk {shutil.disk_usage(ROOT).free / 2**30:.0f} GiB free, /dev/shm {shutil.disk_usage('/dev/shm').free / 2**30:.0f} GiB"
     )
@@ -312,7 +321,7 @@ def facts() -> int:
         print(f"{name:<20} {fact}")
     print(f"torch's CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     if not torch.cuda.is_available():
-        print("torch sees no CUDA device here")
+        print("torch sees no CUDA device")
         return 1
     device = torch.cuda.get_device_properties(0)
     print(
@@ -323,14 +332,14 @@ def facts() -> int:
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--group", choices=["first", "measure", "rest"], help="these parts alone; by default all")
-    options.add_argument("--only", nargs="+", metavar="PART", help="parts by name")
+    options.add_argument("--group", choices=["first", "measure", "rest"], help="group to run; by default all")
+    options.add_argument("--only", nargs="+", metavar="PART", help="names of the parts to run")
     options.add_argument(
-        "--seconds", type=float, help="for all parts together; by default each has its own limit alone"
+        "--seconds", type=float, help="total time limit; by default only the limits of the parts apply"
     )
     options.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu", help="state, corpora, runs and caches")
-    options.add_argument("--out", type=Path, help="log and result files; by default WORK")
-    options.add_argument("--again", action="store_true", help="parts that are ok already too")
+    options.add_argument("--out", type=Path, help="log and result files; by default the folder of --work")
+    options.add_argument("--again", action="store_true", help="also run parts that are already ok")
     options.add_argument("--dry-run", action="store_true", help="list the parts and run none")
     options.add_argument("--facts", action="store_true", help=argparse.SUPPRESS)
     return options
@@ -351,13 +360,13 @@ def main() -> int:
     if args.dry_run:
         print(dry_run({group: [part for part in members if part in chosen] for group, members in groups.items()}))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the part's processes too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the part's processes
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     results = run_all(chosen, work, out, args.seconds, args.again)
     print("\n" + "\n".join(row(name, result) for name, result in results.items()))
     bad = [name for name, result in results.items() if result.state != "ok"]
     print(
-        f"{len(results) - len(bad)} of {len(results)} parts are ok{': not ' + ', '.join(bad) if bad else ''}; log: {out / 'gpu.log'}"
+        f"{len(results) - len(bad)} of {len(results)} parts are ok{'; not ok: ' + ', '.join(bad) if bad else ''}; log: {out / 'gpu.log'}"
     )
     return int(bool(bad))
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: a part that fails, hangs, is missing or runs nothing costs no more than its limit, and the table says so."""
+"""benchmarks/gpu.py: isolation of parts that fail, hang, are missing or run no tests."""
 
 import json
 import os
@@ -28,17 +28,17 @@ PARSERS = {
     "against": against,
     "gpu": gpu,
 }
-LONG = 120  # seconds: the limit of a part that should end at once
+LONG = 120  # seconds; limit of parts that end immediately
 
 
 def part(name, program, *, expected_s=0, limit_s=LONG, **options):
-    """A part that runs a Python program."""
+    """Return a part that runs a Python program."""
     command = [sys.executable, "-c", program]
     return gpu.Part(name=name, command=command, expected_s=expected_s, limit_s=limit_s, **options)
 
 
 def pytest_on(tmp_path, name, text):
-    """A part that runs pytest on a file of its own."""
+    """Return a part that runs pytest on a new file."""
     file, report = tmp_path / f"test_{name}.py", tmp_path / f"{name}.xml"
     file.write_text(text)
     command = [
@@ -61,7 +61,7 @@ BAD = part("bad", "raise SystemExit('the GPU is on fire')")
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
-    """Runs the script with other parts; its exit code, state and output."""
+    """Return a function that runs the script with other parts: exit code, states and output."""
 
     def call(parts, *arguments):
         monkeypatch.setattr(gpu, "parts", lambda work, out: {"first": list(parts)})
@@ -78,7 +78,7 @@ def run(tmp_path, capsys, monkeypatch):
     return call
 
 
-def test_what_fails_is_named_and_the_rest_goes_on(run, tmp_path):
+def test_failing_parts_are_reported_and_the_rest_runs(run, tmp_path):
     missing = gpu.Part(name="no program", command=["no-such-sanitizer"], expected_s=0, limit_s=LONG)
     no_package = part("no package", "import no_such_package")
     code, states, out = run([BAD, missing, no_package, OK])
@@ -91,54 +91,54 @@ def test_what_fails_is_named_and_the_rest_goes_on(run, tmp_path):
     }
     table = out.split("\n\n")[-1].splitlines()
     assert [line.split()[0] for line in table[:4]] == ["bad", "no", "no", "ok"]
-    assert "1 of 4 parts are ok: not bad, no program, no package" in table[4]
+    assert "1 of 4 parts are ok; not ok: bad, no program, no package; log: " in table[4]
     log = (tmp_path / "work" / "gpu.log").read_text()
     assert "first\nall is well" in log and "the GPU is on fire" in log
 
 
-def test_a_good_run_ends_with_0(run):
+def test_exit_code_is_0_if_all_parts_are_ok(run):
     assert run([OK])[0] == 0
 
 
-# It has a child of its own in the process group, and neither listens.
+# The process and its child, which is in the same process group, ignore SIGTERM.
 HANGING = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
-def stands_here():
+def hanging_function():
     time.sleep(600)
-stands_here()
+hanging_function()
 """
 
 
 def is_running(pid):
-    """A killed process that nobody has waited for yet (a zombie) is not."""
+    """Return True if a process runs; zombies count as ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
 
 
-def test_a_hanging_part_costs_its_limit_and_leaves_nothing_behind(run, tmp_path):
+def test_hanging_part_is_killed_with_its_children_at_its_limit(run, tmp_path):
     began = time.monotonic()
     code, states, _ = run([part("hangs", HANGING, limit_s=8), OK])
     took = time.monotonic() - began
     assert code == 1
     state, child = states["hangs"]
-    assert state == "too long"
+    assert state == "timeout"
     assert states["ok"] == ("ok", "all is well")
-    assert 8 <= took < 300  # it would sleep for 600
+    assert 8 <= took < 300  # the program sleeps for 600
     deadline = time.monotonic() + 60
     while is_running(child) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_running(child)
-    assert "in stands_here" in (tmp_path / "work" / "gpu.log").read_text()  # where it hung
+    assert "in hanging_function" in (tmp_path / "work" / "gpu.log").read_text()
 
 
-def test_tests_that_all_skip_are_not_ok(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # starts sooner
-    skip = "import pytest\n@pytest.mark.skip(reason='no CUDA device here')\ndef test_a(): pass\n"
+def test_part_with_only_skipped_tests_is_not_ok(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # starts faster
+    skip = "import pytest\n@pytest.mark.skip(reason='no CUDA device available')\ndef test_a(): pass\n"
     parts = [
         pytest_on(tmp_path, "skips", skip),
         pytest_on(tmp_path, "one_runs", skip + "def test_b(): pass\n"),
@@ -155,7 +155,7 @@ def test_tests_that_all_skip_are_not_ok(run, tmp_path, monkeypatch):
     }
 
 
-def test_an_old_report_does_not_count(run, tmp_path, monkeypatch):
+def test_old_report_is_ignored(run, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     first = pytest_on(tmp_path, "a", "def test_a(): pass\n")
     assert run([first])[1]["a"][0] == "ok"
@@ -163,22 +163,22 @@ def test_an_old_report_does_not_count(run, tmp_path, monkeypatch):
     assert run([silent], "--again")[1]["a"][0] == "skipped"
 
 
-def test_parts_that_do_not_fit_into_the_budget_are_left_out(run):
+def test_parts_over_the_budget_are_skipped(run):
     long = part("long", "print('ran')", expected_s=5000, limit_s=6000)
     code, states, _ = run([long, OK], "--seconds", "1000")
     assert code == 1
-    assert states["long"][0] == "no time"
+    assert states["long"][0] == "over budget"
     assert states["ok"][0] == "ok"
 
 
-def test_no_part_runs_beyond_the_budget(run):
+def test_budget_limits_running_parts(run):
     began = time.monotonic()
     _, states, _ = run([part("hangs", "import time; time.sleep(600)", limit_s=500)], "--seconds", "8")
-    assert states["hangs"][0] == "too long"
+    assert states["hangs"][0] == "timeout"
     assert time.monotonic() - began < 300
 
 
-def test_a_later_call_goes_on_with_what_is_not_ok(run, tmp_path):
+def test_rerun_skips_parts_that_are_ok(run, tmp_path):
     def counting(name, code):
         file = tmp_path / name
         return part(name, f"open({str(file)!r}, 'a').write('x'); raise SystemExit({code})"), file
@@ -193,8 +193,8 @@ def test_a_later_call_goes_on_with_what_is_not_ok(run, tmp_path):
     assert (good_file.read_text(), bad_file.read_text()) == ("xx", "xx")
 
 
-def test_the_state_of_a_killed_run_is_kept(tmp_path, monkeypatch):
-    """State and log are there after every part, not at the end; a part that was cut off is not taken for ok."""
+def test_state_survives_a_killed_run(tmp_path, monkeypatch):
+    """State and log are written after every part, and an interrupted part is not ok."""
     seen = []
 
     def killed(part, limit_s, log, env):
@@ -211,14 +211,14 @@ def test_the_state_of_a_killed_run_is_kept(tmp_path, monkeypatch):
     assert seen[1] == state
 
 
-def test_what_an_attempt_left_is_removed_before_the_next(run, tmp_path):
+def test_leftovers_of_an_attempt_are_removed(run, tmp_path):
     folder = tmp_path / "half"
     half = part("half", f"import os; os.mkdir({str(folder)!r}); raise SystemExit(1)", fresh=(folder,))
     for _ in range(2):
         assert run([half])[1]["half"] == ("exit 1", "")
 
 
-def test_parts_see_the_checkout_first_and_their_caches_in_the_work_folder(tmp_path, monkeypatch):
+def test_environment_of_parts(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/else")
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
@@ -229,7 +229,7 @@ def test_parts_see_the_checkout_first_and_their_caches_in_the_work_folder(tmp_pa
     assert env["FASTBYOL_CORPUS"].startswith(str(tmp_path))
 
 
-def test_only_names_parts_that_exist(run, capsys):
+def test_only_rejects_unknown_parts(run, capsys):
     with pytest.raises(SystemExit):
         run([OK], "--only", "okay")
     assert "--only 'okay': choose from 'ok'" in capsys.readouterr().err
@@ -243,18 +243,18 @@ GROUPS = gpu.parts(WORK, WORK / "out")
 ALL = [pytest.param(p, id=f"{group}: {p.name}") for group, members in GROUPS.items() for p in members]
 
 
-def test_groups_and_their_expected_seconds():
+def test_groups_and_expected_seconds():
     assert list(GROUPS) == ["first", "measure", "rest"]
     assert sum(p.expected_s for p in GROUPS["first"]) <= 450
     for members in GROUPS.values():
-        assert all(0 < p.expected_s <= p.limit_s <= 595 for p in members)  # ten minutes a command
+        assert all(0 < p.expected_s <= p.limit_s <= 595 for p in members)  # fits a limit of ten minutes per command
         assert len({p.name for p in members}) == len(members)
     by_name = {}
     for p in (p for members in GROUPS.values() for p in members):
         assert by_name.setdefault(p.name, p) == p
 
 
-def test_a_dry_run_lists_every_part_and_runs_none(capsys, monkeypatch, tmp_path):
+def test_dry_run_lists_all_parts_and_runs_none(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--work", str(tmp_path / "work")])
     assert gpu.main() == 0
     out = capsys.readouterr().out
@@ -268,8 +268,8 @@ def test_a_dry_run_lists_every_part_and_runs_none(capsys, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("part", ALL)
-def test_commands_name_what_exists(part, monkeypatch):
-    """Every script, sub-command, option and contender; what is under WORK is made by the parts."""
+def test_commands_are_valid(part, monkeypatch):
+    """Every script, subcommand, option and contender exists; parts create the files in WORK."""
     monkeypatch.chdir(ROOT)
     command = part.command
     words = command[command.index(sys.executable) + 1 :]
@@ -287,8 +287,8 @@ def test_commands_name_what_exists(part, monkeypatch):
 
 
 @pytest.mark.slow
-def test_pytest_knows_the_options_and_finds_tests(tmp_path):
-    """In one process for all of these parts, as importing torch takes long."""
+def test_pytest_parts_collect_tests(tmp_path):
+    """Collects all parts in one process, since importing torch is slow."""
     commands = [p.values[0].command for p in ALL if "pytest" in p.values[0].command]
     calls = [[*c[c.index("pytest") + 1 :], "--collect-only"] for c in commands]
     calls = [[f"--junitxml={tmp_path}/x.xml" if word.startswith("--junitxml") else word for word in c] for c in calls]
@@ -300,7 +300,7 @@ def test_pytest_knows_the_options_and_finds_tests(tmp_path):
     assert calls
 
 
-def test_a_commit_without_git_is_the_one_that_is_named(monkeypatch):
+def test_commit_without_git_comes_from_the_environment(monkeypatch):
     monkeypatch.setattr(environment, "__file__", "/environment.py")
     monkeypatch.setenv("FASTBYOL_COMMIT", "abc1234")
     assert environment.commit() == "abc1234"
@@ -308,7 +308,7 @@ def test_a_commit_without_git_is_the_one_that_is_named(monkeypatch):
     assert environment.commit() == ""
 
 
-def test_a_benchmark_for_a_gpu_says_in_one_line_that_there_is_none(capsys, monkeypatch):
+def test_cuda_benchmarks_without_a_gpu_fail_with_one_line(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for module, words in (
         (bench_step, ["--device", "cuda"]),

@@ -1,4 +1,4 @@
-"""Import of the package from any working directory, and its cache folders."""
+"""Import of the package from any working directory, and cache folders."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def python(*arguments, cwd, **environment):
 
 @pytest.mark.parametrize("start", [["-m"], ["-m", "torch.distributed.run", "--nproc-per-node", "1", "-m"]])
 def test_folder_named_fastbyol_does_not_hide_the_package(tmp_path, start):
-    """As in the parent folder of a clone."""
+    """The parent folder of a clone is such a working directory."""
     (tmp_path / "fastbyol").mkdir()
     done = python(*start, "fastbyol", "--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"fastbyol {fastbyol.__version__}\n"), done.stderr
@@ -45,13 +45,16 @@ def test_checkout_in_the_current_folder_is_used_and_reported(tmp_path):
     assert done.stdout == f"{tmp_path / 'fastbyol/kernels/crop.py'} {tmp_path / 'fastbyol/cli.py'}\n"
 
 
-def test_kernels_is_a_link_next_to_the_package():
+def test_kernels_is_a_symlink_to_the_top_level_folder():
     assert (ROOT / "fastbyol" / "kernels").resolve() == ROOT / "kernels"
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Call prepare() with simulated permissions; return (note, error, changed environment variables)."""
+    """Return a function that calls caches.prepare() with simulated permissions.
+
+    It returns the note, the error and the changed environment variables.
+    """
 
     def prepare(*, home, writable, user="someone"):
         def nobody():
@@ -79,7 +82,7 @@ def test_writable_home_changes_nothing(machine, tmp_path):
     assert machine(home=tmp_path / "home", writable=str(tmp_path)) == (None, None, {})
 
 
-def test_without_a_home_caches_are_in_a_private_folder(machine, tmp_path):
+def test_caches_without_a_home_are_in_a_private_folder(machine, tmp_path):
     folder = tmp_path / f"fastbyol-{os.getuid()}"
     note, error, changed = machine(home=None, user=None, writable=str(tmp_path))
     assert (note, error) == (f"there is no home folder: caches are kept in {folder}", None)
@@ -99,7 +102,7 @@ def test_read_only_home_stays_the_home(machine, tmp_path):
     "place", [".cache/numba", ".cache/numba/kernels_1", ".cache/fastbyol", ".triton", ".triton/cache"]
 )
 def test_read_only_cache_folder_is_detected(machine, monkeypatch, tmp_path, place):
-    """As after a run with sudo."""
+    """A run with sudo leaves such folders."""
     home = tmp_path / "home"
     (home / place).mkdir(parents=True)
     note, _, changed = machine(home=home, writable=str(tmp_path))
@@ -132,7 +135,7 @@ def test_folder_writable_by_others_is_not_used(machine, tmp_path):
     assert Path(changed["XDG_CACHE_HOME"]).stat().st_mode & 0o777 == 0o700
 
 
-def test_no_writable_folder_is_one_line(machine, monkeypatch, capsys):
+def test_error_without_a_writable_folder_is_one_line(machine, monkeypatch, capsys):
     _, error, changed = machine(home=Path("/read-only"), writable="/nothing")
     assert error.startswith("no folder for caches can be written, neither /read-only/.cache nor a temporary one")
     assert changed == {}
@@ -143,9 +146,11 @@ def test_no_writable_folder_is_one_line(machine, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="becomes another user, as root can")
+@pytest.mark.skipif(
+    os.getuid() != 0 or shutil.which("setpriv") is None, reason="only root can switch users with setpriv"
+)
 def test_user_without_home_and_passwd_entry():
-    """The installation is read-only. The user may read root's files, in case it is below /root."""
+    """The installation is read-only; the user may read root's files, in case it is in /root."""
     rights = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
     user = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups", *rights]
     with tempfile.TemporaryDirectory() as temporary:  # other users cannot read pytest's folders

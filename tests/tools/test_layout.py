@@ -1,4 +1,4 @@
-"""Layers of the package, and names that tests and benchmarks use."""
+"""Import layers of the package, and names used by tests and benchmarks."""
 
 import ast
 import importlib
@@ -26,7 +26,7 @@ CORE = (
     ),
     *("batch_size", "build", "callbacks", "resume", "run", "train"),
 )
-LAYERS = [  # lowest first: a module imports its own layer and those below
+LAYERS = [  # lowest first: a module may import its own layer and those below
     {"kernels"},
     {"errors", "settings", "config", "runtime", "spans"},
     {"data"},
@@ -52,7 +52,7 @@ def modules():
 
 
 def imported(path):
-    """Yield the dotted modules of fastbyol that a file imports, inside functions too, but not for type checkers alone."""
+    """Yield the fastbyol modules that a file imports, except under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -72,14 +72,14 @@ def imported(path):
 
 
 @pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: getattr(value, "stem", value))
-def test_imports_go_down(module, path):
-    """The core imports no satellite, and kernels/ imports nothing else."""
+def test_imports_respect_the_layers(module, path):
+    """The core imports no satellite, and kernels/ imports no other layer."""
     depth = next(k for k, layer in enumerate(LAYERS) if module in layer)
     above = {name.split(".")[0] for name in imported(path)} - {""} - set().union(*LAYERS[: depth + 1])
     assert above <= PENDING.get(f"{module}/{path.stem}", set())
 
 
-def test_no_import_cycle():
+def test_imports_have_no_cycles():
     graph = {}
     for _, path in modules():
         root = ROOT if path.is_relative_to(ROOT / "kernels") else ROOT / "fastbyol"
@@ -95,14 +95,14 @@ def scripts():
 
 
 @pytest.mark.parametrize("path", list(scripts()))
-def test_what_tests_and_benchmarks_ask_for_exists(path):
-    """Much of them runs only where there is a GPU: what they name in our modules is there all the same."""
+def test_names_used_by_tests_and_benchmarks_exist(path):
+    """Checks names statically, since many scripts run only on a GPU."""
     tree = ast.parse(path.read_text())
     known = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastbyol":
             if node.module.startswith("fastbyol.kernels.triton"):
-                continue  # importing them decides how Triton works in this process
+                continue  # the import would fix Triton's mode in this process
             module = importlib.import_module(node.module)
             for alias in node.names:
                 if f"{node.module}.{alias.name}" == "fastbyol.kernels.triton":
@@ -115,7 +115,7 @@ def test_what_tests_and_benchmarks_ask_for_exists(path):
             assert hasattr(known[node.value.id], node.attr), f"{path.name}:{node.lineno}: {node.value.id}.{node.attr}"
 
 
-# What a machine with a GPU may lack; scikit-image holds photographs, so its absence shows in tests that want a corpus.
+# Packages that a GPU machine may lack. scikit-image has the photographs of the test corpus.
 OPTIONAL = (
     *("nvidia.dali", "ffcv", "onnx", "onnxscript", "onnxruntime", "hypothesis", "lightly", "pytest_benchmark"),
     *("pytest_timeout", "skimage", "ruff"),
@@ -123,11 +123,11 @@ OPTIONAL = (
 
 
 @pytest.mark.slow
-def test_the_tests_of_a_gpu_are_collected_without_anything_optional():
-    """In a process in which all of that cannot be imported; plugins of pytest that are installed are not loaded either."""
+def test_gpu_tests_collect_without_optional_packages():
+    """Collects in a process without the optional packages and without pytest plugins."""
     code = f"""
 import sys
-sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # None: as if it were not installed
+sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # None makes imports fail
 import pytest
 sys.exit(pytest.main(["--collect-only", "-p", "no:cacheprovider", "-m", "gpu", "tests/gpu"]))
 """
@@ -137,9 +137,9 @@ sys.exit(pytest.main(["--collect-only", "-p", "no:cacheprovider", "-m", "gpu", "
     assert done.returncode == 0, done.stdout + done.stderr
     files = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert files == {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
-    assert "deselected" not in done.stdout  # every one of them is marked
+    assert "deselected" not in done.stdout  # every test has the marker
 
 
-def test_the_license_is_apache_2():
+def test_license_is_apache_2():
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()

@@ -1,4 +1,4 @@
-"""`fastbyol profile` and `fastbyol bench`: what they measure, and that a run without them has nothing of them."""
+"""`fastbyol profile` and `fastbyol bench`: measurements, and zero overhead when off."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ def small_peaks(monkeypatch):
 
 @pytest.fixture
 def new_loop():
-    """A loop that is closed when the test ends."""
+    """Return a factory of loops that are closed after the test."""
     loops = []
 
     def make(config):
@@ -49,7 +49,7 @@ def new_loop():
 # --- the clock ---
 
 
-def test_a_part_lasts_until_the_next_begins(monkeypatch):
+def test_part_lasts_until_the_next_begins(monkeypatch):
     times = iter([0, 2, 5, 11, 20, 21, 30])
     monkeypatch.setattr("time.perf_counter_ns", lambda: 1_000_000 * next(times))
     clock = Clock(CPU)
@@ -59,7 +59,7 @@ def test_a_part_lasts_until_the_next_begins(monkeypatch):
     assert clock.steps() == [{WAIT: 2, REST: 3 + 9, BACKWARD: 6}, {WAIT: 1, REST: 9}]
 
 
-def test_marks_stand_around_every_part_in_order(make_config, new_loop):
+def test_spans_cover_every_part_in_order(make_config, new_loop):
     loop = new_loop(make_config())
     instruments = Instruments(loop.training)
     clock = instruments.clock()
@@ -70,7 +70,7 @@ def test_marks_stand_around_every_part_in_order(make_config, new_loop):
     assert seen[-1] == REST
 
 
-def test_micro_batches_and_other_optimizers_are_marked_too(make_config, new_loop):
+def test_spans_of_micro_batches_and_other_optimizers(make_config, new_loop):
     loop = new_loop(make_config(step={"micro_batches": 2}, optim={"name": "adam", "base_lr": 1e-3}))
     instruments = Instruments(loop.training)
     clock = instruments.clock()
@@ -81,11 +81,11 @@ def test_micro_batches_and_other_optimizers_are_marked_too(make_config, new_loop
     assert instruments.update == "optimizer + target"
 
 
-# --- costs nothing ---
+# --- zero overhead when off ---
 
 
 def operators_of(call):
-    """Calls of every operator of torch, and the bytes of every allocation."""
+    """Return the number of calls of each torch operator and the bytes of each allocation."""
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     calls = {e.key: e.count for e in profiler.key_averages() if e.key not in PARTS and e.key != "[memory]"}
@@ -94,7 +94,7 @@ def operators_of(call):
 
 
 @pytest.mark.parametrize("options", [{}, {"step": {"micro_batches": 2}}, {"model": {"target": "online"}}])
-def test_a_step_is_the_same_before_beside_and_after_marks(make_config, new_loop, options):
+def test_instrumentation_does_not_change_the_step(make_config, new_loop, options):
     loop = new_loop(make_config(**options))
     batch = loop.cached_batch()
     for _ in range(2):
@@ -104,17 +104,17 @@ def test_a_step_is_the_same_before_beside_and_after_marks(make_config, new_loop,
     clock = instruments.clock()
     with instruments.recording(clock):
         clock.mark(WAIT)
-        beside = operators_of(lambda: loop.step(batch))
+        during = operators_of(lambda: loop.step(batch))
     after = operators_of(lambda: loop.step(batch))
     assert len(before[0]) > 20
-    assert before == beside == after
+    assert before == during == after
     assert spans._recorder is None
 
 
 # --- profile ---
 
 
-def test_profile_writes_a_page_figures_and_a_trace(make_config, tmp_path, small_peaks, log_lines):
+def test_profile_writes_page_figures_and_trace(make_config, tmp_path, small_peaks, log_lines):
     result = profile(make_config(precision="fp32"), steps=7, out=tmp_path / "p")
     assert json.loads((tmp_path / "p" / "profile.json").read_text()) == result
     assert [row["part"] for row in result["parts"]] == PARTS
@@ -134,7 +134,7 @@ def test_profile_writes_a_page_figures_and_a_trace(make_config, tmp_path, small_
         roof["flops"] / (result["step_ms"]["p50"] / 1e3) / roof["peak_flops_per_s"], rel=1e-6
     )
     assert roof["parts"][BACKWARD]["measured_ms"] == by[BACKWARD]["mean_ms"]
-    # Everything that operators hold above the beginning is given back within a step, but for what the next one needs.
+    # A step frees everything that its operators allocate, except what the next step needs.
     memory = result["memory"]
     assert max(memory["bytes"]) > 10 * abs(memory["bytes"][-1])
     trace = gzip.decompress((tmp_path / "p" / "trace.json.gz").read_bytes()).decode()
@@ -145,18 +145,18 @@ def test_profile_writes_a_page_figures_and_a_trace(make_config, tmp_path, small_
     assert any("the parts add up to" in line for line in log_lines)
 
 
-def test_operators_are_those_of_their_part(make_config, tmp_path, small_peaks):
-    """In float32, whose convolutions are oneDNN's on every processor."""
+def test_operators_are_assigned_to_their_part(make_config, tmp_path, small_peaks):
+    """Uses float32, whose convolutions are oneDNN's on every CPU."""
     result = profile(make_config(precision="fp32"), steps=1, out=tmp_path / "p")
     by = {part: {row["name"]: row["calls"] for row in rows} for part, rows in result["operators"].items()}
-    convolutions = 21  # of a ResNet-18 whose first stage is narrower than its stem
+    convolutions = 21  # in a ResNet-18 whose first stage is narrower than its stem
     assert by[TARGET]["aten::mkldnn_convolution"] == by[ONLINE]["aten::mkldnn_convolution"] == convolutions
     assert by[BACKWARD]["aten::convolution_backward"] == convolutions
     assert "aten::mkldnn_convolution" not in by[BACKWARD]
     assert "Optimizer.step#LARS.step" in by["LARS + target"]
 
 
-def test_a_host_sync_in_a_step_is_counted(make_config, tmp_path, small_peaks, monkeypatch):
+def test_host_syncs_are_counted(make_config, tmp_path, small_peaks, monkeypatch):
     update = Update.__call__
     monkeypatch.setattr(Update, "__call__", lambda self: (self._tau.item(), update(self))[1])
     result = profile(make_config(), steps=1, out=tmp_path / "p")
@@ -164,8 +164,8 @@ def test_a_host_sync_in_a_step_is_counted(make_config, tmp_path, small_peaks, mo
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_profiled_as_two_graphs(make_config, tmp_path, small_peaks, monkeypatch):
-    """The run's own graph stays as it is: nothing is compiled again after the warm-up. Which compiler is behind it does not matter."""
+def test_compiled_step_is_profiled_as_two_graphs(make_config, tmp_path, small_peaks, monkeypatch):
+    """Nothing is recompiled after the warmup; the compiler backend does not matter."""
     compiled = []
     real = torch.compile
 
@@ -181,7 +181,7 @@ def test_a_compiled_step_is_profiled_as_two_graphs(make_config, tmp_path, small_
     assert (result["graph_breaks"], result["recompilations"]) == (0, 0)
 
 
-def test_a_graph_that_is_compiled_again_is_counted():
+def test_recompilations_are_counted():
     torch._dynamo.reset()
     call = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
     call(torch.zeros(2))
@@ -193,7 +193,7 @@ def test_a_graph_that_is_compiled_again_is_counted():
     assert profiling._compiler("compile", before)["recompilations"] == 3
 
 
-def test_a_break_in_a_graph_is_counted():
+def test_graph_breaks_are_counted():
     torch._dynamo.reset()
     before = profiling._compiler("compile", 0)["graph_breaks"]
 
@@ -206,8 +206,8 @@ def test_a_break_in_a_graph_is_counted():
 
 
 @pytest.mark.slow
-def test_two_ranks_are_profiled_and_measured_together(photos, tmp_path):
-    """What of the gradients' exchange the backward pass does not hide is a part of its own; one rank writes and speaks."""
+def test_profile_and_bench_on_two_ranks(photos, tmp_path):
+    """Exchange that does not overlap with backward is a separate part; one rank writes and logs."""
     words = [
         "--data.root",
         str(photos),
@@ -269,14 +269,14 @@ def test_bench_measures_every_part_in_every_round(make_config, tmp_path, log_lin
     assert log_lines[-1] == f"limit: cores; {result['advice']}"
 
 
-def test_the_rates_are_images_over_seconds(make_config, monkeypatch):
-    """Every call takes a second by this clock; the supervised step sees both views as images."""
+def test_rates_are_images_per_second(make_config, monkeypatch):
+    """With a fake clock of 1 s per call; the supervised step counts both views as images."""
     monkeypatch.setattr(Loop, "timed", lambda self, calls, call=None: calls * 1.0)
     found = bench._measure(training_of(make_config()), rounds=1, steps=5)
     assert found == {"loader": [BATCH], "step": [BATCH], "supervised": [2 * BATCH], "whole": [BATCH]}
 
 
-def test_the_supervised_step_learns_its_labels(make_config):
+def test_supervised_step_learns(make_config):
     torch.manual_seed(0)
     images = torch.randn(BATCH, 3, 32, 32)
     model = bench._supervised(training_of(make_config()))
@@ -285,8 +285,8 @@ def test_the_supervised_step_learns_its_labels(make_config):
     assert losses[-1] < losses[0] - 0.5  # six seeds fall from 7.0 to 1.7-2.2
 
 
-def test_the_bounds_network_has_none_of_our_layers(make_config):
-    """With our BatchNorm in it the bound would move with our own kernels."""
+def test_bound_uses_no_fastbyol_layers(make_config):
+    """With fastbyol's BatchNorm, the bound would change with fastbyol's kernels."""
     model = bench._supervised(training_of(make_config()))
     ours = [name for name, module in model.named_modules() if type(module).__module__.startswith("fastbyol")]
     assert ours == []
@@ -302,13 +302,13 @@ def rates(loader, step, whole, supervised=1000.0):
     ("given", "device", "limit"),
     [((300, 200, 190), "cuda", "step"), ((150, 200, 140), "cuda", "loader"), ((150, 200, 100), "cpu", "cores")],
 )
-def test_what_limits(given, device, limit):
+def test_limit(given, device, limit):
     assert bench.limit(rates(*given), torch.device(device)) == limit
 
 
 def advice_of(make_config, given, device="cuda", mode="compile", **options):
     training = training_of(make_config(**options))
-    # Only what runs where is looked at.
+    # The advice depends only on device and step mode.
     training.device = torch.device(device)
     training.step = SimpleNamespace(mode=mode)
     result = rates(*given)
@@ -347,7 +347,7 @@ def test_advice_names_the_setting_that_helps(make_config):
         (["bench", "--data.batch_size", "100"], "72 images"),
     ],
 )
-def test_a_users_mistake_is_one_line(photos, capsys, arguments, message):
+def test_user_errors_are_one_line(photos, capsys, arguments, message):
     code = cli.main([*arguments[:1], "--data.root", str(photos), *arguments[1:]])
     errors = capsys.readouterr().err.splitlines()
     assert code == 2
@@ -355,7 +355,7 @@ def test_a_users_mistake_is_one_line(photos, capsys, arguments, message):
 
 
 @pytest.mark.slow
-def test_from_the_command_line(photos, tmp_path, capsys, small_peaks):
+def test_profile_and_bench_commands(photos, tmp_path, capsys, small_peaks):
     words = [
         "--data.root",
         str(photos),

@@ -1,4 +1,4 @@
-"""Work of a step against figures from outside and against hand counts."""
+"""Counted work of a step, compared with published figures and hand counts."""
 
 import gc
 
@@ -22,20 +22,20 @@ def counted(batch=4, size=32, model=SMALL, dtype=torch.bfloat16, **step):
     return count_step(config, batch, dtype)
 
 
-def test_a_resnet50_has_the_flops_that_torchvision_states():
-    """4.09 G multiplications and additions an image with its classifier, 2048 x 1000 of them (torchvision's model page)."""
+def test_resnet50_flops_match_torchvision():
+    """torchvision states 4.09 G multiply-adds per image, 2048 x 1000 of them in the classifier."""
     heads = 2048 * 4096 + 4096 * 256 + 256 * 4096 + 4096 * 256
     work = counted(2, 224, ModelConfig())
-    backbone = work[ONLINE].flops / 2 / 2 / 2 - heads  # an addition and a multiplication; two views of two images
+    backbone = work[ONLINE].flops / 2 / 2 / 2 - heads  # 2 FLOPs per multiply-add, 2 images with 2 views
     assert backbone + 2048 * 1000 == pytest.approx(4.09e9, rel=2e-3)
     assert work[ONLINE].flops - work[TARGET].flops == 2 * 4 * (256 * 4096 + 4096 * 256)  # the predictor
-    # A backward pass is two forward passes, but nobody wants the gradient of an image.
+    # Backward costs two forward passes, without the gradient of the images.
     assert work[BACKWARD].flops == 2 * work[ONLINE].flops - 2 * 4 * 112 * 112 * 64 * 3 * 49
     assert 7.9 < roofline.units(work) < 8
 
 
-def test_a_linear_layer_by_hand():
-    """(8, 32) times (32, 16): every operand and the result once."""
+def test_matmul_matches_a_hand_count():
+    """(8, 32) x (32, 16): both operands and the result count once."""
     work = Work()
     with roofline._Counter(work, roofline._Note()):
         x = torch.empty(8, 32, device="meta", dtype=torch.bfloat16)
@@ -46,48 +46,56 @@ def test_a_linear_layer_by_hand():
 @pytest.mark.parametrize(
     ("residual", "relu", "forward", "backward"), [(False, True, 3, 5), (True, True, 4, 7), (True, False, 4, 5)]
 )
-def test_batch_norm_takes_the_passes_of_its_kernels(residual, relu, forward, backward):
-    """As kernels/batch_norm.py lists them: moments 1, apply 2 (3 with a residual); sums 2 (4), gradient 3."""
+def test_batch_norm_counts_the_passes_of_its_kernels(residual, relu, forward, backward):
+    """Passes from kernels/batch_norm.py.
+
+    Forward: moments 1, apply 2 (3 with a residual). Backward: sums 2 (4 with residual and ReLU),
+    gradient 3.
+    """
     norm = BatchNorm(8, device="meta").train()
     norm.relu, norm.views = relu, 2
     x = torch.empty(4, 8, 6, 6, device="meta", dtype=torch.bfloat16, requires_grad=True)
     other = torch.empty_like(x, requires_grad=True) if residual else None
-    there, back = Work(), Work()
+    forward_work, backward_work = Work(), Work()
     note = roofline._count_by_formula(norm)
-    with roofline._Counter(there, note):
+    with roofline._Counter(forward_work, note):
         y = norm(x, other)
-    with roofline._Counter(back, note):
+    with roofline._Counter(backward_work, note):
         y.backward(torch.empty_like(y))
     values = 2 * x.numel()
-    assert (0, forward * values) in there.operators
-    assert (0, backward * values) in back.operators
+    assert (0, forward * values) in forward_work.operators
+    assert (0, backward * values) in backward_work.operators
     assert x.grad.shape == x.shape
 
 
-def test_max_pool_takes_the_passes_of_its_kernel():
-    """Forward reads x, writes y and a byte a place; backward reads both and writes dx (kernels/max_pool.py)."""
+def test_max_pool_counts_the_passes_of_its_kernels():
+    """Passes from kernels/max_pool.py.
+
+    Forward reads x, and writes y and a one-byte index per output. Backward reads both and writes
+    dx.
+    """
     x = torch.empty(2, 8, 7, 6, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    there, back = Work(), Work()
+    forward_work, backward_work = Work(), Work()
     pool = MaxPool(3, 2, 1)
     note = roofline._count_by_formula(pool)
-    with roofline._Counter(there, note):
+    with roofline._Counter(forward_work, note):
         y = pool(x)
-    with roofline._Counter(back, note):
+    with roofline._Counter(backward_work, note):
         y.backward(torch.empty_like(y))
     assert y.shape == (2, 8, 4, 3)
     pooled = 2 * 8 * 4 * 3
-    assert [size for _, size in there.operators] == [2 * x.numel() + 3 * pooled]
-    assert (0, 2 * x.numel() + 3 * pooled) in back.operators
+    assert [size for _, size in forward_work.operators] == [2 * x.numel() + 3 * pooled]
+    assert (0, 2 * x.numel() + 3 * pooled) in backward_work.operators
     assert x.grad.shape == x.shape
 
 
-def test_half_as_wide_activations_are_half_the_bytes_and_the_same_flops():
+def test_half_precision_halves_bytes_but_not_flops():
     wide, narrow = counted(64, dtype=torch.float32), counted(64, dtype=torch.bfloat16)
     assert [w.flops for w in wide.values()] == [w.flops for w in narrow.values()]
     assert narrow[ONLINE].bytes == pytest.approx(wide[ONLINE].bytes / 2, rel=0.05)  # weights are cast
 
 
-def test_micro_batches_are_the_same_work_and_checkpointing_is_one_forward_pass_more():
+def test_work_of_micro_batches_and_activation_checkpointing():
     whole, parts, again = counted(8), counted(8, micro_batches=2), counted(8, activation_checkpointing=4)
     assert [w.flops for w in parts.values()] == [w.flops for w in whole.values()]
     stem, heads = 2 * 16 * 16 * 16 * 64 * 3 * 49, 2 * 16 * (64 * 32 + 32 * 16 + 2 * 16 * 32)
@@ -95,15 +103,15 @@ def test_micro_batches_are_the_same_work_and_checkpointing_is_one_forward_pass_m
     assert more == whole[ONLINE].flops - stem - heads
 
 
-def test_a_network_without_target_moves_none():
+def test_target_online_has_no_target_work():
     work = counted(model=ModelConfig(**{**vars(SMALL), "target": "online"}))
     assert work[TARGET].flops == 0
     assert roofline.units(work) < 6
 
 
 @pytest.mark.parametrize(("name", "values", "target"), [("lars", 28, 8), ("sgd", 20, 12), ("adam", 28, 12)])
-def test_bytes_of_the_update(name, values, target):
-    """LARS: 36 bytes a parameter with a target, 28 without (kernels/lars_ema.py)."""
+def test_update_bytes(name, values, target):
+    """LARS moves 36 bytes per parameter with a target, 28 without (kernels/lars_ema.py)."""
     model = build_model(SMALL, 32, 0)
     moved = sum(p.numel() for p in model.online.parameters())
     alone = sum(p.numel() for p in model.predictor.parameters())
@@ -112,42 +120,42 @@ def test_bytes_of_the_update(name, values, target):
     assert count_step(config, 4, torch.bfloat16)[UPDATE].bytes == update_bytes(name, model)
 
 
-def test_the_roofline_is_the_larger_of_both_for_every_operator():
+def test_roofline_takes_the_maximum_per_operator():
     work = Work([(1000, 10), (10, 1000)])
     assert work.roofline_s(Peaks(100, 100)) == 10 + 10
     assert work.roofline_s(Peaks(1000, 100)) == 1 + 10
 
 
-def test_peaks_are_work_over_time(monkeypatch):
-    seconds = iter([0.01, 0.02, 0.5, 2.0])  # of products of side 8, 16, 32; of the copy
-    monkeypatch.setattr(roofline, "_PEAK_SIDES", {"cpu": (8, 16, 32, 2**40)})  # the last has no place in memory
+def test_peaks_are_work_per_time(monkeypatch):
+    seconds = iter([0.01, 0.02, 0.5, 2.0])  # products of side 8, 16 and 32, then the copy
+    monkeypatch.setattr(roofline, "_PEAK_SIDES", {"cpu": (8, 16, 32, 2**40)})  # the last exceeds the memory
     monkeypatch.setattr(roofline, "_PEAK_BYTES", {"cpu": 4096})
     monkeypatch.setattr(roofline, "_fastest", lambda call, device: (call(), next(seconds))[1])
     assert roofline.measure_peaks(CPU, torch.float32) == Peaks(2 * 16**3 / 0.02, 2 * 4096 / 2.0)
 
 
-def test_any_backbone_can_be_counted():
+def test_vit_flops_match_timm():
     model = ModelConfig(backbone="vit_tiny_patch16_224", hidden_dim=32, projection_dim=16)
     work = counted(2, 224, model)
-    # 1.3 G multiplications and additions an image with its attention (timm's results table: 1.26 without the products of attention).
+    # 1.3 G multiply-adds per image. timm's results table has 1.26, without the attention products.
     assert work[ONLINE].flops / 4 / 2 == pytest.approx(1.26e9, rel=0.06)
 
 
-def test_the_counted_layers_are_the_layers_of_a_run():
-    """Counting replaces the norm's function only while it counts."""
+def test_counting_leaves_the_layers_unchanged():
+    """Counting replaces the function of the norm only temporarily."""
     norm = BatchNorm(4).train()
     counted()
     x = torch.randn(6, 4, requires_grad=True)
     assert torch.allclose(norm(x), nn.functional.batch_norm(x, None, None, training=True), atol=1e-5)
 
 
-def test_counting_saved_bytes_leaves_no_graph_behind():
+def test_counting_saved_bytes_leaks_no_tensors():
     def tensors():
         gc.collect()
         return sum(type(o) is torch.Tensor for o in gc.get_objects())
 
     config = Config(data=DataConfig(batch_size=4, image_size_px=32), model=SMALL)
-    roofline.saved_tensor_bytes(config, 4, torch.bfloat16)  # what is imported and cached at first use
+    roofline.saved_tensor_bytes(config, 4, torch.bfloat16)  # fill caches of the first use
     before = tensors()
     roofline.saved_tensor_bytes(config, 4, torch.bfloat16)
     assert tensors() == before
