@@ -1,4 +1,5 @@
-# `make demo`, `make test` and `make test-slow` set everything up by themselves on a fresh Debian/Ubuntu machine.
+# `make demo`, `make test` and `make test-slow` install everything that they need on a new
+# Debian/Ubuntu machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,39 +14,41 @@ LOADERS := "decode only" fastbyol lightly "torchvision v2" "DALI CPU" "FFCV (1 v
 GPU_PYTHON ?= $(BIN)/python
 KERNEL_BENCHMARKS := benchmarks/bench_lars_ema.py benchmarks/bench_augment.py -rs --benchmark-disable-gc
 
-.PHONY: help demo test test-slow lint docs setup gpu ffcv-packages bench bench-setup bench-loader bench-kernels bench-step bench-train bench-accuracy bench-agreement \
-	bench-exchange clean
+.PHONY: help demo test test-slow lint docs setup gpu ffcv-packages bench bench-setup bench-loader \
+	bench-kernels bench-step bench-train bench-accuracy bench-agreement bench-exchange clean
 
 help:
-	@echo "make demo   set up, prepare photographs, pre-train on them, evaluate, write runs/demo/report.html (5 minutes)"
-	@echo "make test   set up, ruff, the fast tests (5 minutes after set-up)"
-	@echo "make test-slow   the others: compilers, the interpreter, several ranks, whole runs (12 to 20 minutes)"
-	@echo "make lint   ruff alone"
-	@echo "make docs   build the documentation site into site/; open site/index.html, no server needed (seconds after set-up)"
-	@echo "make bench  everything against everyone on this CPU: kernels, loader, step, training, accuracy; runs/bench/against_cpu.md (20 minutes)"
-	@echo "make bench-loader   the loader against lightly, torchvision, DALI and FFCV, in an environment of its own"
-	@echo "make bench-kernels  optimizer, target and augmentation on the CPU against other people's, in that environment"
-	@echo "make bench-step     one training step against lightly's, byol-pytorch's and plain torch's, in that environment"
-	@echo "make bench-train    whole training, loader and step, against lightly's loop, in that environment"
-	@echo "make bench-accuracy whole runs on Fashion-MNIST, time and accuracy, against lightly's, in that environment"
-	@echo "make bench-agreement whether profile, bench and plan say the same of this machine"
-	@echo "make gpu    on a CUDA machine: facts, tests, short trainings, then the step, kernels, loaders and whole runs (25 minutes by estimate)"
-	@echo "make clean  remove the virtual environments, the demo's corpus and run, and the documentation site"
+	@echo "make demo             pre-train on photographs, evaluate, write runs/demo/report.html (5 minutes)"
+	@echo "make test             ruff and the fast tests (5 minutes)"
+	@echo "make test-slow        tests of compilers, the interpreter, multiple ranks and whole runs (12 to 20 minutes)"
+	@echo "make lint             ruff check and ruff format --check"
+	@echo "make docs             build the documentation site, site/index.html (seconds)"
+	@echo "make bench            short benchmarks against all peers on this CPU, runs/bench/against_cpu.md (20 minutes)"
+	@echo "make bench-loader     loader against lightly, torchvision, DALI and FFCV"
+	@echo "make bench-kernels    optimizer, target update and augmentation on the CPU against other libraries"
+	@echo "make bench-step       training step against lightly, byol-pytorch and plain torch"
+	@echo "make bench-train      training (loader and step) against lightly"
+	@echo "make bench-accuracy   whole runs on Fashion-MNIST, time and accuracy against lightly"
+	@echo "make bench-agreement  check that profile, bench and plan agree on this machine"
+	@echo "make bench-exchange   estimate the bytes exchanged between GPUs"
+	@echo "make gpu              tests and benchmarks on a CUDA machine (about 25 minutes)"
+	@echo "make clean            remove the virtual environments, demo corpus, demo run and documentation site"
+	@echo "The first use creates .venv, or .venv-bench for comparisons, which takes one to ten minutes."
 
 setup: $(STAMP)
 
-# The venv is used as it is until pyproject.toml changes.
+# The venv is updated only if pyproject.toml changes.
 $(STAMP): pyproject.toml
 	@echo "== setting up $(VENV): a virtual environment with torch and fastbyol (about 6 GB, one to ten minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed; name it with: make PYTHON=python3.12 ..." >&2; exit 1; }
+		{ echo "Python 3.11 or newer is needed; set it with: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 		{ echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $(STAMP)
 
-# The tests run DALI's and FFCV's backends too, on the CPU.
+# The tests include the DALI and FFCV backends on the CPU.
 $(TEST_STAMP): $(STAMP)
 	@$(MAKE) --no-print-directory ffcv-packages
 	@echo "== adding DALI and FFCV to $(VENV) (1 GB)"
@@ -55,16 +58,17 @@ $(TEST_STAMP): $(STAMP)
 # FFCV has no wheels.
 ffcv-packages:
 	@pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v g++ >/dev/null && exit 0; \
-	echo "== FFCV is compiled, which needs: apt-get install $(FFCV_PACKAGES)"; \
+	echo "== compiling FFCV needs: apt-get install $(FFCV_PACKAGES)"; \
 	if [ "$$(id -u)" = 0 ]; then root=; elif sudo -n true 2>/dev/null; then root=sudo; \
-	else echo "make: run that command as root first" >&2; exit 1; fi; \
+	else echo "make: run this command as root first" >&2; exit 1; fi; \
 	$$root apt-get -qq update && $$root apt-get -qq install -y --no-install-recommends $(FFCV_PACKAGES) >/dev/null
 
-# Small networks gain nothing from more than one thread: a process per core does, up to four.
+# Small networks do not scale with threads, so run one single-threaded process per core, up to four.
 test test-slow: export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-# Triton compiles or interprets its kernels for the whole of a process, so those that need the interpreter have their own.
+# Triton chooses between compiler and interpreter once per process, so interpreter tests run
+# separately.
 test: lint $(TEST_STAMP)
 	$(PYTEST) --dist loadfile -m "not slow and not interpreter"
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "interpreter and not slow"
@@ -77,7 +81,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# .venv has mkdocs through the dev extra, since the tests build the site too. Strict: a broken link or anchor fails.
+# mkdocs is part of the dev extra, since the tests build the site too. --strict fails on broken links
+# and anchors.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "== open site/index.html"
@@ -86,19 +91,19 @@ data/photos: | $(STAMP)
 	$(BIN)/fastbyol prepare photos --out data/photos --images 3600 --size 80 --seed 0
 
 demo: $(STAMP) data/photos
-	@echo "== pre-training; an earlier demo run is replaced"
+	@echo "== pre-training (replaces an earlier demo run)"
 	rm -rf runs/demo
 	$(BIN)/fastbyol train --config configs/demo.yaml
-	@echo "== what the features are worth, beside the untrained network and raw pixels"
+	@echo "== evaluating the features against the untrained network and raw pixels"
 	$(BIN)/fastbyol eval knn --run runs/demo
 	$(BIN)/fastbyol eval linear --run runs/demo
 	@echo "== open runs/demo/report.html"
 
-# The peers live in an environment of their own.
+# Peers are installed in a separate environment.
 bench-setup: $(BENCH_STAMP)
 
 $(BENCH_STAMP): benchmarks/requirements.txt pyproject.toml
-	@echo "== setting up $(BENCH_VENV): fastbyol and the trainers and loaders it is measured against"
+	@echo "== setting up $(BENCH_VENV): fastbyol and the libraries for comparison"
 	@$(MAKE) --no-print-directory ffcv-packages
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/pip install --quiet --editable . -r benchmarks/requirements.txt
@@ -108,7 +113,8 @@ bench-loader: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py
 	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py --set backends
 
-# Everything against everyone, in fewer and shorter turns than the targets below take; only on a machine with nothing else to do do ratios mean anything.
+# All comparisons, with fewer and shorter rounds than the targets below. The ratios are meaningful
+# only on an idle machine.
 bench: $(BENCH_STAMP)
 	@mkdir -p $(RESULTS)
 	$(BENCH_VENV)/bin/pytest $(KERNEL_BENCHMARKS) --devices cpu --rounds 3 --results $(RESULTS)
@@ -119,11 +125,11 @@ bench: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/agreement.py --rounds 1 --sets "R18 96 px, batch 32" "R18 128 px, batch 32" --out $(RESULTS)/agreement.csv
 	$(BENCH_VENV)/bin/python benchmarks/against.py --results $(RESULTS)
 
-# The CPU's half of the kernel benchmarks with all peers.
+# CPU part of the kernel benchmarks, with all peers.
 bench-kernels: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/pytest $(KERNEL_BENCHMARKS) --devices cpu
 
-# On a machine with nothing else to do; the device is the GPU where there is one.
+# Needs an idle machine. Runs on the GPU if there is one.
 bench-step: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/bench_step.py
 
@@ -136,11 +142,12 @@ bench-accuracy: $(BENCH_STAMP)
 bench-agreement: $(STAMP)
 	$(BIN)/python benchmarks/agreement.py
 
-# Bytes between GPUs, counted from the model: an estimate, which measures nothing.
+# Estimate the bytes exchanged between GPUs from the model, without measurements.
 bench-exchange: $(STAMP)
 	$(BIN)/python benchmarks/exchange.py
 
-# On a CUDA machine; benchmarks/gpu.py says what it runs. GPU_PYTHON=python3 takes an interpreter that is there instead of .venv.
+# Needs a CUDA machine; see benchmarks/gpu.py. GPU_PYTHON=python3 uses an installed interpreter
+# instead of .venv.
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(STAMP))
 	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
 
