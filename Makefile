@@ -81,8 +81,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mkdocs is part of the dev extra, since the tests build the site too. --strict fails on broken links
-# and anchors.
+# mkdocs is part of the dev extra, since the tests build the site too. --strict fails on broken
+# links and anchors.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "== open site/index.html"
