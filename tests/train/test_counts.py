@@ -19,7 +19,6 @@ import fastbyol.kernels
 from fastbyol.config import Config, DataConfig
 from fastbyol.data import rendering
 from fastbyol.kernels.cpu.lars_ema import LarsEma
-from fastbyol.runtime.distributed import World
 from fastbyol.tools.profiling import Loop
 from fastbyol.tools.roofline import count_step
 
