@@ -1,10 +1,12 @@
-"""Bit-identical losses before and after a refactoring: trains small runs with two source trees and compares them.
+"""Bit-identical losses before and after a refactoring: trains small runs with two source trees and
+compares them.
 
     git worktree add /tmp/before COMMIT
     python benchmarks/compare_losses.py --before /tmp/before --after .
 
-Runs, on the CPU: the demo's config for a few epochs, a run that is stopped and resumed, micro-batches with another optimizer, a variant
-with masks, and two ranks. For each, the losses of metrics.jsonl and the tensors of the last checkpoint must be equal bit by bit.
+Runs, on the CPU: the demo's config for a few epochs, a run that is stopped and resumed,
+micro-batches with another optimizer, a variant with masks, and two ranks. For each, the losses of
+metrics.jsonl and the tensors of the last checkpoint must be equal bit by bit.
 """
 
 import argparse
@@ -43,7 +45,9 @@ RUNS = {  # name -> (ranks, options of each start)
 
 
 def train(tree: Path, root: Path, runs: Path, name: str) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
-    """Train a run with a source tree; return its losses by step and the tensors of its last checkpoint."""
+    """Train a run with a source tree; return its losses by step and the tensors of its last
+    checkpoint.
+    """
     ranks, starts = RUNS[name]
     start = [sys.executable, "-m"]
     if ranks > 1:

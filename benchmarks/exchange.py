@@ -2,8 +2,8 @@
 
     python benchmarks/exchange.py [--batch 4096] [--gpus 1 8 64 512] [--rate a100-80=1100]
 
-Nothing is measured. fastbyol/tools/communication.py contains the formulas and sources. The default compute
-rate of a GPU is the bound of BYOL with a ResNet-50, 3/8 of a published supervised rate. No
+Nothing is measured. fastbyol/tools/communication.py contains the formulas and sources. The default
+compute rate of a GPU is the bound of BYOL with a ResNet-50, 3/8 of a published supervised rate. No
 implementation computes faster, so the estimated overlap with communication is a lower bound.
 
 Writes benchmarks/results/exchange.csv; every row is marked as an estimate.

@@ -119,7 +119,9 @@ def _loaders(file: str, pairs: list[tuple[str, str]]) -> str:
 
 
 def dct_scaling() -> str:
-    """Share of images that data.dct_scaling decodes at a reduced size, and change of their views."""
+    """Share of images that data.dct_scaling decodes at a reduced size, and change of their
+    views.
+    """
     rows, lines = read("dct_scaling"), []
     for row in rows:
         if float(row["share_reduced"]) == 0:

@@ -1,6 +1,8 @@
-"""The README's picture and table: the main figures of the result files, and whether each was measured or estimated.
+"""The README's picture and table: the main figures of the result files, and whether each was
+measured or estimated.
 
-`python benchmarks/readme_tables.py` writes both. Reads committed CSV files and one header of configs/; measures nothing.
+`python benchmarks/readme_tables.py` writes both. Reads committed CSV files and one header of
+configs/; measures nothing.
 """
 
 import re
@@ -148,7 +150,9 @@ def picture() -> str:
 
 
 def _panel(title: str, bars: dict[str, float], y: int, bound: float | None = None) -> tuple[list[str], int]:
-    """Return the shapes of one panel of images/s and the y below it; `bound` is drawn as a dashed line."""
+    """Return the shapes of one panel of images/s and the y below it; `bound` is drawn as a dashed
+    line.
+    """
     longest = max([*bars.values(), bound or 0])
     y += 16
     shapes = [f'<text x="8" y="{y}" font-weight="bold">{escape(title)}</text>']

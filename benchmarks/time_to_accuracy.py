@@ -1,4 +1,5 @@
-"""Compare wall time and accuracy of training runs on Fashion-MNIST: fastbyol against lightly's BYOL.
+"""Compare wall time and accuracy of training runs on Fashion-MNIST: fastbyol against lightly's
+BYOL.
 
     make bench-accuracy                                    # in the environment with all peers
     python benchmarks/time_to_accuracy.py --seeds 0 --epochs 2 --out /tmp/accuracy.csv

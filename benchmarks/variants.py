@@ -1,6 +1,7 @@
 """Measure the accuracy of every variant in docs/variants.md on two corpora, with three seeds.
 
-    python benchmarks/variants.py [--corpora photos fashion-mnist] [--seeds 0 1 2] [--only LayerNorm ...]
+    python benchmarks/variants.py [--corpora photos fashion-mnist] [--seeds 0 1 2] [--only LayerNorm
+    ...]
 
 Each row of benchmarks/results/variants.csv contains its command; `fastbyol eval knn` and `eval
 linear` follow it. Existing rows are kept, so an interrupted run continues; `--fresh` measures all

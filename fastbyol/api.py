@@ -10,7 +10,8 @@ from fastbyol.weights.initial import InitialWeights
 
 
 def pretrain(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
-    """Pre-train a backbone: `train` with initial weights, online kNN and online classifier as configured.
+    """Pre-train a backbone: `train` with initial weights, online kNN and online classifier as
+    configured.
 
     Args:
         callbacks: further hooks, called after these.

@@ -21,8 +21,9 @@ _PROBES = 4, 8  # images of the two trial steps; their difference is the cost of
 def find_batch_size(config: Config, device: torch.device, world: World, model: BYOL) -> int:
     """Return the largest power of two of images that fits on this rank.
 
-    Two small trial steps give the bytes per image. A GPU then tries the predicted batch, since running out of memory there is an
-    error that can be caught. A CPU takes the prediction, since running out of memory would kill the process.
+    Two small trial steps give the bytes per image. A GPU then tries the predicted batch, since
+    running out of memory there is an error that can be caught. A CPU takes the prediction, since
+    running out of memory would kill the process.
 
     Args:
         model: a pair for the trial steps; it moves to the device and changes.
@@ -54,7 +55,9 @@ def find_batch_size(config: Config, device: torch.device, world: World, model: B
 
 
 def global_batch_size(fits: int, images: ImageSet, config: Config, world: World) -> int:
-    """Return the batch size over all ranks if this rank can hold `fits` images. Every rank must call this.
+    """Return the batch size over all ranks if this rank can hold `fits` images.
+
+    Every rank must call this.
 
     Raises:
         InputError: the split has fewer than two images per rank and micro-batch.
@@ -74,14 +77,18 @@ def batch_bytes(config: Config, images: int, device: torch.device, dtype: torch.
 
 
 def fixed_bytes(model: BYOL, config: Config) -> int:
-    """Return the bytes that no image adds: weights, target, gradients and optimizer state (two tensors for Adam)."""
+    """Return the bytes that no image adds: weights, target, gradients and optimizer state (two
+    tensors for Adam).
+    """
     states = 2 if config.optim.name in ("adam", "adamw") else 1
     trained = tensor_bytes(p for p in model.parameters() if p.requires_grad)
     return tensor_bytes([*model.parameters(), *model.buffers()]) + (1 + states) * trained
 
 
 def _trial(model: BYOL, config: Config, images: int, device: torch.device) -> int:
-    """Run forward and backward on `images` random images; return the bytes needed besides the weights."""
+    """Run forward and backward on `images` random images; return the bytes needed besides the
+    weights.
+    """
     dtype = compute_dtype(config.precision, device)
     size = config.data.image_size_px
     shape = (images, 3, size, size)

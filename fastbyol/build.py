@@ -39,7 +39,10 @@ class Training:
     loader: Loader
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
-        """Yield (step, batch) for steps start .. stop - 1. Leaving the loop early stops the loader."""
+        """Yield (step, batch) for steps start .. stop - 1.
+
+        Leaving the loop early stops the loader.
+        """
         with closing(self.loader.batches(start, stop)) as batches:
             for step in range(start, stop):
                 with span(WAIT):
@@ -99,7 +102,9 @@ def find_training_images(config: Config, world: World) -> ImageSet:
 
 
 def with_batch_size(config: Config, images: ImageSet, device: torch.device, world: World) -> Config:
-    """Return the config with the batch size that data.batch_size=auto means. Every rank must call this.
+    """Return the config with the batch size that data.batch_size=auto means.
+
+    Every rank must call this.
 
     Raises:
         InputError: not even two images per rank and micro-batch fit, or the split is smaller.
@@ -117,7 +122,8 @@ def with_batch_size(config: Config, images: ImageSet, device: torch.device, worl
 
 
 def build_model(config: ModelConfig, image_size: int, seed: int) -> BYOL:
-    """Return the pair in train mode, with weights drawn from `seed`. torch's global generator does not change.
+    """Return the pair in train mode, with weights drawn from `seed`. torch's global generator does
+    not change.
 
     Raises:
         InputError: see `build_backbone`.

@@ -1,4 +1,7 @@
-"""Hooks of a training run. Evaluations beside the training, trackers and initial weights are callbacks."""
+"""Hooks of a training run.
+
+Evaluations beside the training, trackers and initial weights are callbacks.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +34,10 @@ class Callback:
         """Called after every step. Do not read device values here: that would wait for the GPU."""
 
     def on_epoch_end(self, run: "Run", done: int) -> bool:
-        """Called after every epoch, `done` steps into the run. Return True on all ranks to save the best checkpoint."""
+        """Called after every epoch, `done` steps into the run.
+
+        Return True on all ranks to save the best checkpoint.
+        """
         return False
 
     def summary(self) -> dict[str, Any]:

@@ -353,6 +353,7 @@ class Config(Settings):
         """Return the config of a dict from `to_dict`, which may be of an older version.
 
         Raises:
-            BadSetting: a key is unknown, or a value is invalid or of the wrong type. It is a ValueError.
+            BadSetting: a key is unknown, or a value is invalid or of the wrong type. It is a
+                ValueError.
         """
         return cls.build(cls.with_current_names(values))

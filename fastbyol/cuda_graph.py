@@ -53,7 +53,8 @@ class CapturedStep:
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = [torch.empty_like(x) for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        # thread_local: CUDA calls of other threads, such as DALI's or a loader's, do not end the capture.
+        # thread_local: CUDA calls of other threads, such as DALI's or a loader's, do not end the
+        # capture.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._output = self._function(*self._inputs)
         self._graph = graph

@@ -10,7 +10,9 @@ def printable(text: str) -> str:
 
 
 class FastbyolError(Exception):
-    """Base class of errors for the user. The command line prints the text and exits with `exit_code`.
+    """Base class of errors for the user.
+
+    The command line prints the text and exits with `exit_code`.
 
     The text is one line. Control characters, such as those in names of files and classes, are
     escaped.

@@ -1,10 +1,13 @@
-"""Fused layers: BatchNorm with statistics per view, and timm's blocks with BatchNorm, addition and ReLU in one call.
+"""Fused layers: BatchNorm with statistics per view, and timm's blocks with BatchNorm, addition and
+ReLU in one call.
 
-Both views of a batch go through a network at once: rows 0 .. N - 1 are view 1, the rest is view 2. Every convolution then works on
-twice the images, casts its weight once, and computes one weight gradient. BatchNorm keeps the views apart, so the result equals
-one forward pass per view, as the algorithm requires.
+Both views of a batch go through a network at once: rows 0 .. N - 1 are view 1, the rest is view 2.
+Every convolution then works on twice the images, casts its weight once, and computes one weight
+gradient. BatchNorm keeps the views apart, so the result equals one forward pass per view, as the
+algorithm requires.
 
-`fuse_layers` rewrites a network in place and keeps the names of all tensors: a state dict also fits the plain network.
+`fuse_layers` rewrites a network in place and keeps the names of all tensors: a state dict also fits
+the plain network.
 """
 
 from collections.abc import Callable
@@ -28,10 +31,12 @@ Reduce = Callable[[Tensor], Tensor]  # mean over ranks, differentiable
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm1d and BatchNorm2d with statistics per view, optionally synchronized over ranks, with fused addition and ReLU.
+    """BatchNorm1d and BatchNorm2d with statistics per view, optionally synchronized over ranks,
+    with fused addition and ReLU.
 
-    Training mode takes (V * N, C) or (V * N, C, H, W) and normalizes each of the V views with its own mean and variance. The
-    running statistics take one update per view, in order, as V forward passes would do. Evaluation mode is torch's.
+    Training mode takes (V * N, C) or (V * N, C, H, W) and normalizes each of the V views with its
+    own mean and variance. The running statistics take one update per view, in order, as V forward
+    passes would do. Evaluation mode is torch's.
     """
 
     views: int = 1
@@ -60,7 +65,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             y = y if residual is None else y + residual
             return F.relu(y) if self.relu else y
         y, mean, var = self.normalize(x, residual)
-        # During backward, activation checkpointing runs forward again: do not update the statistics twice.
+        # During backward, activation checkpointing runs forward again: do not update the statistics
+        # twice.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._update_running_stats(mean, var, x.numel() // (x.shape[1] * self.views) * self.ranks)
         return y
@@ -114,7 +120,9 @@ class MaxPool(nn.MaxPool2d):
 
 
 class Conv2d(nn.Conv2d):
-    """Square convolution without bias, groups or dilation, with the fastest weight gradient for its image size."""
+    """Square convolution without bias, groups or dilation, with the fastest weight gradient for its
+    image size.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Conv2d.forward."""
@@ -145,7 +153,8 @@ class FusedBottleneck(Bottleneck):
 def fuse_layers(network: nn.Module) -> nn.Module:
     """Replace every BatchNorm by ours and fuse norm, addition and ReLU where possible, in place.
 
-    Fused are timm's ResNets of plain blocks, and a ReLU that follows a norm in a Sequential. Everything else runs unchanged.
+    Fused are timm's ResNets of plain blocks, and a ReLU that follows a norm in a Sequential.
+    Everything else runs unchanged.
 
     Returns:
         The same network.
@@ -180,8 +189,8 @@ def fuse_layers(network: nn.Module) -> nn.Module:
 def activation_checkpointing(backbone: nn.Module, stages: int) -> None:
     """Save only the blocks' inputs of the first `stages` stages; backward recomputes the rest.
 
-    A ResNet has stages 1 to 4, and the first hold most of the activations. Other backbones checkpoint all stages or none (timm's
-    set_grad_checkpointing).
+    A ResNet has stages 1 to 4, and the first hold most of the activations. Other backbones
+    checkpoint all stages or none (timm's set_grad_checkpointing).
 
     Raises:
         InputError: the backbone does not support it.
@@ -202,7 +211,10 @@ def activation_checkpointing(backbone: nn.Module, stages: int) -> None:
 
 
 def set_num_views(network: nn.Module, views: int) -> nn.Module:
-    """Set the number of views in a batch for all BatchNorm layers, in place. Everything but pre-training uses 1."""
+    """Set the number of views in a batch for all BatchNorm layers, in place.
+
+    Everything but pre-training uses 1.
+    """
     for norm in batch_norms(network):
         norm.views = views
     return network

@@ -1,7 +1,7 @@
 """The BYOL pair: two views in, the loss out.
 
-Source: Grill et al. 2020 (arXiv 2006.07733), section 3, and byol/byol_experiment.py of google-deepmind/deepmind-research.
-What departs from BYOL is in variants.py.
+Source: Grill et al. 2020 (arXiv 2006.07733), section 3, and byol/byol_experiment.py of
+google-deepmind/deepmind-research. What departs from BYOL is in variants.py.
 
 Shapes: B images, S pixels, F features of the backbone, D = projection_dim.
 """
@@ -41,8 +41,8 @@ class Encoder(nn.Module):
 class BYOL(nn.Module):
     """Online network (encoder and predictor) and target network (encoder).
 
-    The target has no gradient. It runs in train mode, with the statistics of its own batch. The optimizer step moves it through
-    `target_pairs`.
+    The target has no gradient. It runs in train mode, with the statistics of its own batch. The
+    optimizer step moves it through `target_pairs`.
     """
 
     is_random = False
@@ -59,7 +59,8 @@ class BYOL(nn.Module):
     def forward(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
         """Return the loss of two views (B, 3, S, S) of the same images.
 
-        The target network runs first, so that its activations are free before the online network saves its own for backward.
+        The target network runs first, so that its activations are free before the online network
+        saves its own for backward.
         """
         inputs = self.inputs(view1, view2)
         with span(TARGET):
@@ -70,7 +71,8 @@ class BYOL(nn.Module):
     def inputs(self, view1: Tensor, view2: Tensor) -> Any:
         """Return what both networks see: the images of both views as one batch (2B, 3, S, S).
 
-        One batch makes larger convolutions. BatchNorm keeps the statistics of the two views apart (layers.py).
+        One batch makes larger convolutions. BatchNorm keeps the statistics of the two views apart
+        (layers.py).
         """
         return torch.cat((view1, view2))
 
@@ -80,7 +82,9 @@ class BYOL(nn.Module):
         return self.encode(self.target, inputs)[1]
 
     def online_loss(self, inputs: Any, targets: Tensor | None) -> BYOLOutput:
-        """Predict `targets` (2B, D) with the online network, each view from the other; return the loss."""
+        """Predict `targets` (2B, D) with the online network, each view from the other; return the
+        loss.
+        """
         features, projections = self.encode(self.online, inputs)
         predictions = self.predictor(projections)
         return self.output(self.loss(predictions, targets), features, projections)
@@ -106,21 +110,27 @@ class BYOL(nn.Module):
         return self.online.projector[0].in_features
 
     def target_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Return (online, target) for every parameter of the target network. Buffers are not averaged."""
+        """Return (online, target) for every parameter of the target network.
+
+        Buffers are not averaged.
+        """
         if self.target is None:
             return []
         return list(zip(self.online.parameters(), self.target.parameters(), strict=True))
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """The paper's projector and predictor: Linear with bias, BatchNorm, ReLU, Linear without bias."""
+    """The paper's projector and predictor: Linear with bias, BatchNorm, ReLU, Linear without
+    bias.
+    """
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False)
     )
 
 
 def projection_std(projections: Tensor) -> Tensor:
-    """Return the standard deviation over the batch of the l2-normalized projections (B, D), averaged over D.
+    """Return the standard deviation over the batch of the l2-normalized projections (B, D),
+    averaged over D.
 
     About 1/sqrt(D) if directions are spread evenly, 0 if all images have collapsed onto one.
     """

@@ -16,29 +16,35 @@ Pair = tuple[Tensor, Tensor]  # online weight, target weight
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling. `step()` also moves the target network towards the new weights.
+    """Layer-wise adaptive rate scaling.
 
-    Formulas, source and kernels: kernels/lars_ema.py. Two passes update all tensors, without a host sync on a GPU.
+    `step()` also moves the target network towards the new weights.
 
-    Closures, schedulers, later groups, state dicts and copies work as in torch.optim.SGD. A state dict holds no target, tau or loss
-    scale: they belong to the run.
+    Formulas, source and kernels: kernels/lars_ema.py. Two passes update all tensors, without a host
+    sync on a GPU.
+
+    Closures, schedulers, later groups, state dicts and copies work as in torch.optim.SGD. A state
+    dict holds no target, tau or loss scale: they belong to the run.
 
     Args:
-        params: float32 parameters or groups on one device. Gradients may be bfloat16 or float16. A group with `adapt=False` has
-            trust ratio 1: use it for biases and norm layers, together with weight_decay=0.
-        lr: scalar tensor on the parameters' device, or a number that is copied into one tensor per group. To change the learning
-            rate, write to the tensor; this neither recompiles nor synchronizes.
+        params: float32 parameters or groups on one device. Gradients may be bfloat16 or float16. A
+            group with `adapt=False` has trust ratio 1: use it for biases and norm layers, together
+            with weight_decay=0.
+        lr: scalar tensor on the parameters' device, or a number that is copied into one tensor per
+            group. To change the learning rate, write to the tensor; this neither recompiles nor
+            synchronizes.
         momentum, weight_decay, trust_coefficient: mu, wd and eta.
         target_pairs: (online, target) tensors. Every online tensor must be one of the parameters.
         tau: scalar tensor, the decay of the target. Required with target_pairs.
-        inv_scale: scalar tensor, 1 / loss scale, for gradients of a scaled loss. A step with a non-finite gradient then changes
-            neither weights nor targets and sets `found_inf` to 1; other steps set it to 0.
+        inv_scale: scalar tensor, 1 / loss scale, for gradients of a scaled loss. A step with a
+            non-finite gradient then changes neither weights nor targets and sets `found_inf` to 1;
+            other steps set it to 0.
         found_inf: scalar tensor to use for that.
 
     Raises:
-        ValueError: a parameter is not float32 or not on the device of the first; a hyperparameter is negative or not finite; lr, tau,
-            inv_scale or found_inf is not a float32 scalar on the parameters' device; a pair's online tensor is not a parameter; tau
-            is missing.
+        ValueError: a parameter is not float32 or not on the device of the first; a hyperparameter
+            is negative or not finite; lr, tau, inv_scale or found_inf is not a float32 scalar on
+            the parameters' device; a pair's online tensor is not a parameter; tau is missing.
     """
 
     moves_target = True
@@ -120,7 +126,9 @@ class LARS(torch.optim.Optimizer):
         self._device = device
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load momenta and groups of another LARS. Learning rates are written into this optimizer's tensors.
+        """Load momenta and groups of another LARS.
+
+        Learning rates are written into this optimizer's tensors.
 
         Raises:
             ValueError: the groups have other sizes.
@@ -144,7 +152,9 @@ class LARS(torch.optim.Optimizer):
             self._update = lars_ema.lars_update(self._device)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update weights and targets from the gradients. Parameters without a gradient do not change.
+        """Update weights and targets from the gradients.
+
+        Parameters without a gradient do not change.
 
         Args:
             closure: recomputes the gradients and returns the loss.
@@ -195,7 +205,9 @@ def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> None:
 
 
 def ema_update_(pairs: Iterable[Pair], tau: Tensor) -> None:
-    """Update t <- t + (1 - tau) (w - t) in place for all pairs (w, t). For optimizers that do not move the target.
+    """Update t <- t + (1 - tau) (w - t) in place for all pairs (w, t).
+
+    For optimizers that do not move the target.
 
     Args:
         pairs: float32 tensors on one device.
@@ -210,7 +222,9 @@ def ema_update_(pairs: Iterable[Pair], tau: Tensor) -> None:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups: weights with decay and trust ratio; biases and norm parameters (one-dimensional) without."""
+    """Return two groups: weights with decay and trust ratio; biases and norm parameters
+    (one-dimensional) without.
+    """
     trainable = [p for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
@@ -228,12 +242,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the configured optimizer over the module's trainable parameters.
 
-    Only LARS moves the target (`moves_target`). With the others, the training step calls `ema_update`.
+    Only LARS moves the target (`moves_target`). With the others, the training step calls
+    `ema_update`.
 
     Args:
         lr, tau: scalar tensors on the parameters' device, which the training step writes.
-        loss_scale: of float16. LARS unscales the gradients, skips steps with non-finite ones and sets `loss_scale.found_inf`. For the
-            others, the training step does this.
+        loss_scale: of float16. LARS unscales the gradients, skips steps with non-finite ones and
+            sets `loss_scale.found_inf`. For the others, the training step does this.
     """
     groups = parameter_groups(module, config.weight_decay)
     if config.name == "lars":
@@ -252,14 +267,16 @@ def build_optimizer(
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr, momentum=config.momentum, fused=True)
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    # torch captures only `capturable` optimizers, although the fused kernel reads its step counter on the device anyway.
+    # torch captures only `capturable` optimizers, although the fused kernel reads its step counter
+    # on the device anyway.
     return adam(groups, lr, betas=(config.momentum, config.beta2), fused=True, capturable=lr.is_cuda)
 
 
 class Update:
     """Update of weights and target from the gradients, in this order.
 
-    With a loss scale, a step with a non-finite gradient changes neither of them and lowers the scale.
+    With a loss scale, a step with a non-finite gradient changes neither of them and lowers the
+    scale.
 
     Args:
         pairs: (online, target) tensors.
@@ -307,7 +324,9 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | Tensor) -> N
 
 
 def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Return the optimizer's state by parameter name: {"online.backbone.conv1.weight": {"momentum_buffer": ...}, ...}."""
+    """Return the optimizer's state by parameter name: {"online.backbone.conv1.weight":
+    {"momentum_buffer": ...}, ...}.
+    """
     names = {p: name for name, p in module.named_parameters()}
     return {names[p]: dict(state) for p, state in optimizer.state.items()}
 

@@ -31,8 +31,8 @@ _SYNC_BUFFERS = (
 def choose_step_mode(mode: str, device: torch.device, world: World) -> str:
     """Return what config.step.mode means on this device: eager, compile or cuda_graph.
 
-    `auto` is eager on a CPU: the fused kernels run in eager mode only, and compilation takes a minute and brings nothing
-    (benchmarks/LOG.md).
+    `auto` is eager on a CPU: the fused kernels run in eager mode only, and compilation takes a
+    minute and brings nothing (benchmarks/LOG.md).
 
     Raises:
         InputError: a CUDA graph without a GPU or on several ranks.
@@ -63,7 +63,8 @@ def check_micro_batches(config: Config, world: World) -> int:
 
 
 def prepare_forward(model: BYOL, config: Config, mode: str, device: torch.device, world: World) -> Any:
-    """Apply activation checkpointing, synchronized BatchNorm, compilation and DDP; return the forward function.
+    """Apply activation checkpointing, synchronized BatchNorm, compilation and DDP; return the
+    forward function.
 
     Returns:
         (view1, view2) -> BYOLOutput.
@@ -73,7 +74,8 @@ def prepare_forward(model: BYOL, config: Config, mode: str, device: torch.device
         sync_batch_norm(model, config.distributed, world)
         if mode == "compile":
             _compile_parts(model)
-        # DDP's static graph expects an update after every backward pass, so micro-batches need a dynamic one.
+        # DDP's static graph expects an update after every backward pass, so micro-batches need a
+        # dynamic one.
         return data_parallel(model, config.distributed, device, static_graph=config.step.micro_batches == 1)
     if mode != "eager":
         return torch.compile(model.forward, fullgraph=True, dynamic=False)
@@ -83,7 +85,8 @@ def prepare_forward(model: BYOL, config: Config, mode: str, device: torch.device
 def separate_forward(model: BYOL, mode: str, world: World, forward: Any) -> Any:
     """Return a forward function whose spans tell the target from the online network.
 
-    That is `forward` unless the whole network is one compiled graph; then each network is compiled separately.
+    That is `forward` unless the whole network is one compiled graph; then each network is compiled
+    separately.
     """
     if mode == "eager" or world.size > 1:
         return forward
@@ -101,19 +104,23 @@ def separate_forward(model: BYOL, mode: str, world: World, forward: Any) -> Any:
 
 
 def no_sync(forward: Any, skip: bool) -> AbstractContextManager[None]:
-    """Context manager: with `skip`, DDP adds up gradients without averaging them over ranks (all micro-batches but the last)."""
+    """Context manager: with `skip`, DDP adds up gradients without averaging them over ranks (all
+    micro-batches but the last).
+    """
     return forward.no_sync() if skip else nullcontext()
 
 
 def _compile_parts(model: BYOL) -> None:
     """Compile stem, stages and heads as separate graphs.
 
-    A graph's backward pass delivers all its gradients at its end. With one graph for the whole network, no gradient could be sent
-    before the last one is ready. With several, gradients are sent while earlier parts still compute.
+    A graph's backward pass delivers all its gradients at its end. With one graph for the whole
+    network, no gradient could be sent before the last one is ready. With several, gradients are
+    sent while earlier parts still compute.
     """
     encoders = [encoder for encoder in (model.online, model.target) if encoder is not None]
     parts = [part for encoder in encoders for part in (*encoder.backbone.children(), encoder.projector)]
-    # The compiler sees the same code object in all parts, and gives up after eight variants by default.
+    # The compiler sees the same code object in all parts, and gives up after eight variants by
+    # default.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(parts))
     for part in (*parts, model.predictor):
         if any(True for _ in part.parameters()):
@@ -121,7 +128,8 @@ def _compile_parts(model: BYOL) -> None:
 
 
 def sync_batch_norm(model: nn.Module, config: DistributedConfig, world: World) -> None:
-    """Synchronize the statistics of all BatchNorm layers over all ranks, or over groups of `config.sync_bn_ranks` neighbors.
+    """Synchronize the statistics of all BatchNorm layers over all ranks, or over groups of
+    `config.sync_bn_ranks` neighbors.
 
     Raises:
         InputError: the groups do not divide the ranks.
@@ -145,8 +153,8 @@ def data_parallel(
 ) -> DistributedDataParallel:
     """Wrap the model in DistributedDataParallel, which averages gradients during the backward pass.
 
-    Gradients are views of DDP's buckets. Buffers are not broadcast: BatchNorm's are equal on ranks that share statistics, and a
-    checkpoint holds those of rank 0.
+    Gradients are views of DDP's buckets. Buffers are not broadcast: BatchNorm's are equal on ranks
+    that share statistics, and a checkpoint holds those of rank 0.
 
     Args:
         static_graph: an update follows every backward pass.

@@ -6,12 +6,16 @@ Weights, gradients, momentum, BatchNorm's statistics, norms and the loss are alw
 import torch
 from torch import Tensor, nn
 
-# Micikevicius et al. 2018 (arXiv 1710.03740), section 3.2, with the constants of torch's GradScaler.
+# Micikevicius et al. 2018 (arXiv 1710.03740), section 3.2, with the constants of torch's
+# GradScaler.
 _FIRST_SCALE, _GROWTH, _BACKOFF, _GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the autocast dtype of config.precision. `auto` is bfloat16 if the processor has native support, else float32."""
+    """Return the autocast dtype of config.precision.
+
+    `auto` is bfloat16 if the processor has native support, else float32.
+    """
     if precision == "auto":
         native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
         return torch.bfloat16 if native else torch.float32
@@ -24,7 +28,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def set_float32_precision(precision: str) -> None:
-    """Allow TF32 (10 bits of mantissa) in float32 matrix products and convolutions on a GPU, for "tf32" only."""
+    """Allow TF32 (10 bits of mantissa) in float32 matrix products and convolutions on a GPU, for
+    "tf32" only.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
@@ -35,8 +41,8 @@ def _cpu_has_bf16() -> bool:
 class LossScale(nn.Module):
     """Dynamic loss scale on the device; the host reads nothing of it.
 
-    The loss is multiplied by `scale` before the backward pass. A step with a non-finite gradient is skipped (`found_inf`) and halves
-    the scale. 2,000 good steps in a row double it.
+    The loss is multiplied by `scale` before the backward pass. A step with a non-finite gradient is
+    skipped (`found_inf`) and halves the scale. 2,000 good steps in a row double it.
     """
 
     scale: Tensor  # () float32

@@ -215,7 +215,10 @@ class Run:
         self._log_summary(done, summary, len(bad))
 
     def check_finite(self) -> None:
-        """Raise RunError if a loss on any rank has been NaN or infinite. All ranks must call this."""
+        """Raise RunError if a loss on any rank has been NaN or infinite.
+
+        All ranks must call this.
+        """
         bad = int(self.world.maximum(self.step.first_bad_step))
         if bad >= 0:
             raise RunError(
@@ -225,7 +228,9 @@ class Run:
 
     @contextmanager
     def user_facing_errors(self) -> Iterator[None]:
-        """Context manager: turn what can go wrong during a run into a one-line RunError that says what to do."""
+        """Context manager: turn what can go wrong during a run into a one-line RunError that says
+        what to do.
+        """
         folder = self.folder
         try:
             yield

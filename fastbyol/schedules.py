@@ -1,7 +1,8 @@
 """Schedules of the learning rate and the target decay tau: pure functions of the optimizer step.
 
-Source: Grill et al. 2020, appendix B, and `byol/utils/schedules.py` of google-deepmind/deepmind-research
-(commit 4822a45). Steps are optimizer steps, counted from 0. Update k uses the value at step k.
+Source: Grill et al. 2020, appendix B, and `byol/utils/schedules.py` of
+google-deepmind/deepmind-research (commit 4822a45). Steps are optimizer steps, counted from 0.
+Update k uses the value at step k.
 """
 
 import math
@@ -46,7 +47,8 @@ def scaled_lr(base_lr: float, batch_size: int) -> float:
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, constant: bool = False) -> float:
-    """Return the rate of a linear warm-up from 0 to `peak` at `warmup_steps`, then of a cosine to 0 at `total_steps`.
+    """Return the rate of a linear warm-up from 0 to `peak` at `warmup_steps`, then of a cosine to 0
+    at `total_steps`.
 
     With `constant`, the rate stays at `peak` after the warm-up.
     """
@@ -58,7 +60,9 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
 
 
 def target_decay(step: int, *, base: float, total_steps: int) -> float:
-    """Return tau = 1 - (1 - base) * (cos(pi k / K) + 1) / 2: `base` at step 0, 1 at `total_steps`."""
+    """Return tau = 1 - (1 - base) * (cos(pi k / K) + 1) / 2: `base` at step 0, 1 at
+    `total_steps`.
+    """
     return 1 - (1 - base) * _cosine_decay(step, total_steps)
 
 
@@ -70,5 +74,7 @@ def _cosine_decay(step: int, steps: int) -> float:
 
 
 def step_seed(*numbers: int) -> int:
-    """Return one 63-bit seed from several numbers, such as the run's seed, the step and the rank."""
+    """Return one 63-bit seed from several numbers, such as the run's seed, the step and the
+    rank.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

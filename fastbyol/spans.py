@@ -1,9 +1,11 @@
-"""Named spans of a training step: the profiler, NVTX ranges and traces are recorders of the same spans.
+"""Named spans of a training step: the profiler, NVTX ranges and traces are recorders of the same
+spans.
 
     with span("backward"):
         loss.backward()
 
-Without a recorder, `span` returns a shared no-op context manager (under 1 us). Only the thread that trains may open spans.
+Without a recorder, `span` returns a shared no-op context manager (under 1 us). Only the thread that
+trains may open spans.
 """
 
 from collections.abc import Iterator

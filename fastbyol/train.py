@@ -44,13 +44,15 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
         callbacks: hooks, called in this order.
 
     Raises:
-        InputError: the config does not fit the data, the machine or the checkpoint. Nothing was started.
+        InputError: the config does not fit the data, the machine or the checkpoint. Nothing was
+            started.
         RunError: the run had to stop; the message names the last good checkpoint.
     """
     respect_quota()
     world = world_from_environment()
     device = choose_device(config.device, world.local_rank)
-    # Signals are handled until the process group is closed: torchrun sends SIGTERM to ranks that lost a peer.
+    # Signals are handled until the process group is closed: torchrun sends SIGTERM to ranks that
+    # lost a peer.
     with ExitStack() as stack, ProcessGroup(world, config.distributed, device):
         stack.enter_context(muted(not world.is_main_process))
         early = stack.enter_context(EarlyRecords())

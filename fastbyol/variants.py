@@ -1,6 +1,8 @@
-"""What is not BYOL: other losses, norms and heads, masked inputs, feature noise, no target network (docs/variants.md).
+"""What is not BYOL: other losses, norms and heads, masked inputs, feature noise, no target network
+(docs/variants.md).
 
-Shapes: B images, S pixels, F features of the backbone, D = projection_dim. Losses are computed in float32.
+Shapes: B images, S pixels, F features of the backbone, D = projection_dim. Losses are computed in
+float32.
 """
 
 from functools import partial
@@ -25,7 +27,8 @@ class BYOLVariant(BYOL):
     """A pair whose forward pass departs from BYOL as `config` says.
 
     Args:
-        target: None with model.target=online: the online network predicts its own projections (SimSiam).
+        target: None with model.target=online: the online network predicts its own projections
+            (SimSiam).
     """
 
     def __init__(self, online: Encoder, target: Encoder | None, predictor: nn.Module, config: ModelConfig) -> None:
@@ -38,7 +41,9 @@ class BYOLVariant(BYOL):
                     set_num_views(encoder.backbone, 1)
 
     def inputs(self, view1: Tensor, view2: Tensor) -> Any:
-        """With feature noise: view 1 (B, 3, S, S), and the noise (B, F) that makes view 2 from its features."""
+        """With feature noise: view 1 (B, 3, S, S), and the noise (B, F) that makes view 2 from its
+        features.
+        """
         if not self.config.feature_noise:
             return super().inputs(view1, view2)
         return view1, torch.randn(len(view1), self.num_features, device=view1.device)
@@ -49,7 +54,9 @@ class BYOLVariant(BYOL):
         return None if self.target is None else super().target_projections(inputs)
 
     def online_loss(self, inputs: Any, targets: Tensor | None) -> BYOLOutput:
-        """As `BYOL.online_loss`, on masked images; without targets against the online network's own projections."""
+        """As `BYOL.online_loss`, on masked images; without targets against the online network's own
+        projections.
+        """
         features, projections = self.encode(self.online, self._mask(inputs))
         predictions = self.predictor(projections)
         loss = self.loss(predictions, projections.detach() if targets is None else targets)
@@ -82,13 +89,18 @@ def departs_from_byol(config: ModelConfig) -> bool:
 
 
 def noisy_views(features: Tensor, noise: Tensor, alpha: float) -> Tensor:
-    """Return two views (2B, F) of features x (B, F): BN(x) and BN(x) + alpha * noise. BN has no weights."""
+    """Return two views (2B, F) of features x (B, F): BN(x) and BN(x) + alpha * noise.
+
+    BN has no weights.
+    """
     x = F.batch_norm(features.float(), None, None, training=True)
     return torch.cat((x, x + alpha * noise))
 
 
 def mask_patches(images: Tensor, ratio: float, patch_px: int) -> Tensor:
-    """Return images (N, 3, S, S) with a share of their patches, drawn per image, set to the mean color (0)."""
+    """Return images (N, 3, S, S) with a share of their patches, drawn per image, set to the mean
+    color (0).
+    """
     size = images.shape[-1]
     grid = -(-size // patch_px)
     keep = torch.rand(len(images), 1, grid, grid, device=images.device) >= ratio
@@ -120,7 +132,9 @@ def euclidean_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean over batch and dimensions of (q - z')^2; arguments as for `regression_loss`."""
+    """Return the mean over batch and dimensions of (q - z')^2; arguments as for
+    `regression_loss`.
+    """
     return F.mse_loss(prediction.float(), target.float())
 
 
@@ -135,10 +149,12 @@ def hinge_loss(prediction: Tensor, target: Tensor, margin: float) -> Tensor:
 
 
 def contrastive_term(prediction: Tensor, target: Tensor, same_view: Tensor, temperature: float) -> Tensor:
-    """Return the term that pushes predictions away from other images and turns the regression loss into InfoNCE.
+    """Return the term that pushes predictions away from other images and turns the regression loss
+    into InfoNCE.
 
-    2 a mean_i log(sum_{j != i} exp(cos(q_i, z_j) / a) + sum_j exp(cos(q_i, z'_j) / a)), with a = temperature. Added with weight 1
-    to 2 - 2 cos(q_i, z'_i) it gives 2 + 2 a InfoNCE. Source: Grill et al. 2020, section 5, "Ablation to contrastive methods".
+    2 a mean_i log(sum_{j != i} exp(cos(q_i, z_j) / a) + sum_j exp(cos(q_i, z'_j) / a)), with a =
+    temperature. Added with weight 1 to 2 - 2 cos(q_i, z'_i) it gives 2 + 2 a InfoNCE. Source: Grill
+    et al. 2020, section 5, "Ablation to contrastive methods".
 
     Args:
         prediction: (B, D) of one view.
@@ -179,7 +195,9 @@ def modify_layers(network: nn.Module, config: ModelConfig, name: str) -> nn.Modu
 
 
 def replace_batch_norms(network: nn.Module, groups: int, name: str) -> None:
-    """Replace every BatchNorm by GroupNorm, in place. One group is LayerNorm over channels and positions.
+    """Replace every BatchNorm by GroupNorm, in place.
+
+    One group is LayerNorm over channels and positions.
 
     Source: Wu & He 2018 (arXiv 1803.08494).
 
@@ -187,7 +205,8 @@ def replace_batch_norms(network: nn.Module, groups: int, name: str) -> None:
         name: of the network, for error messages.
 
     Raises:
-        InputError: the groups do not divide a layer's channels, or the norm's type is not supported.
+        InputError: the groups do not divide a layer's channels, or the norm's type is not
+            supported.
     """
     for path, module in list(network.named_modules()):
         for child, norm in module.named_children():
@@ -214,8 +233,9 @@ def replace_batch_norms(network: nn.Module, groups: int, name: str) -> None:
 def standardize_weights(network: nn.Module) -> None:
     """Make every convolution and linear layer use its filters with mean 0 and variance 1, in place.
 
-    Source: Qiao et al. 2019 (arXiv 1903.10520); in heads, Richemond et al. 2020 (arXiv 2010.10241). There is no factor
-    1 / sqrt(fan-in): the following norm sets the scale, and the loss normalizes the output of the last layer.
+    Source: Qiao et al. 2019 (arXiv 1903.10520); in heads, Richemond et al. 2020 (arXiv 2010.10241).
+    There is no factor 1 / sqrt(fan-in): the following norm sets the scale, and the loss normalizes
+    the output of the last layer.
     """
     for module in network.modules():
         if type(module) is nn.Conv2d:

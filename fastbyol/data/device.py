@@ -1,4 +1,6 @@
-"""Batches on a GPU: copies on a stream of their own, so that they overlap with the previous step."""
+"""Batches on a GPU: copies on a stream of their own, so that they overlap with the previous
+step.
+"""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,6 @@
-"""Evaluations during pre-training, as callbacks of the run: a linear classifier on every batch, and kNN after epochs."""
+"""Evaluations during pre-training, as callbacks of the run: a linear classifier on every batch, and
+kNN after epochs.
+"""
 
 import math
 from typing import Any
@@ -26,7 +28,9 @@ def online_callbacks(config: Config) -> list[Callback]:
 
 
 class OnlineProbe(Callback):
-    """A linear classifier on the features of view 1. It learns from the labels and does not change the backbone.
+    """A linear classifier on the features of view 1.
+
+    It learns from the labels and does not change the backbone.
 
     It trains with Adam on the cross-entropy, and reports the accuracy on the images of each epoch.
     """
@@ -82,7 +86,9 @@ class OnlineProbe(Callback):
         return False
 
     def end_of_epoch(self) -> dict[str, float]:
-        """Return loss, top5 and top1 of the epoch's images over all ranks, and start the next epoch."""
+        """Return loss, top5 and top1 of the epoch's images over all ranks, and start the next
+        epoch.
+        """
         images, loss, top1, top5 = self._world.mean(self._sums).tolist()
         self._sums.zero_()
         return {"loss": loss / images, "top5": top5 / images, "top1": top1 / images}
@@ -99,7 +105,10 @@ class OnlineProbe(Callback):
 
 
 class OnlineKnn(Callback):
-    """Weighted kNN on the features of the online backbone, every knn.every_epochs epochs. Rank 0 evaluates."""
+    """Weighted kNN on the features of the online backbone, every knn.every_epochs epochs.
+
+    Rank 0 evaluates.
+    """
 
     name = "knn"
 

@@ -1,1 +1,3 @@
-"""What a run needs around the algorithm: processes, checkpoints, memory, logs, files, the machine."""
+"""What a run needs around the algorithm: processes, checkpoints, memory, logs, files, the
+machine.
+"""

@@ -5,7 +5,7 @@ A checkpoint is a dict of plain values and tensors:
     format, version
     step        optimizer steps done
     config      nested dict
-    images      number of training images; files and sample identify them (ImageSet.fingerprint, ImageSet.sample)
+    images      number of training images; files and sample identify them, see resume.py
     model       state dict with plain names
     optimizer   state by parameter name; loss_scale with float16
     rng         torch's generators
@@ -56,7 +56,8 @@ def save(folder: Path, state: dict[str, Any], *, keep_last: int, best: bool) -> 
         best: also keep this one as FOLDER/best.pt.
 
     Raises:
-        RunError: it cannot be written, for example because the disk is full. Older checkpoints are not touched.
+        RunError: it cannot be written, for example because the disk is full. Older checkpoints are
+            not touched.
     """
     path = folder / f"step_{state['step']:08d}.pt"
     try:
@@ -85,7 +86,8 @@ def load(path: Path) -> dict[str, Any]:
     """Read and verify a checkpoint. Tensors are on the CPU.
 
     Raises:
-        InputError: the file is missing, damaged, not a fastbyol checkpoint, of another format, or holds more than plain data.
+        InputError: the file is missing, damaged, not a fastbyol checkpoint, of another format, or
+            holds more than plain data.
     """
     where = f"checkpoint {path}"
     if path.exists() and not path.is_file():
@@ -131,7 +133,9 @@ def _is_entry(entry: Any) -> bool:
 
 
 def checkpoint_config(path: Path, state: dict[str, Any]) -> Config:
-    """Return the config of the run that wrote a checkpoint. Renamed settings have their current names.
+    """Return the config of the run that wrote a checkpoint.
+
+    Renamed settings have their current names.
 
     Raises:
         InputError: this version does not know a setting or value.
@@ -155,7 +159,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest valid checkpoint, None without one. `warn` receives one line for each newer, damaged one."""
+    """Return the newest valid checkpoint, None without one.
+
+    `warn` receives one line for each newer, damaged one.
+    """
     found = list_checkpoints(folder)
     while found:
         try:
@@ -183,7 +190,9 @@ def resolve(run_or_file: Path, warn: Callable[[str], None]) -> tuple[Path, dict[
 
 
 def _link(path: Path, link: Path) -> None:
-    """Make `link` a hard link to `path`, atomically; a copy if the file system has no hard links."""
+    """Make `link` a hard link to `path`, atomically; a copy if the file system has no hard
+    links.
+    """
     temporary = link.with_name(f".{link.name}.partial")
     temporary.unlink(missing_ok=True)
     try:

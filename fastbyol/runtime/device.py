@@ -10,10 +10,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device that config.device names: with several GPUs, the one of this process's local rank.
+    """Return the device that config.device names: with several GPUs, the one of this process's
+    local rank.
 
     Raises:
-        InputError: cuda was requested but there is no GPU, or fewer GPUs than processes on this machine.
+        InputError: cuda was requested but there is no GPU, or fewer GPUs than processes on this
+            machine.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device=cuda: torch finds no GPU; `fastbyol doctor` says why, device=cpu runs on the CPU")
@@ -36,8 +38,9 @@ def tune_device(device: torch.device) -> None:
 def _keep_freed_memory() -> None:
     """Make glibc's malloc keep freed memory for the next step.
 
-    By default it returns large blocks to the system, and the next step takes a page fault for every 4 KB of its activations:
-    30,000 per step of R18 at 96 px and batch 32, 6 % of its time (benchmarks/LOG.md). Other allocators have no such switch.
+    By default it returns large blocks to the system, and the next step takes a page fault for every
+    4 KB of its activations: 30,000 per step of R18 at 96 px and batch 32, 6 % of its time
+    (benchmarks/LOG.md). Other allocators have no such switch.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

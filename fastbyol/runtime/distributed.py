@@ -1,7 +1,9 @@
-"""Processes started by torchrun: the process group, collectives, errors on one rank, and stopping all ranks at the same step.
+"""Processes started by torchrun: the process group, collectives, errors on one rank, and stopping
+all ranks at the same step.
 
-`torchrun --nproc-per-node N -m fastbyol train ...` starts N processes, which find each other through RANK, WORLD_SIZE, LOCAL_RANK and
-MASTER_ADDR. A process without torchrun is a world of size 1 without a process group.
+`torchrun --nproc-per-node N -m fastbyol train ...` starts N processes, which find each other
+through RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR. A process without torchrun is a world of size
+1 without a process group.
 
 One group sends CUDA tensors with NCCL and CPU tensors with gloo.
 """
@@ -43,9 +45,11 @@ class World:
         return self.rank == 0
 
     def shard(self, batch_size: int, micro_batches: int) -> NDArray[np.int64]:
-        """Return this rank's positions in a global batch: N / R consecutive ones of every micro-batch.
+        """Return this rank's positions in a global batch: N / R consecutive ones of every
+        micro-batch.
 
-        A micro-batch therefore holds the same images, and has the same BatchNorm statistics, for any number of ranks.
+        A micro-batch therefore holds the same images, and has the same BatchNorm statistics, for
+        any number of ranks.
         """
         positions = np.arange(batch_size).reshape(micro_batches, self.size, -1)
         return positions[:, self.rank].reshape(-1)
@@ -69,7 +73,10 @@ class World:
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """Context manager: if the block raises on any rank, it ends on all. The first such rank raises its error, the others PeerFailure."""
+        """Context manager: if the block raises on any rank, it ends on all.
+
+        The first such rank raises its error, the others PeerFailure.
+        """
         error = None
         try:
             yield
@@ -108,11 +115,12 @@ _groups = itertools.count()
 class ProcessGroup:
     """Context manager: the default process group. Does nothing for a world of size 1.
 
-    If ranks fail, exactly one of them reports why: the first to reach the shared store. The others raise PeerFailure, which suppresses
-    the duplicate error.
+    If ranks fail, exactly one of them reports why: the first to reach the shared store. The others
+    raise PeerFailure, which suppresses the duplicate error.
 
     Raises (on exit):
-        RunError: this rank failed first, or lost a peer that could not report (it was killed, or its machine failed).
+        RunError: this rank failed first, or lost a peer that could not report (it was killed, or
+            its machine failed).
         PeerFailure: another rank reports why the run ends.
     """
 
@@ -157,15 +165,19 @@ class ProcessGroup:
 
 
 def _is_lost_contact(error: BaseException) -> bool:
-    """Return True if a collective raised the RuntimeError; torch has a special class for only some of these."""
+    """Return True if a collective raised the RuntimeError; torch has a special class for only some
+    of these.
+    """
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(w in text for w in ("gloo", "nccl", "connection closed by peer"))
 
 
 class StopConsensus:
-    """Lets all ranks leave their loop after the same step if any of them wants to, without waiting for each other.
+    """Lets all ranks leave their loop after the same step if any of them wants to, without waiting
+    for each other.
 
-    Every step starts an asynchronous all-reduce of one byte on the hosts and reads the result of the step before.
+    Every step starts an asynchronous all-reduce of one byte on the hosts and reads the result of
+    the step before.
     """
 
     def __init__(self, world: World) -> None:
@@ -181,7 +193,9 @@ class StopConsensus:
             self._work.wait()
 
     def agree(self, stop: bool) -> bool:
-        """Return True, on all ranks, if any rank wanted to stop at its last call (a single rank: at this call)."""
+        """Return True, on all ranks, if any rank wanted to stop at its last call (a single rank: at
+        this call).
+        """
         if self._world.size == 1:
             return stop
         if self._work is not None:
@@ -193,7 +207,10 @@ class StopConsensus:
 
 
 class _MeanOverRanks(torch.autograd.Function):
-    """y = mean over ranks of x. The gradient is the mean over ranks of dy, since every rank's y depends on every rank's x."""
+    """y = mean over ranks of x.
+
+    The gradient is the mean over ranks of dy, since every rank's y depends on every rank's x.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, ranks: int) -> Tensor:
@@ -206,5 +223,8 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 def mean_over_ranks(x: Tensor, group: Any, ranks: int) -> Tensor:
-    """Return the mean of `x` over the `ranks` members of `group`. Differentiable and traceable by the compiler."""
+    """Return the mean of `x` over the `ranks` members of `group`.
+
+    Differentiable and traceable by the compiler.
+    """
     return _MeanOverRanks.apply(x, group, ranks)

@@ -43,7 +43,8 @@ def describe() -> dict[str, str]:
 # FFCV has no wheels. It compiles against OpenCV and libjpeg-turbo.
 FFCV_COMMAND = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++ && pip install ffcv"
 
-# The extra "onnx" of pyproject.toml. fastbyol is not on PyPI, so its extras cannot be installed by name.
+# The extra "onnx" of pyproject.toml. fastbyol is not on PyPI, so its extras cannot be installed by
+# name.
 ONNX_PACKAGES = {"onnx": "1.17", "onnxscript": "0.5.3", "onnxruntime": "1.20"}
 
 

@@ -23,7 +23,10 @@ def format_record(record: logging.LogRecord) -> str:
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints records to the current sys.stdout, one line each. Warnings are yellow on a terminal. Never raises."""
+    """Prints records to the current sys.stdout, one line each.
+
+    Warnings are yellow on a terminal. Never raises.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record."""

@@ -64,7 +64,8 @@ class SavedTensorBytes:
         storage = x.untyped_storage()
         if storage._cdata not in self._known:
             self._saved[storage._cdata] = storage.nbytes()
-        # Detach: otherwise a saved result keeps its graph alive, and the graph keeps the result, if no backward pass follows.
+        # Detach: otherwise a saved result keeps its graph alive, and the graph keeps the result, if
+        # no backward pass follows.
         return x.detach()
 
 
@@ -73,7 +74,8 @@ def measure_memory(
 ) -> MemoryBreakdown:
     """Return the memory of the step that has just run.
 
-    On a GPU, activations are the allocator's peak minus all other parts. On a CPU they are the saved tensors.
+    On a GPU, activations are the allocator's peak minus all other parts. On a CPU they are the
+    saved tensors.
 
     Args:
         model: a `BYOL` pair.
@@ -93,7 +95,9 @@ def measure_memory(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a GPU, or the system's available memory within the limit of the process's cgroup."""
+    """Return the free memory of a GPU, or the system's available memory within the limit of the
+    process's cgroup.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

@@ -44,9 +44,11 @@ class RunFolder:
         return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
     def finished_step(self, config: Config) -> int | None:
-        """Return the step of the checkpoint if it is all that the config asks for, None if there is work left.
+        """Return the step of the checkpoint if it is all that the config asks for, None if there is
+        work left.
 
-        A run that was killed between its last checkpoint and its summary is not finished: the summary is work left.
+        A run that was killed between its last checkpoint and its summary is not finished: the
+        summary is work left.
 
         Raises:
             InputError: see `checkpoint.checkpoint_config`.
@@ -76,7 +78,8 @@ class RunFolder:
         """Write the config and the environment.
 
         Raises:
-            InputError: the folder cannot be written, or something is in the way of one of the run's files.
+            InputError: the folder cannot be written, or something is in the way of one of the run's
+                files.
         """
         self._check_names()
         try:
@@ -116,7 +119,9 @@ class RunFolder:
 
 @contextmanager
 def open_run_folder(config: Config, world: World) -> Iterator[RunFolder]:
-    """Context manager: lock the run's folder and find the checkpoint to continue from. Every rank must call this.
+    """Context manager: lock the run's folder and find the checkpoint to continue from.
+
+    Every rank must call this.
 
     Raises:
         InputError: another run holds the folder, or see `_find_checkpoint`.
@@ -134,7 +139,9 @@ def open_run_folder(config: Config, world: World) -> Iterator[RunFolder]:
 
 
 def _find_checkpoint(config: Config, run: Path, world: World) -> Checkpoint | None:
-    """Return the checkpoint that config.resume names, None for a new run. Workers restarted by torchrun continue the run.
+    """Return the checkpoint that config.resume names, None for a new run.
+
+    Workers restarted by torchrun continue the run.
 
     Raises:
         InputError: it does not exist or is damaged, or resume=none would mix two runs.

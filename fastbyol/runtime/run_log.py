@@ -1,4 +1,6 @@
-"""Log of a run: the progress bar, metrics.jsonl, TensorBoard events, and train.log with the text messages."""
+"""Log of a run: the progress bar, metrics.jsonl, TensorBoard events, and train.log with the text
+messages.
+"""
 
 import errno
 import json
@@ -28,17 +30,18 @@ METRICS, LOG, TENSORBOARD = "metrics.jsonl", "train.log", "tensorboard"
 
 
 class RunLog:
-    """Context manager that writes metrics.jsonl, TensorBoard events and train.log, and draws the progress bar.
+    """Context manager that writes metrics.jsonl, TensorBoard events and train.log, and draws the
+    progress bar.
 
     Lines of metrics.jsonl; `step` counts the optimizer steps done:
-        {"kind": "train", step, epoch, loss, lr, tau, projection_std, images_per_s, wait_share}, in float16 also loss_scale and
-        skipped_steps
-        {"kind": "knn", step, epoch, top1, top5}
-        {"kind": "probe", step, epoch, loss, top5, top1}
+        {"kind": "train", step, epoch, loss, lr, tau, projection_std, images_per_s, wait_share}, in
+        float16 also loss_scale and skipped_steps {"kind": "knn", step, epoch, top1, top5} {"kind":
+        "probe", step, epoch, loss, top5, top1}
 
     Args:
         folder: of the run.
-        start: steps done before. Later lines of an earlier attempt are dropped, since the run repeats these steps.
+        start: steps done before. Later lines of an earlier attempt are dropped, since the run
+            repeats these steps.
         total_steps, steps_per_epoch, batch_size: of the run.
         tensorboard: write event files.
         early: records logged before this; train.log begins with them.
@@ -117,7 +120,10 @@ class RunLog:
     def train(
         self, step: int, *, loss: float, lr: float, tau: float, projection_std: float, wait_s: float, **more: float
     ) -> None:
-        """Write a training line. `wait_s` is the loader's total so far; rate and share of waiting are since the last line."""
+        """Write a training line.
+
+        `wait_s` is the loader's total so far; rate and share of waiting are since the last line.
+        """
         now, (last_step, last_time, last_wait) = time.perf_counter(), self._mark
         elapsed = max(now - last_time - self._paused_s, 1e-9)
         self._mark, self._paused_s, self._first = (step, now, wait_s), 0.0, None
@@ -137,7 +143,9 @@ class RunLog:
         self._write("knn", step, accuracy, {"knn": f"{accuracy['top1']:.1%}"})
 
     def probe(self, step: int, epoch: dict[str, float]) -> None:
-        """Write and print a line of the online classifier's epoch: Train Epoch, Loss, Top5 Accuracy, Top1 Accuracy."""
+        """Write and print a line of the online classifier's epoch: Train Epoch, Loss, Top5
+        Accuracy, Top1 Accuracy.
+        """
         self._write("probe", step, epoch, {})
         if self._metrics is not None:
             logger.info(
@@ -147,7 +155,9 @@ class RunLog:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Context manager: time inside (evaluation, checkpoints) does not count as training time."""
+        """Context manager: time inside (evaluation, checkpoints) does not count as training
+        time.
+        """
         before = time.perf_counter()
         try:
             yield
@@ -155,7 +165,9 @@ class RunLog:
             self._paused_s += time.perf_counter() - before
 
     def _write(self, kind: str, step: int, values: dict[str, float], shown: dict[str, str]) -> None:
-        """Write a line of metrics.jsonl and the event file; `shown` are the new values of the progress bar."""
+        """Write a line of metrics.jsonl and the event file; `shown` are the new values of the
+        progress bar.
+        """
         if self._metrics is None:
             return
         line = (
@@ -216,7 +228,9 @@ class _TextLog(logging.Handler):
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the record, and one line when the console becomes unavailable: it printed the record before."""
+        """Write the record, and one line when the console becomes unavailable: it printed the
+        record before.
+        """
         self.write(format_record(record), record.created)
         lost = getattr(sys.stdout, "lost", None)
         if lost != self._lost:
@@ -240,7 +254,9 @@ class _TextLog(logging.Handler):
 
 
 class EarlyRecords(logging.Handler):
-    """Context manager that collects the logger's records until `release`, when train.log can take them."""
+    """Context manager that collects the logger's records until `release`, when train.log can take
+    them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,7 +285,10 @@ def _append(path: Path) -> Any:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, [] without one. Damaged lines are left out, with a warning."""
+    """Return the lines of a run's metrics.jsonl, [] without one.
+
+    Damaged lines are left out, with a warning.
+    """
     path = folder / METRICS
     try:
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -314,7 +333,8 @@ def _join(values: dict[str, str]) -> str:
 
 
 class _Events:
-    """A TensorBoard event file, written synchronously: an error in SummaryWriter's thread would print a traceback.
+    """A TensorBoard event file, written synchronously: an error in SummaryWriter's thread would
+    print a traceback.
 
     Args:
         folder: created if missing.
@@ -348,7 +368,10 @@ class _Events:
 
 
 def _drop_later_lines(folder: Path, step: int) -> None:
-    """Keep the lines up to `step`. Damaged lines, such as a last one cut short by a crash, are dropped too."""
+    """Keep the lines up to `step`.
+
+    Damaged lines, such as a last one cut short by a crash, are dropped too.
+    """
     path = folder / METRICS
     if path.exists():
         kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]

@@ -8,8 +8,9 @@ from typing import Self
 class StopSignals:
     """Context manager: SIGTERM, SIGINT and SIGHUP ask the loop to stop after the current step.
 
-    A second SIGTERM or SIGINT ends the program at once. A second SIGHUP does not: shell and kernel may each send one when a terminal
-    closes. A SIGHUP that is already ignored, as under nohup, stays ignored.
+    A second SIGTERM or SIGINT ends the program at once. A second SIGHUP does not: shell and kernel
+    may each send one when a terminal closes. A SIGHUP that is already ignored, as under nohup,
+    stays ignored.
     """
 
     received: signal.Signals | None = None

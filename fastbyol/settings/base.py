@@ -80,7 +80,10 @@ class Settings:
 
     @classmethod
     def current_name(cls, name: str, where: str) -> str:
-        """Return the current name of a setting. An old name logs a warning that starts with `where`."""
+        """Return the current name of a setting.
+
+        An old name logs a warning that starts with `where`.
+        """
         if name not in cls.RENAMED:
             return name
         logger.warning(f"{where}{name} is now called {cls.RENAMED[name]}; the old name still works")

@@ -1,1 +1,4 @@
-"""Commands around a run: profile, bench, plan, report, preview, doctor and the example corpora. Nothing else imports them."""
+"""Commands around a run: profile, bench, plan, report, preview, doctor and the example corpora.
+
+Nothing else imports them.
+"""

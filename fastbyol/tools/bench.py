@@ -1,10 +1,13 @@
-"""`fastbyol bench`: time the loader, the step and both together, and compare the step with its bound.
+"""`fastbyol bench`: time the loader, the step and both together, and compare the step with its
+bound.
 
-Interleaves all measurements in one process; ratios are within a round. The bound is 3/8 of the images/s of a supervised step with the
-same backbone, precision and mode: an image costs 3 forward passes of one view there (forward, and backward twice as much), and 8 in
-BYOL (two views through the online network, forward and backward, and through the target). The supervised step gets as many images as
-BYOL has views, so that its convolutions are as large. Its network is timm's with torch's own BatchNorm and convolutions, so that the
-bound does not depend on our layers. Where they are faster than torch's, as on a CPU, the step can exceed its bound.
+Interleaves all measurements in one process; ratios are within a round. The bound is 3/8 of the
+images/s of a supervised step with the same backbone, precision and mode: an image costs 3 forward
+passes of one view there (forward, and backward twice as much), and 8 in BYOL (two views through the
+online network, forward and backward, and through the target). The supervised step gets as many
+images as BYOL has views, so that its convolutions are as large. Its network is timm's with torch's
+own BatchNorm and convolutions, so that the bound does not depend on our layers. Where they are
+faster than torch's, as on a CPU, the step can exceed its bound.
 """
 
 import math
@@ -38,7 +41,8 @@ _NEAR = 0.9  # share of a bound above which no setting is worth a change
 def bench(config: Config, *, rounds: int, steps: int, out: Path | None) -> dict[str, Any]:
     """Measure a config and report which part limits it.
 
-    Under torchrun every rank calls this, and rates are of all ranks together. The supervised step exchanges no gradients.
+    Under torchrun every rank calls this, and rates are of all ranks together. The supervised step
+    exchanges no gradients.
 
     Args:
         rounds: repetitions of each measurement.
@@ -106,7 +110,9 @@ def _measure(training: Training, rounds: int, steps: int) -> dict[str, list[floa
 
 
 def _supervised(training: Training) -> nn.Module:
-    """Return timm's unmodified backbone with a classifier, with weights drawn from the config's seed."""
+    """Return timm's unmodified backbone with a classifier, with weights drawn from the config's
+    seed.
+    """
     config = training.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -117,7 +123,8 @@ def _supervised(training: Training) -> nn.Module:
 def supervised_step(
     model: nn.Module, batch: int, device: torch.device, dtype: torch.dtype, mode: str
 ) -> Callable[[Tensor], Tensor]:
-    """Return a supervised step, images (B, 3, S, S) -> loss, with cross-entropy and SGD with momentum.
+    """Return a supervised step, images (B, 3, S, S) -> loss, with cross-entropy and SGD with
+    momentum.
 
     Args:
         model: (B, 3, S, S) -> (B, CLASSES), on `device`.

@@ -15,12 +15,13 @@ REST = "rest"
 class Clock:
     """Recorder that measures how long each span takes, and the time between spans as "rest".
 
-    On a CPU it reads the clock. On a GPU it records events on the stream, so that a part takes as long as the GPU works on it, or
-    waits in it. A step begins with the span WAIT.
+    On a CPU it reads the clock. On a GPU it records events on the stream, so that a part takes as
+    long as the GPU works on it, or waits in it. A step begins with the span WAIT.
 
     Args:
         labels: span -> name of the part, where they differ.
-        name_ranges: also pass the parts' names to torch's profiler, and on a GPU to Nsight Systems (NVTX).
+        name_ranges: also pass the parts' names to torch's profiler, and on a GPU to Nsight Systems
+            (NVTX).
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Options of the commands in tools/, data/ and weights/. Imports no torch, so that --help is fast.
 
-The first line of a class's docstring is the command's help, the docstring below a field is the option's.
+The first line of a class's docstring is the command's help, the docstring below a field is the
+option's.
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,19 @@
 """`fastbyol profile`: where the time of a training step goes.
 
-Interleaves plain and instrumented steps. Instrumented steps record the spans of fastbyol/spans.py, which cost nothing when off. A step
-that compiles the whole network as one graph compiles target and online network separately while instrumented; the sum of the parts
-over the plain step says what that costs.
+Interleaves plain and instrumented steps. Instrumented steps record the spans of fastbyol/spans.py,
+which cost nothing when off. A step that compiles the whole network as one graph compiles target and
+online network separately while instrumented; the sum of the parts over the plain step says what
+that costs.
 
 Parts, in the order of a step:
     wait for data       the loop has no batch
     copy                GPU: the copy from pinned memory that the step before did not hide
-    augmentation        GPU with DALI: crops and both views, from decoded images. Otherwise loader threads do it, see `loader_threads`
+    augmentation        GPU with DALI: crops and both views. Elsewhere loader threads make them
     target forward
     online forward      with the loss
     backward
-    gradient exchange   several ranks: the exchange after the last gradient is ready, which backward does not hide
-    LARS + target       new weights and the moved target in one pass; two passes with other optimizers
+    gradient exchange   several ranks: what the backward pass does not hide of the exchange
+    LARS + target       weights and target in one pass; two passes with other optimizers
     rest                cast, scalars, bookkeeping
 """
 
@@ -62,7 +63,9 @@ _WORKER_STAGES = {  # method of data.rendering.Worker -> stage
 
 @contextmanager
 def open_training(config: Config, check: Callable[[], None]) -> Iterator[Training]:
-    """Context manager: build a training with random weights, on every rank. Rank 0 logs what is measured.
+    """Context manager: build a training with random weights, on every rank.
+
+    Rank 0 logs what is measured.
 
     Args:
         check: called on rank 0 before anything is built; may raise InputError.
@@ -114,14 +117,19 @@ class Loop:
         return Batch((view1, view2), batch.labels.clone(), batch.indices.clone())
 
     def warm_up(self) -> None:
-        """Run steps until everything is compiled and no batch is left that was prefetched before."""
+        """Run steps until everything is compiled and no batch is left that was prefetched
+        before.
+        """
         config, device = self.training.config.data, self.training.device
         for _ in range(_WARM_UP[device.type] + config.prefetch_batches + 1):
             self()
         self.synchronize()
 
     def timed(self, calls: int, call: Callable[[], object] | None = None) -> float:
-        """Return the seconds of `calls` calls, by default of whole steps. Synchronizes the GPU before and after."""
+        """Return the seconds of `calls` calls, by default of whole steps.
+
+        Synchronizes the GPU before and after.
+        """
         self.synchronize()
         began = time.perf_counter()
         for _ in range(calls):
@@ -166,7 +174,9 @@ class Instruments:
 
     @contextmanager
     def _mark_last_gradient(self, clock: Clock) -> Iterator[None]:
-        """Context manager: the part "gradient exchange" begins when all of this rank's own gradients are ready."""
+        """Context manager: the part "gradient exchange" begins when all of this rank's own
+        gradients are ready.
+        """
         trained = [p for p in self._training.model.parameters() if p.requires_grad]
         ready = 0
 
@@ -271,7 +281,10 @@ def _time(loop: Loop, instruments: Instruments, steps: int) -> dict[str, Any]:
 
 
 def _compiler(mode: str, before: int) -> dict[str, int | None]:
-    """Return graph breaks of this process, and graphs compiled since there were `before`. None in eager mode."""
+    """Return graph breaks of this process, and graphs compiled since there were `before`.
+
+    None in eager mode.
+    """
     if mode == "eager":
         return {"graph_breaks": None, "recompilations": None}
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
@@ -283,9 +296,11 @@ def _compilations() -> int:
 
 
 def loader_threads(training: Training) -> dict[str, float] | None:
-    """Measure the milliseconds per image that loader threads spend on read, decode, crop, augment and the rest.
+    """Measure the milliseconds per image that loader threads spend on read, decode, crop, augment
+    and the rest.
 
-    Crop and augment are those of both views. Reading is wall time of a reader, the others are CPU time of a worker.
+    Crop and augment are those of both views. Reading is wall time of a reader, the others are CPU
+    time of a worker.
 
     Returns:
         stage -> ms; None for a loader whose work is done by threads of other libraries.
@@ -316,7 +331,9 @@ def loader_threads(training: Training) -> dict[str, float] | None:
 
 
 def _timed_worker(base: type[native.Worker], workers: list[Any]) -> type[native.Worker]:
-    """Return a subclass of a loader's worker that adds up the CPU time of each stage; its objects are added to `workers`."""
+    """Return a subclass of a loader's worker that adds up the CPU time of each stage; its objects
+    are added to `workers`.
+    """
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)

@@ -1,11 +1,13 @@
 """Work of a training step, counted on the meta device, and the peak rates of the device at hand.
 
-Counted for every operator in eager mode: floating-point operations of convolutions and matrix products (a multiplication and an
-addition are two), and bytes (every operand and result once). BatchNorm and max-pool count the passes of their kernels, the update of
-weights and target the formula of its optimizer. A compiler that fuses element-wise operators moves fewer bytes.
+Counted for every operator in eager mode: floating-point operations of convolutions and matrix
+products (a multiplication and an addition are two), and bytes (every operand and result once).
+BatchNorm and max-pool count the passes of their kernels, the update of weights and target the
+formula of its optimizer. A compiler that fuses element-wise operators moves fewer bytes.
 
-The roofline of an operator is max(flops / peak, bytes / bandwidth) (Williams et al. 2009), that of a part the sum over its operators.
-Peaks are measured: the rate of a large matrix product in the step's dtype, and the rate of a large copy.
+The roofline of an operator is max(flops / peak, bytes / bandwidth) (Williams et al. 2009), that of
+a part the sum over its operators. Peaks are measured: the rate of a large matrix product in the
+step's dtype, and the rate of a large copy.
 """
 
 import time
@@ -105,7 +107,9 @@ def count_step(config: Config, images: int, dtype: torch.dtype) -> dict[str, Wor
 
 
 def saved_tensor_bytes(config: Config, images: int, dtype: torch.dtype) -> int:
-    """Return the bytes that autograd saves for the backward pass of `images` images, without parameters."""
+    """Return the bytes that autograd saves for the backward pass of `images` images, without
+    parameters.
+    """
     model = meta_model(config)
     activation_checkpointing(model.online.backbone, config.step.activation_checkpointing)
     _cast(model, dtype)
@@ -127,8 +131,9 @@ def meta_model(config: Config) -> BYOL:
 def update_bytes(optimizer: str, model: BYOL) -> int:
     """Return the bytes that the update of weights and target moves, in float32.
 
-    LARS (kernels/lars_ema.py) reads w and g for the norms, then reads w, g, m and writes w, m; the target is read and written in the
-    same pass. SGD and Adam write their states, and the target is a separate pass that reads the weights again.
+    LARS (kernels/lars_ema.py) reads w and g for the norms, then reads w, g, m and writes w, m; the
+    target is read and written in the same pass. SGD and Adam write their states, and the target is
+    a separate pass that reads the weights again.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     moved = sum(t.numel() for _, t in model.target_pairs())
@@ -137,9 +142,11 @@ def update_bytes(optimizer: str, model: BYOL) -> int:
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """Return the best rates of several large matrix products and copies, on all of the process's threads.
+    """Return the best rates of several large matrix products and copies, on all of the process's
+    threads.
 
-    Products grow until one takes long enough: a processor that emulates bfloat16 needs minutes for the largest.
+    Products grow until one takes long enough: a processor that emulates bfloat16 needs minutes for
+    the largest.
     """
     flops_per_s = 0.0
     for n in _PEAK_SIDES[device.type]:
@@ -219,7 +226,9 @@ class _Note:
 
 
 def _count_by_formula(model: nn.Module) -> _Note:
-    """Make BatchNorm and max-pool of a model on the meta device record the bytes of their kernels' passes and compute nothing."""
+    """Make BatchNorm and max-pool of a model on the meta device record the bytes of their kernels'
+    passes and compute nothing.
+    """
     note = _Note()
 
     class Norm(torch.autograd.Function):

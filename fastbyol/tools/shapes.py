@@ -10,10 +10,10 @@ of the photographs, as in `prepare_photos`.
 The folder holds the same labels in both formats:
 
     JPEGImages/NAME.jpg                      all images
-    SegmentationClass/NAME.png               VOC: palette PNG, 0 background, 1 .. K classes, 255 void (mixed pixels at edges)
+    SegmentationClass/NAME.png               VOC: 0 background, 1 .. K classes, 255 void (edges)
     ImageSets/Segmentation/{train,val}.txt   VOC: names
     labels.txt                               names of the classes 1 .. K, one per line
-    annotations/instances_{train,val}.json   COCO: box and polygons of each object's visible part; category ids are the classes
+    annotations/instances_{train,val}.json   COCO: box and polygons of the visible part
 
 Shapes: S side of the image, D side of an object's square, K classes.
 """

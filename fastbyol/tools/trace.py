@@ -1,4 +1,6 @@
-"""Instrumented steps under torch's profiler: operators by time, host syncs, and memory over time."""
+"""Instrumented steps under torch's profiler: operators by time, host syncs, and memory over
+time.
+"""
 
 import bisect
 import gc
@@ -65,7 +67,9 @@ def trace(loop: "Loop", instruments: "Instruments", out: Path | None) -> dict[st
 
 
 def _operators(events: list[Any], parts: set[str], *, cuda: bool) -> Iterator[tuple[str, str, float]]:
-    """Yield for every operator: the part that called it, its name, its own microseconds (on a GPU those of its kernels)."""
+    """Yield for every operator: the part that called it, its name, its own microseconds (on a GPU
+    those of its kernels).
+    """
     spans = sorted((e.time_range.start, e.name) for e in events if e.name in parts)
     begins = [begin for begin, _ in spans]
     for event in events:
@@ -76,7 +80,9 @@ def _operators(events: list[Any], parts: set[str], *, cuda: bool) -> Iterator[tu
 
 
 def _add_up(rows: Iterable[tuple[K, float]]) -> dict[K, tuple[float, float]]:
-    """Return ms and calls per step for every key, longest first, from (key, microseconds) of every call."""
+    """Return ms and calls per step for every key, longest first, from (key, microseconds) of every
+    call.
+    """
     found: dict[K, list[float]] = defaultdict(list)
     for key, microseconds in rows:
         found[key].append(microseconds)
@@ -89,7 +95,10 @@ def _is_sync(name: str) -> bool:
 
 
 def _memory_timeline(profiler: Any, parts: set[str], device: torch.device, base: int) -> dict[str, Any]:
-    """Return the allocator's bytes over the traced steps, and when the parts begin. On a CPU bytes count from the first step."""
+    """Return the allocator's bytes over the traced steps, and when the parts begin.
+
+    On a CPU bytes count from the first step.
+    """
     events = profiler.profiler.kineto_results.events()
     kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     spans = sorted((e.start_ns(), e.duration_ns(), e.name()) for e in events if e.name() in parts and e.duration_ns())

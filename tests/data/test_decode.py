@@ -500,7 +500,9 @@ def test_many_mutated_files_decode_or_are_bad_images():
 
 @pytest.fixture
 def mixed(folder_of):
-    """40 good JPEGs and 60 mutated files of all formats in two classes, and their decoded pixels."""
+    """40 good JPEGs and 60 mutated files of all formats in two classes, and their decoded
+    pixels.
+    """
     files = {f"train/{'ab'[k % 2]}/{k:03d}.jpg": jpeg(k) for k in range(40)}
     damaged = mutations(seeds(), 60, seed=5)
     files |= {f"train/{'ab'[k % 2]}/{k + 100}.png": data for k, (_, data) in enumerate(damaged)}

@@ -240,7 +240,9 @@ def test_classes_match_in_either_unicode_form(folder_of):
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """Caches sets of 10 or more images in a temporary folder; the images' folders count as settled."""
+    """Caches sets of 10 or more images in a temporary folder; the images' folders count as
+    settled.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(folder, "CACHE_FROM_IMAGES", 10)
     monkeypatch.setattr(folder, "_SETTLED_NS", 0)

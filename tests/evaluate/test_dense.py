@@ -1,4 +1,6 @@
-"""Segmentation and detection: copies of the backbone, feature maps, samples, folder formats, training."""
+"""Segmentation and detection: copies of the backbone, feature maps, samples, folder formats,
+training.
+"""
 
 import json
 import math
@@ -50,7 +52,10 @@ def same(a, b):
 
 
 def write_folder(root: Path, *, train=8, val=4, height=64, width=64):
-    """Write a folder in both formats. Every image has two rectangles, whose colors are their classes."""
+    """Write a folder in both formats.
+
+    Every image has two rectangles, whose colors are their classes.
+    """
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation", "annotations"):
         (root / name).mkdir(parents=True)
     (root / "labels.txt").write_text("red\nblue\n")
@@ -449,7 +454,10 @@ def test_one_bit_masks_are_class_ids(folder, log_lines):
 
 
 def test_mean_iou(folder, log_lines):
-    """Void pixels and classes in neither masks nor predictions are ignored. A class in predictions only has IoU 0."""
+    """Void pixels and classes in neither masks nor predictions are ignored.
+
+    A class in predictions only has IoU 0.
+    """
     truth = np.array([[0, 0, 1, 1], [0, 0, 1, 1], [VOID, VOID, 1, 1], [0, 0, 0, 0]], dtype=np.uint8)
     answer = np.array([[0, 0, 1, 1], [0, 1, 1, 1], [3, 3, 1, 1], [0, 0, 0, 4]], dtype=np.uint8)
     (folder / "labels.txt").write_text("".join(f"{k}\n" for k in range(1, 8)))
@@ -465,7 +473,8 @@ def test_mean_iou(folder, log_lines):
             return torch.nn.functional.interpolate(logits, 64, mode="nearest").expand(len(x), -1, -1, -1)
 
     row = evaluate_segmenter(Answer(), data, 64, CONTEXT, batch_size=3)
-    # IoU: class 0: 6 / 8, class 1: 6 / 7, class 4: 0. The others are not predicted, or only on void (3).
+    # IoU: class 0: 6 / 8, class 1: 6 / 7, class 4: 0. The others are not predicted, or only on void
+    # (3).
     assert row["miou"] == pytest.approx((6 / 8 + 6 / 7 + 0) / 3)
     assert row["pixel_accuracy"] == pytest.approx(12 / 14)
 
@@ -774,7 +783,9 @@ def test_missing_sizes_and_category_ids_from_0(folder):
 
 
 class Truth(nn.Module):
-    """Return the true boxes of the validation images; with `stray`, also a false one of class 2 per image."""
+    """Return the true boxes of the validation images; with `stray`, also a false one of class 2 per
+    image.
+    """
 
     def __init__(self, data, stray=False):
         super().__init__()

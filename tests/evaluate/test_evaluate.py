@@ -76,7 +76,8 @@ def blobs(n, classes, features, spread, seed=0):
 def test_knn_matches_scikit_learn(k):
     train_set, val = blobs(300, 7, 16, 1.5), blobs(200, 7, 16, 1.5, seed=1)
     temperature = 0.07
-    # scikit-learn passes cosine distances d = 1 - s, so exp(-d / T) is exp(s / T) up to a constant factor.
+    # scikit-learn passes cosine distances d = 1 - s, so exp(-d / T) is exp(s / T) up to a constant
+    # factor.
     sklearn = KNeighborsClassifier(min(k, 300), metric="cosine", weights=lambda d: np.exp(-d / temperature))
     sklearn.fit(train_set.x.double().numpy(), train_set.labels.numpy())
     scores = knn_scores(train_set.x, train_set.labels, val.x, k=k, temperature=temperature, classes=7)
@@ -96,7 +97,10 @@ def test_linear_probe_matches_logistic_regression():
 
 @pytest.mark.slow
 def test_linear_probe_matches_logistic_regression_on_900_digits():
-    """Both select their regularization on the same held-out digits. Four splits average out the resolution of 0.1 %."""
+    """Both select their regularization on the same held-out digits.
+
+    Four splits average out the resolution of 0.1 %.
+    """
     digits = load_digits()
     gaps = []
     for seed in range(4):
@@ -204,7 +208,9 @@ def test_result_has_rows_for_byol_untrained_and_pixels(run, task, log_lines):
 
 @pytest.fixture
 def damaged(photos, tmp_path):
-    """A corpus with three unreadable files (their paths are returned): one in val/ and one in train/ truncated, one in train/ empty."""
+    """A corpus with three unreadable files (their paths are returned): one in val/ and one in
+    train/ truncated, one in train/ empty.
+    """
     root = tmp_path / "damaged"
     shutil.copytree(photos, root)
     broken = [sorted((root / split).rglob("*.jpg"))[k] for split, k in (("val", 0), ("train", 1), ("train", 40))]
@@ -486,7 +492,9 @@ def test_too_few_labels_for_a_held_out_part(run, folder_of):
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-4, 1e300])
 def test_knn_scores_at_extreme_temperatures(temperature):
-    """A low temperature leaves only the nearest neighbor's vote, a high one weights all votes equally."""
+    """A low temperature leaves only the nearest neighbor's vote, a high one weights all votes
+    equally.
+    """
     bank, labels = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [0.0, 1.0]]), torch.tensor([2, 1, 1, 0])
     scores = knn_scores(bank, labels, torch.tensor([[0.9, 0.3]]), k=3, temperature=temperature, classes=3)
     assert torch.isfinite(scores).all()
@@ -582,7 +590,9 @@ def test_augmented_probe_sees_new_crops_every_epoch_and_learns(photos):
 
 
 def test_finetuning_leaves_the_checkpoint_unchanged_and_learns(run, photos, tmp_path):
-    """Half of the evaluated images are the training images: top-1 is 0.29 to 0.40 over five seeds and two instruction sets."""
+    """Half of the evaluated images are the training images: top-1 is 0.29 to 0.40 over five seeds
+    and two instruction sets.
+    """
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(photos / "train")
     labels = open_split(photos, "train").labels
@@ -652,7 +662,9 @@ def test_nearest_mean_scores():
 
 
 def test_episode_accuracies():
-    """Separated classes give 1, shuffled labels 1 / ways, more shots help, and the draws are deterministic."""
+    """Separated classes give 1, shuffled labels 1 / ways, more shots help, and the draws are
+    deterministic.
+    """
     train_set, val = blobs(400, 8, 16, 0.1), blobs(400, 8, 16, 0.1, seed=1)
     options = {"shots": 3, "ways": 5, "queries": 10, "episodes": 60, "seed": 0}
     assert episode_accuracies(train_set, val, **options).min() == 1.0

@@ -1,4 +1,6 @@
-"""README, CONTRIBUTING and docs/: tables match their CSV files; links, paths, names, commands and options exist; the site builds."""
+"""README, CONTRIBUTING and docs/: tables match their CSV files; links, paths, names, commands and
+options exist; the site builds.
+"""
 
 import ast
 import contextlib
@@ -188,7 +190,9 @@ def test_make_targets_exist(page):
 
 @each_page
 def test_commands_parse(page, parse_only, capsys):
-    """All options and values of the commands in shell blocks are accepted; their files need not exist."""
+    """All options and values of the commands in shell blocks are accepted; their files need not
+    exist.
+    """
     for words in shell_commands(page):
         if (arguments := fastbyol_words(words)) is not None:
             assert cli.main(arguments) == 0, (arguments, capsys.readouterr().err)

@@ -191,7 +191,8 @@ def test_check_output(tmp_path, monkeypatch):
         check_output(path, "--out")
     with pytest.raises(InputError, match=r"^--out: cannot be written: there is no folder .*gone$"):
         check_output(tmp_path / "dangling", "--out")
-    # A link's target is replaced, so the target's folder must be writable. A device must itself be writable.
+    # A link's target is replaced, so the target's folder must be writable. A device must itself be
+    # writable.
     writable = {str(tmp_path), "/dev/null"}
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) in writable)
     check_output(tmp_path / "x", "--out")

@@ -169,7 +169,9 @@ def good_value(rng, option):
 
 
 def command_line(rng, folder):
-    """Return a random command line that starts nothing long: no input exists, no output is writable."""
+    """Return a random command line that starts nothing long: no input exists, no output is
+    writable.
+    """
     path, command = rng.choice(COMMANDS)
     words = list(path)
     if rng.random() < 0.05:

@@ -341,7 +341,7 @@ def test_invalid_combinations_are_rejected():
     ):
         Config(model=ModelConfig(feature_noise=0.5))
     assert Config(model=ModelConfig(feature_noise=0.5), data=DataConfig(augmentation="none"))
-    with pytest.raises(ValueError, match=r"model.contrastive_weight=1: is defined for model.loss=byol"):
+    with pytest.raises(ValueError, match=r"model.contrastive_weight=1: requires model.loss=byol"):
         ModelConfig(contrastive_weight=1, loss="mse")
     with pytest.raises(ValueError, match=r"model.mask_ratio=1: must lie in \[0, 1\)"):
         ModelConfig(mask_ratio=1)

@@ -202,7 +202,9 @@ def test_half_precision_file_without_batchnorm_counters(donor, tmp_path):
 
 
 def torchvision_pair(name):
-    """Return a small timm backbone and the same torchvision network without classifier, uninitialized."""
+    """Return a small timm backbone and the same torchvision network without classifier,
+    uninitialized.
+    """
     with torch.device("meta"):
         if name == "vgg11":
             ours = VGG([8, "M", 16, "M"], norm_layer=torch.nn.BatchNorm2d, num_classes=0)
