@@ -55,12 +55,10 @@ class TrainStep:
         self.update = Update(self.optimizer, pairs, self.tau, self.loss_scale)
         self.forward: Any = prepare_forward(model, config, self.mode, device, self.world)
         self._graph = CapturedStep(self.compute, device) if self.mode == "cuda_graph" else None
+        self._separated: Any = None
 
     def __call__(self, step: int, batch: Batch) -> BYOLOutput:
-        """Run optimizer step number `step`, counted from 0.
-
-        The output is valid until the next step.
-        """
+        """Run optimizer step `step`, counted from 0. The output is valid until the next step."""
         self.lr.fill_(self.schedule.lr(step))
         self.tau.fill_(self.schedule.tau(step))
         self.number.fill_(step)
@@ -68,11 +66,8 @@ class TrainStep:
             torch.manual_seed(step_seed(self.config.seed, step, self.world.rank))
         return self.compute(*batch.views) if self._graph is None else self._graph(*batch.views)
 
-    def compute(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
-        """Compute the whole step from device values alone: what a CUDA graph captures.
-
-        Views: (B, 3, S, S).
-        """
+    def compute(self, view1: Tensor, view2: Tensor) -> BYOLOutput:  # views: (B, 3, S, S)
+        """Compute the step from device values alone: what a CUDA graph captures."""
         outputs = []
         parts = zip(view1.chunk(self.micro_batches), view2.chunk(self.micro_batches), strict=True)
         for k, part in enumerate(parts):
@@ -90,9 +85,7 @@ class TrainStep:
         return self._combine(outputs)
 
     def _combine(self, outputs: list[BYOLOutput]) -> BYOLOutput:
-        """Average the outputs of all micro-batches and remember the first step with a non-finite
-        loss.
-        """
+        """Average over micro-batches, and remember the first step with a non-finite loss."""
         loss = torch.stack([output.loss for output in outputs]).mean()
         std = torch.stack([output.projection_std for output in outputs]).mean()
         features = [output.features for output in outputs if output.features is not None]
@@ -105,41 +98,30 @@ class TrainStep:
 
     @contextmanager
     def instrumented(self) -> Iterator[None]:
-        """Context manager: steps run call by call, and spans tell the target from the online
-        forward pass.
-
-        A step that compiles the whole network as one graph compiles these two as separate graphs.
-        """
+        """Context manager: target and online network run as separate graphs, without CUDA graph."""
         forward, graph = self.forward, self._graph
         if graph is not None:
             graph.drop()  # its memory is as large as that of the steps that follow
-        self.forward, self._graph = separate_forward(self.model, self.mode, self.world, forward), None
+        self._separated = self._separated or separate_forward(self.model, self.mode, self.world, forward)
+        self.forward, self._graph = self._separated, None
         try:
             yield
         finally:
             self.forward, self._graph = forward, graph
 
     def close(self) -> None:
-        """Free the CUDA graph and DDP before the process group is destroyed; no step can follow.
-
-        DDP's reducer joins gloo's thread when it is freed. At exit it would do so with the
-        interpreter lock held: a deadlock.
-        """
-        self.forward = self._graph = None
+        """Free the CUDA graph and DDP before the process group is destroyed; no step can follow."""
+        # DDP's reducer joins gloo's thread. At exit, with the interpreter lock, it would deadlock.
+        self.forward = self._graph = self._separated = None
         gc.collect()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return {"optimizer": state by parameter name, "loss_scale": its state, or {} without
-        one}.
-        """
+        """Return {"optimizer": state by parameter name, "loss_scale": its state or {}}."""
         scale = {} if self.loss_scale is None else self.loss_scale.state_dict()
         return {"optimizer": named_state(self.optimizer, self.model), "loss_scale": scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the result of `state_dict`; the loss scale only if both have one.
-
-        Raises as `load_named_state`.
-        """
+        """Load the result of `state_dict`. Raises ValueError as `load_named_state`."""
         load_named_state(self.optimizer, self.model, state["optimizer"], self.device)
         if self.loss_scale is not None and state.get("loss_scale"):
             self.loss_scale.load_state_dict(state["loss_scale"])

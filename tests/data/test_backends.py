@@ -324,7 +324,7 @@ def test_training_and_evaluation_do_not_depend_on_backend_and_storage(photos, st
         assert len(ours) == 8
         assert max(abs(ours[k] - expected[k]) for k in expected) < 0.02  # the decoders' rounding; none here as yet
     results = [
-        evaluate("knn", KnnEval(run=str(runs["folder"]), root=str(data_root), baselines=False), lambda text: None)
+        evaluate("knn", KnnEval(run=str(runs["folder"]), root=str(data_root), baselines=False))
         for data_root in (photos, root)
     ]
     assert results[0]["rows"] == results[1]["rows"]

@@ -19,6 +19,7 @@ from fastbyol import step as step_module
 from fastbyol.api import pretrain as train
 from fastbyol.config import Config
 from fastbyol.errors import FastbyolError, PeerFailure, RunError
+from fastbyol.runtime.logging import console_logging
 
 
 def sabotage(what: str, rank: int, at: int) -> None:
@@ -41,8 +42,9 @@ def main() -> int:
     if len(sys.argv) > 2:
         sabotage(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     try:
-        for values in json.loads(Path(sys.argv[1]).read_text()):
-            train(Config.from_dict(values))
+        with console_logging():
+            for values in json.loads(Path(sys.argv[1]).read_text()):
+                train(Config.from_dict(values))
     except PeerFailure as error:
         return error.exit_code
     except FastbyolError as error:
