@@ -385,7 +385,7 @@ def test_signals_save_a_checkpoint_and_explain_how_to_resume(photos, tmp_path, n
     process.send_signal(number)
     output, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == code, errors
-    assert "--resume auto goes on from here" in output
+    assert "--resume auto continues from here" in output
     assert "Traceback" not in errors
     saved = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "s" / "checkpoints")[-1])
     assert f"stopped after step {saved['step']} of 2000" in output
