@@ -21,6 +21,7 @@ from fastbyol.layers import fuse_layers
 from fastbyol.model import BYOL, Encoder, mlp
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.logging import logger
+from fastbyol.schedules import scaled_lr
 from fastbyol.spans import WAIT, span
 from fastbyol.step import TrainStep
 from fastbyol.variants import BYOLVariant, departs_from_byol, linear_head, modify_layers
@@ -116,7 +117,7 @@ def with_batch_size(config: Config, images: ImageSet, device: torch.device, worl
         fits = find_batch_size(config, device, world, build_model(config.model, config.data.image_size_px, config.seed))
     with world.sync_errors():
         size = global_batch_size(fits, images, config, world)
-    peak = config.optim.base_lr * size / 256
+    peak = scaled_lr(config.optim.base_lr, size)
     logger.info(f"data.batch_size=auto: {size}; the peak learning rate is {peak:.4g} (optim.base_lr * {size} / 256)")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
 

@@ -18,7 +18,7 @@ class Callback:
     """Base class; every hook does nothing by default. All ranks call all hooks at the same time."""
 
     name = ""
-    """Key of the state in checkpoints. Empty: the callback has no state."""
+    """Key of the state in checkpoints, unique. Empty: the callback has no state."""
 
     def on_model(self, model: BYOL, config: Config) -> None:
         """Called once in a new run, before the model moves to the device."""

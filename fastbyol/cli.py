@@ -266,7 +266,7 @@ class _Signaled(BaseException):
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Context: SIGTERM and SIGHUP raise, as Ctrl-C does, so that partial files are removed.
+    """Context manager: SIGTERM and SIGHUP raise, as Ctrl-C does, so that partial files are removed.
 
     Not under torchrun: a process that waits for another one that has died must still end on a
     signal.
@@ -295,7 +295,7 @@ def local_rank() -> int:
 
 @contextmanager
 def _one_error_per_machine() -> Iterator[None]:
-    """Context: only local rank 0 reports an InputError of the shared command line."""
+    """Context manager: only local rank 0 reports an InputError of the shared command line."""
     try:
         yield
     except InputError:
@@ -310,8 +310,7 @@ def _check_environment(call: Call) -> None:
 
     Raises:
         InputError: numba could not parse NUMBA_NUM_THREADS; or torchrun started multiple processes
-            of a command whose
-            processes would write the same files.
+            of a command whose processes would write the same files.
     """
     threads = os.environ.get("NUMBA_NUM_THREADS")
     if threads is not None and not _NUMBA_THREADS.fullmatch(threads):

@@ -18,6 +18,19 @@ from fastbyol.runtime.run_folder import Checkpoint
 from fastbyol.schedules import Schedule
 
 _MAX_DIFFERENCES = 3  # between two image sets that a message names
+_ENTRIES = (
+    "format",
+    "version",
+    "step",
+    "config",
+    "images",
+    "files",
+    "sample",
+    "model",
+    "optimizer",
+    "loss_scale",
+    "rng",
+)
 _MUST_NOT_CHANGE = ("optim.name", "data.batch_size", "data.image_size_px")
 # Settings that change nothing of what is computed; they change silently.
 _MAY_CHANGE = (
@@ -87,6 +100,18 @@ def check_compatible(config: Config, identity: ImageIdentity, found: Checkpoint)
     named = [f"{key} {theirs[key]} -> {ours[key]}" for key in changed if not key.startswith(_MAY_CHANGE)]
     if named:
         logger.warning(f"resumed with other settings than the run began with: {', '.join(named)}")
+
+
+def check_callback_names(callbacks: Sequence[Callback]) -> None:
+    """Check that no callback's state would replace another entry of a checkpoint.
+
+    Raises:
+        ValueError: two callbacks have the same name, or a callback has the name of an entry.
+    """
+    names = [callback.name for callback in callbacks if callback.name]
+    for name in names:
+        if name in _ENTRIES or names.count(name) > 1:
+            raise ValueError(f"the name {name!r} of a callback is already used in checkpoints: choose another one")
 
 
 def capture(training: Training, identity: ImageIdentity, callbacks: Sequence[Callback], done: int) -> dict[str, Any]:

@@ -20,7 +20,14 @@ from fastbyol.errors import InputError, LoaderTimeout, RunError, error_reason, f
 from fastbyol.kernels import describe
 from fastbyol.kernels.cpu.jit_cache import compile_cpu_kernels
 from fastbyol.model import BYOL, BYOLOutput
-from fastbyol.resume import ImageIdentity, capture, check_compatible, restore, with_checkpoint_batch_size
+from fastbyol.resume import (
+    ImageIdentity,
+    capture,
+    check_callback_names,
+    check_compatible,
+    restore,
+    with_checkpoint_batch_size,
+)
 from fastbyol.runtime import checkpoint, cores
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.files import json_text, write_file
@@ -38,6 +45,7 @@ def build_run(
     Raises:
         InputError: the config does not fit the data, the machine or the checkpoint.
     """
+    check_callback_names(callbacks)
     found = folder.found
     images = find_training_images(config, world)
     with world.sync_errors():
@@ -114,7 +122,7 @@ class Run:
             )
         compile_cpu_kernels()
         if self.world.size == 1:  # otherwise the other ranks would count as other processes
-            cores.warn_if_shared(resolve_threads(config.data.threads), logger.warning)
+            cores.warn_if_shared(resolve_threads(config.data.threads))
         images, classes = training.images, len(training.images.classes)
         backend, why = choose_backend(config.data, images, step.device)
         of_classes = f" of {classes} classes" if classes else ""
@@ -276,7 +284,7 @@ class Run:
 
     def _log_summary(self, done: int, summary: dict[str, Any], bad: int) -> None:
         if summary["loss"] is not None:
-            accuracy = summary.get("knn_last", math.nan)
+            accuracy = summary.get("knn_last", math.nan) if self.config.knn.every_epochs else math.nan
             knn = f", kNN {accuracy:.1%} (best {summary['knn_best']:.1%})" if math.isfinite(accuracy) else ""
             logger.info(
                 f"{done - self.start} steps in {summary['seconds']:.0f} s: {summary['images_per_s']:.0f} images/s, "

@@ -39,7 +39,7 @@ def choose_backend(config: DataConfig, images: ImageSet, device: torch.device) -
                 f"data.backend=ffcv reads .beton files only, {images.root} is a folder: fastbyol pack {images.root} "
                 f"{images.root}{SUFFIX}"
             )
-    return config.backend, "data.backend asks for it"
+    return config.backend, "set by data.backend"
 
 
 def build_loader(

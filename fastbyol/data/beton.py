@@ -6,9 +6,8 @@ Layout, all little-endian:
                       start of the allocation table u8
     field descriptors type u1, name 16 bytes, arguments 1,024 bytes
     rows              one per sample: the fields' values as an aligned struct;
-                      an image is mode u1 (0 JPEG, 1 raw), width u2,
-                      height u2, start u8; an integer i8, a float f8, bytes and JSON start u8 and
-                      size u8, an array start u8
+                      an image is mode u1 (0 JPEG, 1 raw), width u2, height u2, start u8; an integer
+                      i8, a float f8, bytes and JSON start u8 and size u8, an array start u8
     pages             the images' bytes; no image crosses a multiple of the page size
     allocation table  (sample u8, start u8, size u8) in any order, up to the end of the file
 

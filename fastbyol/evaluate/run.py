@@ -29,6 +29,7 @@ from fastbyol.layers import set_num_views
 from fastbyol.model import BYOL
 from fastbyol.precision import compute_dtype, set_float32_precision
 from fastbyol.runtime import cores, environment
+from fastbyol.runtime.checkpoint import run_folder_of
 from fastbyol.runtime.device import choose_device
 from fastbyol.runtime.files import check_output, read_json_or, write_json, write_output
 from fastbyol.runtime.logging import logger
@@ -59,7 +60,7 @@ def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
     """
     task = TASKS[name]
     path, config, model, step = load_checkpoint_model(Path(options.run))
-    out = Path(options.out) if options.out else _run_folder(path) / _result_name(name, path, step, options, config)
+    out = Path(options.out) if options.out else run_folder_of(path) / _result_name(name, path, step, options, config)
     _check_result_file(out, named=options.out is not None)
     context = eval_context(config, options)
     data = task.open(options, config, context)
@@ -151,10 +152,6 @@ def _networks(
     yield UNTRAINED_ROW, untrained
     if task.uses_pixels:
         yield PIXELS_ROW, None
-
-
-def _run_folder(path: Path) -> Path:
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
 def _to_png(figure: Figure) -> bytes:

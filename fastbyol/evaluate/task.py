@@ -12,7 +12,7 @@ from fastbyol.evaluate.context import EvalContext, Row
 from fastbyol.evaluate.features import open_splits
 
 _METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "map": "mAP", "pixel_accuracy": "pixel accuracy"}
-_SELECTION = ("base_lr", "held_out_top1")  # how the learning rate was selected
+SELECTION = ("base_lr", "held_out_top1")  # how the learning rate was selected
 
 
 class EvalTask(ABC):
@@ -50,7 +50,7 @@ class EvalTask(ABC):
 
     def format_row(self, row: Row) -> str:
         """Return the metrics as text, e.g. "top-1  64.2%  top-5  91.0%  (base lr 0.1)"."""
-        shown = {key: value for key, value in row.items() if isinstance(value, float) and key not in _SELECTION}
+        shown = {key: value for key, value in row.items() if isinstance(value, float) and key not in SELECTION}
         text = "  ".join(f"{_METRIC_NAMES.get(key, key)} {value:6.1%}" for key, value in shown.items())
         return f"{text}  (base lr {row['base_lr']:g})" if "base_lr" in row else text
 

@@ -29,6 +29,7 @@ from fastbyol import __version__
 from fastbyol.config import Config
 from fastbyol.errors import InputError, RunError, error_reason, first_line
 from fastbyol.runtime.files import atomic_write
+from fastbyol.runtime.logging import logger
 
 FORMAT = 1
 BEST = "best.pt"
@@ -153,12 +154,17 @@ def checkpoint_step(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
+def run_folder_of(path: Path) -> Path:
+    """Return the folder of the run that a checkpoint belongs to, or the checkpoint's own folder."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the numbered checkpoints of a folder, oldest first."""
     return sorted(p for p in folder.glob("step_*.pt") if _NAME.fullmatch(p.name))
 
 
-def latest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+def latest_valid(folder: Path, warn: Callable[[str], object] = logger.warning) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest valid checkpoint, None without one.
 
     `warn` receives one line for each newer, damaged one.
@@ -173,7 +179,7 @@ def latest_valid(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[
     return None
 
 
-def resolve(run_or_file: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+def resolve(run_or_file: Path, warn: Callable[[str], object] = logger.warning) -> tuple[Path, dict[str, Any]]:
     """Return the checkpoint of a file, or the newest valid one of a run's folder.
 
     Raises:

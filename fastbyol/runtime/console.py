@@ -75,7 +75,7 @@ class Output:
 
 @contextmanager
 def safe_stdio() -> Iterator[Output]:
-    """Context: sys.stdout and sys.stderr are `Output`s. Yields the one of sys.stdout."""
+    """Context manager: sys.stdout and sys.stderr are `Output`s. Yields the one of sys.stdout."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Output.of(before[0]), Output.of(before[1])  # type: ignore[assignment]
     try:

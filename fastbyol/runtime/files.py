@@ -24,7 +24,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # from
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Context: yield a temporary path next to `path`, and rename it to `path` if the body succeeds.
+    """Context manager: yield a temporary path, which is renamed to `path` if the body succeeds.
 
     The file is synced first. If the body raises, the temporary file is removed and `path` stays
     unchanged. The target of a symbolic link is replaced. A path that is not a regular file, such as
@@ -167,7 +167,7 @@ def read_json_or(path: Path, warn: Callable[[str], object] = logger.warning) -> 
 
 
 class FolderLock:
-    """Context: only one process at a time is inside, among those that lock the same folder.
+    """Context manager: only one process at a time is inside, among those that lock the same folder.
 
     The kernel holds the lock (flock; over NFS the server), so it ends with the process and is never
     stale. On exit, a folder that was created for the lock is removed if nothing was written into

@@ -18,7 +18,7 @@ def read_results(run: Path) -> list[tuple[Path, dict[str, Any]]]:
     """
     found = []
     for path in sorted(run.glob(f"{PREFIX}*.json")):
-        result = read_json_or(path, logger.warning)
+        result = read_json_or(path)
         if not result:
             continue
         if is_result(result):

@@ -131,7 +131,7 @@ def open_run_folder(config: Config, world: World) -> Iterator[RunFolder]:
         with world.sync_errors():
             lock = None
             if world.is_main_process:  # after a restart by torchrun, the old workers may still hold the lock
-                lock = FolderLock(path, wait_s=_LOCK_WAIT_S if world.restarts else 0, warn=logger.warning)
+                lock = FolderLock(path, wait_s=_LOCK_WAIT_S if world.restarts else 0)
                 stack.enter_context(lock)
         with world.sync_errors():
             found = _find_checkpoint(config, path, world)
@@ -159,7 +159,7 @@ def _find_checkpoint(config: Config, run: Path, world: World) -> Checkpoint | No
 
 
 def _named_checkpoint(resume: str, run: Path, folder: Path, own: list[Path]) -> Checkpoint:
-    found = checkpoint.resolve(Path(resume), logger.warning)
+    found = checkpoint.resolve(Path(resume))
     inside = found[0].resolve().parent == folder.resolve()
     if own and not (inside and found[1]["step"] >= checkpoint.checkpoint_step(own[-1])):
         raise InputError(

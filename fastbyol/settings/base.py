@@ -20,8 +20,7 @@ class Settings:
     """Base class of all settings.
 
     Fields are checked against their type and the limits in its annotations (limits.py). A field
-    whose type is a
-    subclass of Settings is a section: it accepts an object of that class or a dict.
+    whose type is a subclass of Settings is a section: it accepts an object of that class or a dict.
     """
 
     PREFIX: ClassVar[str] = ""

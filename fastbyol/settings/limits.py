@@ -136,8 +136,7 @@ def folder_name(name: str, key: str) -> str:
 
     Raises:
         BadSetting: it is empty, '.' or '..', or too long; has a '/', unprintable characters, blanks
-            around it or a
-            leading '-'.
+            around it or a leading '-'.
     """
     require(bool(name.strip()), key, name, "must not be empty")
     ok = "/" not in name and name not in (".", "..")

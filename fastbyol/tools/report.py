@@ -11,6 +11,7 @@ from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluate.features import check_splits
 from fastbyol.evaluate.run import TASKS
+from fastbyol.evaluate.task import SELECTION
 from fastbyol.model import BYOL
 from fastbyol.runtime.files import check_output, read_json_or
 from fastbyol.runtime.logging import logger
@@ -23,7 +24,6 @@ from fastbyol.tools.report_figures import draw_curves, draw_neighbors
 from fastbyol.weights.checkpoints import load_checkpoint_model
 
 _MAX_SKIPPED_IMAGES = 50
-_NOT_METRICS = {"base_lr", "held_out_top1"}  # numbers of a row that describe how it was trained
 _BAR_PX = 120  # width of the bar of an accuracy of 100%
 
 
@@ -62,7 +62,7 @@ def write_report(run: Path, *, root: str | None = None) -> Path:
         curves=draw_curves(read_metrics(run), config),
         evaluations=[_evaluation(*found) for found in read_results(run)],
         settings=_settings(config),
-        environment=read_json_or(run / ENVIRONMENT, logger.warning).items(),
+        environment=read_json_or(run / ENVIRONMENT).items(),
         **_images(config, model, root),
     )
 
@@ -88,7 +88,7 @@ def _summary(run: Path) -> dict[str, Any] | None:
     Returns:
         `cards`: (label, value, detail) each. `skipped`: (image, reason) each.
     """
-    values = read_json_or(run / SUMMARY, logger.warning)
+    values = read_json_or(run / SUMMARY)
     if not values:
         return None
     try:
@@ -101,7 +101,7 @@ def _summary(run: Path) -> dict[str, Any] | None:
             cards.append(("Speed", f"{values['images_per_s']:.0f}", "images/s (median)"))
             cards.append(("Waiting for data", f"{values['wait_share']:.1%}", "of the time (median)"))
             cards.append(("Last loss", f"{values['loss']:.3f}", ""))
-        if values["knn_best"] is not None:
+        if values.get("knn_best") is not None:
             cards.append(("Online kNN", f"{values['knn_last']:.1%}", f"top-1, best {values['knn_best']:.1%}"))
         cards.append(("Skipped images", str(len(skipped)), ""))
         return {"cards": cards, "skipped": list(skipped.items())[:_MAX_SKIPPED_IMAGES]}
@@ -115,7 +115,7 @@ def _evaluation(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     task = TASKS.get(result["protocol"])
     rows = result["rows"]
     names = dict.fromkeys(key for row in rows.values() for key, value in row.items() if is_metric(value))
-    metrics = [name for name in names if name not in _NOT_METRICS]
+    metrics = [name for name in names if name not in SELECTION]
     checkpoint = Path(result["checkpoint"]).name + (f", step {result['step']}" if "step" in result else "")
     splits = ", ".join(map(str, result.get("splits") or []))
     settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))

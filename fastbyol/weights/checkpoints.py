@@ -8,7 +8,6 @@ from fastbyol.config import Config
 from fastbyol.errors import InputError, first_line
 from fastbyol.model import BYOL
 from fastbyol.runtime import checkpoint
-from fastbyol.runtime.logging import logger
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -28,7 +27,7 @@ def load_checkpoint_model(run_or_file: Path) -> LoadedCheckpoint:
     Raises:
         InputError: no valid checkpoint, or this version does not know its config or model.
     """
-    path, state = checkpoint.resolve(run_or_file, logger.warning)
+    path, state = checkpoint.resolve(run_or_file)
     config = checkpoint.checkpoint_config(path, state)
     try:
         model = build_model(config.model, config.data.image_size_px, config.seed)

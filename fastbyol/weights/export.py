@@ -98,7 +98,7 @@ def model_card(source: Source, format_name: str, out: Path) -> str:
         format_name: Key of FORMATS.
         out: Absolute path of the exported file.
     """
-    trained = read_json_or(source.folder / ENVIRONMENT, logger.warning)
+    trained = read_json_or(source.folder / ENVIRONMENT)
     parts = [
         f"# {_escape(source.config.name)}: {source.name} for {format_name}",
         f"Online backbone of a BYOL pre-training (Grill et al. 2020) by fastbyol {__version__}, without heads and "

@@ -68,7 +68,7 @@ def _check_missing(path: Path, key: str) -> None:
 
 @contextmanager
 def new_file(path: Path, key: str) -> Iterator[Path]:
-    """Context: write a new file atomically.
+    """Context manager: write a new file atomically.
 
     Yields:
         A temporary path. It is renamed to `path` when the body succeeds, and removed otherwise.

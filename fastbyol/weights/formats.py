@@ -20,6 +20,7 @@ from fastbyol.config import Config, ModelConfig
 from fastbyol.errors import InputError, RunError, first_line
 from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime import environment
+from fastbyol.runtime.checkpoint import run_folder_of
 from fastbyol.weights.files import SUFFIX, plain_tensors, write_safetensors
 from fastbyol.weights.names import Tensors, detectron2_name, torchvision_naming
 
@@ -68,8 +69,7 @@ class Source:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        parent = self.checkpoint.absolute().parent
-        return parent.parent if parent.name == "checkpoints" else parent
+        return run_folder_of(self.checkpoint.absolute())
 
 
 class Format(NamedTuple):

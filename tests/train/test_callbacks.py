@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 import torch
 
 from fastbyol.callbacks import Callback
+from fastbyol.tools.report import write_report
 from fastbyol.train import train
 
 
@@ -56,3 +58,20 @@ def test_run_without_callbacks(make_config):
     assert result.step == 4
     saved = torch.load(result.folder / "checkpoints" / "step_00000004.pt", weights_only=True)
     assert saved["knn"] == {}
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "counter"])
+def test_callback_names_must_be_unique(make_config, name):
+    """Otherwise one state would silently replace another in the checkpoint."""
+    second = Counter()
+    second.name = name
+    with pytest.raises(ValueError, match=f"the name '{name}' of a callback is already used"):
+        train(make_config(optim={"epochs": 1, "warmup_epochs": 0, "base_lr": 2.0}), [Counter(), second])
+
+
+def test_run_without_callbacks_has_a_report(make_config, log_lines):
+    folder = train(make_config(optim={"epochs": 1, "warmup_epochs": 0, "base_lr": 2.0})).folder
+    page = write_report(folder).read_text()
+    assert "Last loss" in page
+    assert "Online kNN" not in page
+    assert not any("summary" in line for line in log_lines)

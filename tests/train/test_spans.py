@@ -1,6 +1,6 @@
 """Spans: events of a recorder, and no overhead without one."""
 
-import time
+import sys
 
 import pytest
 from helpers.steps import new_batch, new_step
@@ -50,13 +50,11 @@ def test_span_without_a_recorder_is_a_shared_no_op():
     assert span("a") is span("b") is spans._OFF
 
 
-def test_span_without_a_recorder_takes_less_than_a_microsecond():
-    """Takes the fastest of many batches, so that the machine's load does not matter."""
-    fastest = float("inf")
-    for _ in range(200):
-        began = time.perf_counter()
-        for _ in range(100):
-            with span("x"):
-                pass
-        fastest = min(fastest, time.perf_counter() - began)
-    assert fastest / 100 < 1e-6
+def test_span_without_a_recorder_makes_three_python_calls():
+    """A count: times depend on the machine."""
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(frame.f_code.co_name) if event == "call" else None)
+    with span("x"):
+        pass
+    sys.setprofile(None)
+    assert calls == ["span", "__enter__", "__exit__"]
