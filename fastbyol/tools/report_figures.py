@@ -136,7 +136,7 @@ def _draw_frame(axis: Axes, color: str) -> None:
 
 def _readable(images: ImageSet, features: Features) -> list[int]:
     """Return the indices of the images that have features, in the order of the features."""
-    for index, reason in features.bad.items():
+    for index, reason in sorted(features.bad.items()):
         logger.warning(f"the report's neighbors lack {images.location(index)}: {reason}")
     return [index for index in range(len(images)) if index not in features.bad]
 
