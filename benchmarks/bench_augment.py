@@ -28,7 +28,7 @@ from timing import measure
 from torch import Tensor
 
 from fastbyol.data.views import sample
-from fastbyol.kernels import augment
+from fastbyol.kernels import augment, augment_params
 
 SIZE = 224
 VIEWS = {"cpu": 32, "cuda": 512}
@@ -41,7 +41,7 @@ def inputs(device: str, n: int) -> tuple[Tensor, np.ndarray]:
     coarse = torch.randint(0, 256, (n, 3, 14, 14), generator=rng, dtype=torch.uint8).float()
     smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bicubic").clamp(0, 255).byte()
     params = sample("byol", 0, 0, np.arange(n // 2), np.full((n // 2, 2), 300))
-    rows = params.pack().transpose(1, 0, 2).reshape(n, augment.COLUMNS).copy()
+    rows = params.pack().transpose(1, 0, 2).reshape(n, augment_params.COLUMNS).copy()
     return smooth.permute(0, 2, 3, 1).contiguous().to(device), rows
 
 
@@ -94,7 +94,7 @@ def torchvision(device: str, n: int) -> Callable[[], object]:
                 v2.RandomApply([v2.GaussianBlur(23, sigma=(0.1, 2.0))], p=BLUR[v]),
                 v2.RandomSolarize(128, p=SOLARIZE[v]),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD),
+                v2.Normalize(augment_params.IMAGENET_MEAN, augment_params.IMAGENET_STD),
                 v2.ToDtype(torch.bfloat16),
             ]
         )
@@ -113,7 +113,7 @@ def kornia(device: str, n: int) -> Callable[[], object]:
             k.RandomGrayscale(p=0.2),
             k.RandomGaussianBlur((23, 23), (0.1, 2.0), p=BLUR[v]),
             k.RandomSolarize(0.0, 0.0, p=SOLARIZE[v]),
-            k.Normalize(torch.tensor(augment.IMAGENET_MEAN), torch.tensor(augment.IMAGENET_STD)),
+            k.Normalize(torch.tensor(augment_params.IMAGENET_MEAN), torch.tensor(augment_params.IMAGENET_STD)),
         )
         for v in range(2)
     ]

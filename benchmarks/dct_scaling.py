@@ -15,7 +15,7 @@ import torch
 
 from fastbyol.config import DataConfig
 from fastbyol.data import build_loader, open_split
-from fastbyol.kernels.augment import IMAGENET_STD
+from fastbyol.kernels.augment_params import IMAGENET_STD
 from fastbyol.runtime import environment
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastbyol import resume
 from fastbyol.batch_size import batch_bytes
 from fastbyol.build import Training, build_training, find_training_images, with_batch_size
 from fastbyol.callbacks import Callback
@@ -20,14 +21,6 @@ from fastbyol.errors import InputError, LoaderTimeout, RunError, error_reason, f
 from fastbyol.kernels import describe
 from fastbyol.kernels.cpu.jit_cache import compile_cpu_kernels
 from fastbyol.model import BYOL, BYOLOutput
-from fastbyol.resume import (
-    ImageIdentity,
-    capture,
-    check_callback_names,
-    check_compatible,
-    restore,
-    with_checkpoint_batch_size,
-)
 from fastbyol.runtime import checkpoint, cores
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.files import json_text, write_file
@@ -45,14 +38,14 @@ def build_run(
     Raises:
         InputError: the config does not fit the data, the machine or the checkpoint.
     """
-    check_callback_names(callbacks)
+    resume.check_callback_names(callbacks)
     found = folder.found
     images = find_training_images(config, world)
     with world.sync_errors():
-        identity = ImageIdentity(images)
+        identity = resume.ImageIdentity(images)
         if found is not None:
-            config = with_checkpoint_batch_size(config, found)
-            check_compatible(config, identity, found)
+            config = resume.with_checkpoint_batch_size(config, found)
+            resume.check_compatible(config, identity, found)
     config = with_batch_size(config, images, device, world)
 
     def on_model(model: BYOL) -> None:
@@ -63,7 +56,7 @@ def build_run(
     with world.sync_errors():
         for callback in callbacks:
             callback.on_build(training)
-        start = 0 if found is None else restore(training, callbacks, found)
+        start = 0 if found is None else resume.restore(training, callbacks, found)
         if world.is_main_process:
             folder.prepare(config)
     if len(set(world.gather(start))) > 1:
@@ -80,7 +73,12 @@ class Run:
     """
 
     def __init__(
-        self, training: Training, folder: RunFolder, identity: ImageIdentity, callbacks: Sequence[Callback], start: int
+        self,
+        training: Training,
+        folder: RunFolder,
+        identity: resume.ImageIdentity,
+        callbacks: Sequence[Callback],
+        start: int,
     ) -> None:
         self.training, self.folder, self.callbacks, self.start = training, folder, callbacks, start
         self.config, self.world, self.step = training.config, training.world, training.step
@@ -192,7 +190,7 @@ class Run:
         self._saved_at = done
         if not self.world.is_main_process:
             return
-        state = capture(self.training, self._identity, self.callbacks, done)
+        state = resume.capture(self.training, self._identity, self.callbacks, done)
         if self.folder.ensure_exists(self.config):
             self.log.reopen()
         with self.log.pause():

@@ -31,28 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastbyol.kernels.augment_params import (  # noqa: F401 (re-exported)
-    BOX,
-    BRIGHTNESS,
-    COLUMNS,
-    CONTRAST,
-    FLIP,
-    GRAY,
-    GRAY_WEIGHTS,
-    HUE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    JITTER,
-    OP_BRIGHTNESS,
-    OP_CONTRAST,
-    OP_SATURATION,
-    ORDER,
-    SATURATION,
-    SIGMA,
-    SOLARIZE,
-    TORCHVISION,
-    blur_radius,
-)
+from fastbyol.kernels import augment_params as params
 from fastbyol.kernels.cpu.augment import (  # noqa: F401 (re-exported)
     WRITTEN,
     AugmentScratch,
@@ -72,22 +51,22 @@ def augment_reference(x: Tensor, p: NDArray[np.float32]) -> Tensor:
     Returns:
         (3, S, S) float32 in [0, 1].
     """
-    if p[JITTER]:
-        torchvision = bool(p[TORCHVISION])
-        for operation in p[ORDER : ORDER + 4].astype(int):
-            if operation == OP_BRIGHTNESS:
-                x = brightness_reference(x, float(p[BRIGHTNESS]), torchvision=torchvision)
-            elif operation == OP_CONTRAST:
-                x = contrast_reference(x, float(p[CONTRAST]), torchvision=torchvision)
-            elif operation == OP_SATURATION:
-                x = saturation_reference(x, float(p[SATURATION]), torchvision=torchvision)
+    if p[params.JITTER]:
+        torchvision = bool(p[params.TORCHVISION])
+        for operation in p[params.ORDER : params.ORDER + 4].astype(int):
+            if operation == params.OP_BRIGHTNESS:
+                x = brightness_reference(x, float(p[params.BRIGHTNESS]), torchvision=torchvision)
+            elif operation == params.OP_CONTRAST:
+                x = contrast_reference(x, float(p[params.CONTRAST]), torchvision=torchvision)
+            elif operation == params.OP_SATURATION:
+                x = saturation_reference(x, float(p[params.SATURATION]), torchvision=torchvision)
             else:
-                x = hue_reference(x, float(p[HUE]))
-    if p[GRAY]:
+                x = hue_reference(x, float(p[params.HUE]))
+    if p[params.GRAY]:
         x = gray_reference(x).expand(3, -1, -1)
-    if p[SIGMA] > 0:
-        x = blur_reference(x, float(p[SIGMA]))
-    if p[SOLARIZE]:
+    if p[params.SIGMA] > 0:
+        x = blur_reference(x, float(p[params.SIGMA]))
+    if p[params.SOLARIZE]:
         x = torch.where(x < 0.5, x, 1 - x)
     return x.clamp(0, 1)
 
@@ -119,7 +98,7 @@ def hue_reference(x: Tensor, shift: float) -> Tensor:
 
 def gray_reference(x: Tensor) -> Tensor:
     """Return the luma, (1, S, S)."""
-    red, green, blue = GRAY_WEIGHTS
+    red, green, blue = params.GRAY_WEIGHTS
     return (red * x[0] + green * x[1] + blue * x[2])[None]
 
 
@@ -144,7 +123,7 @@ def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
 
 def blur_reference(x: Tensor, sigma: float) -> Tensor:
     """Apply a separable Gaussian of 2 * blur_radius(S) + 1 taps, with zero padding."""
-    radius = blur_radius(x.shape[-1])
+    radius = params.blur_radius(x.shape[-1])
     d = torch.arange(-radius, radius + 1, dtype=torch.float32, device=x.device)
     taps = torch.exp(-(d**2) / (2 * sigma**2))
     taps = taps / taps.sum()
@@ -155,5 +134,5 @@ def blur_reference(x: Tensor, sigma: float) -> Tensor:
 
 def normalize_reference(x: Tensor) -> Tensor:
     """Normalize (..., 3, S, S) in [0, 1] by ImageNet's mean and standard deviation."""
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (params.IMAGENET_MEAN, params.IMAGENET_STD))
     return (x - mean) / std

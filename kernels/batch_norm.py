@@ -30,8 +30,6 @@ Shapes: V views, N images each, C channels; x is (V N, C) or (V N, C, H, W), wit
 view v at v N .. (v + 1) N - 1.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -39,17 +37,7 @@ from fastbyol.kernels.batch_norm_torch import Reduce, batch_norm_composite, batc
 from fastbyol.kernels.cpu.batch_norm import batch_norm_cpu
 
 
-def batch_norm_reference(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    views: int,
-    eps: float,
-    relu: bool,
-    reduce: Reduce | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch_norm_reference(x, residual, weight, bias, *, views, eps, relu, reduce=None):
     """Compute the formulas in plain torch; differentiable and traceable.
 
     Arguments and errors as for `batch_norm`. Statistics are float32, or float64 for a float64 x.
@@ -103,15 +91,13 @@ def batch_norm(
         ValueError: Mismatched shapes, an empty x, or an unsupported dtype.
     """
     _check(x, residual, weight, bias, views)
-    options: dict[str, Any] = {"views": views, "eps": eps, "relu": relu}
+    arguments = x, residual, weight, bias, views, eps, relu, reduce
     if torch.compiler.is_compiling():
-        return batch_norm_composite(x, residual, weight, bias, reduce=reduce, **options)
+        return batch_norm_composite(*arguments)
     has_memory = type(x) is Tensor and x.is_cpu  # unlike a FakeTensor
     if has_memory and x.dtype in (torch.bfloat16, torch.float32):
-        return batch_norm_cpu(x, residual, weight, bias, reduce=reduce, **options)
-    if x.is_cuda and reduce is None:
-        return batch_norm_native(x, residual, weight, bias, **options)
-    return batch_norm_composite(x, residual, weight, bias, reduce=reduce, **options)
+        return batch_norm_cpu(*arguments)
+    return batch_norm_native(*arguments[:-1]) if x.is_cuda and reduce is None else batch_norm_composite(*arguments)
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, views: int) -> None:

@@ -7,7 +7,6 @@ Formulas and shapes: kernels/batch_norm.py. Two implementations:
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,17 +31,7 @@ def to_channels_last(x: Tensor) -> Tensor:
 # --- composite: torch.compile, synchronized statistics on a GPU, other dtypes ---
 
 
-def batch_norm_composite(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    views: int,
-    eps: float,
-    relu: bool,
-    reduce: Reduce | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch_norm_composite(x, residual, weight, bias, views, eps, relu, reduce=None):
     """Implement `batch_norm` with torch operations, on any device and in any floating-point dtype.
 
     In eager mode sums run over d = x - f, where f is the value at the view's first position, so
@@ -77,17 +66,7 @@ class _Composite(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        views: int,
-        eps: float,
-        relu: bool,
-        reduce: Reduce | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, x, residual, weight, bias, views, eps, relu, reduce):
         d, first = _deviations(x, views)
         var, delta = torch.var_mean(d, 1, correction=0)
         mean = delta if first is None else first + delta
@@ -107,7 +86,7 @@ class _Composite(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dy, *_):
         x, y, delta, invstd, weight = ctx.saved_tensors
         g = dy if y is None else torch.where(y <= 0, 0.0, dy)  # NaN in y passes dy, as in torch's ReLU
         (d, _), wide = _deviations(x, ctx.views), _by_view(g, ctx.views)
@@ -123,9 +102,7 @@ class _Composite(torch.autograd.Function):
 # --- native: eager on a GPU ---
 
 
-def batch_norm_native(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, views: int, eps: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch_norm_native(x, residual, weight, bias, views, eps, relu):
     """Implement `batch_norm` with torch's BatchNorm kernels, one call per view.
 
     They move about as many bytes as nn.BatchNorm2d; `batch_norm_composite` in eager mode moves
@@ -137,16 +114,7 @@ def batch_norm_native(
 
 class _Native(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        views: int,
-        eps: float,
-        relu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, x, residual, weight, bias, views, eps, relu):
         y = torch.empty_like(x)
         mean, invstd = torch.empty(2, views, x.shape[1], dtype=weight.dtype, device=x.device)
         for v, (x_v, y_v) in enumerate(zip(x.chunk(views), y.chunk(views), strict=True)):
@@ -167,7 +135,7 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 7
         x, y, mean, invstd, weight = ctx.saved_tensors

@@ -14,9 +14,9 @@ from fastbyol.data.rendering import Box, Renderer
 from fastbyol.data.views import AUGMENTATIONS, Sampler, center_box, epoch_order
 from fastbyol.data.workers import PrefetchPool, resolve_threads
 from fastbyol.errors import first_line
-from fastbyol.kernels import augment
+from fastbyol.kernels import augment_params
 
-# (position, height, width) -> crop box and parameters (augment.COLUMNS,) of the view
+# (position, height, width) -> crop box and parameters (augment_params.COLUMNS,) of the view
 ViewFunction = Callable[[int, int, int], tuple[Box, NDArray[np.float32]]]
 
 
@@ -40,7 +40,7 @@ def center_crops(
         images (n, 3, S, S) float32, channels_last, normalized, and their indices (n,); n <=
         batch_size.
     """
-    identity = np.zeros(augment.COLUMNS, dtype=np.float32)
+    identity = np.zeros(augment_params.COLUMNS, dtype=np.float32)
     yield from _render(
         images,
         np.arange(len(images)),
@@ -106,7 +106,7 @@ def _render(
                 bad[index] = first_line(error)
                 return False
             box, params = view_of(k, image.shape[0], image.shape[1])
-            renderer.crop(image, box, bool(params[augment.FLIP]))
+            renderer.crop(image, box, bool(params[augment_params.FLIP]))
             renderer.augment(params, out)
             return True
 

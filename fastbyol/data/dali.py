@@ -38,7 +38,7 @@ from fastbyol.data.rendering import BatchPlan, Box, Worker
 from fastbyol.data.sequence import StoredImage, timeout_error
 from fastbyol.data.workers import PrefetchPool
 from fastbyol.errors import first_line
-from fastbyol.kernels import augment
+from fastbyol.kernels import augment_params
 from fastbyol.runtime.logging import logger
 from fastbyol.spans import AUGMENT, span
 
@@ -193,7 +193,7 @@ class DaliLoader(NativeLoader):
         with span(AUGMENT):
             params = self.sampler(step).params([p.size for p in prepared])
             crops = crop_views(images, params.box, params.flip, self.size)
-            rows = np.ascontiguousarray(params.pack().transpose(1, 0, 2).reshape(-1, augment.COLUMNS))
+            rows = np.ascontiguousarray(params.pack().transpose(1, 0, 2).reshape(-1, augment_params.COLUMNS))
             views = augment_views(crops, self._upload(rows), self.dtype)
             indices = np.array([p.index for p in prepared])
             view1, view2 = views.split(self.batch_size)

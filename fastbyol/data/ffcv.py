@@ -47,7 +47,7 @@ from fastbyol.data.sequence import DeterministicLoader, timeout_error
 from fastbyol.data.views import VIEWS, Sampler
 from fastbyol.data.workers import resolve_threads
 from fastbyol.errors import InputError
-from fastbyol.kernels import augment, crop
+from fastbyol.kernels import augment, augment_params, crop
 from fastbyol.kernels.cpu.augment import augment_kernel
 from fastbyol.kernels.cpu.crop import crop_kernel
 from fastbyol.kernels.cpu.intrinsics import LANES
@@ -145,7 +145,7 @@ class _TwoViews(SimpleRGBImageDecoder):
         shape = (VIEWS, self._size, self._size, 3)
         memory = (
             AllocationQuery(shape, self._dtype),
-            AllocationQuery((VIEWS, augment.COLUMNS), np.dtype(np.float32)),  # parameters, filled in by _Epoch
+            AllocationQuery((VIEWS, augment_params.COLUMNS), np.dtype(np.float32)),  # parameters, filled in by _Epoch
             # Error code: 0 if the image is upright and libjpeg-turbo reported nothing.
             AllocationQuery((1,), np.dtype(np.int32)),
         )
@@ -200,9 +200,9 @@ class _TwoViews(SimpleRGBImageDecoder):
                         copy(stored, image)
                     for v in range(VIEWS):
                         p = parameters[i, v]
-                        top, left = np.int64(p[augment.BOX]), np.int64(p[augment.BOX + 1])
-                        box_h, box_w = np.int64(p[augment.BOX + 2]), np.int64(p[augment.BOX + 3])
-                        flip = p[augment.FLIP] != 0
+                        top, left = np.int64(p[augment_params.BOX]), np.int64(p[augment_params.BOX + 1])
+                        box_h, box_w = np.int64(p[augment_params.BOX + 2]), np.int64(p[augment_params.BOX + 3])
+                        flip = p[augment_params.FLIP] != 0
                         crop_view(
                             image, top, left, box_h, box_w, flip, first, weight, start, fixed, row, resized, row_offsets,
                             factors, edge, planes,
@@ -269,7 +269,7 @@ class _Epoch(EpochIterator):
         used, image = loader.load_or_substitute(index, loader.fetch(index), renderer.decode)
         boxes = sampler.boxes(slice(i, i + 1), [image.shape[:2]])[0].tolist()
         for v, box in enumerate(boxes):
-            renderer.crop(image, box, bool(params[v, augment.FLIP]))
+            renderer.crop(image, box, bool(params[v, augment_params.FLIP]))
             renderer.augment(params[v], out[v].view(augment.WRITTEN[loader.dtype]))
         return used
 

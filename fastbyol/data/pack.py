@@ -11,19 +11,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastbyol.data.beton import (
-    CLASS_NAMES,
-    CLASS_NAMES_MAGIC,
-    COLUMN_TYPES,
-    DESCRIPTOR,
-    HEADER,
-    IMAGE_TYPE,
-    INTEGER_TYPE,
-    JPEG,
-    RAW,
-    TABLE,
-    VERSION,
-)
+from fastbyol.data import beton
 from fastbyol.data.decode import BadImage, decode, is_complete_jpeg, jpeg_size
 from fastbyol.data.images import ImageSet
 from fastbyol.data.metadata import without_metadata
@@ -132,11 +120,11 @@ class _Writer:
 
     def __init__(self, file: IO[bytes], capacity: int, classes: list[str]) -> None:
         self._file, self._classes, self.count, self.raw = file, classes, 0, 0
-        self._types = {"image": IMAGE_TYPE} | ({"label": INTEGER_TYPE} if classes else {})
-        row = np.dtype([("", COLUMN_TYPES[kind]) for kind in self._types.values()], align=True)
+        self._types = {"image": beton.IMAGE_TYPE} | ({"label": beton.INTEGER_TYPE} if classes else {})
+        row = np.dtype([("", beton.COLUMN_TYPES[kind]) for kind in self._types.values()], align=True)
         self._rows = np.zeros(capacity, dtype=row)
         self._sizes = np.zeros(capacity, dtype=np.int64)
-        self._rows_start = HEADER.itemsize + len(self._types) * DESCRIPTOR.itemsize
+        self._rows_start = beton.HEADER.itemsize + len(self._types) * beton.DESCRIPTOR.itemsize
         self._page_size = PAGE_SIZE
         self._end = _round_up(self._rows_start + self._rows.nbytes, self._page_size)
         file.seek(self._end)
@@ -157,7 +145,7 @@ class _Writer:
             row["f1"] = label
         self._sizes[self.count] = size
         self.count += 1
-        self.raw += sample.mode == RAW
+        self.raw += sample.mode == beton.RAW
 
     def finish(self) -> int:
         """Write everything but the images; return the size of the file."""
@@ -166,19 +154,21 @@ class _Writer:
         names_start = _round_up(self._end, self._page_size)
         file.seek(names_start)
         file.write(names)
-        table = np.zeros(n, dtype=TABLE)
+        table = np.zeros(n, dtype=beton.TABLE)
         table["sample"], table["start"], table["size"] = np.arange(n), self._rows["f0"]["start"][:n], self._sizes[:n]
         file.write(table.tobytes())
         size = file.tell()
-        descriptors = np.zeros(len(self._types), dtype=DESCRIPTOR)
+        descriptors = np.zeros(len(self._types), dtype=beton.DESCRIPTOR)
         for k, (name, kind) in enumerate(self._types.items()):
             descriptors[k]["type"] = kind
             descriptors[k]["name"][: len(name)] = np.frombuffer(name.encode(), dtype=np.uint8)
-            if kind == INTEGER_TYPE:
-                position = np.array([(CLASS_NAMES_MAGIC, names_start, len(names))], dtype=CLASS_NAMES)
-                descriptors[k]["arguments"][: CLASS_NAMES.itemsize] = position.view(np.uint8)
-        header = np.array([(VERSION, len(self._types), self._page_size, n, names_start + len(names))], dtype=HEADER)
-        file.seek(HEADER.itemsize)
+            if kind == beton.INTEGER_TYPE:
+                position = np.array([(beton.CLASS_NAMES_MAGIC, names_start, len(names))], dtype=beton.CLASS_NAMES)
+                descriptors[k]["arguments"][: beton.CLASS_NAMES.itemsize] = position.view(np.uint8)
+        header = np.array(
+            [(beton.VERSION, len(self._types), self._page_size, n, names_start + len(names))], dtype=beton.HEADER
+        )
+        file.seek(beton.HEADER.itemsize)
         file.write(descriptors.tobytes())
         file.write(self._rows[:n].tobytes())
         file.seek(0)
@@ -201,7 +191,7 @@ def _encode(data: bytes | NDArray[np.uint8], mode: Mode, max_side: int | None, q
     if isinstance(data, bytes) and size is not None and (max_side is None or max(size) <= max_side):
         height, width = size
         if mode == "jpg" or (mode == "auto" and 3 * height * width > AUTO_RAW_BYTES):
-            return Sample(JPEG, width, height, without_metadata(data))
+            return Sample(beton.JPEG, width, height, without_metadata(data))
     pixels = decode(data)
     if max_side is not None and max(pixels.shape[:2]) > max_side:
         pixels = _reduce(pixels, max_side)
@@ -211,9 +201,9 @@ def _encode(data: bytes | NDArray[np.uint8], mode: Mode, max_side: int | None, q
     if max(height, width) > longest:
         raise BadImage(f"{width}x{height} pixels: a .beton file holds sides up to {longest:,}; --max-side reduces them")
     if raw:
-        return Sample(RAW, width, height, pixels.tobytes())
+        return Sample(beton.RAW, width, height, pixels.tobytes())
     encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality, colorsubsampling="420")
-    return Sample(JPEG, width, height, encoded)
+    return Sample(beton.JPEG, width, height, encoded)
 
 
 def _reduce(pixels: NDArray[np.uint8], max_side: int) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fastbyol.data.decode import DecodeBuffer, decode, decode_reduced, jpeg_size
 from fastbyol.data.sequence import DeterministicLoader
 from fastbyol.data.views import VIEWS, Sampler
-from fastbyol.kernels import augment, crop
+from fastbyol.kernels import augment, augment_params, crop
 
 Box = Sequence[int]  # top, left, height, width in source pixels
 Pixels = NDArray[np.uint8]  # (H, W, 3)
@@ -35,7 +35,7 @@ class BatchPlan:
 
     def __init__(self, slot: Slot, sampler: Sampler, indices: NDArray[np.int64]) -> None:
         self.slot, self.sampler, self.indices = slot, sampler, indices
-        self.params = sampler.params().pack()  # (B, V, augment.COLUMNS); boxes are still 0
+        self.params = sampler.params().pack()  # (B, V, augment_params.COLUMNS); boxes are still 0
 
 
 class Renderer:
@@ -74,7 +74,7 @@ class Renderer:
         """Augment and normalize the current crop.
 
         Args:
-            params: (augment.COLUMNS,), see `ViewParams.pack`.
+            params: (augment_params.COLUMNS,), see `ViewParams.pack`.
             out: (S, S, 3), float32 or the bits of a 16-bit float.
         """
         augment.augment_into(self._planes, params, out, self._augment_scratch)
@@ -101,7 +101,7 @@ class Worker(Renderer):
         params, slot = batch.params[i], batch.slot
         for v, box in enumerate(boxes):
             p = params[v]
-            self.crop(image, box, bool(p[augment.FLIP]))
+            self.crop(image, box, bool(p[augment_params.FLIP]))
             self.augment(p, slot.out[v, i])
         slot.label_values[i] = self._labels[index]
         slot.index_values[i] = index

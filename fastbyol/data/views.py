@@ -21,7 +21,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fastbyol.kernels import augment, crop
+from fastbyol.kernels import augment, augment_params, crop
 
 VIEWS = 2
 # The 24 orders of the four color operations, numbered as in kernels/augment.py.
@@ -89,23 +89,23 @@ class ViewParams:
         return ViewParams(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def pack(self) -> NDArray[np.float32]:
-        """Return (n, V, augment.COLUMNS) float32, the kernels' layout.
+        """Return (n, V, augment_params.COLUMNS) float32, the kernels' layout.
 
         All values are exact in float32.
         """
-        packed = np.empty((*self.flip.shape, augment.COLUMNS), dtype=np.float32)
-        packed[..., augment.BOX : augment.BOX + 4] = self.box
-        packed[..., augment.FLIP] = self.flip
-        packed[..., augment.JITTER] = self.jitter
-        packed[..., augment.ORDER : augment.ORDER + 4] = self.order
-        packed[..., augment.BRIGHTNESS] = self.brightness
-        packed[..., augment.CONTRAST] = self.contrast
-        packed[..., augment.SATURATION] = self.saturation
-        packed[..., augment.HUE] = self.hue
-        packed[..., augment.TORCHVISION] = self.torchvision_color
-        packed[..., augment.GRAY] = self.gray
-        packed[..., augment.SIGMA] = np.where(self.blur, self.sigma, 0)
-        packed[..., augment.SOLARIZE] = self.solarize
+        packed = np.empty((*self.flip.shape, augment_params.COLUMNS), dtype=np.float32)
+        packed[..., augment_params.BOX : augment_params.BOX + 4] = self.box
+        packed[..., augment_params.FLIP] = self.flip
+        packed[..., augment_params.JITTER] = self.jitter
+        packed[..., augment_params.ORDER : augment_params.ORDER + 4] = self.order
+        packed[..., augment_params.BRIGHTNESS] = self.brightness
+        packed[..., augment_params.CONTRAST] = self.contrast
+        packed[..., augment_params.SATURATION] = self.saturation
+        packed[..., augment_params.HUE] = self.hue
+        packed[..., augment_params.TORCHVISION] = self.torchvision_color
+        packed[..., augment_params.GRAY] = self.gray
+        packed[..., augment_params.SIGMA] = np.where(self.blur, self.sigma, 0)
+        packed[..., augment_params.SOLARIZE] = self.solarize
         return packed
 
 
@@ -217,8 +217,8 @@ def apply_reference(images: Sequence[Tensor], params: ViewParams, size: int) -> 
     out = torch.empty(packed.shape[1], len(images), 3, size, size)
     for i, image in enumerate(images):
         for v, p in enumerate(packed[i]):
-            top, left, height, width = (int(x) for x in p[augment.BOX : augment.BOX + 4])
-            view = crop.crop_reference(image, (top, left, height, width), flip=bool(p[augment.FLIP]), size=size)
+            top, left, height, width = (int(x) for x in p[augment_params.BOX : augment_params.BOX + 4])
+            view = crop.crop_reference(image, (top, left, height, width), flip=bool(p[augment_params.FLIP]), size=size)
             out[v, i] = augment.normalize_reference(augment.augment_reference(view, p))
     return out
 

@@ -21,7 +21,7 @@ from fastbyol.evaluate.context import EvalContext
 from fastbyol.evaluate.image_files import unlabeled_set
 from fastbyol.evaluate.options import DenseEval
 from fastbyol.evaluate.task import EvalTask
-from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 
 T = TypeVar("T")
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 1e-4

@@ -40,7 +40,7 @@ from fastbyol.evaluate.coco import CocoFolder, CocoImage, open_coco
 from fastbyol.evaluate.context import EvalContext, Row
 from fastbyol.evaluate.image_files import read_pixels, resize
 from fastbyol.evaluate.options import DetectionEval
-from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.precision import autocast
 
 LARGEST_ANCHOR = 0.64  # of the shorter side; torchvision: 512 of 800 px

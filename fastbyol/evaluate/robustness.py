@@ -25,7 +25,7 @@ from fastbyol.evaluate.knn import knn_scores, top_accuracies
 from fastbyol.evaluate.linear import CACHED_BASE_LRS, LinearClassifier, fit_linear
 from fastbyol.evaluate.options import RobustnessEval
 from fastbyol.evaluate.task import EvalTask
-from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 
 SEVERITIES = 5
 NOISE_STD = (0.08, 0.12, 0.18, 0.26, 0.38)

@@ -34,7 +34,7 @@ from fastbyol.evaluate.context import EvalContext, Row
 from fastbyol.evaluate.image_files import read_pixels, resize
 from fastbyol.evaluate.options import SegmentationEval
 from fastbyol.evaluate.voc import VOID, VocFolder, VocImage, open_voc, read_mask
-from fastbyol.kernels.augment import IMAGENET_MEAN
+from fastbyol.kernels.augment_params import IMAGENET_MEAN
 from fastbyol.precision import autocast
 
 SCALES = (0.7, 1.4)  # range of the random scale; the paper trains longer and draws from 0.5 to 2

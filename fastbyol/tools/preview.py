@@ -11,7 +11,7 @@ from fastbyol.config import Config
 from fastbyol.data import ImageSet, find_images, views
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError
-from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime.files import check_output, write_output
 from fastbyol.runtime.logging import logger
 from fastbyol.tools.plots import image_title, to_png

@@ -14,7 +14,7 @@ from fastbyol.build import build_backbone
 from fastbyol.config import Config
 from fastbyol.data.crops import CENTER_FRACTION
 from fastbyol.errors import InputError, printable
-from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime import environment
 from fastbyol.runtime.files import check_output, read_json_or
 from fastbyol.runtime.logging import logger

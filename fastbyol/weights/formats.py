@@ -18,7 +18,7 @@ from torch import nn
 from fastbyol import __version__
 from fastbyol.config import Config, ModelConfig
 from fastbyol.errors import InputError, RunError, first_line
-from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime import environment
 from fastbyol.runtime.checkpoint import run_folder_of
 from fastbyol.weights.files import SUFFIX, plain_tensors, write_safetensors

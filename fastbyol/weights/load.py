@@ -14,15 +14,7 @@ from fastbyol.build import build_backbone
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError, first_line
 from fastbyol.runtime import checkpoint
-from fastbyol.weights.files import (
-    BACKBONE_FIELDS,
-    SUFFIX,
-    StoredWeights,
-    parse_model_config,
-    read_safetensors,
-    read_torch,
-    unwrap_state_dict,
-)
+from fastbyol.weights import files
 from fastbyol.weights.names import Tensors, torchvision_naming
 
 _HUB = "timm:"
@@ -53,7 +45,7 @@ def open_backbone(path: str | Path) -> nn.Module:
             unknown to this version.
     """
     where = f"weights {path}"
-    stored = read_safetensors(Path(path), where)
+    stored = files.read_safetensors(Path(path), where)
     if stored.config is None or stored.image_size is None:
         raise InputError(
             f"{where}: not written by fastbyol, so its architecture is unknown; build the network and use load_backbone"
@@ -92,7 +84,7 @@ def load_backbone(
     return "; ".join([f"{where}: loaded {count} tensors from {stored.origin}", *stored.notes, *notes])
 
 
-def _download(source: str, name: str, where: str) -> StoredWeights:
+def _download(source: str, name: str, where: str) -> files.StoredWeights:
     """Load timm's pre-trained weights `source` for the architecture of `name`."""
     if not timm.is_model(source):
         raise InputError(f"{where}: no such timm model; `timm.list_pretrained()` lists those with weights")
@@ -108,44 +100,46 @@ def _download(source: str, name: str, where: str) -> StoredWeights:
         hub_logging.set_verbosity(verbosity)
     tag = network.pretrained_cfg.get("tag")
     origin = f"timm's {_architecture(source)}" + (f".{tag}" if tag else "")
-    return StoredWeights(network.state_dict(), origin)
+    return files.StoredWeights(network.state_dict(), origin)
 
 
-def _read(path: Path, where: str) -> StoredWeights:
+def _read(path: Path, where: str) -> files.StoredWeights:
     if not path.exists():
         raise InputError(f"{where}: no such file or folder; for timm's weights give {_HUB}NAME")
     if path.is_dir():
         return _read_checkpoint(path, where)
     if path.suffix in (".onnx", ".pkl"):
         raise InputError(f"{where}: cannot load {path.suffix} files; export the run with --format safetensors")
-    if path.suffix == SUFFIX:
-        return read_safetensors(path, where)
-    content = read_torch(path, where)
+    if path.suffix == files.SUFFIX:
+        return files.read_safetensors(path, where)
+    content = files.read_torch(path, where)
     if isinstance(content, dict) and {"format", "config", "model", "rng"} <= content.keys():
         return _read_checkpoint(path, where)
-    return unwrap_state_dict(content, path, where)
+    return files.unwrap_state_dict(content, path, where)
 
 
-def _read_checkpoint(run_or_file: Path, where: str) -> StoredWeights:
+def _read_checkpoint(run_or_file: Path, where: str) -> files.StoredWeights:
     notes: list[str] = []
     path, state = checkpoint.resolve(run_or_file, notes.append)
     online = {name.removeprefix(_ONLINE): t for name, t in state["model"].items() if name.startswith(_ONLINE)}
-    config = parse_model_config(state["config"].get("model"), where)
-    return StoredWeights(online, f"the online backbone of checkpoint {path}", tuple(notes), config.backbone, config)
+    config = files.parse_model_config(state["config"].get("model"), where)
+    return files.StoredWeights(
+        online, f"the online backbone of checkpoint {path}", tuple(notes), config.backbone, config
+    )
 
 
-def _check_settings(stored: StoredWeights, name: str, config: ModelConfig | None, where: str) -> None:
+def _check_settings(stored: files.StoredWeights, name: str, config: ModelConfig | None, where: str) -> None:
     if stored.backbone is not None and _architecture(stored.backbone) != _architecture(name):
         raise InputError(f"{where}: contains {stored.backbone}, not {name}; set model.backbone={stored.backbone}")
     if stored.config is None or config is None:
         return
-    for field in BACKBONE_FIELDS[1:]:
+    for field in files.BACKBONE_FIELDS[1:]:
         theirs, ours = getattr(stored.config, field), getattr(config, field)
         if theirs != ours and (field != "norm_groups" or config.norm == "group"):
             raise InputError(f"{where}: trained with model.{field}={theirs}, not {ours}; set model.{field}={theirs}")
 
 
-def _load_tensors(stored: StoredWeights, backbone: nn.Module, where: str) -> tuple[int, list[str]]:
+def _load_tensors(stored: files.StoredWeights, backbone: nn.Module, where: str) -> tuple[int, list[str]]:
     """Load all tensors of a backbone. Only a classifier may be left over.
 
     Returns:
@@ -197,10 +191,10 @@ def _first_mismatch(tensors: Tensors, expected: Tensors) -> str | None:
     return next((f"unexpected tensor {name}" for name in tensors if name not in expected), None)
 
 
-def _remedy(stored: StoredWeights) -> str:
+def _remedy(stored: files.StoredWeights) -> str:
     if stored.config is None:
         return "set model.backbone, model.width and model.stem to those of the file"
-    settings = " ".join(f"model.{field}={getattr(stored.config, field)}" for field in BACKBONE_FIELDS)
+    settings = " ".join(f"model.{field}={getattr(stored.config, field)}" for field in files.BACKBONE_FIELDS)
     return f"set {settings}, as in its training"
 
 

@@ -16,25 +16,7 @@ from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastbyol.kernels.augment_params import (
-    BRIGHTNESS,
-    CONTRAST,
-    GRAY,
-    GRAY_WEIGHTS,
-    HUE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    JITTER,
-    OP_BRIGHTNESS,
-    OP_CONTRAST,
-    OP_SATURATION,
-    ORDER,
-    SATURATION,
-    SIGMA,
-    SOLARIZE,
-    TORCHVISION,
-    blur_radius,
-)
+from fastbyol.kernels import augment_params as params
 from fastbyol.kernels.cpu.intrinsics import (
     BLUR_ROWS,
     LANES,
@@ -52,7 +34,7 @@ WRITTEN = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: 
 _RADII = (0, 2, 4, 6, 8)  # blur radii with vectorized code; BYOL's largest sigma, 2, needs 8
 _PADDING = LANES  # zeros on both sides of a row that the horizontal pass of the blur reads
 _BLOCK = 1024  # pixels: three planes of a block stay in the L1 cache across the color operations
-_RED, _GREEN, _BLUE = (np.float32(weight) for weight in GRAY_WEIGHTS)
+_RED, _GREEN, _BLUE = (np.float32(weight) for weight in params.GRAY_WEIGHTS)
 _JIT = {
     "nogil": True,
     "cache": True,
@@ -65,7 +47,7 @@ class AugmentScratch:
     """Working memory of one thread for `augment_into` at one output size."""
 
     def __init__(self, size: int) -> None:
-        radius, blocks = blur_radius(size), -(-size // LANES)
+        radius, blocks = params.blur_radius(size), -(-size // LANES)
         self.taps = np.zeros(1 + max(radius, _RADII[-1]), dtype=np.float32)
         # Rows after the vertical pass of the blur.
         self.padded = aligned_zeros((3, BLUR_ROWS, _PADDING + LANES * blocks + _PADDING))
@@ -74,7 +56,7 @@ class AugmentScratch:
         # The vector that a row's last pixels fill only in part.
         self.edge = np.zeros(3 * LANES, dtype=np.float32)
         self.mean = np.zeros(3, dtype=np.float32)
-        mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+        mean, std = np.array(params.IMAGENET_MEAN), np.array(params.IMAGENET_STD)
         self.scale = (1 / std).astype(np.float32)
         self.offset = (-mean / std).astype(np.float32)
 
@@ -122,21 +104,21 @@ def _clip(x):
 def _color_operation(operation, r, g, b, p, mean):
     """Apply one color operation in place to pixels r, g, b (n,); only contrast uses mean (3,)."""
     one, zero = np.float32(1), np.float32(0)
-    torchvision = p[TORCHVISION] != 0
+    torchvision = p[params.TORCHVISION] != 0
     n = len(r)
-    if operation in (OP_BRIGHTNESS, OP_CONTRAST):
-        if operation == OP_CONTRAST:
-            factor = p[CONTRAST]
+    if operation in (params.OP_BRIGHTNESS, params.OP_CONTRAST):
+        if operation == params.OP_CONTRAST:
+            factor = p[params.CONTRAST]
             shift_r, shift_g, shift_b = mean[0] * (one - factor), mean[1] * (one - factor), mean[2] * (one - factor)
         else:
-            factor = p[BRIGHTNESS] if torchvision else one
-            shift_r = shift_g = shift_b = zero if torchvision else p[BRIGHTNESS]
+            factor = p[params.BRIGHTNESS] if torchvision else one
+            shift_r = shift_g = shift_b = zero if torchvision else p[params.BRIGHTNESS]
         for i in range(n):
             r[i] = _clip(r[i] * factor + shift_r)
             g[i] = _clip(g[i] * factor + shift_g)
             b[i] = _clip(b[i] * factor + shift_b)
-    elif operation == OP_SATURATION:
-        factor = p[SATURATION]
+    elif operation == params.OP_SATURATION:
+        factor = p[params.SATURATION]
         if torchvision:
             for i in range(n):
                 gray = (one - factor) * (_RED * r[i] + _GREEN * g[i] + _BLUE * b[i])
@@ -155,7 +137,7 @@ def _color_operation(operation, r, g, b, p, mean):
     else:
         two, four, six = np.float32(2), np.float32(4), np.float32(6)
         three, tiny = np.float32(3), np.float32(1e-12)
-        shift = six * p[HUE]
+        shift = six * p[params.HUE]
         for i in range(n):
             red, green, blue = r[i], g[i], b[i]
             value, low = max(red, max(green, blue)), min(red, min(green, blue))
@@ -183,16 +165,16 @@ def _first_pass(planes, p, radius, taps, mean):
     size = planes.shape[1]
     n = size * size
     before_contrast = 0
-    if p[JITTER] != 0:
+    if p[params.JITTER] != 0:
         r, g, b = planes[0].reshape(n), planes[1].reshape(n), planes[2].reshape(n)
-        while int(p[ORDER + before_contrast]) != OP_CONTRAST:
+        while int(p[params.ORDER + before_contrast]) != params.OP_CONTRAST:
             before_contrast += 1
         sums = np.zeros(3, dtype=np.float64)
         for start in range(0, n, _BLOCK):
             stop = min(start + _BLOCK, n)
             br, bg, bb = r[start:stop], g[start:stop], b[start:stop]
             for k in range(before_contrast):
-                _color_operation(int(p[ORDER + k]), br, bg, bb, p, mean)
+                _color_operation(int(p[params.ORDER + k]), br, bg, bb, p, mean)
             sum_r, sum_g, sum_b = np.float32(0), np.float32(0), np.float32(0)
             for i in range(stop - start):
                 sum_r += br[i]
@@ -203,16 +185,16 @@ def _first_pass(planes, p, radius, taps, mean):
             sums[2] += sum_b
         for c in range(3):
             mean[c] = sums[c] / n
-        if p[TORCHVISION] != 0:
+        if p[params.TORCHVISION] != 0:
             mean[:] = _RED * mean[0] + _GREEN * mean[1] + _BLUE * mean[2]
     taps[:] = np.float32(0)
     taps[0] = np.float32(1)
-    if p[SIGMA] > 0:
+    if p[params.SIGMA] > 0:
         total = 1.0
         for d in range(1, radius + 1):
-            total += 2 * math.exp(-(d * d) / (2.0 * p[SIGMA] * p[SIGMA]))
+            total += 2 * math.exp(-(d * d) / (2.0 * p[params.SIGMA] * p[params.SIGMA]))
         for d in range(radius + 1):
-            taps[d] = math.exp(-(d * d) / (2.0 * p[SIGMA] * p[SIGMA])) / total
+            taps[d] = math.exp(-(d * d) / (2.0 * p[params.SIGMA] * p[params.SIGMA])) / total
     return before_contrast
 
 
@@ -223,10 +205,10 @@ def _first_pass(planes, p, radius, taps, mean):
 def _color_row(planes, i, p, before_contrast, mean):
     """Apply contrast, the operations after it, and grayscale to row i, in place."""
     r, g, b = planes[0, i], planes[1, i], planes[2, i]
-    if p[JITTER] != 0:
+    if p[params.JITTER] != 0:
         for k in range(before_contrast, 4):
-            _color_operation(int(p[ORDER + k]), r, g, b, p, mean)
-    if p[GRAY] != 0:
+            _color_operation(int(p[params.ORDER + k]), r, g, b, p, mean)
+    if p[params.GRAY] != 0:
         for j in range(len(r)):
             gray = _RED * r[j] + _GREEN * g[j] + _BLUE * b[j]
             r[j] = gray
@@ -318,7 +300,7 @@ def _second_pass(planes, p, before_contrast, mean, taps, padded, line, edge, sca
     [0, 1].
     """
     size = planes.shape[1]
-    solarize = p[SOLARIZE] != 0
+    solarize = p[params.SOLARIZE] != 0
     radius, mass = 0, np.float32(1) - taps[0]
     while radius + 1 < len(taps) and mass > np.float32(1e-4):
         radius += 1

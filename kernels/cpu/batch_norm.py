@@ -36,16 +36,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastbyol.kernels.batch_norm_torch import Reduce, synchronize, to_channels_last
-from fastbyol.kernels.cpu import openmp
-from fastbyol.kernels.cpu.simd import (
-    TILE_ROWS,
-    bits_to_float64,
-    float32_array,
-    float64_array,
-    for_each_tile,
-    load_bfloat16,
-)
+from fastbyol.kernels.batch_norm_torch import synchronize, to_channels_last
+from fastbyol.kernels.cpu import openmp, simd
 
 # Rows of the forward statistics (6, V, C): SCALE is w i, OFFSET is b - delta w i.
 MEAN, VAR, DELTA, INVSTD, SCALE, OFFSET = range(6)
@@ -56,17 +48,7 @@ MEAN_G, MEAN_GX, SLOPE, CONSTANT = range(4)
 # --- autograd ---
 
 
-def batch_norm_cpu(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    views: int,
-    eps: float,
-    relu: bool,
-    reduce: Reduce | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch_norm_cpu(x, residual, weight, bias, views, eps, relu, reduce=None):
     """Implement `batch_norm` with the passes below. The caller has checked the arguments."""
     x, residual = to_channels_last(x), None if residual is None else to_channels_last(residual)
     weight, bias = weight.contiguous(), bias.contiguous()
@@ -78,16 +60,7 @@ def batch_norm_cpu(
     return y, stats[MEAN], stats[VAR]
 
 
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    views: int,
-    eps: float,
-    relu: bool,
-    reduce: Reduce | None,
-) -> tuple[Tensor, Tensor]:
+def _forward(x, residual, weight, bias, views, eps, relu, reduce):
     """Return y and the forward statistics."""
     stats = compute_moments(x, views, weight, bias, eps)
     if reduce is not None:
@@ -100,17 +73,7 @@ def _forward(
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        views: int,
-        eps: float,
-        relu: bool,
-        reduce: Reduce | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, x, residual, weight, bias, views, eps, relu, reduce):
         y, stats = _forward(x, residual, weight, bias, views, eps, relu, reduce)
         ctx.save_for_backward(x, y if relu and residual is not None else None, stats)
         ctx.relu, ctx.reduce, ctx.has_residual = relu, reduce, residual is not None
@@ -121,7 +84,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 8
         x, y, stats = ctx.saved_tensors
@@ -216,7 +179,7 @@ def split_into_blocks(shape: torch.Size, views: int) -> tuple[tuple[int, int, in
     rows = shape.numel() // (channels * views)
     block_channels = min(channels, _MAX_BLOCK_CHANNELS)
     block_rows = max(-(-_MIN_BLOCK_VALUES // block_channels), _MIN_BLOCK_ROWS, -(-rows // _MAX_ROW_RANGES))
-    block_rows = -(-block_rows // TILE_ROWS) * TILE_ROWS
+    block_rows = -(-block_rows // simd.TILE_ROWS) * simd.TILE_ROWS
     row_ranges = views * -(-rows // block_rows)
     return (views, rows, channels, block_rows, block_channels), row_ranges * -(-channels // block_channels), row_ranges
 
@@ -292,7 +255,7 @@ def _block_loop(body: Callable[..., None]) -> Callable[..., Any]:
                 def tile_body(tile) -> None:
                     body(tile, bfloat16, flag, x, first, operands, floor)
 
-                for_each_tile(builder, rows, channels, stride, tile_body)
+                simd.for_each_tile(builder, rows, channels, stride, tile_body)
 
             with builder.if_else(is_bfloat16) as branches:
                 for bfloat16, branch in zip((True, False), branches, strict=True):
@@ -403,7 +366,7 @@ def _stats_address(args, table, row, view, channel):
 @njit(**_JIT)
 def _stats_row(args, table, row, view):
     """Return a row (C,) of a view's statistics."""
-    return float32_array(_stats_address(args, table, row, view, 0))
+    return simd.float32_array(_stats_address(args, table, row, view, 0))
 
 
 @njit(**_JIT)
@@ -414,7 +377,7 @@ def _partial_sums_address(args, row_range, which, channel):
 
 @njit(**_JIT)
 def _zero(address, n):
-    values = float32_array(address)
+    values = simd.float32_array(address)
     for i in range(n):
         values[i] = np.float32(0)
 
@@ -424,13 +387,13 @@ def _total_sums(view, args):
     """Add a view's partial sums in the order of the row ranges; return two float64 arrays (C,)."""
     n = args[_CHANNELS]
     row_blocks = -(-args[_ROWS] // args[_BLOCK_ROWS])
-    one, two = float64_array(args[_SCRATCH]), float64_array(args[_SCRATCH] + 8 * n)
+    one, two = simd.float64_array(args[_SCRATCH]), simd.float64_array(args[_SCRATCH] + 8 * n)
     for c in range(n):
         one[c] = 0.0
         two[c] = 0.0
     for row_range in range(view * row_blocks, (view + 1) * row_blocks):
-        a = float32_array(_partial_sums_address(args, row_range, 0, 0))
-        b = float32_array(_partial_sums_address(args, row_range, 1, 0))
+        a = simd.float32_array(_partial_sums_address(args, row_range, 0, 0))
+        b = simd.float32_array(_partial_sums_address(args, row_range, 1, 0))
         for c in range(n):
             one[c] += a[c]
         for c in range(n):
@@ -453,8 +416,8 @@ def _moments_kernel(task, args):
 @njit(**_JIT)
 def _compute_affine(view, args):
     """INVSTD, SCALE and OFFSET of a view."""
-    weight, bias = float32_array(args[_WEIGHT]), float32_array(args[_BIAS])
-    eps = np.float32(bits_to_float64(args[_EPS]))
+    weight, bias = simd.float32_array(args[_WEIGHT]), simd.float32_array(args[_BIAS])
+    eps = np.float32(simd.bits_to_float64(args[_EPS]))
     var, delta = _stats_row(args, _STATS, VAR, view), _stats_row(args, _STATS, DELTA, view)
     invstd = _stats_row(args, _STATS, INVSTD, view)
     scale, offset = _stats_row(args, _STATS, SCALE, view), _stats_row(args, _STATS, OFFSET, view)
@@ -481,10 +444,10 @@ def _finish_moments_kernel(task, args):
             delta[c] = d
         if args[_ITEM_SIZE] == 2:
             for c in range(args[_CHANNELS]):
-                mean[c] = load_bfloat16(first, c) + delta[c]
+                mean[c] = simd.load_bfloat16(first, c) + delta[c]
         else:
             for c in range(args[_CHANNELS]):
-                mean[c] = float32_array(first)[c] + delta[c]
+                mean[c] = simd.float32_array(first)[c] + delta[c]
         _compute_affine(view, args)
 
 
@@ -539,7 +502,7 @@ def _compute_slopes(view, args):
 def _finish_sums_kernel(task, args):
     """The backward statistics of all views, dw and db from the partial sums."""
     n = args[_CHANNELS]
-    dw, db = float32_array(args[_DW_DB]), float32_array(args[_DW_DB] + 4 * n)
+    dw, db = simd.float32_array(args[_DW_DB]), simd.float32_array(args[_DW_DB] + 4 * n)
     _zero(args[_DW_DB], 2 * n)
     for view in range(args[_VIEWS]):
         sums, products = _total_sums(view, args)

@@ -17,8 +17,8 @@ from fastbyol.data import open_split, rendering, views
 from fastbyol.data.decode import decode, decode_reduced, jpeg_size
 from fastbyol.data.folder import ImageFolder
 from fastbyol.data.rendering import Renderer
-from fastbyol.kernels import augment
-from fastbyol.kernels.augment import IMAGENET_STD
+from fastbyol.kernels import augment_params
+from fastbyol.kernels.augment_params import IMAGENET_STD
 
 STD = np.array(IMAGENET_STD, dtype=np.float32)
 
@@ -52,7 +52,7 @@ def test_views_are_within_1_255_of_the_reference(height, width, size, augmentati
     renderer = Renderer(size)
     for v, p in enumerate(params.pack()[0]):
         out = np.empty((size, size, 3), dtype=np.float32)
-        renderer.crop(image, params.box[0, v].tolist(), bool(p[augment.FLIP]))
+        renderer.crop(image, params.box[0, v].tolist(), bool(p[augment_params.FLIP]))
         renderer.augment(p, out)
         error = np.abs(out - expected[v, 0].permute(1, 2, 0).numpy()) * STD
         assert error.max() < 1 / 255

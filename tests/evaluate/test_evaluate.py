@@ -46,7 +46,7 @@ from fastbyol.evaluate.linear import (
 from fastbyol.evaluate.options import EVALUATIONS, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
 from fastbyol.evaluate.robustness import CORRUPTIONS, SEVERITIES, corrupt
 from fastbyol.evaluate.run import BYOL_ROW, PIXELS_ROW, TASKS, UNTRAINED_ROW, eval_context, evaluate
-from fastbyol.kernels.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime.results import TASK_ORDER, read_results
 from fastbyol.runtime.run_log import read_metrics
 from fastbyol.tools.report import write_report

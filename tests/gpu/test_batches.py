@@ -9,7 +9,7 @@ from helpers.on_device import DEVICE, needs_cuda, no_synchronization, release_me
 from fastbyol.config import DataConfig
 from fastbyol.data import build_loader, open_split
 from fastbyol.data.pack import pack
-from fastbyol.kernels.augment import IMAGENET_STD
+from fastbyol.kernels.augment_params import IMAGENET_STD
 from fastbyol.runtime.environment import FFCV_COMMAND, dali_install_command, has_module
 
 pytestmark = pytest.mark.gpu

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fastbyol import schedules
-from fastbyol.kernels import augment, lars_ema
+from fastbyol.kernels import augment, augment_params, lars_ema
 
 # --- LARS and target ---
 
@@ -83,10 +83,10 @@ def odd_shapes(count):
 
 def parameter_row(**columns: float) -> np.ndarray:
     """Return the parameter row of a view from column names; ORDER takes a sequence."""
-    row = np.zeros(augment.COLUMNS, dtype=np.float32)
-    row[augment.ORDER : augment.ORDER + 4] = columns.pop("ORDER", range(4))
+    row = np.zeros(augment_params.COLUMNS, dtype=np.float32)
+    row[augment_params.ORDER : augment_params.ORDER + 4] = columns.pop("ORDER", range(4))
     for name, value in columns.items():
-        row[getattr(augment, name)] = value
+        row[getattr(augment_params, name)] = value
     return row
 
 
@@ -109,7 +109,7 @@ def reference(crops, rows):
 
 def largest_error(actual, expected):
     """Return the largest absolute difference of the values in [0, 1] before normalization."""
-    return float(((actual.float() - expected) * torch.tensor(augment.IMAGENET_STD)[:, None, None]).abs().max())
+    return float(((actual.float() - expected) * torch.tensor(augment_params.IMAGENET_STD)[:, None, None]).abs().max())
 
 
 def crops_of(count, size):

@@ -13,12 +13,12 @@ from numba import njit
 from scipy import ndimage
 from torchvision.transforms.v2 import functional as tv
 
-from fastbyol.kernels import augment
+from fastbyol.kernels import augment, augment_params
 from fastbyol.kernels.cpu.augment import _finish_row
 from fastbyol.kernels.cpu.intrinsics import LANES
 
-STD = np.array(augment.IMAGENET_STD, dtype=np.float32)
-MEAN = np.array(augment.IMAGENET_MEAN, dtype=np.float32)
+STD = np.array(augment_params.IMAGENET_STD, dtype=np.float32)
+MEAN = np.array(augment_params.IMAGENET_MEAN, dtype=np.float32)
 
 
 def apply_kernel(view: torch.Tensor, row: np.ndarray, dtype: type = np.float32) -> np.ndarray:
@@ -181,7 +181,7 @@ def test_scratch_is_reusable_after_a_blur():
     size, scratch, planes = 33, augment.AugmentScratch(33), augment.new_planes(33)
     view, row, results = random_view(9, size).numpy(), parameter_row(SIGMA=2.0), []
     for sigma in (2.0, 0.4, 0.0, 2.0):
-        row[augment.SIGMA], out = sigma, np.zeros((size, size, 3), dtype=np.float32)
+        row[augment_params.SIGMA], out = sigma, np.zeros((size, size, 3), dtype=np.float32)
         planes[:] = view
         augment.augment_into(planes, row, out, scratch)
         results.append(out)

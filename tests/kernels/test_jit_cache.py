@@ -71,12 +71,12 @@ def compiled_functions(tree):
 def test_compiled_functions_inline_only_modules_that_are_checked(module):
     """numba's cache does not notice a change in any other file."""
     tree = ast.parse(Path(inspect.getfile(module)).read_text())
-    imports = {
-        alias.asname or alias.name: node.module
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("fastbyol")
-        for alias in node.names
-    }
+    imports = {}  # name in this file -> module that it is, or is from
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("fastbyol"):
+            for name in (alias.asname or alias.name for alias in node.names):
+                value = getattr(module, name)
+                imports[name] = value.__name__ if inspect.ismodule(value) else node.module
     functions = list(compiled_functions(tree))
     assert functions
     checked = {m.__name__ for m in jit_cache.INLINED}

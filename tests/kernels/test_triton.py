@@ -8,7 +8,7 @@ import torch
 from helpers.problems import crops_of, images, largest_error, parameter_row, reference
 
 from fastbyol.data.views import sample
-from fastbyol.kernels import augment, crop
+from fastbyol.kernels import augment_params, crop
 from fastbyol.kernels.triton import resources
 
 LIMIT = 1 / 255
@@ -36,7 +36,7 @@ def test_augmentation_of_sampled_views(interpreted, augmentation, size, count):
     """Both views of a batch in one call, with blur and solarize, at sizes that no tile divides."""
     params = sample(augmentation, 0, 0, np.arange(count), np.full((count, 2), 300))
     rows = params.pack().transpose(1, 0, 2).reshape(2 * count, -1)
-    assert (rows[:, augment.SIGMA] > 0).any()
+    assert (rows[:, augment_params.SIGMA] > 0).any()
     crops = crops_of(2 * count, size) if size > 2 else torch.randint(256, (2 * count, 1, 1, 3), dtype=torch.uint8)
     actual = interpreted("augment").augment_views(crops, torch.from_numpy(rows.copy()), torch.float32)
     assert actual.shape == (2 * count, 3, size, size)
@@ -50,7 +50,7 @@ def test_blur_on_tiles(interpreted, size, sigma):
     """512 px has the widest window: 25 taps on each side."""
     rows, crops = parameter_row(SIGMA=sigma, SOLARIZE=1)[None], crops_of(1, size)
     actual = interpreted("augment").augment_views(crops, torch.from_numpy(rows), torch.float32)
-    difference = (actual - reference(crops, rows)) * torch.tensor(augment.IMAGENET_STD)[:, None, None]
+    difference = (actual - reference(crops, rows)) * torch.tensor(augment_params.IMAGENET_STD)[:, None, None]
     # Solarize is continuous at 0.5: an error there is mirrored, not amplified.
     assert difference.abs().max() < LIMIT / 2
 
@@ -77,7 +77,7 @@ def test_augmentation_of_float_crops(interpreted):
 
 
 def test_augmentation_with_mismatched_arguments_raises(interpreted):
-    module, row = interpreted("augment"), torch.zeros(2, augment.COLUMNS)
+    module, row = interpreted("augment"), torch.zeros(2, augment_params.COLUMNS)
     with pytest.raises(ValueError, match="contiguous"):
         module.augment_views(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), row, torch.float32)
     with pytest.raises(ValueError, match="parameters"):
