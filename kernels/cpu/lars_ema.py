@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbyol.kernels.cpu import openmp
-from fastbyol.kernels.multi_tensor import AddressTable, Chunks, Hyper, Row, check_scalar
+from fastbyol.kernels.multi_tensor import AddressTable, Chunks, Row, check_scalar
 
 _CHUNK = 1 << 15  # values; also the length of a partial sum
 _TASK_VALUES = 1 << 18
@@ -41,16 +41,7 @@ class LarsEma:
         self._groups: NDArray[np.int64] | None = None
 
     @torch.no_grad()
-    def __call__(
-        self,
-        tensors: Sequence[Row],
-        groups: Sequence[int],
-        hypers: Sequence[Hyper],
-        tau: Tensor,
-        *,
-        inv_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
+    def __call__(self, tensors, groups, hypers, tau, *, inv_scale=None, found_inf=None):
         """Update the tensors in place."""
         check_scalar("tau", tau)
         tensors = self._prepare(tensors, groups)
@@ -257,16 +248,10 @@ def _load_task(task, args):
 def _norms(begin, end, sample, args):
     """First pass over chunks begin .. end - 1: |w|^2, |u|^2, and 1 if g has an infinity or NaN."""
     chunk_row, chunk_start = _array(begin, args[_CHUNK_ROW]), _array(begin, args[_CHUNK_START])
-    addresses, sizes, groups = (
-        _array(begin, args[_ADDRESSES]),
-        _array(begin, args[_SIZES]),
-        _array(begin, args[_GROUPS]),
-    )
-    hyper, sums, bad = (
-        _array(np.float32(0), args[_HYPER]),
-        _array(0.0, args[_SUMS]),
-        _array(np.uint8(0), args[_NOT_FINITE]),
-    )
+    addresses, sizes = _array(begin, args[_ADDRESSES]), _array(begin, args[_SIZES])
+    groups = _array(begin, args[_GROUPS])
+    hyper, sums = _array(np.float32(0), args[_HYPER]), _array(0.0, args[_SUMS])
+    bad = _array(np.uint8(0), args[_NOT_FINITE])
     inverse = _load_float32(args[_INV_SCALE], 0)
     for c in range(begin, end):
         row, start = chunk_row[c], chunk_start[c]
@@ -299,22 +284,15 @@ def _update(begin, end, sample, args):
         return
     chunk_row, chunk_start = _array(begin, args[_CHUNK_ROW]), _array(begin, args[_CHUNK_START])
     chunk_first, lrs = _array(begin, args[_CHUNK_FIRST]), _array(begin, args[_LRS])
-    addresses, sizes, groups = (
-        _array(begin, args[_ADDRESSES]),
-        _array(begin, args[_SIZES]),
-        _array(begin, args[_GROUPS]),
-    )
+    addresses, sizes = _array(begin, args[_ADDRESSES]), _array(begin, args[_SIZES])
+    groups = _array(begin, args[_GROUPS])
     hyper, sums = _array(np.float32(0), args[_HYPER]), _array(0.0, args[_SUMS])
     keep, inverse = np.float32(1) - _load_float32(args[_TAU], 0), _load_float32(args[_INV_SCALE], 0)
     for c in range(begin, end):
         row, start = chunk_row[c], chunk_start[c]
         group = groups[row]
-        lr, decay, mu, eta = (
-            _load_float32(lrs[group], 0),
-            hyper[3 * group + _WEIGHT_DECAY],
-            hyper[3 * group + _MOMENTUM],
-            hyper[3 * group + _ETA],
-        )
+        lr, decay = _load_float32(lrs[group], 0), hyper[3 * group + _WEIGHT_DECAY]
+        mu, eta = hyper[3 * group + _MOMENTUM], hyper[3 * group + _ETA]
         ratio = np.float32(1)
         if eta >= 0:
             ww, uu = 0.0, 0.0

@@ -12,6 +12,7 @@ Shapes: T = tensors, C = chunks.
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -258,14 +259,8 @@ class _DeviceTables:
 
     def _build(self, device: torch.device) -> None:
         chunks = Chunks.split(self.table.sizes, CHUNK)
-        parts = (
-            chunks.row,
-            chunks.start,
-            chunks.first,
-            self.table.addresses.ravel(),
-            self.table.sizes,
-            np.array(self._groups),
-        )
+        addresses, sizes = self.table.addresses.ravel(), self.table.sizes
+        parts = chunks.row, chunks.start, chunks.first, addresses, sizes, np.array(self._groups)
         # Every table starts at a multiple of 16 bytes: Triton would recompile the kernels for other
         # pointers.
         parts = [np.pad(part, (0, len(part) % 2)) for part in parts]
@@ -275,8 +270,8 @@ class _DeviceTables:
         tables = packed.split([len(part) for part in parts])
         self.chunk_row, self.chunk_start, self.chunk_first, self.addresses, self.sizes, self.row_group = tables
         self.sums = torch.zeros(len(chunks.row), 2, device=device)
-        # First chunk, number of chunks, dtype, aligned.
-        self.launches: list[tuple[int, int, tl.dtype | None, bool]] = []
+        # First chunk, number of chunks, gradient dtype, options that all kernels take.
+        self.launches: list[tuple[int, int, tl.dtype | None, dict[str, Any]]] = []
         kinds = [
             (dtype, not (row[row != 0] % 16).any())
             for dtype, row in zip(self.table.dtypes, self.table.addresses, strict=True)
@@ -284,7 +279,8 @@ class _DeviceTables:
         for (dtype, aligned), run in groupby(range(len(kinds)), key=kinds.__getitem__):
             rows = list(run)
             first, end = int(chunks.first[rows[0]]), int(chunks.first[rows[-1] + 1])
-            self.launches.append((first, end - first, GRADIENTS.get(dtype), aligned))
+            options = {"ALIGNED": aligned, "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": WARPS}
+            self.launches.append((first, end - first, GRADIENTS.get(dtype), options))
 
     def _copy_to(self, device: torch.device, packed: Tensor) -> Tensor:
         capturing = torch.cuda.is_current_stream_capturing()
@@ -319,16 +315,7 @@ class LarsEma:
         self._lrs: list[int] = []
 
     @torch.no_grad()
-    def __call__(
-        self,
-        tensors: Sequence[Row],
-        groups: Sequence[int],
-        hypers: Sequence[Hyper],
-        tau: Tensor,
-        *,
-        inv_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
+    def __call__(self, tensors, groups, hypers, tau, *, inv_scale=None, found_inf=None):
         """Update the tensors in place, without a host sync."""
         t = self._tables
         check_scalar("tau", tau)
@@ -339,49 +326,13 @@ class LarsEma:
         scaled = inv_scale is not None
         inverse, flag = (inv_scale, found_inf) if scaled else (self._one, self._zero)
         t.table.copy_in(tensors)
-        for first_chunk, count, dtype, aligned in t.launches:
-            norms_kernel[(count,)](
-                t.chunk_row,
-                t.chunk_start,
-                t.addresses,
-                t.sizes,
-                t.row_group,
-                self._decays,
-                self._etas,
-                inverse,
-                flag,
-                t.sums,
-                first_chunk,
-                SCALED=scaled,
-                DTYPE=dtype,
-                ALIGNED=aligned,
-                CHUNK=CHUNK,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-            )
-        for first_chunk, count, dtype, aligned in t.launches:
-            update_kernel[(count,)](
-                t.chunk_row,
-                t.chunk_start,
-                t.chunk_first,
-                t.addresses,
-                t.sizes,
-                t.row_group,
-                self._lr_addresses,
-                self._decays,
-                self._momenta,
-                self._etas,
-                tau,
-                inverse,
-                flag,
-                t.sums,
-                first_chunk,
-                DTYPE=dtype,
-                ALIGNED=aligned,
-                CHUNK=CHUNK,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-            )
+        chunks, table = (t.chunk_row, t.chunk_start), (t.addresses, t.sizes, t.row_group)
+        decays, last = (self._decays, self._etas), (inverse, flag, t.sums)
+        for first, count, dtype, options in t.launches:
+            norms_kernel[(count,)](*chunks, *table, *decays, *last, first, SCALED=scaled, DTYPE=dtype, **options)
+        hyper = self._lr_addresses, self._decays, self._momenta, self._etas, tau
+        for first, count, dtype, options in t.launches:
+            update_kernel[(count,)](*chunks, t.chunk_first, *table, *hyper, *last, first, DTYPE=dtype, **options)
         t.table.copy_out(tensors)
 
     def _upload_hypers(self, hypers: Sequence[Hyper], device: torch.device) -> None:
@@ -412,17 +363,7 @@ class EmaUpdate:
         if not tensors:
             return
         t.table.copy_in(tensors)
-        for first_chunk, count, _, aligned in t.launches:
-            ema_kernel[(count,)](
-                t.chunk_row,
-                t.chunk_start,
-                t.addresses,
-                t.sizes,
-                tau,
-                first_chunk,
-                ALIGNED=aligned,
-                CHUNK=CHUNK,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-            )
+        arguments = t.chunk_row, t.chunk_start, t.addresses, t.sizes, tau
+        for first, count, _, options in t.launches:
+            ema_kernel[(count,)](*arguments, first, **options)
         t.table.copy_out(tensors)
