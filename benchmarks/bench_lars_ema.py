@@ -17,7 +17,6 @@ target, 28 without.
     copy                 torch copies as many bytes
 """
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 
@@ -32,6 +31,7 @@ from fastbyol.config import ModelConfig, OptimConfig
 from fastbyol.kernels import lars_ema
 from fastbyol.model import BYOL
 from fastbyol.optim import build_optimizer
+from fastbyol.runtime import environment
 
 SETS = {"R18": "resnet18", "R50": "resnet50"}
 WEIGHT_DECAY, MOMENTUM, ETA = 1e-6, 0.9, 1e-3
@@ -152,7 +152,7 @@ def sgd_and_lerp(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
 
 
 def apex(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
-    if any(importlib.util.find_spec(name) is None for name in ("amp_C", "apex")) or lr.device.type != "cuda":
+    if lr.device.type != "cuda" or not all(map(environment.has_module, ("amp_C", "apex.multi_tensor_apply"))):
         pytest.skip("NVIDIA's apex (amp_C) is not installed, or there is no GPU; apex on PyPI is another project")
     from apex.optimizers import FusedSGD
 

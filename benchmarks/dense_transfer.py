@@ -3,7 +3,7 @@
     python benchmarks/dense_transfer.py [--seeds 0 1 2] [--work DIR]
 
 Compares the BYOL runs of variants.py on the demo corpus (configs/demo.yaml with 6 epochs) with the
-untrained network, on `fastbyol prepare shapes`. Runs that DIR does not hold are trained first. Then
+untrained network, on the corpus of shapes.py. Runs that DIR does not hold are trained first. Then
 `fastbyol eval segmentation` and `eval detection` run with their defaults, each in its own process;
 the seconds reported include its start and both networks. Writes benchmarks/results/dense.csv, one
 row per seed and task.
@@ -19,6 +19,7 @@ from pathlib import Path
 import results_csv
 import variants
 from demo_seeds import fastbyol
+from shapes import prepare_shapes
 
 from fastbyol.runtime import environment
 
@@ -65,7 +66,7 @@ def main() -> None:
     (work / "data").mkdir(parents=True, exist_ok=True)
     shapes = work / "data" / "shapes"
     if not shapes.exists():
-        fastbyol("prepare", "shapes", "--out", str(shapes))
+        prepare_shapes(shapes)
     rows = []
     for seed in args.seeds:
         run = run_of(seed, work)

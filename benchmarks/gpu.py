@@ -151,7 +151,7 @@ def parts(work: Path, out: Path) -> dict[str, list[Part]]:
         pytest(
             "memcheck", "tests/gpu/test_kernels.py", "-k", "not twenty_steps", under=sanitizer, expected_s=15, limit_s=240
         ),
-        Part(name="kernel report", command=[PYTHON, "-m", "fastbyol.kernels.triton.resources"], expected_s=30, limit_s=120),
+        Part(name="kernel report", command=[PYTHON, "benchmarks/kernel_resources.py"], expected_s=30, limit_s=120),
         # torchvision launches about a hundred kernels per view.
         benchmark(
             "slow augmenters", augment, "--rounds", "1", "--views", "16", results=out / "16_views", expected_s=60, limit_s=180

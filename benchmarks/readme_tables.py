@@ -64,7 +64,7 @@ def demo_seeds() -> str:
 
 
 def dense() -> str:
-    """MIoU and mAP of the demo corpus's features on `prepare shapes`, by seed."""
+    """MIoU and mAP of the demo corpus's features on the corpus of shapes.py, by seed."""
     rows = read("dense")
     lines, durations = [], []
     for protocol, title in (("segmentation", "segmentation, mIoU"), ("detection", "detection, mAP")):

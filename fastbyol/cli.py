@@ -78,9 +78,8 @@ def _eval(call: Call) -> int:
 
 def _prepare(call: Call) -> int:
     from fastbyol.tools.corpora import prepare_fashion_mnist, prepare_photos
-    from fastbyol.tools.shapes import prepare_shapes
 
-    prepare = {"photos": prepare_photos, "fashion-mnist": prepare_fashion_mnist, "shapes": prepare_shapes}[call.name]
+    prepare = {"photos": prepare_photos, "fashion-mnist": prepare_fashion_mnist}[call.name]
     logger.info(_with_progress_bar(call.name, partial(prepare, **asdict(call.options))))
     return 0
 
@@ -166,7 +165,6 @@ COMMANDS = Group(
             {
                 "photos": Command(_prepare, options.PhotosOptions),
                 "fashion-mnist": Command(_prepare, options.FashionOptions),
-                "shapes": Command(_prepare, options.ShapesOptions),
             },
         ),
         "pack": Command(_pack, options.PackOptions),

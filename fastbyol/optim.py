@@ -204,23 +204,6 @@ def _check_scalar(name: str, scalar: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be a float32 scalar on {device}, not {scalar!r}")
 
 
-def ema_update_(pairs: Iterable[Pair], tau: Tensor) -> None:
-    """Update t <- t + (1 - tau) (w - t) in place for all pairs (w, t).
-
-    For optimizers that do not move the target.
-
-    Args:
-        pairs: float32 tensors on one device.
-        tau: float32 scalar tensor on that device.
-
-    Raises:
-        TypeError, ValueError: the kernels cannot read a tensor, see kernels/lars_ema.py.
-    """
-    pairs = list(pairs)
-    device = pairs[0][0].device if pairs else torch.device("cpu")
-    lars_ema.ema_update(device)(pairs, tau)
-
-
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return two groups: weights with decay and trust ratio; biases and norm parameters
     (one-dimensional) without.

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.decode import EXTENSIONS, BadImage, as_stored
-from fastbyol.data.voc import LABELS_FILE, VOID
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError, error_reason
 from fastbyol.evaluate.context import EvalContext
 from fastbyol.evaluate.image_files import image_size, path_spellings, read_text, warn_absent_classes
 
+VOID = 255  # mask value of pixels that do not count
+LABELS_FILE = "labels.txt"  # names of the classes 1 .. K, one per line; not part of VOC itself
 IMAGE_EXTENSIONS = (".jpg", *(extension for extension in EXTENSIONS if extension != ".jpg"))
 VOC_CLASSES = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),

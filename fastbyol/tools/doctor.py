@@ -27,7 +27,6 @@ from fastbyol.runtime.logging import logger
 _GRAY = 200
 _JPEG_TOLERANCE = 3
 _CPU_FEATURES = ("avx2", "avx512f", "avx512bf16", "amx-bf16", "neon", "sve")
-_APEX_COMMAND = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex"
 
 
 def diagnose() -> int:
@@ -156,15 +155,6 @@ def _ffcv() -> str:
     return f"{environment.installed('ffcv')}, its loader works (data.backend=ffcv)"
 
 
-def _apex() -> str:
-    if not environment.has_module("amp_C") or not environment.has_module("apex.multi_tensor_apply"):
-        raise _CheckFailed(
-            "NVIDIA's apex is not built (only a baseline of the benchmarks; apex on PyPI is another project): "
-            + _APEX_COMMAND
-        )
-    return "NVIDIA's, with multi_tensor_apply"
-
-
 class _Check(NamedTuple):
     name: str
     run: Callable[[], str]
@@ -181,5 +171,4 @@ _CHECKS = (
     _Check("Triton", _triton),
     _Check("DALI", _dali),
     _Check("FFCV", _ffcv),
-    _Check("apex", _apex),
 )

@@ -45,20 +45,6 @@ class FashionOptions(Options):
 
 
 @dataclass(kw_only=True)
-class ShapesOptions(Options):
-    """Textured shapes on photographs, with VOC masks and COCO boxes, for dense transfer."""
-
-    out: Path
-    """Folder to create. It must not exist."""
-    images: _Images = 400
-    """Number of training images. Validation gets a quarter of it."""
-    seed: Seed = 0
-    """Seed of the images. The same seed gives identical files."""
-    size: int = 128
-    """Height and width in pixels."""
-
-
-@dataclass(kw_only=True)
 class PackOptions(Options):
     """Pack the images of a folder into one .beton file, which ffcv can read too."""
 

@@ -12,6 +12,7 @@ import simplejpeg
 import torch
 from helpers.common import jpeg
 from rich.console import Console
+from shapes import prepare_shapes
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -51,7 +52,6 @@ from fastbyol.runtime.results import TASK_ORDER, read_results
 from fastbyol.runtime.run_log import read_metrics
 from fastbyol.tools.report import write_report
 from fastbyol.tools.report_figures import draw_neighbors
-from fastbyol.tools.shapes import prepare_shapes
 from fastbyol.weights.checkpoints import load_checkpoint_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

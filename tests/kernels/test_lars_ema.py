@@ -17,7 +17,7 @@ from fastbyol.build import build_model
 from fastbyol.config import ModelConfig, OptimConfig
 from fastbyol.kernels import lars_ema
 from fastbyol.kernels.cpu import lars_ema as cpu
-from fastbyol.optim import LARS, build_optimizer, ema_update_, parameter_groups
+from fastbyol.optim import LARS, build_optimizer, parameter_groups
 
 MU = 0.9
 
@@ -122,7 +122,7 @@ def test_biases_and_norm_parameters_have_no_decay_and_no_trust_ratio():
 def test_ema_update_equals_the_formula():
     pairs = [(torch.randn(3, 2), torch.randn(3, 2)), (torch.randn(5), torch.randn(5))]
     expected = [t + (1 - 0.9) * (w - t) for w, t in pairs]
-    ema_update_(pairs, torch.tensor(0.9))
+    lars_ema.ema_update(torch.device("cpu"))(pairs, torch.tensor(0.9))
     assert all((t - e).abs().max() < 1e-6 for (_, t), e in zip(pairs, expected, strict=True))
 
 
@@ -588,7 +588,7 @@ def test_mismatched_tensors_raise(implementation, row, error, message):
 def test_invalid_scalars_raise():
     for tau in (0.9, torch.tensor(0.9, dtype=torch.float64), torch.ones(2)):
         with pytest.raises(TypeError, match="tau must be a float32 scalar"):
-            ema_update_([(torch.ones(2), torch.zeros(2))], tau)
+            lars_ema.ema_update(torch.device("cpu"))([(torch.ones(2), torch.zeros(2))], tau)
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="lr must be a float32 scalar"):
         LARS([p], torch.tensor(0.1, dtype=torch.float64))

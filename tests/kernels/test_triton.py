@@ -2,6 +2,7 @@
 
 from itertools import permutations
 
+import kernel_resources as resources
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,6 @@ from helpers.problems import crops_of, images, largest_error, parameter_row, ref
 
 from fastbyol.data.views import sample
 from fastbyol.kernels import augment_params, crop
-from fastbyol.kernels.triton import resources
 
 LIMIT = 1 / 255
 

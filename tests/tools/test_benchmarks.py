@@ -4,9 +4,11 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import against
+import bench_lars_ema
 import bench_step
 import exchange
 import pytest
@@ -282,3 +284,12 @@ def test_markdown_table_pads_short_lines():
 def test_variant_rows_match_result_file():
     rows = results_csv.read("variants")
     assert list(dict.fromkeys(row["variant"] for row in rows)) == variants.default_rows()
+
+
+def test_apex_of_pypi_is_not_mistaken_for_nvidias(monkeypatch, tmp_path):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    lr = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(pytest.skip.Exception, match="apex on PyPI is another project"):
+        bench_lars_ema.apex(None, lr, None)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from helpers.common import HANG_S
 from PIL import Image
+from shapes import prepare_shapes
 
 from fastbyol.data import open_split
 from fastbyol.data.decode import decode
 from fastbyol.errors import InputError
 from fastbyol.tools import corpora
 from fastbyol.tools.corpora import prepare_fashion_mnist, prepare_photos
-from fastbyol.tools.shapes import prepare_shapes
 
 
 def digest(root):

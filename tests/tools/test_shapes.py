@@ -4,17 +4,20 @@ import json
 
 import numpy as np
 import pytest
+import shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 from pycocotools import mask as coco_mask
+from shapes import CLASSES, SHAPES, VISIBLE_SHARE, annotation, compose, polygons, prepare_shapes
 
-from fastbyol.cli import main
-from fastbyol.data.voc import VOID
 from fastbyol.errors import InputError
+from fastbyol.evaluate.voc import VOID
 from fastbyol.tools import corpora
-from fastbyol.tools.shapes import CLASSES, SHAPES, VISIBLE_SHARE, annotation, compose, polygons, prepare_shapes
+
+# pycocotools 2.0 implements __array__ without NumPy 2's argument `copy`.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +31,9 @@ def scenes(photos):
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
+def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus") / "shapes"
-    assert main(["prepare", "shapes", "--out", str(root), "--images", "12", "--seed", "5", "--size", "48"]) == 0
+    prepare_shapes(root, images=12, seed=5, size=48)
     return root
 
 
@@ -55,19 +58,19 @@ def test_annotation_has_the_extent_and_area_of_the_mask():
     assert (found["category_id"], found["iscrowd"]) == (4, 0)
 
 
-def test_both_formats_hold_the_same_pixels(shapes):
+def test_both_formats_hold_the_same_pixels(corpus):
     """Up to void pixels, polygons and VOC masks agree, and pixels outside of all polygons are
     background.
     """
     for split, count in (("train", 12), ("val", 3)):
-        coco = json.loads((shapes / f"annotations/instances_{split}.json").read_text())
-        names = (shapes / f"ImageSets/Segmentation/{split}.txt").read_text().split()
+        coco = json.loads((corpus / f"annotations/instances_{split}.json").read_text())
+        names = (corpus / f"ImageSets/Segmentation/{split}.txt").read_text().split()
         assert [image["file_name"] for image in coco["images"]] == [f"{name}.jpg" for name in names]
         assert len(names) == count
         for image, name in zip(coco["images"], names, strict=True):
-            with Image.open(shapes / f"JPEGImages/{name}.jpg") as picture:
+            with Image.open(corpus / f"JPEGImages/{name}.jpg") as picture:
                 assert picture.size == (48, 48) == (image["width"], image["height"])
-            with Image.open(shapes / f"SegmentationClass/{name}.png") as picture:
+            with Image.open(corpus / f"SegmentationClass/{name}.png") as picture:
                 assert picture.mode == "P"
                 mask = np.array(picture)
             drawn = np.zeros((48, 48), dtype=np.uint8)
@@ -81,12 +84,12 @@ def test_both_formats_hold_the_same_pixels(shapes):
                 assert (x + width, y + height) == (columns.max() + 1, rows.max() + 1)
                 assert found["area"] == part.sum()
             assert np.array_equal(mask[mask != VOID], drawn[mask != VOID])
-    assert [c["name"] for c in coco["categories"]] == CLASSES == (shapes / "labels.txt").read_text().split()
+    assert [c["name"] for c in coco["categories"]] == CLASSES == (corpus / "labels.txt").read_text().split()
     assert [c["id"] for c in coco["categories"]] == list(range(1, len(CLASSES) + 1))
 
 
-def test_masks_have_the_voc_palette(shapes):
-    with Image.open(next((shapes / "SegmentationClass").iterdir())) as picture:
+def test_masks_have_the_voc_palette(corpus):
+    with Image.open(next((corpus / "SegmentationClass").iterdir())) as picture:
         palette = np.reshape(picture.getpalette(), (-1, 3)).tolist()
     assert palette[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
     assert palette[VOID] == [224, 224, 192]
@@ -174,6 +177,7 @@ def test_train_and_val_are_cut_from_disjoint_bands(photos):
     ("options", "message"),
     [
         ({"images": 3}, "--images 3: at least 4 are needed"),
+        ({"seed": -1}, "--seed -1: must be 0 or more"),
         ({"size": 31}, "--size 31: must lie in 32..4096 pixels"),
         ({"size": 5000}, "--size 5000: must lie in 32..4096 pixels"),
     ],
@@ -191,11 +195,24 @@ def test_a_missing_photograph_is_named(tmp_path, monkeypatch):
         prepare_shapes(tmp_path / "s")
 
 
-def test_an_error_leaves_no_files(tmp_path):
-    def stop(done, total):
-        if done == 5:
-            raise RuntimeError("halfway")
+def test_an_error_leaves_no_files(tmp_path, monkeypatch):
+    numbers = iter(range(20))
 
+    def stop(category, visible):
+        if next(numbers) == 5:
+            raise RuntimeError("halfway")
+        return annotation(category, visible)
+
+    monkeypatch.setattr(shapes, "annotation", stop)
     with pytest.raises(RuntimeError, match="halfway"):
-        prepare_shapes(tmp_path / "s", images=20, size=32, progress=stop)
+        shapes.prepare_shapes(tmp_path / "s", images=20, size=32)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_script(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "s"
+    monkeypatch.setattr("sys.argv", ["shapes.py", "--out", str(out), "--images", "4", "--size", "32"])
+    shapes.main()
+    assert capsys.readouterr().out.startswith("4 training and 1 validation images of 32x32 px with ")
+    with pytest.raises(SystemExit, match=f"^error: --out {out} exists; it is not overwritten"):
+        shapes.main()

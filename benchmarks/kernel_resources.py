@@ -1,6 +1,6 @@
-"""Resource usage of the Triton kernels, compiled without a GPU.
+"""Compile the Triton kernels without a GPU and print their resource usage.
 
-Usage: python -m fastbyol.kernels.triton.resources
+    python benchmarks/kernel_resources.py
 
 Compiles every kernel for A100 (sm_80), H100 (sm_90) and B200 (sm_100) with Triton's own assembler
 and prints registers, shared memory, spills, the widest access to global memory, bytes per element,

@@ -1,4 +1,6 @@
-"""A labeled corpus for dense transfer: textured shapes with segmentation masks and boxes.
+"""Create a labeled corpus for dense transfer: textured shapes with segmentation masks and boxes.
+
+    python benchmarks/shapes.py --out DIR [--images 400] [--seed 0] [--size 128]
 
 Only the texture identifies a class: each class is one of the bundled photographs (brick, coins,
 grass, ...), and an object is a crop of it inside a shape. Shape, size, rotation, position and color
@@ -18,6 +20,7 @@ The folder holds the same labels in both formats:
 Shapes: S side of the image, D side of an object's square, K classes.
 """
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +31,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from fastbyol.data.voc import LABELS_FILE, VOID, voc_palette
 from fastbyol.data.workers import map_in_order
-from fastbyol.errors import InputError
+from fastbyol.errors import FastbyolError, InputError
+from fastbyol.evaluate.voc import LABELS_FILE, VOID
 from fastbyol.tools import corpora
 
 CLASSES = ["brick", "cell", "clock_motion", "coins", "grass", "gravel", "hubble_deep_field", "moon"]
@@ -54,9 +57,7 @@ class Scene:
     objects: list[tuple[int, NDArray[np.bool_]]]  # class 1 .. K, (S, S) visible part
 
 
-def prepare_shapes(
-    out: Path, images: int = 400, seed: int = 0, size: int = 128, progress: corpora.Progress = lambda done, total: None
-) -> str:
+def prepare_shapes(out: Path, images: int = 400, seed: int = 0, size: int = 128) -> str:
     """Write the corpus.
 
     Args:
@@ -65,17 +66,18 @@ def prepare_shapes(
         seed: the same seed gives the same bytes (with the same versions of Pillow and
             libjpeg-turbo).
         size: side of the images in pixels.
-        progress: called after each image with the number done and the total.
 
     Returns:
         a one-line summary.
 
     Raises:
-        InputError: `out` exists, `images` or `size` is out of range, or a photograph is missing.
+        InputError: `out` exists, a number is out of range, or a photograph is missing.
     """
     corpora.check_free(out)
     if images < 4:
         raise InputError(f"--images {images}: at least 4 are needed, one of them for validation")
+    if seed < 0:
+        raise InputError(f"--seed {seed}: must be 0 or more")
     if not 32 <= size <= 4096:
         raise InputError(f"--size {size}: must lie in 32..4096 pixels")
     photos = {path.stem: corpora.open_photo(path) for path in corpora.photo_paths()}
@@ -102,9 +104,8 @@ def prepare_shapes(
             mask.save(folder / "SegmentationClass" / f"{names[split][i]}.png")
             return split, [annotation(number, visible) for number, visible in scene.objects]
 
-        for done, (split, found) in enumerate(map_in_order(write, tasks), start=1):
+        for split, found in map_in_order(write, tasks):
             annotations[split].append(found)
-            progress(done, len(tasks))
         (folder / LABELS_FILE).write_text("".join(f"{name}\n" for name in CLASSES))
         for split, per_image in annotations.items():
             (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{n}\n" for n in names[split]))
@@ -188,11 +189,22 @@ def polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
     return found
 
 
+def voc_palette() -> list[int]:
+    """Return the colors of VOC's masks: red, green and blue of each of the 256 values.
+
+    The bits of the value are dealt out to the channels, lowest bit first, highest channel bit
+    first.
+    """
+    return [
+        sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for k in range(256) for channel in range(3)
+    ]
+
+
 def _coco(names: list[str], per_image: list[list[dict[str, Any]]], size: int) -> dict[str, Any]:
     """Return the content of a COCO file; `per_image` holds the annotations of each of `names`."""
     flat = [{"image_id": i} | found for i, objects in enumerate(per_image, start=1) for found in objects]
     return {
-        "info": {"description": "fastbyol prepare shapes"},
+        "info": {"description": "benchmarks/shapes.py of fastbyol"},
         "images": [
             {"id": i, "file_name": f"{name}.jpg", "width": size, "height": size}
             for i, name in enumerate(names, start=1)
@@ -283,3 +295,19 @@ SHAPES: dict[str, list[NDArray[np.float64]]] = {
     "ring": [_regular(64), 0.45 * _regular(64)],
     "cross": [_CROSS],
 }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument("--images", type=int, default=400, help="training images; validation gets a quarter of it")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives identical files")
+    parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
+    try:
+        print(prepare_shapes(**vars(parser.parse_args())))
+    except FastbyolError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
