@@ -44,7 +44,8 @@ from fastbyol.build import build_backbone, build_training
 from fastbyol.cli import train_config
 from fastbyol.config import Config
 from fastbyol.data import find_images, open_split
-from fastbyol.evaluate.features import extract
+from fastbyol.evaluate.context import EvalContext
+from fastbyol.evaluate.features import extract_features
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.layers import set_num_views
 from fastbyol.runtime import environment
@@ -116,8 +117,9 @@ CONTENDERS: dict[str, Callable[[Config], Trained]] = {"fastbyol": fastbyol, "lig
 def measure(contender: str, config: Config) -> None:
     """Train and classify in this process, and print one line of JSON."""
     backbone, seconds = CONTENDERS[contender](config)
-    options = {"size": config.data.image_size_px, "device": CPU, "dtype": torch.float32, "threads": 0}
-    train, val = (extract(backbone, open_split(config.data.root, split), **options) for split in ("train", "val"))
+    context = EvalContext(size=config.data.image_size_px, device=CPU, dtype=torch.float32, threads=0)
+    splits = (open_split(config.data.root, split) for split in ("train", "val"))
+    train, val = (extract_features(backbone, split, context, None) for split in splits)
     accuracy = knn_accuracy(train, val, k=config.knn.k, temperature=config.knn.temperature)
     print(json.dumps({"seconds": seconds, **accuracy}), flush=True)
     os._exit(0)  # do not wait for workers

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -107,91 +107,50 @@ class Features:
 
 
 def extract_features(
-    backbone: nn.Module | None, split: ImageSet, context: EvalContext, description: str = "features"
+    backbone: nn.Module | None, split: ImageSet, context: EvalContext, description: str | None = "features"
 ) -> Features:
-    """Return the features of a split. Shows progress and logs unreadable images.
-
-    Raises:
-        InputError: no image is readable, or a feature is not finite.
-    """
-    return extract_features_each(backbone, split, context, [_identity], description)[0]
-
-
-def extract_features_each(
-    backbone: nn.Module | None,
-    split: ImageSet,
-    context: EvalContext,
-    transforms: Sequence[Transform],
-    description: str,
-) -> list[Features]:
-    """As `extract_features`, once per transform. Decodes every image once.
-
-    Raises:
-        InputError: no image is readable, or a feature is not finite.
-    """
-    found = extract_each(
-        backbone,
-        split,
-        transforms,
-        size=context.size,
-        device=context.device,
-        dtype=context.dtype,
-        threads=context.threads,
-        track=lambda batches, each: context.track(description, batches, len(split), each=each),
-    )
-    context.skipped(split, found[0].bad)
-    check_finite(*found)
-    return found
-
-
-def check_finite(*features: Features) -> None:
-    """Raise InputError if a feature is NaN or infinite."""
-    if not all(torch.isfinite(f.x).all() for f in features):
-        raise InputError("the features hold NaN or infinity: the network has diverged")
-
-
-def _identity(crops: Tensor, indices: NDArray[np.int64]) -> Tensor:
-    return crops
-
-
-def extract(backbone: nn.Module | None, split: ImageSet, **options: Any) -> Features:
-    """Return the features of a split. Options and errors are those of `extract_each`."""
-    return extract_each(backbone, split, [_identity], **options)[0]
+    """Return the features of a split. Arguments and errors are those of `extract_each`."""
+    return extract_each(backbone, split, context, [lambda crops, indices: crops], description)[0]
 
 
 def extract_each(
     backbone: nn.Module | None,
     split: ImageSet,
+    context: EvalContext,
     transforms: Sequence[Transform],
+    description: str | None,
     *,
-    size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    threads: int,
     batch_size: int = 256,
-    track: Callable[[Any, int], Any] = lambda batches, each: batches,
 ) -> list[Features]:
     """Return the features of center crops under each transform, in index order.
+
+    Decodes every image once.
 
     Args:
         backbone: (n, 3, S, S) -> (n, F), run in eval mode under autocast; None stands for raw
             pixels.
-        size: S.
-        dtype: of autocast.
-        track: (batches, images per batch) -> the batches, with a progress bar.
+        description: of the progress bar. None shows no progress, logs no unreadable images and
+            accepts any values.
 
     Raises:
-        InputError: no image of the split is readable.
+        InputError: no image of the split is readable, or a feature is not finite.
     """
-    rows: list[list[Tensor]] = [[] for _ in transforms]
+    device, rows = context.device, [list[Tensor]() for _ in transforms]
     kept: list[NDArray[np.int64]] = []
     bad: dict[int, str] = {}
     # force_eager: a backbone compiled for training would be recompiled for eval mode.
-    with eval_mode(backbone), torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
+    with (
+        eval_mode(backbone),
+        torch.no_grad(),
+        autocast(device, context.dtype),
+        torch.compiler.set_stance("force_eager"),
+    ):
         batches = center_crops(
-            split, size=size, fraction=CENTER_FRACTION, batch_size=batch_size, threads=threads, bad=bad
+            split, size=context.size, fraction=CENTER_FRACTION, batch_size=batch_size, threads=context.threads, bad=bad
         )
-        for crops, indices in track(batches, batch_size):
+        if description is not None:
+            batches = context.track(description, batches, len(split), each=batch_size)
+        for crops, indices in batches:
             for features, transform in zip(rows, transforms, strict=True):
                 images = transform(crops, indices).to(device)
                 features.append((raw_pixels(images) if backbone is None else backbone(images)).float())
@@ -199,7 +158,17 @@ def extract_each(
     if not kept:
         raise no_readable_images(split, bad)
     labels = torch.from_numpy(split.labels[np.concatenate(kept)]).to(device)
-    return [Features(torch.cat(features), labels, len(split.classes), bad) for features in rows]
+    found = [Features(torch.cat(features), labels, len(split.classes), bad) for features in rows]
+    if description is not None:
+        context.skipped(split, bad)
+        check_finite(*found)
+    return found
+
+
+def check_finite(*features: Features) -> None:
+    """Raise InputError if a feature is NaN or infinite."""
+    if not all(torch.isfinite(f.x).all() for f in features):
+        raise InputError("the features hold NaN or infinity: the network has diverged")
 
 
 @contextmanager

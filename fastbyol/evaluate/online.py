@@ -14,8 +14,8 @@ from fastbyol.callbacks import Callback
 from fastbyol.config import Config
 from fastbyol.data import Batch, ImageSet, find_images
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate.context import missing_images_warning
-from fastbyol.evaluate.features import check_splits, extract
+from fastbyol.evaluate.context import EvalContext, missing_images_warning
+from fastbyol.evaluate.features import check_splits, extract_features
 from fastbyol.evaluate.knn import knn_accuracy
 from fastbyol.model import BYOLOutput
 from fastbyol.run import Run
@@ -156,15 +156,13 @@ class OnlineKnn(Callback):
         """
         assert self._val is not None
         config, training = run.config, run.training
-        options = {
-            "size": config.data.image_size_px,
-            "device": training.device,
-            "dtype": run.step.dtype,
-            "threads": config.data.threads,
-        }
+        context = EvalContext(
+            size=config.data.image_size_px, device=training.device, dtype=run.step.dtype, threads=config.data.threads
+        )
         voters = training.images.subsample(config.knn.max_bank_images)
         try:
-            bank, val = (extract(training.model.online.backbone, split, **options) for split in (voters, self._val))
+            backbone = training.model.online.backbone
+            bank, val = (extract_features(backbone, split, context, None) for split in (voters, self._val))
         except InputError as error:
             logger.warning(f"no online kNN from here on: {error}")
             self._val = None

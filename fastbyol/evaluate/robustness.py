@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from fastbyol.evaluate.context import EvalContext, Row
-from fastbyol.evaluate.features import Features, Splits, extract_features, extract_features_each
+from fastbyol.evaluate.features import Features, Splits, extract_each, extract_features
 from fastbyol.evaluate.knn import knn_scores, top_accuracies
 from fastbyol.evaluate.linear import CACHED_BASE_LRS, LinearClassifier, fit_linear
 from fastbyol.evaluate.options import RobustnessEval
@@ -106,7 +106,7 @@ class RobustnessTask(EvalTask):
             transforms = [partial(corrupt, name=name, severity=k, seed=options.seed) for k in range(SEVERITIES)]
             accuracies = [
                 _accuracies(train, probe, val, options)
-                for val in extract_features_each(backbone, data.val, context, transforms, name)
+                for val in extract_each(backbone, data.val, context, transforms, name)
             ]
             curves[name] = {metric: [values[metric] for values in accuracies] for metric in clean}
         means = {f"{m}_corrupted": float(np.mean([curve[m] for curve in curves.values()])) for m in clean}

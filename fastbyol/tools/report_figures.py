@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from fastbyol.config import Config
 from fastbyol.data import ImageSet
 from fastbyol.data.crops import CENTER_FRACTION, center_crops
-from fastbyol.evaluate.features import Features, extract
+from fastbyol.evaluate.context import EvalContext
+from fastbyol.evaluate.features import Features, extract_features
 from fastbyol.evaluate.knn import nearest
 from fastbyol.model import BYOL
 from fastbyol.precision import compute_dtype
@@ -119,14 +120,10 @@ def draw_neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet) 
 
 def _extract(config: Config, model: BYOL, images: ImageSet) -> Features:
     device = choose_device("auto")
-    return extract(
-        model.online.backbone.to(device=device, memory_format=torch.channels_last),
-        images,
-        size=config.data.image_size_px,
-        device=device,
-        dtype=compute_dtype(config.precision, device),
-        threads=config.data.threads,
-    )
+    dtype, threads = compute_dtype(config.precision, device), config.data.threads
+    context = EvalContext(size=config.data.image_size_px, device=device, dtype=dtype, threads=threads)
+    backbone = model.online.backbone.to(device=device, memory_format=torch.channels_last)
+    return extract_features(backbone, images, context, None)
 
 
 def _draw_frame(axis: Axes, color: str) -> None:

@@ -31,7 +31,7 @@ from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import context as contexts
 from fastbyol.evaluate import features as extraction
 from fastbyol.evaluate.context import EvalContext, missing_images_warning
-from fastbyol.evaluate.features import Features, Splits, calibrate_batchnorm, extract
+from fastbyol.evaluate.features import Features, Splits, calibrate_batchnorm, extract_features
 from fastbyol.evaluate.fewshot import episode_accuracies, nearest_mean_scores
 from fastbyol.evaluate.finetune import finetune
 from fastbyol.evaluate.knn import knn_accuracy, knn_scores
@@ -166,7 +166,7 @@ def test_non_finite_features_raise():
 def test_extract_uses_eval_mode_and_restores_train_mode(photos):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
     before = network[1].running_mean.clone()
-    features = extract(network, open_split(photos, "val"), size=32, **CPU)
+    features = extract_features(network, open_split(photos, "val"), EvalContext(size=32, **CPU), None)
     assert features.x.shape == (18, 4)
     assert torch.equal(network[1].running_mean, before)
     assert network.training
@@ -176,13 +176,16 @@ def test_calibrated_batchnorm_has_the_statistics_of_the_data(photos):
     folder = open_split(photos, "train")
     network = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     calibrate_batchnorm(network, folder, cpu_context())
-    pixels = extract(None, folder, size=32, **CPU).x.view(72, 3, 32, 32)
+    pixels = extract_features(None, folder, EvalContext(size=32, **CPU), None).x.view(72, 3, 32, 32)
     assert (network[0].running_mean - pixels.mean((0, 2, 3))).abs().max() < 1e-3
     assert network[0].momentum == 0.1  # restored for further training
 
 
 def test_raw_pixels_are_pooled_to_64_px(photos):
-    assert extract(None, open_split(photos, "val"), size=96, **CPU).x.shape == (18, 3 * 64 * 64)
+    assert extract_features(None, open_split(photos, "val"), EvalContext(size=96, **CPU), None).x.shape == (
+        18,
+        3 * 64 * 64,
+    )
 
 
 @pytest.fixture

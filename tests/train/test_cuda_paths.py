@@ -18,7 +18,8 @@ from fastbyol.config import DataConfig, OptimConfig
 from fastbyol.data import build_loader, open_split
 from fastbyol.data.device import deliver
 from fastbyol.data.pack import pack
-from fastbyol.evaluate.features import extract
+from fastbyol.evaluate.context import EvalContext
+from fastbyol.evaluate.features import extract_each
 from fastbyol.kernels.batch_norm import batch_norm
 from fastbyol.optim import build_optimizer
 
@@ -243,8 +244,9 @@ def test_evaluation_does_not_compile(photos):
     backbone.compile(backend=backend, fullgraph=True, dynamic=False)
     backbone(torch.randn(4, 3, SIZE, SIZE))
     assert len(compiled) == 1
-    options = {"size": SIZE, "device": torch.device("cpu"), "dtype": torch.float32, "threads": 1, "batch_size": 7}
-    features = extract(backbone, open_split(photos, "val"), **options)
+    context = EvalContext(size=SIZE, device=torch.device("cpu"), dtype=torch.float32, threads=1)
+    transforms = [lambda crops, indices: crops]
+    (features,) = extract_each(backbone, open_split(photos, "val"), context, transforms, None, batch_size=7)
     assert features.x.shape == (18, 4)
     assert len(compiled) == 1
 
