@@ -6,7 +6,7 @@ from fastbyol.callbacks import Callback
 from fastbyol.config import Config
 from fastbyol.evaluate.online import online_callbacks
 from fastbyol.train import RunResult, train
-from fastbyol.weights.initial import InitialWeights
+from fastbyol.weights.load import InitialWeights
 
 
 def pretrain(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:

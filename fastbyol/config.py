@@ -15,22 +15,22 @@ from fastbyol.settings.limits import (
     MAX_COUNT,
     MAX_SIDE_PX,
     MAX_THREADS,
-    Above,
     AbsolutePath,
-    AtLeast,
-    AtMost,
     BelowOne,
     Count,
     ExpandedPath,
     Fraction,
-    Interval,
     NonNegative,
     Positive,
     Seconds,
     Seed,
     Threads,
     UnitInterval,
+    above,
+    at_least,
+    at_most,
     folder_name,
+    interval,
 )
 from fastbyol.settings.messages import require
 
@@ -63,7 +63,7 @@ class DataConfig(Settings):
     """Names of the classes to use from both splits. Empty uses all."""
     fraction: Fraction = 1.0
     """Fraction of each class of the training split to use, e.g. 0.01 or 0.1."""
-    images_per_class: Annotated[int, AtLeast(0, "all"), AtMost(10**9)] = 0
+    images_per_class: Annotated[int, at_least(0, "all"), at_most(10**9)] = 0
     """Number of images to use from each class of the training split. 0 uses all."""
     file_list: AbsolutePath | None = None
     """Text file that lists the training images to use, one per line: path or unique file name, or
@@ -72,21 +72,21 @@ class DataConfig(Settings):
     """Seed of the subset drawn by `fraction` or `images_per_class`. With the same seed, a smaller
     subset is contained in a larger one."""
     batch_size: Annotated[
-        int | Literal["auto"], AtLeast(2, message="BatchNorm needs at least 2 images"), AtMost(MAX_COUNT)
+        int | Literal["auto"], at_least(2, message="BatchNorm needs at least 2 images"), at_most(MAX_COUNT)
     ] = 256
     """Images per optimizer step, over all ranks and micro-batches (short: --batch-size). auto uses
     the largest power of two that fits into memory."""
-    image_size_px: Annotated[int, Interval(8, 4096)] = 224
+    image_size_px: Annotated[int, interval(8, 4096)] = 224
     """Height and width of both views in pixels."""
     augmentation: Literal["byol", "torchvision", "none"] = "byol"
     """Augmentation of the views. byol is the paper's, torchvision uses torchvision's color jitter
     and crop sampling, none uses the center crop for both views."""
     threads: Threads = 0
     """Threads that decode and augment. 0 uses one per CPU core."""
-    prefetch_batches: Annotated[int, AtLeast(1), AtMost(1000)] = 3
+    prefetch_batches: Annotated[int, at_least(1), at_most(1000)] = 3
     """Batches to prefetch. Memory: (prefetch_batches + 1) * batch_size * 2 views * image_size_px^2
     * 3 * bytes per value."""
-    readers: Annotated[int, AtLeast(1), AtMost(MAX_THREADS)] = 4
+    readers: Annotated[int, at_least(1), at_most(MAX_THREADS)] = 4
     """Threads that read files ahead of the decoders. Increase it for a slow disk."""
     readahead_images: Count = 256
     """Files to read ahead. Their bytes stay in memory until they are decoded."""
@@ -96,7 +96,7 @@ class DataConfig(Settings):
     hw_decoder_load: UnitInterval = 0.75
     """dali on a GPU: fraction of JPEGs that the hardware decoder decodes; CUDA cores decode the
     rest. 1 is slower."""
-    preallocate_px: Annotated[int, AtLeast(0, "off"), AtMost(MAX_SIDE_PX)] = 0
+    preallocate_px: Annotated[int, at_least(0, "off"), at_most(MAX_SIDE_PX)] = 0
     """dali on a GPU: side in pixels of the largest image to preallocate memory for. 0 allocates on
     demand."""
     max_bad_fraction: BelowOne = 0.01
@@ -121,14 +121,14 @@ class ModelConfig(Settings):
     PREFIX: ClassVar[str] = "model."
     backbone: str = "resnet50"
     """Name of a timm model, e.g. resnet18, resnet50 or resnet200."""
-    width: Annotated[float, Above(0), AtMost(256)] = 1.0
+    width: Annotated[float, above(0), at_most(256)] = 1.0
     """Width multiplier of a ResNet's stages. The paper uses 1, 2 and 4."""
     stem: Literal["imagenet", "small"] = "imagenet"
     """ResNet stem. imagenet is a 7x7 convolution of stride 2 and max-pooling; small, for images up
     to about 64 px, is a 3x3 convolution of stride 1 without pooling."""
-    hidden_dim: Annotated[int, AtLeast(1), AtMost(2**20)] = 4096
+    hidden_dim: Annotated[int, at_least(1), at_most(2**20)] = 4096
     """Hidden units of projector and predictor."""
-    projection_dim: Annotated[int, AtLeast(2), AtMost(2**20)] = 256
+    projection_dim: Annotated[int, at_least(2), at_most(2**20)] = 256
     """Output dimension of projector and predictor."""
     target_init: Literal["copy", "reseed"] = "copy"
     """Initial weights of the target network. copy uses the online network's, reseed draws others,
@@ -136,7 +136,7 @@ class ModelConfig(Settings):
     norm: Literal["batch", "layer", "group"] = "batch"
     """Normalization in backbone and heads. batch shares statistics across ranks (see
     distributed.sync_bn_ranks)."""
-    norm_groups: Annotated[int, AtLeast(1), AtMost(2**16)] = 16
+    norm_groups: Annotated[int, at_least(1), at_most(2**16)] = 16
     """Channel groups of norm=group."""
     weight_standardization: bool = False
     """Standardize each filter of backbone and heads to mean 0 and variance 1."""
@@ -150,19 +150,19 @@ class ModelConfig(Settings):
     """Loss between predictions and targets. byol is the squared distance and hinge the distance
     beyond hinge_margin, both of normalized vectors; euclidean is the distance and mse the mean
     squared error, without normalization."""
-    hinge_margin: Annotated[float, Interval(0, 2, open_high=True)] = 0.2
+    hinge_margin: Annotated[float, interval(0, 2, open_high=True)] = 0.2
     """Distance below which loss=hinge is 0."""
-    contrastive_weight: Annotated[float, AtLeast(0, "off")] = 0.0
+    contrastive_weight: Annotated[float, at_least(0, "off")] = 0.0
     """Weight (beta) of a contrastive term whose negatives are the rank's other images. 0 is off, 1
     gives InfoNCE."""
     contrastive_temperature: Positive = 0.1
     """Temperature (alpha) of the contrastive term."""
-    feature_noise: Annotated[float, AtLeast(0, "off"), AtMost(10**6)] = 0.0
+    feature_noise: Annotated[float, at_least(0, "off"), at_most(10**6)] = 0.0
     """Standard deviation of noise added to the features of view 1 to obtain view 2. It replaces
     image augmentation, so it needs data.augmentation=none. 0 is off."""
     mask_ratio: BelowOne = 0.0
     """Fraction of the patches of each view to hide from the online network."""
-    mask_patch_px: Annotated[int, AtLeast(1), AtMost(4096)] = 16
+    mask_patch_px: Annotated[int, at_least(1), at_most(4096)] = 16
     """Side of a masked patch in pixels."""
 
     def __post_init__(self) -> None:
@@ -196,7 +196,7 @@ class OptimConfig(Settings):
     """Trust coefficient (eta) of lars. Biases and norm parameters have trust ratio 1."""
     tau_base: UnitInterval = 0.99
     """EMA decay of the target network at step 0. It increases to 1 with a cosine schedule."""
-    clip_grad_norm: Annotated[float, AtLeast(0, "off")] = 0.0
+    clip_grad_norm: Annotated[float, at_least(0, "off")] = 0.0
     """Maximum total gradient norm. 0 is off, as in the paper."""
 
     def __post_init__(self) -> None:
@@ -223,7 +223,7 @@ class StepConfig(Settings):
     micro_batches: Count = 1
     """Number of parts that a rank's batch is split into. Gradients are accumulated; BatchNorm
     statistics are those of a part."""
-    activation_checkpointing: Annotated[int, Interval(0, 4)] = 0
+    activation_checkpointing: Annotated[int, interval(0, 4)] = 0
     """Number of backbone stages, from the first, that recompute activations in the backward pass to
     save memory."""
 
@@ -233,7 +233,7 @@ class DistributedConfig(Settings):
     """Training in multiple processes with torchrun."""
 
     PREFIX: ClassVar[str] = "distributed."
-    sync_bn_ranks: Annotated[int, AtLeast(0, "all"), AtMost(MAX_COUNT)] = 0
+    sync_bn_ranks: Annotated[int, at_least(0, "all"), at_most(MAX_COUNT)] = 0
     """Number of neighboring ranks that share BatchNorm statistics. 0 is all, as in the paper; 1
     disables sharing."""
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -248,7 +248,7 @@ class LogConfig(Settings):
     """Metrics and warnings of a run."""
 
     PREFIX: ClassVar[str] = "log."
-    log_every_steps: Annotated[int, AtLeast(1)] = 10
+    log_every_steps: Annotated[int, at_least(1)] = 10
     """Steps between two lines of metrics.jsonl. Values are copied from the GPU only at these
     steps."""
     tensorboard: bool = True
@@ -263,9 +263,9 @@ class CheckpointConfig(Settings):
     """When to save checkpoints. One is also saved at the end of a run and on SIGTERM or SIGINT."""
 
     PREFIX: ClassVar[str] = "checkpoint."
-    every_epochs: Annotated[int, AtLeast(1)] = 1
+    every_epochs: Annotated[int, at_least(1)] = 1
     """Epochs between two checkpoints."""
-    keep_last: Annotated[int, AtLeast(1)] = 3
+    keep_last: Annotated[int, at_least(1)] = 3
     """Number of latest checkpoints to keep, in addition to the one with the best kNN accuracy."""
 
 
@@ -274,11 +274,11 @@ class KnnConfig(Settings):
     """Online kNN evaluation. A weighted kNN classifier on frozen features."""
 
     PREFIX: ClassVar[str] = "knn."
-    every_epochs: Annotated[int, AtLeast(0, "off")] = 1
+    every_epochs: Annotated[int, at_least(0, "off")] = 1
     """Epochs between two online kNN evaluations. 0 is off."""
     k: Count = 20
     """Number of neighbors."""
-    max_bank_images: Annotated[int, AtLeast(1)] = 50_000
+    max_bank_images: Annotated[int, at_least(1)] = 50_000
     """Maximum number of training images to search, evenly spread over the split."""
     temperature: Positive = 0.07
     """Temperature of the votes: a neighbor with cosine similarity s has weight exp(s /

@@ -175,6 +175,17 @@ def fit(
             raise RunError(f"lr={options.lr:g}: the loss became NaN or infinite; choose a lower one")
 
 
+def validation_batches(
+    images: Sequence[T], make_sample: Callable[[T], tuple[Any, ...]], batch_size: int, context: EvalContext
+) -> Iterator[tuple[tuple[Any, ...], ...]]:
+    """Yield batches of the images' samples, transposed: one tuple per item of a sample. Shows
+    progress.
+    """
+    chunks = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    for chunk in context.track("validation", chunks, len(images), each=batch_size):
+        yield tuple(zip(*map_in_order(make_sample, chunk, context.threads), strict=True))
+
+
 def _batches(
     make_sample: Callable[[int, np.random.Generator], T],
     images: int,

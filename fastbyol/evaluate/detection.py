@@ -20,6 +20,7 @@ are flipped at random. Crowds are excluded from training, and detections on them
 """
 
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,6 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fastbyol.config import Config
-from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError
 from fastbyol.evaluate import dense
 from fastbyol.evaluate.coco import CocoFolder, CocoImage, open_coco
@@ -159,12 +159,9 @@ def evaluate_detector(
             scores (m,).
     """
     metric = MeanAveragePrecision(backend="pycocotools")
-    chunks = [folder.val[i : i + batch_size] for i in range(0, len(folder.val), batch_size)]
+    batches = dense.validation_batches(folder.val, partial(_sample, size=size, flip=False), batch_size, context)
     with torch.no_grad():
-        for chunk in context.track("validation", chunks, len(folder.val), each=batch_size):
-            images, targets = zip(
-                *map_in_order(lambda image: _sample(image, size, flip=False), chunk, context.threads), strict=True
-            )
+        for images, targets in batches:
             found = detector([image.to(context.device) for image in images])
             metric.update([{key: value.cpu() for key, value in one.items()} for one in found], list(targets))
     values = metric.compute()

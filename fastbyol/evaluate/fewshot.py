@@ -9,6 +9,7 @@ Shapes: W ways, K shots, F features.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -27,12 +28,8 @@ from fastbyol.evaluate.task import EvalTask
 def episode_accuracies(
     train: Features,
     val: Features,
-    *,
+    options: FewshotEval,
     shots: int,
-    ways: int,
-    queries: int,
-    episodes: int,
-    seed: int,
     track: Track = lambda episodes, total: episodes,
 ) -> NDArray[np.float64]:
     """Return the top-1 accuracy of each episode, (episodes,).
@@ -45,16 +42,16 @@ def episode_accuracies(
     mean = train.x.mean(0)
     x, y = (F.normalize(features.x - mean, dim=1) for features in (train, val))
     labels = train.labels.cpu().numpy(), val.labels.cpu().numpy()
-    eligible = _eligible_classes(*labels, train.classes, shots, ways, queries, "classes have readable images:")
+    eligible = _eligible_classes(*labels, train.classes, shots, options, "classes have readable images:")
     members = [[np.flatnonzero(part == c) for c in range(train.classes)] for part in labels]
-    truth = torch.arange(ways, device=x.device).repeat_interleave(queries)
+    truth = torch.arange(options.ways, device=x.device).repeat_interleave(options.queries)
     accuracies = []
-    for episode in track(range(episodes), episodes):
-        rng = np.random.default_rng([seed, shots, episode])
-        classes = rng.choice(eligible, ways, replace=False)
+    for episode in track(range(options.episodes), options.episodes):
+        rng = np.random.default_rng([options.seed, shots, episode])
+        classes = rng.choice(eligible, options.ways, replace=False)
         support, query = (
             np.stack([rng.choice(part[c], count, replace=False) for c in classes])
-            for part, count in zip(members, (shots, queries), strict=True)
+            for part, count in zip(members, (shots, options.queries), strict=True)
         )
         scores = nearest_mean_scores(x[torch.from_numpy(support)], y[torch.from_numpy(query).flatten()])
         accuracies.append((scores.argmax(1) == truth).float().mean().item())
@@ -75,15 +72,9 @@ def nearest_mean_scores(support: Tensor, queries: Tensor) -> Tensor:
 
 
 def _eligible_classes(
-    train: NDArray[np.int64],
-    val: NDArray[np.int64],
-    classes: int,
-    shots: int,
-    ways: int,
-    queries: int,
-    subject: str,
+    train: NDArray[np.int64], val: NDArray[np.int64], classes: int, shots: int, options: FewshotEval, subject: str
 ) -> NDArray[np.int64]:
-    """Return the classes with at least `shots` training and `queries` validation images.
+    """Return the classes with at least `shots` training and `options.queries` validation images.
 
     Args:
         train: labels.
@@ -91,8 +82,9 @@ def _eligible_classes(
         subject: of the error message.
 
     Raises:
-        InputError: there are fewer than `ways`.
+        InputError: there are fewer than `options.ways`.
     """
+    ways, queries = options.ways, options.queries
     enough = (np.bincount(train, minlength=classes) >= shots) & (np.bincount(val, minlength=classes) >= queries)
     if enough.sum() < ways:
         raise InputError(
@@ -120,24 +112,19 @@ class FewshotTask(EvalTask):
             raise InputError(f"ways={options.ways}: {root} has {classes} classes; lower ways")
         labels = [split.labels for split in splits]
         for shots in options.shots:
-            _eligible_classes(*labels, classes, shots, options.ways, options.queries, f"classes of {root} have")
+            _eligible_classes(*labels, classes, shots, options, f"classes of {root} have")
         return splits
 
     def measure(self, backbone: nn.Module | None, data: Splits, options: FewshotEval, context: EvalContext) -> Row:
         """Return mean accuracy and half-width of its 95 % interval for each number of shots."""
         train, val = (extract_features(backbone, split, context) for split in data)
         row: Row = {}
+
+        def track(episodes: Iterable[int], total: int) -> Iterator[int]:
+            return context.track("episodes", episodes, total, unit="episodes")
+
         for shots in options.shots:
-            found = episode_accuracies(
-                train,
-                val,
-                shots=shots,
-                ways=options.ways,
-                queries=options.queries,
-                episodes=options.episodes,
-                seed=options.seed,
-                track=lambda episodes, total: context.track("episodes", episodes, total, unit="episodes"),
-            )
+            found = episode_accuracies(train, val, options, shots, track)
             row[f"top1_{shots}shot"] = float(found.mean())
             # Normal approximation of the mean over episodes.
             row[f"ci95_{shots}shot"] = float(1.96 * found.std(ddof=1) / math.sqrt(len(found)))

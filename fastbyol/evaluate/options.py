@@ -7,17 +7,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastbyol.settings.base import Settings
 from fastbyol.settings.limits import (
     MAX_COUNT,
-    Above,
     AbsolutePath,
-    AtLeast,
-    AtMost,
     Count,
     ExpandedPath,
     Fraction,
-    Interval,
     Positive,
     Seed,
     Threads,
+    above,
+    at_least,
+    at_most,
+    interval,
 )
 from fastbyol.settings.messages import require
 
@@ -79,7 +79,7 @@ class ProbeTraining(EvalConfig):
     """Linear probe: passes over the training images."""
     batch_size: Count = 256
     """Linear probe: images per step; with cached features at most 1/16 of the images."""
-    base_lrs: Annotated[tuple[float, ...], Above(0)] = ()
+    base_lrs: Annotated[tuple[float, ...], above(0)] = ()
     """Linear probe: learning rates per 256 images, selected on held-out images; default: five."""
 
 
@@ -103,7 +103,7 @@ class FinetuneEval(EvalConfig):
     """Passes over the labeled images."""
     batch_size: Count = 256
     """Images per step; at most the number of labeled images."""
-    base_lrs: Annotated[tuple[float, ...], not_empty, Above(0)] = (0.05,)
+    base_lrs: Annotated[tuple[float, ...], not_empty, above(0)] = (0.05,)
     """Learning rates per 256 images; if more than one, selected on held-out training images."""
     save: ExpandedPath | None = None
     """Write the fine-tuned backbone to this .safetensors file, for `fastbyol train --init`."""
@@ -113,13 +113,13 @@ class FinetuneEval(EvalConfig):
 class FewshotEval(EvalConfig):
     """Few-shot classification of frozen features by nearest class mean."""
 
-    shots: Annotated[tuple[int, ...], not_empty, AtLeast(1), AtMost(MAX_COUNT)] = (1, 5, 10)
+    shots: Annotated[tuple[int, ...], not_empty, at_least(1), at_most(MAX_COUNT)] = (1, 5, 10)
     """Labeled images per class, from the training split."""
-    ways: Annotated[int, AtLeast(2), AtMost(MAX_COUNT)] = 5
+    ways: Annotated[int, at_least(2), at_most(MAX_COUNT)] = 5
     """Classes per episode."""
     queries: Count = 15
     """Images per class to classify, from the validation split."""
-    episodes: Annotated[int, AtLeast(2), AtMost(MAX_COUNT)] = 600
+    episodes: Annotated[int, at_least(2), at_most(MAX_COUNT)] = 600
     """Episodes for each number of shots."""
     seed: Seed = 0
     """Seed of the episodes' classes and images."""
@@ -138,7 +138,7 @@ class DenseEval(EvalConfig):
     """Options that segmentation and detection share."""
 
     _format: ClassVar[str]
-    image_size_px: Annotated[int, Interval(32, 4096, zero=True)] = 0
+    image_size_px: Annotated[int, interval(32, 4096, zero=True)] = 0
     """Side of segmentation crops, shorter side of detection images; 0: 9/4 of the run's size."""
     epochs: Count
     """Passes over the training images."""
@@ -183,7 +183,7 @@ class DetectionEval(DenseEval):
     """Images per step; at most the number of training images."""
     lr: Positive = 0.02
     """Peak learning rate of SGD with momentum 0.9."""
-    trainable_stages: Annotated[int, Interval(0, 5)] = 0
+    trainable_stages: Annotated[int, interval(0, 5)] = 0
     """Number of the backbone's last stages to train; 0 freezes it."""
 
 

@@ -34,7 +34,7 @@ from fastbyol.runtime.device import choose_device
 from fastbyol.runtime.files import check_output, read_json_or, write_json, write_output
 from fastbyol.runtime.logging import logger
 from fastbyol.runtime.results import PREFIX, is_result
-from fastbyol.weights.checkpoints import load_checkpoint_model
+from fastbyol.weights.load import load_checkpoint_model
 
 BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
 TASKS: dict[str, EvalTask] = {

@@ -15,6 +15,7 @@ Void pixels (255) are ignored.
 Shapes: n images, S x S pixels, K classes and the background.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from fastbyol.config import Config
-from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError
 from fastbyol.evaluate import dense
 from fastbyol.evaluate.context import EvalContext, Row
@@ -103,12 +103,9 @@ def evaluate_segmenter(
         }
     ).to(context.device)
     network.eval()
-    chunks = [folder.val[i : i + batch_size] for i in range(0, len(folder.val), batch_size)]
+    batches = dense.validation_batches(folder.val, partial(_validation_sample, size=size), batch_size, context)
     with torch.no_grad(), autocast(context.device, context.dtype):
-        for chunk in context.track("validation", chunks, len(folder.val), each=batch_size):
-            images, masks, sizes = zip(
-                *map_in_order(lambda image: _validation_sample(image, size), chunk, context.threads), strict=True
-            )
+        for images, masks, sizes in batches:
             logits = network(dense.normalize(torch.from_numpy(np.stack(images)).to(context.device))).float()
             for scores, mask, (height, width) in zip(logits, masks, sizes, strict=True):
                 scores = F.interpolate(scores[None, :, :height, :width], mask.shape, mode="bilinear")

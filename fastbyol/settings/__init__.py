@@ -2,7 +2,7 @@
 
 messages      the error BadSetting; how messages show values and suggest names
 types         check a value against a type, parse text into a value
-limits        limits of values, for annotations such as Annotated[int, AtLeast(1)]
+limits        limits of values, for annotations such as Annotated[int, at_least(1)]
 base          Settings, the base class of all settings
 yaml_file     read a YAML file
 commands      commands and their options

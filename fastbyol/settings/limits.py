@@ -1,4 +1,4 @@
-"""Limits of settings, attached to their types: `epochs: Annotated[int, AtLeast(1), AtMost(10**6)]`.
+"""Limits of settings, attached to their types: `k: Annotated[int, at_least(1), at_most(10**6)]`.
 
 A limit is any callable (value, key) -> value that raises BadSetting. Settings applies the limits of
 a field, in order, after its type has been checked; None is not limited.
@@ -32,91 +32,48 @@ def _limits(kind: Any) -> list[Callable[[Any, str], Any]]:
     return [] if members == (kind,) else [limit for member in members for limit in _limits(member)]
 
 
+@dataclass(frozen=True)
 class Limit:
-    """Base class of limits of a number, or of every number in a list. Other values pass."""
+    """Limit of a number, or of every number in a list. Other values pass."""
+
+    text: str
+    """What messages say: "must ..."."""
+    allows: Callable[[float], bool]
 
     def __call__(self, value: Any, key: str) -> Any:
         """Check the value and return it unchanged."""
         many = isinstance(value, list | tuple)
         numbers = [item for item in (value if many else [value]) if isinstance(item, int | float)]
-        text = self._text.replace("must", "must all", 1) if many else self._text
-        require(all(map(self._allows, numbers)), key, value, text)
+        text = self.text.replace("must", "must all", 1) if many else self.text
+        require(all(map(self.allows, numbers)), key, value, text)
         return value
 
-    @property
-    def _text(self) -> str:
-        raise NotImplementedError
 
-    def _allows(self, number: float) -> bool:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class AtLeast(Limit):
+def at_least(low: float, zero: str = "", message: str = "") -> Limit:
     """number >= low. `zero` says what 0 means, `message` replaces the derived message."""
-
-    low: float
-    zero: str = ""
-    message: str = ""
-
-    @property
-    def _text(self) -> str:
-        if self.message or self.low != 0:
-            return self.message or f"must be at least {self.low}"
-        return f"must be 0 ({self.zero}) or more" if self.zero else "must be 0 or more"
-
-    def _allows(self, number: float) -> bool:
-        return number >= self.low
+    derived = f"must be at least {low}" if low else f"must be 0{f' ({zero})' if zero else ''} or more"
+    return Limit(message or derived, lambda number: number >= low)
 
 
-@dataclass(frozen=True)
-class Above(Limit):
+def above(low: float) -> Limit:
     """number > low."""
-
-    low: float
-
-    @property
-    def _text(self) -> str:
-        return f"must be above {self.low}"
-
-    def _allows(self, number: float) -> bool:
-        return number > self.low
+    return Limit(f"must be above {low}", lambda number: number > low)
 
 
-@dataclass(frozen=True)
-class AtMost(Limit):
+def at_most(high: float) -> Limit:
     """number <= high."""
-
-    high: float
-
-    @property
-    def _text(self) -> str:
-        return f"must be at most {self.high}"
-
-    def _allows(self, number: float) -> bool:
-        return number <= self.high
+    return Limit(f"must be at most {high}", lambda number: number <= high)
 
 
-@dataclass(frozen=True)
-class Interval(Limit):
+def interval(low: float, high: float, *, open_low: bool = False, open_high: bool = False, zero: bool = False) -> Limit:
     """low <= number <= high; an open end is excluded. `zero` allows 0 in addition."""
 
-    low: float
-    high: float
-    open_low: bool = False
-    open_high: bool = False
-    zero: bool = False
+    def allows(number: float) -> bool:
+        inside = (number > low if open_low else number >= low) and (number < high if open_high else number <= high)
+        return inside or (zero and number == 0)
 
-    @property
-    def _text(self) -> str:
-        start, end = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"must {'be 0 or ' if self.zero else ''}lie in {start}{self.low}, {self.high}{end}"
-
-    def _allows(self, number: float) -> bool:
-        if number == 0 and self.zero:
-            return True
-        above = number > self.low if self.open_low else number >= self.low
-        return above and (number < self.high if self.open_high else number <= self.high)
+    start, end = "(" if open_low else "[", ")" if open_high else "]"
+    return Limit(f"must {'be 0 or ' if zero else ''}lie in {start}{low}, {high}{end}", allows)
 
 
 def absolute_path(path: str, key: str) -> str:
@@ -150,14 +107,14 @@ def folder_name(name: str, key: str) -> str:
 
 
 MAX_THREADS, MAX_SIDE_PX, MAX_COUNT = 4096, 2**16, 10**6
-Count = Annotated[int, AtLeast(1), AtMost(MAX_COUNT)]
-Threads = Annotated[int, AtLeast(0, "all cores"), AtMost(MAX_THREADS)]
-Seed = Annotated[int, AtLeast(0)]
-Positive = Annotated[float, Above(0)]
-NonNegative = Annotated[float, AtLeast(0)]
-Seconds = Annotated[float, Above(0), AtMost(10**8)]
-UnitInterval = Annotated[float, Interval(0, 1)]
-BelowOne = Annotated[float, Interval(0, 1, open_high=True)]
-Fraction = Annotated[float, Interval(0, 1, open_low=True)]
+Count = Annotated[int, at_least(1), at_most(MAX_COUNT)]
+Threads = Annotated[int, at_least(0, "all cores"), at_most(MAX_THREADS)]
+Seed = Annotated[int, at_least(0)]
+Positive = Annotated[float, above(0)]
+NonNegative = Annotated[float, at_least(0)]
+Seconds = Annotated[float, above(0), at_most(10**8)]
+UnitInterval = Annotated[float, interval(0, 1)]
+BelowOne = Annotated[float, interval(0, 1, open_high=True)]
+Fraction = Annotated[float, interval(0, 1, open_low=True)]
 ExpandedPath = Annotated[str, expand_path]
 AbsolutePath = Annotated[str, absolute_path]

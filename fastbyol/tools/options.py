@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from fastbyol.settings.commands import Options
-from fastbyol.settings.limits import AtLeast, AtMost, ExpandedPath, Seed, Threads
+from fastbyol.settings.limits import ExpandedPath, Seed, Threads, at_least, at_most
 
-_Images = Annotated[int, AtMost(10**7)]
-_Million = Annotated[int, AtMost(10**6)]
+_Images = Annotated[int, at_most(10**7)]
+_Million = Annotated[int, at_most(10**6)]
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class PhotosOptions(Options):
     """Number of images in train/. val/ gets a quarter of it."""
     seed: Seed = 0
     """Seed of the crops. The same seed gives identical files."""
-    size: Annotated[int, AtMost(4096)] | None = None
+    size: Annotated[int, at_most(4096)] | None = None
     """Longer side in pixels. By default images have about 500x375 pixels and 80-110 KB."""
 
 
@@ -38,9 +38,9 @@ class FashionOptions(Options):
     source: Path | None = None
     """Folder of the idx files. By default those of Debian's package are used, or else
     downloaded."""
-    images: Annotated[int, AtLeast(1)] | None = None
+    images: Annotated[int, at_least(1)] | None = None
     """Number of images in train/, from the first. By default all."""
-    val_images: Annotated[int, AtLeast(1)] | None = None
+    val_images: Annotated[int, at_least(1)] | None = None
     """Number of images in val/, from the first. By default all."""
 
 
@@ -115,7 +115,7 @@ class PlanOptions(Options):
     """File of `fastbyol bench --out` with the measured rates of a machine, instead of `gpu`."""
     cores: _Million = 0
     """CPU cores per GPU for loading. 0 uses as many as needed."""
-    images: Annotated[int, AtMost(10**12)] = 0
+    images: Annotated[int, at_most(10**12)] = 0
     """Number of training images. 0 uses those in data.root, or else ImageNet's."""
 
 

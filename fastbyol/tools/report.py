@@ -21,7 +21,7 @@ from fastbyol.runtime.run_log import read_metrics
 from fastbyol.tools.pages import write_page
 from fastbyol.tools.preview import draw_views
 from fastbyol.tools.report_figures import draw_curves, draw_neighbors
-from fastbyol.weights.checkpoints import load_checkpoint_model
+from fastbyol.weights.load import load_checkpoint_model
 
 _MAX_SKIPPED_IMAGES = 50
 _BAR_PX = 120  # width of the bar of an accuracy of 100%

@@ -1,7 +1,10 @@
-"""Load a backbone's weights from timm's hub, a run, or a file of fastbyol, timm or torchvision."""
+"""Load the model of a checkpoint, or a backbone's weights from timm's hub, a run, or a file of
+fastbyol, timm or torchvision.
+"""
 
 import pickle
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub.errors
 import timm
@@ -10,10 +13,13 @@ from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastbyol.build import build_backbone
-from fastbyol.config import ModelConfig
+from fastbyol.build import build_backbone, build_model
+from fastbyol.callbacks import Callback
+from fastbyol.config import Config, ModelConfig
 from fastbyol.errors import InputError, first_line
+from fastbyol.model import BYOL
 from fastbyol.runtime import checkpoint
+from fastbyol.runtime.logging import logger
 from fastbyol.weights import files
 from fastbyol.weights.names import Tensors, torchvision_naming
 
@@ -29,6 +35,50 @@ _HUB_ERRORS = (
     RuntimeError,
     ValueError,
 )
+
+
+class LoadedCheckpoint(NamedTuple):
+    """A checkpoint's file and contents."""
+
+    path: Path
+    config: Config  # of the run that wrote it
+    model: BYOL
+    step: int  # optimizer steps done
+
+
+def load_checkpoint_model(run_or_file: Path) -> LoadedCheckpoint:
+    """Load a checkpoint file, or the newest valid checkpoint of a run's folder.
+
+    Newer, damaged checkpoints are logged.
+
+    Raises:
+        InputError: no valid checkpoint, or this version does not know its config or model.
+    """
+    path, state = checkpoint.resolve(run_or_file)
+    config = checkpoint.checkpoint_config(path, state)
+    try:
+        model = build_model(config.model, config.data.image_size_px, config.seed)
+        model.load_state_dict(state["model"])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"checkpoint {path} cannot be used: {first_line(error)}") from None
+    return LoadedCheckpoint(path, config, model, state["step"])
+
+
+class InitialWeights(Callback):
+    """Loads config.init into the backbone, and into the target's if it starts as a copy."""
+
+    def on_model(self, model: BYOL, config: Config) -> None:
+        """Load the weights.
+
+        Raises:
+            InputError: see `load_backbone`.
+        """
+        if config.init == "none":
+            return
+        online = model.online.backbone
+        logger.info(load_backbone(config.init, online, config.model.backbone, config=config.model))
+        if model.target is not None and config.model.target_init == "copy":
+            model.target.backbone.load_state_dict(online.state_dict())
 
 
 def open_backbone(path: str | Path) -> nn.Module:

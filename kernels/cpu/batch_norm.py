@@ -338,26 +338,6 @@ _NO_FLOOR = np.float32(-np.inf)
 
 
 @njit(**_JIT)
-def _locate(task, args):
-    """Locate the block of a task.
-
-    Returns:
-        The view, number of rows, first channel, number of channels, and index of the row range; the
-        address of x at the view's first row and that channel; and the block's offset in bytes in a
-        tensor of x's size.
-    """
-    channel_blocks = -(-args[_CHANNELS] // args[_BLOCK_CHANNELS])
-    row_blocks = -(-args[_ROWS] // args[_BLOCK_ROWS])
-    row_range, channel = task // channel_blocks, task % channel_blocks * args[_BLOCK_CHANNELS]
-    view, row = row_range // row_blocks, row_range % row_blocks * args[_BLOCK_ROWS]
-    rows = min(args[_BLOCK_ROWS], args[_ROWS] - row)
-    channels = min(args[_BLOCK_CHANNELS], args[_CHANNELS] - channel)
-    start = args[_ITEM_SIZE] * (view * args[_ROWS] * args[_CHANNELS] + channel)
-    offset = start + args[_ITEM_SIZE] * row * args[_CHANNELS]
-    return view, rows, channel, channels, row_range, args[_X] + start, offset
-
-
-@njit(**_JIT)
 def _stats_address(args, table, row, view, channel):
     """Return the address of an element of the forward or backward statistics (`table`)."""
     return args[table] + 4 * ((row * args[_VIEWS] + view) * args[_CHANNELS] + channel)
@@ -367,6 +347,29 @@ def _stats_address(args, table, row, view, channel):
 def _stats_row(args, table, row, view):
     """Return a row (C,) of a view's statistics."""
     return simd.float32_array(_stats_address(args, table, row, view, 0))
+
+
+@njit(**_JIT)
+def _locate(task, args):
+    """Locate the block of a task.
+
+    Returns:
+        The view, first channel, number of channels, and index of the row range; the block's offset
+        in bytes in a tensor of x's size; the block for a loop; the addresses of its channels in
+        SCALE and OFFSET.
+    """
+    channel_blocks = -(-args[_CHANNELS] // args[_BLOCK_CHANNELS])
+    row_blocks = -(-args[_ROWS] // args[_BLOCK_ROWS])
+    row_range, channel = task // channel_blocks, task % channel_blocks * args[_BLOCK_CHANNELS]
+    view, row = row_range // row_blocks, row_range % row_blocks * args[_BLOCK_ROWS]
+    rows = min(args[_BLOCK_ROWS], args[_ROWS] - row)
+    channels = min(args[_BLOCK_CHANNELS], args[_CHANNELS] - channel)
+    start = args[_ITEM_SIZE] * (view * args[_ROWS] * args[_CHANNELS] + channel)
+    offset = start + args[_ITEM_SIZE] * row * args[_CHANNELS]
+    block = (args[_X] + offset, rows, channels, args[_CHANNELS], args[_X] + start)
+    scale = _stats_address(args, _STATS, SCALE, view, channel)
+    shift = _stats_address(args, _STATS, OFFSET, view, channel)
+    return view, channel, channels, row_range, offset, block, scale, shift
 
 
 @njit(**_JIT)
@@ -404,12 +407,11 @@ def _total_sums(view, args):
 @openmp.kernel(**_JIT)
 def _moments_kernel(task, args):
     """Partial sums of d and d^2 over a block."""
-    _, rows, channel, channels, row_range, first, offset = _locate(task, args)
+    _, channel, channels, row_range, _, block, _, _ = _locate(task, args)
     sums = _partial_sums_address(args, row_range, 0, channel)
     squares = _partial_sums_address(args, row_range, 1, channel)
     _zero(sums, channels)
     _zero(squares, channels)
-    block = (args[_X] + offset, rows, channels, args[_CHANNELS], first)
     _moments_loop(args[_ITEM_SIZE] == 2, False, block, (sums, squares), np.float32(0))
 
 
@@ -460,10 +462,7 @@ def _affine_kernel(task, args):
 @openmp.kernel(**_JIT)
 def _apply_kernel(task, args):
     """y of a block."""
-    view, rows, channel, channels, _, first, offset = _locate(task, args)
-    block = (args[_X] + offset, rows, channels, args[_CHANNELS], first)
-    scale = _stats_address(args, _STATS, SCALE, view, channel)
-    shift = _stats_address(args, _STATS, OFFSET, view, channel)
+    _, _, _, _, offset, block, scale, shift = _locate(task, args)
     floor = np.float32(0) if args[_RELU] else _NO_FLOOR
     operands = (scale, shift, args[_RESIDUAL] + offset, args[_Y] + offset)
     _apply_loop(args[_ITEM_SIZE] == 2, args[_RESIDUAL] != 0, block, operands, floor)
@@ -472,10 +471,7 @@ def _apply_kernel(task, args):
 @openmp.kernel(**_JIT)
 def _sums_kernel(task, args):
     """Partial sums of g and g d over a block; writes g if y is given."""
-    view, rows, channel, channels, row_range, first, offset = _locate(task, args)
-    block = (args[_X] + offset, rows, channels, args[_CHANNELS], first)
-    scale = _stats_address(args, _STATS, SCALE, view, channel)
-    shift = _stats_address(args, _STATS, OFFSET, view, channel)
+    _, channel, channels, row_range, offset, block, scale, shift = _locate(task, args)
     floor = np.float32(0) if args[_RELU] else _NO_FLOOR
     sums = _partial_sums_address(args, row_range, 0, channel)
     products = _partial_sums_address(args, row_range, 1, channel)
@@ -529,10 +525,7 @@ def _slopes_kernel(task, args):
 @openmp.kernel(**_JIT)
 def _gradient_kernel(task, args):
     """dx of a block."""
-    view, rows, channel, channels, _, first, offset = _locate(task, args)
-    block = (args[_X] + offset, rows, channels, args[_CHANNELS], first)
-    scale = _stats_address(args, _STATS, SCALE, view, channel)
-    shift = _stats_address(args, _STATS, OFFSET, view, channel)
+    view, channel, _, _, offset, block, scale, shift = _locate(task, args)
     slope = _stats_address(args, _BACKWARD_STATS, SLOPE, view, channel)
     constant = _stats_address(args, _BACKWARD_STATS, CONSTANT, view, channel)
     operands = (scale, shift, slope, constant, args[_G] + offset, args[_DX] + offset)

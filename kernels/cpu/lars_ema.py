@@ -321,34 +321,37 @@ def _update(begin, end, sample, args):
                 _store_float32(t, i, y + keep * (x - y))
 
 
+@njit(**_JIT)
+def _run_passes(begin, end, sample, norms, update, args):
+    if norms:
+        _norms(begin, end, sample, args)
+    if update:
+        _update(begin, end, sample, args)
+
+
+@njit(**_JIT)
+def _run_task(task, update, args):
+    """Run a task's passes; the first one if this is not the update, or if the task is fused."""
+    begin, end, dtype, fused = _load_task(task, args)
+    norms = fused or not update
+    if dtype == 0:
+        _run_passes(begin, end, _AS_FLOAT32, norms, update, args)
+    elif dtype == 1:
+        _run_passes(begin, end, _AS_BFLOAT16, norms, update, args)
+    else:
+        _run_passes(begin, end, _AS_FLOAT16, norms, update, args)
+
+
 @openmp.kernel(**_JIT)
 def _norms_kernel(task, args):
     """The norms of a task's chunks."""
-    begin, end, dtype, _ = _load_task(task, args)
-    if dtype == 0:
-        _norms(begin, end, _AS_FLOAT32, args)
-    elif dtype == 1:
-        _norms(begin, end, _AS_BFLOAT16, args)
-    else:
-        _norms(begin, end, _AS_FLOAT16, args)
+    _run_task(task, False, args)
 
 
 @openmp.kernel(**_JIT)
 def _update_kernel(task, args):
     """The update of a task's chunks, preceded by their norms if the task is fused."""
-    begin, end, dtype, fused = _load_task(task, args)
-    if dtype == 0:
-        if fused:
-            _norms(begin, end, _AS_FLOAT32, args)
-        _update(begin, end, _AS_FLOAT32, args)
-    elif dtype == 1:
-        if fused:
-            _norms(begin, end, _AS_BFLOAT16, args)
-        _update(begin, end, _AS_BFLOAT16, args)
-    else:
-        if fused:
-            _norms(begin, end, _AS_FLOAT16, args)
-        _update(begin, end, _AS_FLOAT16, args)
+    _run_task(task, True, args)
 
 
 @openmp.kernel(**_JIT)

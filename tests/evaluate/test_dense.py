@@ -18,7 +18,6 @@ from fastbyol.build import build_backbone
 from fastbyol.config import ModelConfig
 from fastbyol.data import open_split
 from fastbyol.data.decode import decode
-from fastbyol.data.voc import VOID
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import dense, image_files
 from fastbyol.evaluate.coco import CocoImage
@@ -27,7 +26,7 @@ from fastbyol.evaluate.detection import DETECTION, _sample, build_detector, eval
 from fastbyol.evaluate.features import calibrate_batchnorm
 from fastbyol.evaluate.options import DetectionEval, SegmentationEval
 from fastbyol.evaluate.segmentation import SEGMENTATION, _training_sample, build_segmenter, evaluate_segmenter
-from fastbyol.evaluate.voc import VOC_CLASSES, read_mask
+from fastbyol.evaluate.voc import VOC_CLASSES, VOID, read_mask
 from fastbyol.layers import batch_norms, fuse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -52,7 +52,7 @@ from fastbyol.runtime.results import TASK_ORDER, read_results
 from fastbyol.runtime.run_log import read_metrics
 from fastbyol.tools.report import write_report
 from fastbyol.tools.report_figures import draw_neighbors
-from fastbyol.weights.checkpoints import load_checkpoint_model
+from fastbyol.weights.load import load_checkpoint_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -669,15 +669,16 @@ def test_episode_accuracies():
     deterministic.
     """
     train_set, val = blobs(400, 8, 16, 0.1), blobs(400, 8, 16, 0.1, seed=1)
-    options = {"shots": 3, "ways": 5, "queries": 10, "episodes": 60, "seed": 0}
-    assert episode_accuracies(train_set, val, **options).min() == 1.0
+    options = FewshotEval(run="run", ways=5, queries=10, episodes=60)
+    assert episode_accuracies(train_set, val, options, shots=3).min() == 1.0
     rng = np.random.default_rng(0)
     shuffled = Features(val.x, val.labels[torch.from_numpy(rng.permutation(400))], 8, {})
-    assert episode_accuracies(train_set, shuffled, **options).mean() == pytest.approx(0.2, abs=0.02)
+    assert episode_accuracies(train_set, shuffled, options, shots=3).mean() == pytest.approx(0.2, abs=0.02)
     noisy = blobs(400, 8, 16, 3.0), blobs(400, 8, 16, 3.0, seed=1)
-    few, many = (episode_accuracies(*noisy, **(options | {"shots": k})).mean() for k in (1, 20))
+    few, many = (episode_accuracies(*noisy, options, shots=k).mean() for k in (1, 20))
     assert few + 0.1 < many
-    assert np.array_equal(episode_accuracies(*noisy, **options), episode_accuracies(*noisy, **options))
+    first, second = (episode_accuracies(*noisy, options, shots=3) for _ in range(2))
+    assert np.array_equal(first, second)
 
 
 def test_fewshot_row_has_mean_and_interval(run):

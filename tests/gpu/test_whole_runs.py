@@ -39,9 +39,8 @@ from fastbyol.runtime.distributed import World
 from fastbyol.spans import COPY, WAIT
 from fastbyol.tools.clock import REST
 from fastbyol.tools.profiling import BACKWARD, EXCHANGE, ONLINE, TARGET, profile
-from fastbyol.weights.checkpoints import load_checkpoint_model
 from fastbyol.weights.export import export
-from fastbyol.weights.load import open_backbone
+from fastbyol.weights.load import load_checkpoint_model, open_backbone
 
 pytestmark = pytest.mark.gpu
 

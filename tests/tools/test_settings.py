@@ -15,7 +15,7 @@ from fastbyol.errors import InputError
 from fastbyol.evaluate.options import FewshotEval, KnnEval
 from fastbyol.settings.base import Settings, leaves
 from fastbyol.settings.command_line import HelpRequested
-from fastbyol.settings.limits import Above, AtLeast, AtMost, Interval, absolute_path
+from fastbyol.settings.limits import above, absolute_path, at_least, at_most, interval
 from fastbyol.settings.messages import BadSetting, nearest
 from fastbyol.settings.types import check, expected, parse, parts
 
@@ -141,16 +141,16 @@ def test_negative_threads_raise(count):
 class Limited(Settings):
     """One field per kind of limit."""
 
-    count: Annotated[int, AtLeast(1), AtMost(9)] = 1
-    threads: Annotated[int, AtLeast(0, "all cores")] = 0
-    seed: Annotated[int, AtLeast(0)] = 0
-    batch: Annotated[int | Literal["auto"], AtLeast(2, message="two at least")] = "auto"
-    size: Annotated[int, AtLeast(1)] | None = None
-    rate: Annotated[float, Above(0)] = 1.0
-    part: Annotated[float, Interval(0, 1, open_low=True)] = 1.0
-    decay: Annotated[float, Interval(0, 1, open_high=True)] = 0.0
-    side: Annotated[int, Interval(32, 64, zero=True)] = 0
-    shots: Annotated[tuple[int, ...], AtLeast(1)] = ()
+    count: Annotated[int, at_least(1), at_most(9)] = 1
+    threads: Annotated[int, at_least(0, "all cores")] = 0
+    seed: Annotated[int, at_least(0)] = 0
+    batch: Annotated[int | Literal["auto"], at_least(2, message="two at least")] = "auto"
+    size: Annotated[int, at_least(1)] | None = None
+    rate: Annotated[float, above(0)] = 1.0
+    part: Annotated[float, interval(0, 1, open_low=True)] = 1.0
+    decay: Annotated[float, interval(0, 1, open_high=True)] = 0.0
+    side: Annotated[int, interval(32, 64, zero=True)] = 0
+    shots: Annotated[tuple[int, ...], at_least(1)] = ()
     root: Annotated[str, absolute_path] | None = None
 
 
@@ -187,7 +187,7 @@ def test_limits_may_convert_values(tmp_path, monkeypatch):
 
 
 def test_annotations_do_not_change_what_a_type_accepts():
-    plain, annotated = int | Literal["auto"] | None, Annotated[int | Literal["auto"], AtLeast(2)] | None
+    plain, annotated = int | Literal["auto"] | None, Annotated[int | Literal["auto"], at_least(2)] | None
     for kind in (plain, annotated):
         assert expected(kind) == "an integer or auto"
         assert [parse(kind, word) for word in ("3", "auto", "null", "x")] == [3, "auto", None, "x"]
