@@ -38,6 +38,7 @@ from torch.autograd.function import once_differentiable
 
 from fastbyol.kernels.batch_norm_torch import synchronize, to_channels_last
 from fastbyol.kernels.cpu import openmp, simd
+from fastbyol.kernels.cpu.intrinsics import specialize
 
 # Rows of the forward statistics (6, V, C): SCALE is w i, OFFSET is b - delta w i.
 MEAN, VAR, DELTA, INVSTD, SCALE, OFFSET = range(6)
@@ -257,12 +258,7 @@ def _block_loop(body: Callable[..., None]) -> Callable[..., Any]:
 
                 simd.for_each_tile(builder, rows, channels, stride, tile_body)
 
-            with builder.if_else(is_bfloat16) as branches:
-                for bfloat16, branch in zip((True, False), branches, strict=True):
-                    with branch, builder.if_else(is_flagged) as inner_branches:
-                        for flag, inner_branch in zip((True, False), inner_branches, strict=True):
-                            with inner_branch:
-                                emit(bfloat16, flag)
+            specialize(builder, (is_bfloat16, is_flagged), emit)
             return context.get_dummy_value()
 
         i64, boolean = types.int64, types.boolean

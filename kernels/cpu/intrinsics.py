@@ -10,6 +10,7 @@ Kernels in other files inline these functions. numba's cache does not notice whe
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,21 @@ def clip(builder, x) -> ir.Value:
     zero, one = (ir.Constant(x.type, [value] * x.type.count) for value in (0.0, 1.0))
     x = builder.select(builder.fcmp_ordered(">", x, zero), x, zero)
     return builder.select(builder.fcmp_ordered("<", x, one), x, one)
+
+
+def specialize(builder, flags, emit: Callable[..., None]) -> None:
+    """Emit code for every combination of the booleans `flags`, and branches to it.
+
+    Args:
+        emit: emit(*values) emits the code of one combination; the values are Python's.
+    """
+    if not flags:
+        emit()
+        return
+    with builder.if_else(flags[0]) as branches:
+        for value, branch in zip((True, False), branches, strict=True):
+            with branch:
+                specialize(builder, flags[1:], partial(emit, value))
 
 
 class _BFloat16(ir.Type):

@@ -9,7 +9,6 @@ Bytes moved per input value of bfloat16 (float32): forward reads 2, writes 1/2 a
 gradients k is not written.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbyol.kernels.cpu import openmp
-from fastbyol.kernels.cpu.intrinsics import splat
+from fastbyol.kernels.cpu.intrinsics import specialize, splat
 from fastbyol.kernels.cpu.simd import for_each_channel_vector, load_vector, store_vector
 
 
@@ -93,30 +92,29 @@ def _store_bytes(builder, value, address, index) -> None:
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=1)
 
 
-def _make_window(*, bfloat16: bool, with_indices: bool) -> Callable[..., Any]:
-    """Return an intrinsic that computes the maximum of one window.
+@intrinsic
+def _window(typing_context, bfloat16, with_indices, rows, row_indices, columns, column_indices, channels, y, k):
+    """Compute the maximum of one window.
 
-    Its signature is f(rows, row_indices, columns, column_indices, channels, y, k). All but
-    channels, y and k are tuples of three. `rows` are addresses of the rows' first values in the
-    image, and `columns` are byte offsets within them; their indices are 3 i and j. At the image's
-    edge a row or column inside it is repeated: its values then count twice, with the same index.
+    rows, row_indices, columns and column_indices are tuples of three. `rows` are addresses of the
+    rows' first values in the image, and `columns` are byte offsets within them; their indices are
+    3 i and j. At the image's edge a row or column inside it is repeated: its values then count
+    twice, with the same index.
     """
+    three, i64, boolean = types.UniTuple(types.int64, 3), types.int64, types.boolean
 
-    @intrinsic
-    def window(typing_context, rows, row_indices, columns, column_indices, channels, y, k):
-        three, i64 = types.UniTuple(types.int64, 3), types.int64
+    def generate(context, builder, signature, arguments):
+        *flags, rows, row_indices, columns, column_indices, channels, y, k = arguments
+        positions = [
+            (
+                builder.add(builder.extract_value(rows, i), builder.extract_value(columns, j)),
+                builder.add(builder.extract_value(row_indices, i), builder.extract_value(column_indices, j)),
+            )
+            for i in range(3)
+            for j in range(3)
+        ]
 
-        def generate(context, builder, signature, arguments):
-            rows, row_indices, columns, column_indices, channels, y, k = arguments
-            positions = [
-                (
-                    builder.add(builder.extract_value(rows, i), builder.extract_value(columns, j)),
-                    builder.add(builder.extract_value(row_indices, i), builder.extract_value(column_indices, j)),
-                )
-                for i in range(3)
-                for j in range(3)
-            ]
-
+        def emit(bfloat16: bool, with_indices: bool) -> None:
             def body(channel, lanes) -> None:
                 best = best_index = None
                 for address, index in positions:
@@ -134,58 +132,46 @@ def _make_window(*, bfloat16: bool, with_indices: bool) -> Callable[..., Any]:
                     _store_bytes(builder, best_index, k, channel)
 
             for_each_channel_vector(builder, channels, body)
-            return context.get_dummy_value()
 
-        return types.void(three, three, three, three, i64, i64, i64), generate
+        specialize(builder, flags, emit)
+        return context.get_dummy_value()
 
-    return window
+    return types.void(boolean, boolean, three, three, three, three, i64, i64, i64), generate
 
 
-def _make_gather(*, bfloat16: bool, down: int, across: int) -> Callable[..., Any]:
-    """Return an intrinsic f(dy, k, windows, indices, channels, dx): dx of one input position.
+@intrinsic
+def _gather(typing_context, bfloat16, dy, k, windows, indices, channels, dx):
+    """Compute dx of one input position, which lies in the n `windows`.
 
-    The position lies in down x across windows. `windows` are the windows' positions in the output
-    image, and `indices` the input position's indices in them: tuples of down * across.
+    `windows` are their positions in the output image, and `indices` the input position's indices in
+    them: tuples of n.
     """
-    n = down * across
+    n, i64 = len(windows), types.int64
+    tuple_n = types.UniTuple(i64, n)
 
-    @intrinsic
-    def gather(typing_context, dy, k, windows, indices, channels, dx):
-        tuple_n, i64 = types.UniTuple(types.int64, n), types.int64
+    def generate(context, builder, signature, arguments):
+        *flags, dy, k, windows, indices, channels, dx = arguments
+        starts = [builder.mul(builder.extract_value(windows, i), channels) for i in range(n)]
+        own_indices = [builder.trunc(builder.extract_value(indices, i), _I8) for i in range(n)]
 
-        def generate(context, builder, signature, arguments):
-            dy, k, windows, indices, channels, dx = arguments
-            starts = [builder.mul(builder.extract_value(windows, i), channels) for i in range(n)]
-            own_indices = [builder.trunc(builder.extract_value(indices, i), _I8) for i in range(n)]
-
+        def emit(bfloat16: bool) -> None:
             def body(channel, lanes) -> None:
                 total = None
                 for start, own_index in zip(starts, own_indices, strict=True):
                     offset = builder.add(start, channel)
                     value = load_vector(builder, dy, offset, lanes, bfloat16=bfloat16)
-                    is_maximum = builder.icmp_unsigned(
-                        "==", _load_bytes(builder, k, offset, lanes), splat(builder, own_index, lanes)
-                    )
-                    value = builder.select(is_maximum, value, ir.Constant(value.type, [0.0] * lanes))
+                    stored, own = _load_bytes(builder, k, offset, lanes), splat(builder, own_index, lanes)
+                    zero = ir.Constant(value.type, [0.0] * lanes)
+                    value = builder.select(builder.icmp_unsigned("==", stored, own), value, zero)
                     total = value if total is None else builder.fadd(total, value)
                 store_vector(builder, total, dx, channel, bfloat16=bfloat16)
 
             for_each_channel_vector(builder, channels, body)
-            return context.get_dummy_value()
 
-        return types.void(i64, i64, tuple_n, tuple_n, i64, i64), generate
+        specialize(builder, flags, emit)
+        return context.get_dummy_value()
 
-    return gather
-
-
-_window_f32, _window_bf16 = (_make_window(bfloat16=b, with_indices=False) for b in (False, True))
-_window_indices_f32, _window_indices_bf16 = (_make_window(bfloat16=b, with_indices=True) for b in (False, True))
-_gather_11_f32, _gather_12_f32, _gather_21_f32, _gather_22_f32 = (
-    _make_gather(bfloat16=False, down=i, across=j) for i in (1, 2) for j in (1, 2)
-)
-_gather_11_bf16, _gather_12_bf16, _gather_21_bf16, _gather_22_bf16 = (
-    _make_gather(bfloat16=True, down=i, across=j) for i in (1, 2) for j in (1, 2)
-)
+    return types.void(types.boolean, i64, i64, tuple_n, tuple_n, i64, i64), generate
 
 
 # --- kernels: one task per block of rows of an image ---
@@ -217,15 +203,7 @@ def _forward_kernel(task, args):
             columns = (w0 * pixel_bytes, w1 * pixel_bytes, w2 * pixel_bytes)
             offset = ((image * args[_P] + p) * args[_Q] + q) * channels
             y, k = args[_Y] + size * offset, args[_K] + offset
-            if size == 2:
-                if args[_K]:
-                    _window_indices_bf16(rows, row_indices, columns, column_indices, channels, y, k)
-                else:
-                    _window_bf16(rows, row_indices, columns, column_indices, channels, y, k)
-            elif args[_K]:
-                _window_indices_f32(rows, row_indices, columns, column_indices, channels, y, k)
-            else:
-                _window_f32(rows, row_indices, columns, column_indices, channels, y, k)
+            _window(size == 2, args[_K] != 0, rows, row_indices, columns, column_indices, channels, y, k)
 
 
 @njit(**_JIT)
@@ -256,23 +234,14 @@ def _backward_kernel(task, args):
             dx = args[_X] + size * ((image * args[_HEIGHT] + h) * width + w) * channels
             n00, n01, n10, n11 = p0 * across + q0, p0 * across + q1, p1 * across + q0, p1 * across + q1
             k00, k01, k10, k11 = _index(i0, j0), _index(i0, j1), _index(i1, j0), _index(i1, j1)
-            if size == 2:
-                if h % 2 == 0 and w % 2 == 0:
-                    _gather_11_bf16(dy, k, (n00,), (k00,), channels, dx)
-                elif h % 2 == 0:
-                    _gather_12_bf16(dy, k, (n00, n01), (k00, k01), channels, dx)
-                elif w % 2 == 0:
-                    _gather_21_bf16(dy, k, (n00, n10), (k00, k10), channels, dx)
-                else:
-                    _gather_22_bf16(dy, k, (n00, n01, n10, n11), (k00, k01, k10, k11), channels, dx)
-            elif h % 2 == 0 and w % 2 == 0:
-                _gather_11_f32(dy, k, (n00,), (k00,), channels, dx)
+            if h % 2 == 0 and w % 2 == 0:
+                _gather(size == 2, dy, k, (n00,), (k00,), channels, dx)
             elif h % 2 == 0:
-                _gather_12_f32(dy, k, (n00, n01), (k00, k01), channels, dx)
+                _gather(size == 2, dy, k, (n00, n01), (k00, k01), channels, dx)
             elif w % 2 == 0:
-                _gather_21_f32(dy, k, (n00, n10), (k00, k10), channels, dx)
+                _gather(size == 2, dy, k, (n00, n10), (k00, k10), channels, dx)
             else:
-                _gather_22_f32(dy, k, (n00, n01, n10, n11), (k00, k01, k10, k11), channels, dx)
+                _gather(size == 2, dy, k, (n00, n01, n10, n11), (k00, k01, k10, k11), channels, dx)
 
 
 KERNELS = (_forward_kernel, _backward_kernel)
