@@ -11,8 +11,7 @@ import math
 
 import numpy as np
 import torch
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -216,35 +215,13 @@ def _color_row(planes, i, p, before_contrast, mean):
             b[j] = gray
 
 
-_vertical_2, _vertical_4, _vertical_6, _vertical_8 = (make_vertical_blur(radius) for radius in _RADII[1:])
-_FINISH_ROW = {
-    numba_type: [make_finish_row(radius, dtype) for radius in _RADII]
-    for numba_type, dtype in ((types.float32, "float32"), (types.uint16, "bfloat16"), (types.int16, "float16"))
-}  # see WRITTEN
+_blur_rows, _finish_blocks = make_vertical_blur(_RADII[1:]), make_finish_row(_RADII)
 
 
-def _finish_row(source, red, green, blue, radius, taps, solarize, gain, shift, out, start, blocks):
-    """Call the intrinsic of `make_finish_row` for this radius and the dtype of `out`."""
-    raise NotImplementedError("compiled code only: see the overload below")
-
-
-@overload(_finish_row, jit_options=_JIT)
-def _finish_row_overload(source, red, green, blue, radius, taps, solarize, gain, shift, out, start, blocks):
-    finish_0, finish_2, finish_4, finish_6, finish_8 = _FINISH_ROW[out.dtype]
-
-    def finish(source, red, green, blue, radius, taps, solarize, gain, shift, out, start, blocks):
-        if radius == 0:
-            finish_0(source, red, green, blue, taps, solarize, gain, shift, out, start, blocks)
-        elif radius == 2:
-            finish_2(source, red, green, blue, taps, solarize, gain, shift, out, start, blocks)
-        elif radius == 4:
-            finish_4(source, red, green, blue, taps, solarize, gain, shift, out, start, blocks)
-        elif radius == 6:
-            finish_6(source, red, green, blue, taps, solarize, gain, shift, out, start, blocks)
-        else:
-            finish_8(source, red, green, blue, taps, solarize, gain, shift, out, start, blocks)
-
-    return finish
+@njit(**_JIT)
+def _finish_row(radius, source, red, green, blue, taps, solarize, gain, shift, out, start, blocks):
+    """Call the intrinsic of `make_finish_row`, compiled once for both calls."""
+    _finish_blocks(radius, source, red, green, blue, taps, solarize, gain, shift, out, start, blocks)
 
 
 @njit(**_JIT)
@@ -259,14 +236,7 @@ def _vertical_blur(planes, i, radius, taps, offsets, padded):
             # Rows outside the view read the zeros behind the planes.
             store_flat(offsets, k, (c * size + y) * size if 0 <= y < size else 3 * size * size)
         start = c * BLUR_ROWS * stride + _PADDING
-        if radius == 2:
-            _vertical_2(planes, offsets, taps, padded, start, stride, blocks)
-        elif radius == 4:
-            _vertical_4(planes, offsets, taps, padded, start, stride, blocks)
-        elif radius == 6:
-            _vertical_6(planes, offsets, taps, padded, start, stride, blocks)
-        else:
-            _vertical_8(planes, offsets, taps, padded, start, stride, blocks)
+        _blur_rows(radius, planes, offsets, taps, padded, start, stride, blocks)
         for k in range(BLUR_ROWS):
             for j in range(_PADDING):
                 store_flat(padded, start + k * stride + size + j, np.float32(0))
@@ -327,10 +297,10 @@ def _second_pass(planes, p, before_contrast, mean, taps, padded, line, edge, sca
             red = k * stride + _PADDING if radius > 0 else (i + k) * size
             green, blue = red + plane, red + 2 * plane
             start = 3 * size * (i + k)
-            _finish_row(source, red, green, blue, horizontal, taps, solarize, scale, offset, flat, start, blocks)
+            _finish_row(horizontal, source, red, green, blue, taps, solarize, scale, offset, flat, start, blocks)
             if done < size:
                 red, green, blue, start = red + done, green + done, blue + done, start + 3 * done
-                _finish_row(source, red, green, blue, horizontal, taps, solarize, scale, offset, flat_edge, 0, 1)
+                _finish_row(horizontal, source, red, green, blue, taps, solarize, scale, offset, flat_edge, 0, 1)
                 for j in range(3 * (size - done)):
                     store_flat(flat, start + j, load_flat(flat_edge, j))
 

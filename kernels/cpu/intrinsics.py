@@ -9,7 +9,7 @@ Kernels in other files inline these functions. numba's cache does not notice whe
 `jit_cache.compile_cpu_kernels` does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -175,8 +175,9 @@ def store_flat(typing_context, array, index, value):
 # --- augmentation ---
 
 
-def make_vertical_blur(radius: int) -> Callable[..., Any]:
-    """Return an intrinsic f(source, offsets, taps, out, start, stride, blocks): a vertical blur.
+def make_vertical_blur(radii: Sequence[int]) -> Callable[..., Any]:
+    """Return an intrinsic f(radius, source, offsets, taps, out, start, stride, blocks): a vertical
+    blur of one of the radii.
 
     It computes BLUR_ROWS output rows. With y[i] the input row at source[offsets[i]], i < BLUR_ROWS
     + 2 radius, for k < BLUR_ROWS and j < LANES * blocks:
@@ -188,25 +189,28 @@ def make_vertical_blur(radius: int) -> Callable[..., Any]:
     """
 
     @intrinsic
-    def blur(typing_context, source, offsets, taps, out, start, stride, blocks):
+    def blur(typing_context, radius, source, offsets, taps, out, start, stride, blocks):
         i64 = types.int64
-        signature = types.void(source, offsets, taps, out, i64, i64, i64)
+        signature = types.void(i64, source, offsets, taps, out, i64, i64, i64)
 
         def generate(context, builder, signature, arguments):
             source, offsets, taps, out = (
-                data_pointer(context, builder, signature.args[i], arguments[i]) for i in range(4)
+                data_pointer(context, builder, signature.args[i], arguments[i]) for i in range(1, 5)
             )
-            start, stride, blocks = arguments[4:]
-            row_starts = [builder.load(builder.gep(offsets, [_i64(i)])) for i in range(BLUR_ROWS + 2 * radius)]
-            weights = [splat(builder, builder.load(builder.gep(taps, [_i64(d)])), LANES) for d in range(radius + 1)]
-            with cgutils.for_range(builder, blocks) as loop:
-                j = builder.mul(loop.index, _i64(LANES))
-                rows = [_load(builder, source, builder.add(row_start, j)) for row_start in row_starts]
-                for k in range(BLUR_ROWS):
-                    total = _symmetric_sum(builder, rows[k : k + 2 * radius + 1], weights)
-                    index = builder.add(builder.add(start, builder.mul(stride, _i64(k))), j)
-                    stored = builder.store(total, vector_pointer(builder, out, index, _F32, LANES))
-                    stored.align = 4
+            start, stride, blocks = arguments[5:]
+
+            def emit(radius: int) -> None:
+                row_starts = [builder.load(builder.gep(offsets, [_i64(i)])) for i in range(BLUR_ROWS + 2 * radius)]
+                weights = _load_weights(builder, taps, radius)
+                with cgutils.for_range(builder, blocks) as loop:
+                    j = builder.mul(loop.index, _i64(LANES))
+                    rows = [_load(builder, source, builder.add(row_start, j)) for row_start in row_starts]
+                    for k in range(BLUR_ROWS):
+                        total = _symmetric_sum(builder, rows[k : k + 2 * radius + 1], weights)
+                        index = builder.add(builder.add(start, builder.mul(stride, _i64(k))), j)
+                        builder.store(total, vector_pointer(builder, out, index, _F32, LANES)).align = 4
+
+            _specialize_radius(builder, arguments[0], radii, emit)
             return context.get_dummy_value()
 
         return signature, generate
@@ -214,61 +218,79 @@ def make_vertical_blur(radius: int) -> Callable[..., Any]:
     return blur
 
 
-def make_finish_row(radius: int, dtype: str) -> Callable[..., Any]:
+def make_finish_row(radii: Sequence[int]) -> Callable[..., Any]:
     """Return an intrinsic that computes the last stages of one row of a view, in registers.
 
-    Its signature is f(source, red, green, blue, taps, solarize, gain, shift, out, start, blocks).
-    For LANES * blocks pixels whose channels start at source[red], source[green] and source[blue]:
+    Its signature is f(radius, source, red, green, blue, taps, solarize, gain, shift, out, start,
+    blocks). For LANES * blocks pixels whose channels start at source[red], source[green] and
+    source[blue]:
 
         1. the horizontal pass of the blur (none for radius 0), with neighbors from adjacent vectors
         2. solarize, if the flag is set
         3. clip to [0, 1], times gain (3,), plus shift (3,)
-        4. rounding to `dtype`, to nearest, ties to even
+        4. rounding to the dtype of `out`, to nearest, ties to even
         5. stores to the flat `out` from index `start` on, interleaved as R G B R G B ...
 
+    `out` is float32, or uint16 for the bits of bfloat16 and int16 for those of float16.
+
     Args:
-        radius: At most LANES. With a blur, `source` must be readable from LANES before each row to
+        radii: At most LANES. With a blur, `source` must be readable from LANES before each row to
             LANES after its last block.
-        dtype: "float32", or "bfloat16" or "float16", whose bits are written to 16-bit integers.
     """
-    convert = {"float32": lambda builder, x: x, "bfloat16": round_bfloat16, "float16": _round_float16}[dtype]
-    stored, alignment = (_F32, 4) if dtype == "float32" else (_I16, 2)
 
     @intrinsic
-    def finish(typing_context, source, red, green, blue, taps, solarize, gain, shift, out, start, blocks):
+    def finish(typing_context, radius, source, red, green, blue, taps, solarize, gain, shift, out, start, blocks):
         i64 = types.int64
-        signature = types.void(source, i64, i64, i64, taps, types.boolean, gain, shift, out, i64, i64)
+        signature = types.void(i64, source, i64, i64, i64, taps, types.boolean, gain, shift, out, i64, i64)
+        convert = {types.uint16: round_bfloat16, types.int16: _round_float16}.get(out.dtype, lambda builder, x: x)
+        stored, alignment = (_F32, 4) if out.dtype == types.float32 else (_I16, 2)
 
         def generate(context, builder, signature, arguments):
             source, taps, gain, shift, out = (
-                data_pointer(context, builder, signature.args[i], arguments[i]) for i in (0, 4, 6, 7, 8)
+                data_pointer(context, builder, signature.args[i], arguments[i]) for i in (1, 5, 7, 8, 9)
             )
-            channel_starts, start, blocks = arguments[1:4], arguments[9], arguments[10]
-            invert = splat(builder, context.cast(builder, arguments[5], types.boolean, types.boolean), LANES)
-            weights = [splat(builder, builder.load(builder.gep(taps, [_i64(d)])), LANES) for d in range(radius + 1)]
-            gains, shifts = (
-                [splat(builder, builder.load(builder.gep(a, [_i64(c)])), LANES) for c in range(3)]
-                for a in (gain, shift)
-            )
-            half, one = (ir.Constant(ir.VectorType(_F32, LANES), [value] * LANES) for value in (0.5, 1.0))
-            with cgutils.for_range(builder, blocks) as loop:
-                j = builder.mul(loop.index, _i64(LANES))
-                channels = []
-                for channel_start, g, s in zip(channel_starts, gains, shifts, strict=True):
-                    x = _horizontal_blur(builder, source, builder.add(channel_start, j), weights)
-                    bright = builder.and_(builder.fcmp_ordered(">=", x, half), invert)
-                    x = clip(builder, builder.select(bright, builder.fsub(one, x), x))
-                    x = builder.fadd(builder.fmul(x, g, flags=("contract",)), s, flags=("contract",))
-                    channels.append(convert(builder, x))
-                for k in range(3):
-                    index = builder.add(start, builder.add(builder.mul(j, _i64(3)), _i64(LANES * k)))
-                    pointer = vector_pointer(builder, out, index, stored, LANES)
-                    builder.store(_interleave(builder, channels, k), pointer).align = alignment
+            channel_starts, start, blocks = arguments[2:5], arguments[10], arguments[11]
+
+            def emit(radius: int) -> None:
+                invert = splat(builder, context.cast(builder, arguments[6], types.boolean, types.boolean), LANES)
+                weights = _load_weights(builder, taps, radius)
+                gains, shifts = (
+                    [splat(builder, builder.load(builder.gep(a, [_i64(c)])), LANES) for c in range(3)]
+                    for a in (gain, shift)
+                )
+                half, one = (ir.Constant(ir.VectorType(_F32, LANES), [value] * LANES) for value in (0.5, 1.0))
+                with cgutils.for_range(builder, blocks) as loop:
+                    j = builder.mul(loop.index, _i64(LANES))
+                    channels = []
+                    for channel_start, g, s in zip(channel_starts, gains, shifts, strict=True):
+                        x = _horizontal_blur(builder, source, builder.add(channel_start, j), weights)
+                        bright = builder.and_(builder.fcmp_ordered(">=", x, half), invert)
+                        x = clip(builder, builder.select(bright, builder.fsub(one, x), x))
+                        x = builder.fadd(builder.fmul(x, g, flags=("contract",)), s, flags=("contract",))
+                        channels.append(convert(builder, x))
+                    for k in range(3):
+                        index = builder.add(start, builder.add(builder.mul(j, _i64(3)), _i64(LANES * k)))
+                        pointer = vector_pointer(builder, out, index, stored, LANES)
+                        builder.store(_interleave(builder, channels, k), pointer).align = alignment
+
+            _specialize_radius(builder, arguments[0], radii, emit)
             return context.get_dummy_value()
 
         return signature, generate
 
     return finish
+
+
+def _specialize_radius(builder, radius, radii: Sequence[int], emit: Callable[[int], None]) -> None:
+    """Emit emit(r) for every radius r, and branches to the one that `radius` equals."""
+    for r in radii:
+        with builder.if_then(builder.icmp_signed("==", radius, _i64(r))):
+            emit(r)
+
+
+def _load_weights(builder, taps, radius: int) -> list[ir.Value]:
+    """Load the one-sided taps of a blur, as vectors of copies."""
+    return [splat(builder, builder.load(builder.gep(taps, [_i64(d)])), LANES) for d in range(radius + 1)]
 
 
 def _horizontal_blur(builder, source, index, weights) -> ir.Value:

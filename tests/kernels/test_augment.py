@@ -191,7 +191,7 @@ def test_scratch_is_reusable_after_a_blur():
 def test_bfloat16_rounds_to_nearest_ties_to_even():
     @njit
     def store(source, taps, one, zero, out):
-        _finish_row(source, 0, 3000, 6000, 0, taps, False, one, zero, out, 0, 3000 // LANES)
+        _finish_row(0, source, 0, 3000, 6000, taps, False, one, zero, out, 0, 3000 // LANES)
 
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, size=(3, 3000), dtype=np.uint32)
