@@ -30,7 +30,8 @@ from fastbyol.precision import autocast
 from fastbyol.runtime import environment
 from fastbyol.runtime.files import check_output, write_json
 from fastbyol.runtime.logging import logger
-from fastbyol.tools.profiling import Loop, loader_threads, open_training
+from fastbyol.tools.instruments import Loop, open_training
+from fastbyol.tools.profiling import loader_threads
 from fastbyol.tools.roofline import count_step, measure_peaks
 
 BOUND = 3 / 8

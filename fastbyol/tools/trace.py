@@ -8,20 +8,19 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from fastbyol.tools.profiling import Instruments, Loop
+from fastbyol.tools.instruments import Instruments, Loop
 
 K = TypeVar("K")
 TRACED_STEPS = 2
 KERNELS = 25  # rows of the table
 
 
-def trace(loop: "Loop", instruments: "Instruments", out: Path | None) -> dict[str, Any]:
+def trace(loop: Loop, instruments: Instruments, out: Path | None) -> dict[str, Any]:
     """Trace two instrumented steps; write the Chrome trace to `out`, if given."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it reports a missing GPU as an error
     device, parts = loop.training.device, instruments.parts

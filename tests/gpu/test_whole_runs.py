@@ -36,9 +36,10 @@ from fastbyol.evaluate.options import KnnEval, LinearEval
 from fastbyol.evaluate.run import BYOL_ROW, evaluate
 from fastbyol.layers import set_num_views
 from fastbyol.runtime.distributed import World
-from fastbyol.spans import COPY, WAIT
+from fastbyol.spans import BACKWARD, COPY, ONLINE, TARGET, WAIT
 from fastbyol.tools.clock import REST
-from fastbyol.tools.profiling import BACKWARD, EXCHANGE, ONLINE, TARGET, profile
+from fastbyol.tools.instruments import EXCHANGE
+from fastbyol.tools.profiling import profile
 from fastbyol.weights.export import export
 from fastbyol.weights.load import load_checkpoint_model, open_backbone
 

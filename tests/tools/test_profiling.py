@@ -16,10 +16,11 @@ from torch.profiler import ProfilerActivity
 
 from fastbyol import cli, spans
 from fastbyol.optim import Update
-from fastbyol.spans import AUGMENT, COPY, WAIT
+from fastbyol.spans import AUGMENT, BACKWARD, COPY, ONLINE, TARGET, WAIT
 from fastbyol.tools import bench, profiling
 from fastbyol.tools.clock import REST, Clock
-from fastbyol.tools.profiling import BACKWARD, EXCHANGE, ONLINE, TARGET, Instruments, Loop, profile
+from fastbyol.tools.instruments import EXCHANGE, Instruments, Loop
+from fastbyol.tools.profiling import profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

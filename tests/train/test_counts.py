@@ -20,7 +20,7 @@ import fastbyol.kernels
 from fastbyol.config import Config, DataConfig
 from fastbyol.data import rendering
 from fastbyol.kernels.cpu.lars_ema import LarsEma
-from fastbyol.tools.profiling import Loop
+from fastbyol.tools.instruments import Loop
 from fastbyol.tools.roofline import count_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
