@@ -51,7 +51,7 @@ def warn_if_shared(threads: int, warn: Callable[[str], object] = logger.warning)
     if seconds < _MIN_SECONDS or left > mine - _TOLERATED or not settings:
         return
     warn(
-        f"other processes keep {others:.1f} of {total} CPU cores busy: training may be several times slower; "
+        f"other processes keep {others:.1f} of {total} CPU cores busy: training may be many times slower; "
         f"{' and '.join(settings)} would fit what is left"
     )
 
