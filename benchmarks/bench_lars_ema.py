@@ -153,7 +153,10 @@ def sgd_and_lerp(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
 
 def apex(model: BYOL, lr: Tensor, tau: Tensor) -> Callable[[], None]:
     if lr.device.type != "cuda" or not all(map(environment.has_module, ("amp_C", "apex.multi_tensor_apply"))):
-        pytest.skip("NVIDIA's apex (amp_C) is not installed, or there is no GPU; apex on PyPI is another project")
+        pytest.skip(
+            "NVIDIA's apex (amp_C) is not installed, or there is no GPU; apex on PyPI is another project: APEX_CPP_EXT=1 "
+            "APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex"
+        )
     from apex.optimizers import FusedSGD
 
     return _without_norms(model, lr.item(), tau, FusedSGD)

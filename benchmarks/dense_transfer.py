@@ -66,7 +66,7 @@ def main() -> None:
     (work / "data").mkdir(parents=True, exist_ok=True)
     shapes = work / "data" / "shapes"
     if not shapes.exists():
-        prepare_shapes(shapes)
+        print(prepare_shapes(shapes), flush=True)
     rows = []
     for seed in args.seeds:
         run = run_of(seed, work)

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastbyol.kernels import augment, augment_params, crop
 
 VIEWS = 2
-# The 24 orders of the four color operations, numbered as in kernels/augment.py.
+# The 24 orders of the four color operations, numbered as in kernels/augment_params.py.
 ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
 
 

@@ -165,6 +165,8 @@ class PrefetchPool(Generic[T, R]):
             try:
                 work = work or self._new_worker()
                 result = work(task)
+            except StopIteration as raised:  # raised by `take`, it would end the consumer's loop silently (PEP 479)
+                error = RuntimeError(f"a task raised {raised!r}")
             except BaseException as raised:  # `take` raises it
                 error = raised
             self._finish(number, result, error)

@@ -177,7 +177,7 @@ def store_flat(typing_context, array, index, value):
 
 def make_vertical_blur(radii: Sequence[int]) -> Callable[..., Any]:
     """Return an intrinsic f(radius, source, offsets, taps, out, start, stride, blocks): a vertical
-    blur of one of the radii.
+    blur of one of the radii. It writes nothing for another radius.
 
     It computes BLUR_ROWS output rows. With y[i] the input row at source[offsets[i]], i < BLUR_ROWS
     + 2 radius, for k < BLUR_ROWS and j < LANES * blocks:
@@ -231,11 +231,12 @@ def make_finish_row(radii: Sequence[int]) -> Callable[..., Any]:
         4. rounding to the dtype of `out`, to nearest, ties to even
         5. stores to the flat `out` from index `start` on, interleaved as R G B R G B ...
 
-    `out` is float32, or uint16 for the bits of bfloat16 and int16 for those of float16.
+    `out` is float32, or uint16 for the bits of bfloat16 and int16 for those of float16. Nothing is
+    written for a radius that is not one of `radii`.
 
     Args:
-        radii: At most LANES. With a blur, `source` must be readable from LANES before each row to
-            LANES after its last block.
+        radii: Those to emit code for, each at most LANES. With a blur, `source` must be readable
+            from LANES before each row to LANES after its last block.
     """
 
     @intrinsic

@@ -90,10 +90,12 @@ def _last_change() -> float:
 
 
 def _index_files(kernel: Any) -> list[Path]:
-    """Return a kernel's index files in numba's cache folder."""
+    """Return the index files, in numba's cache folder, of all cached functions of a kernel's
+    module.
+    """
     source = Path(inspect.getfile(kernel.py_func))
     folder = Path(_dispatcher(kernel).stats.cache_path)
-    return list(folder.glob(f"{source.stem}.{kernel.py_func.__name__}-*.nbi"))
+    return list(folder.glob(f"{source.stem}.*.nbi"))
 
 
 def _dispatcher(kernel: Any) -> Any:

@@ -331,7 +331,7 @@ def _run_passes(begin, end, sample, norms, update, args):
 
 @njit(**_JIT)
 def _run_task(task, update, args):
-    """Run a task's passes; the first one if this is not the update, or if the task is fused."""
+    """Run the norms only, or if `update` the update, after the norms if the task is fused."""
     begin, end, dtype, fused = _load_task(task, args)
     norms = fused or not update
     if dtype == 0:

@@ -84,6 +84,12 @@ def test_an_error_is_raised_where_its_result_would_be():
         next(results)
 
 
+def test_a_task_that_raises_stop_iteration_does_not_end_the_results_silently():
+    empty = iter(())
+    with pytest.raises(RuntimeError, match="a task raised StopIteration"):
+        list(map_in_order(lambda task: next(empty) if task == 3 else task, range(6), threads=2))
+
+
 def test_an_error_of_the_tasks_iterator_comes_after_the_results_before_it():
     def tasks():
         yield from range(3)

@@ -43,18 +43,18 @@ def test_complete_cache_logs_nothing(monkeypatch, log_lines):
 
 def test_kernels_older_than_an_inlined_module_are_removed(tmp_path):
     kernel = SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path)), py_func=crop.crop_kernel.py_func)
-    names = ("crop.crop_kernel-1.py311.nbi", "crop.crop_kernel-2.py311.nbi", "crop.other-1.py311.nbi")
-    older, newer, other = (tmp_path / name for name in names)
-    for path in (older, newer, other):
-        path.touch()
+    names = ("crop.crop_kernel-1", "crop.crop_kernel-2", "crop.callee-1", "cropped.crop_kernel-1")
+    older, newer, callee, other = (tmp_path / f"{name}.py311.nbi" for name in names)
     changed = jit_cache._last_change()
-    for path, when in ((older, changed - 10), (newer, changed + 10), (other, changed - 10)):
+    for path in (older, newer, callee, other):
+        path.touch()
+        when = changed + 10 if path == newer else changed - 10
         os.utime(path, (when, when))
     jit_cache._remove_stale([kernel])
-    assert [path.exists() for path in (older, newer, other)] == [False, True, True]
+    assert [path.exists() for path in (older, newer, callee, other)] == [False, True, False, True]
 
 
-COMPILED = {"njit", "overload", "openmp.kernel", "intrinsic", "_block_loop"}  # decorators
+COMPILED = {"njit", "openmp.kernel", "intrinsic", "_block_loop"}  # decorators
 
 
 def compiled_functions(tree):

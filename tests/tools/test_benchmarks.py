@@ -286,10 +286,14 @@ def test_variant_rows_match_result_file():
     assert list(dict.fromkeys(row["variant"] for row in rows)) == variants.default_rows()
 
 
-def test_apex_of_pypi_is_not_mistaken_for_nvidias(monkeypatch, tmp_path):
+def test_apex_without_multi_tensor_apply_is_not_nvidias(monkeypatch, tmp_path):
+    """PyPI's apex is another project."""
     (tmp_path / "apex").mkdir()
-    (tmp_path / "apex/__init__.py").touch()
+    for file in ("apex/__init__.py", "amp_C.py"):
+        (tmp_path / file).touch()
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "apex", None)  # so that the fake is removed again
+    monkeypatch.delitem(sys.modules, "apex")
     lr = SimpleNamespace(device=torch.device("cuda"))
     with pytest.raises(pytest.skip.Exception, match="apex on PyPI is another project"):
         bench_lars_ema.apex(None, lr, None)

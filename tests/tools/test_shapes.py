@@ -1,5 +1,6 @@
 """The corpus of textured shapes: masks, boxes, polygons, and what distinguishes its classes."""
 
+import itertools
 import json
 
 import numpy as np
@@ -196,7 +197,7 @@ def test_a_missing_photograph_is_named(tmp_path, monkeypatch):
 
 
 def test_an_error_leaves_no_files(tmp_path, monkeypatch):
-    numbers = iter(range(20))
+    numbers = itertools.count()
 
     def stop(category, visible):
         if next(numbers) == 5:
