@@ -86,9 +86,7 @@ def fixed_bytes(model: BYOL, config: Config) -> int:
 
 
 def _trial(model: BYOL, config: Config, images: int, device: torch.device) -> int:
-    """Run forward and backward on `images` random images; return the bytes needed besides the
-    weights.
-    """
+    """Run forward and backward on random images; return the bytes needed besides the weights."""
     dtype = compute_dtype(config.precision, device)
     size = config.data.image_size_px
     shape = (images, 3, size, size)

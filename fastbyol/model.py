@@ -82,9 +82,7 @@ class BYOL(nn.Module):
         return self.encode(self.target, inputs)[1]
 
     def online_loss(self, inputs: Any, targets: Tensor | None) -> BYOLOutput:
-        """Predict `targets` (2B, D) with the online network, each view from the other; return the
-        loss.
-        """
+        """Predict `targets` (2B, D), each view from the other; return the loss."""
         features, projections = self.encode(self.online, inputs)
         predictions = self.predictor(projections)
         return self.output(self.loss(predictions, targets), features, projections)
@@ -120,9 +118,7 @@ class BYOL(nn.Module):
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """The paper's projector and predictor: Linear with bias, BatchNorm, ReLU, Linear without
-    bias.
-    """
+    """The paper's projector and predictor: Linear (bias), BatchNorm, ReLU, Linear (no bias)."""
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False)
     )

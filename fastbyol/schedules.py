@@ -60,9 +60,7 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
 
 
 def target_decay(step: int, *, base: float, total_steps: int) -> float:
-    """Return tau = 1 - (1 - base) * (cos(pi k / K) + 1) / 2: `base` at step 0, 1 at
-    `total_steps`.
-    """
+    """Return tau = 1 - (1 - base) * (cos(pi k / K) + 1) / 2: from `base` at step 0 to 1."""
     return 1 - (1 - base) * _cosine_decay(step, total_steps)
 
 
@@ -74,7 +72,5 @@ def _cosine_decay(step: int, steps: int) -> float:
 
 
 def step_seed(*numbers: int) -> int:
-    """Return one 63-bit seed from several numbers, such as the run's seed, the step and the
-    rank.
-    """
+    """Return one 63-bit seed from several numbers, such as the run's seed, step and rank."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,9 +1,8 @@
 """Crop, bicubic resize and horizontal flip of one decoded image.
 
-Formula: output pixel i of S samples the crop (length L) at x = (i + 0.5) L / S - 0.5. With f =
-    floor(x) and
-t = x - f, the taps f-1 .. f+2 have the weights k(1+t), k(t), k(1-t), k(2-t) of Keys' cubic with a =
--0.5,
+Formula: output pixel i of S samples the crop (length L) at x = (i + 0.5) L / S - 0.5. With
+f = floor(x) and t = x - f, the taps f-1 .. f+2 have the weights k(1+t), k(t), k(1-t), k(2-t) of
+Keys' cubic with a = -0.5,
 
     k(x) = 1.5 x^3 - 2.5 x^2 + 1                x < 1
     k(x) = -0.5 x^3 + 2.5 x^2 - 4 x + 2    1 <= x < 2.

@@ -49,9 +49,7 @@ _EMPTY_JPEG = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), dtype=np.
 
 
 class Prepared(NamedTuple):
-    """An image known to be usable: bytes for DALI, or pixels (H, W, 3) if the host has decoded
-    it.
-    """
+    """A usable image: bytes for DALI, or pixels (H, W, 3) that the host has decoded."""
 
     index: int  # in the set
     size: tuple[int, int]  # height, width

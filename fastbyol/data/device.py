@@ -1,6 +1,4 @@
-"""Batches on a GPU: copies on a stream of their own, so that they overlap with the previous
-step.
-"""
+"""Batches on a GPU, copied on a stream of their own, which overlaps with the previous step."""
 
 from collections.abc import Iterator
 

@@ -113,9 +113,7 @@ class FfcvLoader(DeterministicLoader):
         )
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of steps start .. stop - 1; leaving the loop early stops FFCV's
-        thread.
-        """
+        """Yield the batches of steps start .. stop - 1. Leaving early stops FFCV's thread."""
         device_slots = DeviceSlots(self.device) if self.device.type == "cuda" else None
         first = start
         while first < stop:

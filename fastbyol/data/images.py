@@ -47,9 +47,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def _identity(self, members: NDArray[np.int64]) -> bytes:
-        """Return bytes that identify the images at `members`, in that order, without reading
-        them.
-        """
+        """Return bytes that identify the images at `members`, in order, without reading them."""
 
     def fingerprint(self) -> dict[str, list[int | str]]:
         """Return class -> [number of images, hash of their names]; '' is for unlabeled images.
@@ -81,9 +79,7 @@ class ImageSet(ABC):
         return f"{self.root}/{self.name(index)}"
 
     def subsample(self, limit: int) -> Self:
-        """Return at most `limit` images, evenly spaced over the set and thereby over its
-        classes.
-        """
+        """Return at most `limit` images, evenly spaced over the set and so over its classes."""
         return self if len(self) <= limit else self.subset(self.subsample_indices(limit))
 
     def subsample_indices(self, limit: int) -> NDArray[np.int64]:

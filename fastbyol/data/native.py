@@ -56,9 +56,7 @@ class NativeLoader(DeterministicLoader):
         self.readers, self.readahead_images, self.dct_scaling = readers, readahead_images, dct_scaling
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of steps start .. stop - 1; leaving the loop early stops all
-        threads.
-        """
+        """Yield the batches of steps start .. stop - 1. Leaving early stops all threads."""
         ring = [Slot(self) for _ in range(self.prefetch_batches + 1)]
         device_slots = DeviceSlots(self.device) if self.device.type == "cuda" else None
         source = self._start_source(start, stop)

@@ -78,9 +78,7 @@ def select_training_images(images: ImageSet, data: DataConfig, *, prefix: str = 
 
 
 def _smallest_fraction(count: int) -> str:
-    """Return the smallest fraction, rounded up to four digits, that selects one of `count`
-    images.
-    """
+    """Return the smallest fraction (rounded up, four digits) that selects one of `count` images."""
     return f"{np.ceil(0.5001 / max(count, 1) * 1e4) / 1e4:g}" if count else "a class that has images"
 
 

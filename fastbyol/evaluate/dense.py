@@ -178,9 +178,7 @@ def fit(
 def validation_batches(
     images: Sequence[T], make_sample: Callable[[T], tuple[Any, ...]], batch_size: int, context: EvalContext
 ) -> Iterator[tuple[tuple[Any, ...], ...]]:
-    """Yield batches of the images' samples, transposed: one tuple per item of a sample. Shows
-    progress.
-    """
+    """Yield batches of samples, transposed: one tuple per item of a sample. Shows progress."""
     chunks = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
     for chunk in context.track("validation", chunks, len(images), each=batch_size):
         yield tuple(zip(*map_in_order(make_sample, chunk, context.threads), strict=True))

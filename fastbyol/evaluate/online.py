@@ -86,9 +86,7 @@ class OnlineProbe(Callback):
         return False
 
     def end_of_epoch(self) -> dict[str, float]:
-        """Return loss, top5 and top1 of the epoch's images over all ranks, and start the next
-        epoch.
-        """
+        """Return loss, top5 and top1 of the epoch over all ranks, and start the next epoch."""
         images, loss, top1, top5 = self._world.mean(self._sums).tolist()
         self._sums.zero_()
         return {"loss": loss / images, "top5": top5 / images, "top1": top1 / images}

@@ -1,3 +1,1 @@
-"""What a run needs around the algorithm: processes, checkpoints, memory, logs, files, the
-machine.
-"""
+"""What a run needs besides the algorithm: processes, checkpoints, memory, logs, files."""

@@ -196,9 +196,7 @@ def resolve(run_or_file: Path, warn: Callable[[str], object] = logger.warning) -
 
 
 def _link(path: Path, link: Path) -> None:
-    """Make `link` a hard link to `path`, atomically; a copy if the file system has no hard
-    links.
-    """
+    """Make `link` a hard link to `path`, atomically; a copy on file systems without them."""
     temporary = link.with_name(f".{link.name}.partial")
     temporary.unlink(missing_ok=True)
     try:

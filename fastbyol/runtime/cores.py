@@ -3,7 +3,6 @@
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,14 +29,13 @@ def respect_quota() -> None:
         torch.set_num_threads(available())
 
 
-def warn_if_shared(threads: int, warn: Callable[[str], object] = logger.warning) -> None:
+def warn_if_shared(threads: int) -> None:
     """Warn if other processes have kept cores busy, with settings that fit the rest.
 
     Threads that wait for each other slow down disproportionately if one of them has no core.
 
     Args:
         threads: the loader's threads.
-        warn: called with the warning.
     """
     seconds, others = _others()
     total, mine = len(os.sched_getaffinity(0)), available()
@@ -50,7 +48,7 @@ def warn_if_shared(threads: int, warn: Callable[[str], object] = logger.warning)
         settings.append(f"--data.threads {fit}")
     if seconds < _MIN_SECONDS or left > mine - _TOLERATED or not settings:
         return
-    warn(
+    logger.warning(
         f"other processes keep {others:.1f} of {total} CPU cores busy: training may be many times slower; "
         f"{' and '.join(settings)} would fit what is left"
     )

@@ -165,9 +165,7 @@ class ProcessGroup:
 
 
 def _is_lost_contact(error: BaseException) -> bool:
-    """Return True if a collective raised the RuntimeError; torch has a special class for only some
-    of these.
-    """
+    """Return True if a collective raised the error; torch has a class for only some of these."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(w in text for w in ("gloo", "nccl", "connection closed by peer"))
 

@@ -176,14 +176,13 @@ class FolderLock:
     Args:
         folder: created if missing.
         wait_s: seconds to wait for another process to leave.
-        warn: called with a warning if the file system has no locks.
 
     Raises (on entering):
         InputError: another process is inside, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, *, wait_s: float = 0.0, warn: Callable[[str], object] = logger.warning) -> None:
-        self._folder, self._wait_s, self._warn = folder, wait_s, warn
+    def __init__(self, folder: Path, *, wait_s: float = 0.0) -> None:
+        self._folder, self._wait_s = folder, wait_s
         self._handle: int | None = None
         self._created: list[Path] = []
 
@@ -248,7 +247,9 @@ class FolderLock:
                     if error.errno in (errno.EAGAIN, errno.EACCES):
                         return None
                     raise
-                self._warn(f"{self._folder}: its file system has no locks: make sure that no other run writes into it")
+                logger.warning(
+                    f"{self._folder}: its file system has no locks: make sure that no other run writes into it"
+                )
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), path.stat()):
                     os.ftruncate(handle, 0)

@@ -95,9 +95,7 @@ def measure_memory(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a GPU, or the system's available memory within the limit of the
-    process's cgroup.
-    """
+    """Return the free memory of a GPU, or of the system within the limit of the cgroup."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

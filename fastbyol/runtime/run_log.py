@@ -1,6 +1,4 @@
-"""Log of a run: the progress bar, metrics.jsonl, TensorBoard events, and train.log with the text
-messages.
-"""
+"""Log of a run: progress bar, metrics.jsonl, TensorBoard events, and train.log with messages."""
 
 import errno
 import json
@@ -34,9 +32,10 @@ class RunLog:
     progress bar.
 
     Lines of metrics.jsonl; `step` counts the optimizer steps done:
-        {"kind": "train", step, epoch, loss, lr, tau, projection_std, images_per_s, wait_share}, in
-        float16 also loss_scale and skipped_steps {"kind": "knn", step, epoch, top1, top5} {"kind":
-        "probe", step, epoch, loss, top5, top1}
+        {"kind": "train", step, epoch, loss, lr, tau, projection_std, images_per_s, wait_share}
+            in float16 also loss_scale and skipped_steps
+        {"kind": "knn", step, epoch, top1, top5}
+        {"kind": "probe", step, epoch, loss, top5, top1}
 
     Args:
         folder: of the run.
@@ -155,9 +154,7 @@ class RunLog:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Context manager: time inside (evaluation, checkpoints) does not count as training
-        time.
-        """
+        """Context manager: time inside (evaluation, checkpoints) is not training time."""
         before = time.perf_counter()
         try:
             yield
@@ -165,9 +162,7 @@ class RunLog:
             self._paused_s += time.perf_counter() - before
 
     def _write(self, kind: str, step: int, values: dict[str, float], shown: dict[str, str]) -> None:
-        """Write a line of metrics.jsonl and the event file; `shown` are the new values of the
-        progress bar.
-        """
+        """Write a line of metrics.jsonl and the event file; the progress bar takes `shown`."""
         if self._metrics is None:
             return
         line = (
@@ -228,9 +223,7 @@ class _TextLog(logging.Handler):
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the record, and one line when the console becomes unavailable: it printed the
-        record before.
-        """
+        """Write the record, and one line as soon as the console is unavailable."""
         self.write(format_record(record), record.created)
         lost = getattr(sys.stdout, "lost", None)
         if lost != self._lost:
@@ -254,9 +247,7 @@ class _TextLog(logging.Handler):
 
 
 class EarlyRecords(logging.Handler):
-    """Context manager that collects the logger's records until `release`, when train.log can take
-    them.
-    """
+    """Context manager that collects records until `release`, when train.log can take them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -111,9 +111,7 @@ def _measure(training: Training, rounds: int, steps: int) -> dict[str, list[floa
 
 
 def _supervised(training: Training) -> nn.Module:
-    """Return timm's unmodified backbone with a classifier, with weights drawn from the config's
-    seed.
-    """
+    """Return timm's unmodified backbone with a classifier; the config's seed draws the weights."""
     config = training.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -79,9 +79,7 @@ class Loop:
         return Batch((view1, view2), batch.labels.clone(), batch.indices.clone())
 
     def warm_up(self) -> None:
-        """Run steps until everything is compiled and no batch is left that was prefetched
-        before.
-        """
+        """Run steps until everything is compiled and all earlier prefetched batches are used."""
         config, device = self.training.config.data, self.training.device
         for _ in range(_WARM_UP[device.type] + config.prefetch_batches + 1):
             self()

@@ -107,9 +107,7 @@ def count_step(config: Config, images: int, dtype: torch.dtype) -> dict[str, Wor
 
 
 def saved_tensor_bytes(config: Config, images: int, dtype: torch.dtype) -> int:
-    """Return the bytes that autograd saves for the backward pass of `images` images, without
-    parameters.
-    """
+    """Return the bytes that autograd saves for the backward pass, without parameters."""
     model = meta_model(config)
     activation_checkpointing(model.online.backbone, config.step.activation_checkpointing)
     _cast(model, dtype)

@@ -1,6 +1,4 @@
-"""Instrumented steps under torch's profiler: operators by time, host syncs, and memory over
-time.
-"""
+"""Instrumented steps under torch's profiler: operators, host syncs, and memory over time."""
 
 import bisect
 import gc
@@ -79,9 +77,7 @@ def _operators(events: list[Any], parts: set[str], *, cuda: bool) -> Iterator[tu
 
 
 def _add_up(rows: Iterable[tuple[K, float]]) -> dict[K, tuple[float, float]]:
-    """Return ms and calls per step for every key, longest first, from (key, microseconds) of every
-    call.
-    """
+    """Return ms and calls per step by key, longest first, from (key, microseconds) of each call."""
     found: dict[K, list[float]] = defaultdict(list)
     for key, microseconds in rows:
         found[key].append(microseconds)

@@ -216,9 +216,7 @@ def _load_tensors(stored: files.StoredWeights, backbone: nn.Module, where: str) 
 
 
 def _select_tensors(tensors: Tensors, backbone: nn.Module, expected: Tensors) -> tuple[Tensors, list[str]]:
-    """Return the tensors under timm's names, and the names of the classifier's, which are
-    skipped.
-    """
+    """Return the tensors under timm's names, and the names of the skipped classifier's."""
     naming = torchvision_naming(backbone)
     if naming is not None and naming.marker not in tensors:
         naming = None

@@ -90,9 +90,7 @@ def _last_change() -> float:
 
 
 def _index_files(kernel: Any) -> list[Path]:
-    """Return the index files, in numba's cache folder, of all cached functions of a kernel's
-    module.
-    """
+    """Return numba's index files of all cached functions of a kernel's module."""
     source = Path(inspect.getfile(kernel.py_func))
     folder = Path(_dispatcher(kernel).stats.cache_path)
     return list(folder.glob(f"{source.stem}.*.nbi"))

@@ -86,22 +86,21 @@ def test_torch_threads_respect_the_quota(monkeypatch, told, expected):
         (3.0, 2, 2, 2, 1),
     ],
 )
-def test_busy_cores_give_one_warning_with_settings(monkeypatch, others, quota, torchs, loaders, fit):
+def test_busy_cores_give_one_warning_with_settings(monkeypatch, log_lines, others, quota, torchs, loaders, fit):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
     monkeypatch.setattr(cores, "_quota", lambda groups, root: quota)
     monkeypatch.setattr(cores, "_others", lambda: (5.0, others))
     monkeypatch.setattr(torch, "get_num_threads", lambda: torchs)
-    warnings = []
-    cores.warn_if_shared(loaders, warnings.append)
+    cores.warn_if_shared(loaders)
     if fit is None:
-        assert warnings == []
+        assert log_lines == []
     else:
-        assert len(warnings) == 1
-        assert f"{others:.1f} of 4 CPU cores busy" in warnings[0]
+        assert len(log_lines) == 1
+        assert f"{others:.1f} of 4 CPU cores busy" in log_lines[0]
         # only settings that do not fit yet
-        assert (f"OMP_NUM_THREADS={fit} in the environment" in warnings[0]) == (torchs > fit)
-        assert (f"--data.threads {fit}" in warnings[0]) == (loaders > fit)
-        assert warnings[0].endswith(" what is left")
+        assert (f"OMP_NUM_THREADS={fit} in the environment" in log_lines[0]) == (torchs > fit)
+        assert (f"--data.threads {fit}" in log_lines[0]) == (loaders > fit)
+        assert log_lines[0].endswith(" what is left")
 
 
 OTHERS = cores._others

@@ -26,8 +26,10 @@ from fastbyol.runtime.files import (
 )
 
 
-def no_warning(text):
-    raise AssertionError(text)
+@pytest.fixture
+def no_warnings(log_lines):
+    yield
+    assert log_lines == []
 
 
 def test_write_file_replaces_atomically(tmp_path):
@@ -99,7 +101,7 @@ def locker(folder):
 import sys, time
 from pathlib import Path
 from fastbyol.runtime.files import FolderLock
-with FolderLock(Path({str(folder)!r}), warn=print):
+with FolderLock(Path({str(folder)!r})):
     print("locked", flush=True)
     time.sleep(1000)
 """
@@ -108,16 +110,17 @@ with FolderLock(Path({str(folder)!r}), warn=print):
     return process
 
 
+@pytest.mark.usefixtures("no_warnings")
 def test_lock_excludes_other_processes_and_ends_with_its_owner(tmp_path):
     folder = tmp_path / "runs" / "byol"
     process = locker(folder)
     try:
         owner = rf"another run writes into it \(process {process.pid} on "
-        with pytest.raises(InputError, match=owner), FolderLock(folder, warn=no_warning):
+        with pytest.raises(InputError, match=owner), FolderLock(folder):
             pass
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with FolderLock(folder, wait_s=60, warn=no_warning):
+        with FolderLock(folder, wait_s=60):
             assert f"process {os.getpid()} on" in (folder / LOCK).read_text()
     finally:
         process.kill()
@@ -125,13 +128,15 @@ def test_lock_excludes_other_processes_and_ends_with_its_owner(tmp_path):
         process.stdout.close()
 
 
+@pytest.mark.usefixtures("no_warnings")
 def test_lock_waits_for_the_other_process(tmp_path, monkeypatch):
-    first = FolderLock(tmp_path, warn=no_warning).__enter__()
+    first = FolderLock(tmp_path).__enter__()
     monkeypatch.setattr(time, "sleep", lambda s: first.__exit__(None, None, None))
-    with FolderLock(tmp_path, wait_s=1000, warn=no_warning):
+    with FolderLock(tmp_path, wait_s=1000):
         pass
 
 
+@pytest.mark.usefixtures("no_warnings")
 def test_lock_file_that_is_not_a_regular_file_raises(tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("my notes")
@@ -140,36 +145,37 @@ def test_lock_file_that_is_not_a_regular_file_raises(tmp_path):
     for make in (lambda p: p.symlink_to(precious), lambda p: p.symlink_to("nowhere"), Path.mkdir, os.mkfifo):
         make(folder / LOCK)
         with pytest.raises(InputError, match=r"\.lock is not a regular file, but runs use it as a lock: remove it"):
-            FolderLock(folder, warn=no_warning).__enter__()
+            FolderLock(folder).__enter__()
         (folder / LOCK).rmdir() if (folder / LOCK).is_dir() else (folder / LOCK).unlink()
     assert precious.read_text() == "my notes"
 
 
+@pytest.mark.usefixtures("no_warnings")
 def test_unused_folder_is_removed(tmp_path):
-    with FolderLock(tmp_path / "runs" / "a", warn=no_warning):
+    with FolderLock(tmp_path / "runs" / "a"):
         assert (tmp_path / "runs" / "a").is_dir()
     assert not (tmp_path / "runs").exists()
-    with FolderLock(tmp_path / "runs" / "a", warn=no_warning):
+    with FolderLock(tmp_path / "runs" / "a"):
         (tmp_path / "runs" / "a" / "x").write_text("")
     assert (tmp_path / "runs" / "a" / "x").exists()
 
 
-def test_file_system_without_locks_warns(tmp_path, monkeypatch):
+def test_file_system_without_locks_warns(tmp_path, monkeypatch, log_lines):
     def refuse(handle, how):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
-    warnings = []
-    with FolderLock(tmp_path / "a", warn=warnings.append):
+    with FolderLock(tmp_path / "a"):
         pass
-    assert len(warnings) == 1
-    assert "its file system has no locks" in warnings[0]
+    assert len(log_lines) == 1
+    assert "its file system has no locks" in log_lines[0]
 
 
+@pytest.mark.usefixtures("no_warnings")
 def test_lock_of_an_impossible_folder_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written: .* is not a folder; choose another"):
-        FolderLock(tmp_path / "file" / "run", warn=no_warning).__enter__()
+        FolderLock(tmp_path / "file" / "run").__enter__()
 
 
 def test_make_folder_names_the_file_in_the_way(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from fastbyol import resume
 from fastbyol.callbacks import Callback
 from fastbyol.tools.report import write_report
 from fastbyol.train import train
@@ -58,6 +59,7 @@ def test_run_without_callbacks(make_config):
     assert result.step == 4
     saved = torch.load(result.folder / "checkpoints" / "step_00000004.pt", weights_only=True)
     assert saved["knn"] == {}
+    assert saved.keys() == {*resume._ENTRIES, "knn"}  # the names that no callback may have
 
 
 @pytest.mark.parametrize("name", ["model", "optimizer", "counter"])

@@ -218,7 +218,7 @@ def test_resume_rejects_another_dataset_of_equal_size(make_config, photos, tmp_p
 def test_run_folder_is_locked(make_config):
     config = make_config(name="two", resume="auto", **SHORT)
     folder = Path(config.runs) / "two"
-    with FolderLock(folder, warn=print), pytest.raises(InputError, match=r"two: another run writes into it \(process"):
+    with FolderLock(folder), pytest.raises(InputError, match=r"two: another run writes into it \(process"):
         train(config)
     assert not folder.exists()
     assert train(config).step == 4
@@ -650,7 +650,7 @@ def test_run_folder_that_disappears_during_training(make_config, monkeypatch, ca
                 if gone == "removed":
                     shutil.rmtree(elsewhere)
                 elif gone == "taken":
-                    stack.enter_context(FolderLock(folder, warn=print))
+                    stack.enter_context(FolderLock(folder))
             return original(self, number, batch)
 
         monkeypatch.setattr(step.TrainStep, "__call__", stepping)
