@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastbyol.kernels.augment_params import COLUMNS, blur_radius
-from fastbyol.kernels.triton import augment, crop, lars_ema
+from fastbyol.kernels.triton import augment, batch_norm, crop, lars_ema
 
 CAPABILITIES = (80, 90, 100)
 # Copy bandwidth in TB/s, estimated as 90 % of the data sheet's memory bandwidth; `make gpu`
@@ -39,7 +39,8 @@ class Build:
     name: str
     kernel: Any
     types: dict[str, str]
-    """Types of the runtime arguments, in order; pointers are aligned to 16 bytes."""
+    """Types of the runtime arguments, in order; pointers are aligned to 16 bytes, and integers of
+    type i32:16 are multiples of 16."""
     constants: dict[str, Any]
     warps: int
     streaming: bool
@@ -48,6 +49,8 @@ class Build:
     elements: int
     """Elements of the workload that the time is computed for."""
     workload: str
+    stores_sums_only: bool = False
+    """True if a program stores only a few sums, with any width."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def builds() -> list[Build]:
                 4 + width,
                 _R50_PARAMETERS,
                 pair,
+                stores_sums_only=True,
             ),
             Build(
                 f"update {suffix}",
@@ -108,6 +112,7 @@ def builds() -> list[Build]:
     views = "512 views, 224 px"
     return [
         *lars,
+        *_batch_norm_builds(),
         Build(
             "ema",
             lars_ema.ema_kernel,
@@ -158,6 +163,109 @@ def builds() -> list[Build]:
     ]
 
 
+def _batch_norm_builds() -> list[Build]:
+    """Return BatchNorm's kernels in bfloat16, as launched for the 512 views of a batch."""
+    table = {"stats": "*fp32", "weight": "*fp32", "bias": "*fp32"}
+    residual_table = {f"residual_{name}": kind for name, kind in table.items()}
+    sizes = {"rows": "i32:16", "channels": "i32:16"}
+    image = {"height": "i32:16", "width": "i32:16"}
+    epsilons = {"eps": 1e-5, "residual_eps": 1e-5}
+    stream = {"ITERATIONS": batch_norm.ITERATIONS}
+    finish = {"ROWS": batch_norm.FINISH_ROWS, "CHANNELS": batch_norm.FINISH_CHANNELS, "VIEWS": 2}
+    wide = {"BLOCK_ROWS": batch_norm.TILE // 128, "BLOCK_CHANNELS": 128}
+    narrow = {"BLOCK_ROWS": batch_norm.TILE // 64, "BLOCK_CHANNELS": 64}
+    stage, stem = 512 * 256 * 56 * 56, 512 * 64 * 112 * 112  # values of x
+    plain, pool = "(512, 256, 56, 56)", "(512, 64, 112, 112) and max-pool"
+
+    def build(name: str, kernel: Any, types: Any, constants: Any, passes: float, pooled: bool = False) -> Build:
+        return Build(
+            f"batch_norm {name}",
+            kernel,
+            types,
+            constants | (narrow if pooled else wide),
+            batch_norm.WARPS,
+            True,
+            2 * passes,
+            stem if pooled else stage,
+            pool if pooled else plain,
+            stores_sums_only=kernel is batch_norm.moments_kernel or constants.get("WRITE_G") is False,
+        )
+
+    def finishing(name: str, kernel: Any, types: Any, constants: Any) -> Build:
+        partials = batch_norm.PROGRAMS // 2  # per channel
+        return Build(
+            f"batch_norm {name}", kernel, types, constants, batch_norm.FINISH_WARPS, False, 8 * partials, 256, plain
+        )
+
+    forward = {"x": "*bf16", "residual": "*bf16", "y": "*bf16", "mask": "*u8"} | table | residual_table | sizes
+    sums = {"x": "*bf16", "dy": "*bf16", "dy2": "*bf16", "mask": "*u8", "places": "*u8", "residual": "*bf16"}
+    sums |= {"g": "*bf16", "partials": "*fp32"} | table | {"residual_stats": "*fp32"} | sizes | image
+    gradient = {"x": "*bf16", "g": "*bf16", "g2": "*bf16", "places": "*u8", "residual": "*bf16", "dx": "*bf16"}
+    gradient |= {"d_residual": "*bf16", "means": "*fp32"} | table | residual_table | sizes | image
+    none, from_x, from_bits = 0, 1, 2
+    bit = 1 / 16  # of a bfloat16 pass
+    kernels = [
+        build(
+            "moments", batch_norm.moments_kernel, {"x": "*bf16", "stats": "*fp32", "partials": "*fp32"} | sizes, {}, 1
+        ),
+        finishing(
+            "finish moments",
+            batch_norm.finish_moments_kernel,
+            {"partials": "*fp32", "stats": "*fp32", "running_mean": "*fp32", "running_var": "*fp32", "batches": "*i64"}
+            | sizes
+            | {"parts": "i32"},
+            finish | {"TRACK": True, "momentum": 0.1},
+        ),
+        finishing(
+            "finish sums",
+            batch_norm.finish_sums_kernel,
+            {"partials": "*fp32", "stats": "*fp32", "residual_stats": "*fp32", "means": "*fp32", "gradients": "*fp32"}
+            | sizes
+            | {"parts": "i32"},
+            finish | epsilons | {"NORMS": 2},
+        ),
+        build(
+            "apply and pool",
+            batch_norm.apply_and_pool_kernel,
+            {"x": "*bf16", "y": "*bf16", "places": "*u8"} | table | sizes | image,
+            stream | {"eps": 1e-5},
+            1 + 1.5 / 4,
+            pooled=True,
+        ),
+    ]
+    for name, residual, mask, passes in (
+        ("apply", 0, False, 2),
+        ("apply + residual", 1, True, 3 + bit),
+        ("apply + normalized residual", 2, True, 3 + bit),
+    ):
+        constants = stream | epsilons | {"RESIDUAL": residual, "RELU": True, "WRITE_MASK": mask}
+        kernels.append(build(name, batch_norm.apply_kernel, forward, constants, passes))
+    for name, two, pooled, mask, normalized, write_g, passes in (
+        ("sums", False, False, from_x, False, False, 2),
+        ("sums + residual", True, False, from_bits, False, True, 4 + bit),
+        ("sums + normalized residual", True, False, from_bits, True, True, 5 + bit),
+        ("sums of the pool", True, True, from_x, False, False, 1 + 2.5 / 4),
+    ):
+        constants = {
+            "eps": 1e-5,
+            "TWO": two,
+            "POOL": pooled,
+            "MASK": mask,
+            "NORMALIZED": normalized,
+            "WRITE_G": write_g,
+        }
+        kernels.append(build(name, batch_norm.sums_kernel, sums, constants, passes, pooled))
+    for name, two, pooled, mask, normalized, passes in (
+        ("gradient", False, False, from_x, False, 3),
+        ("gradient + residual", False, False, none, False, 3),
+        ("gradient + normalized residual", False, False, none, True, 5),
+        ("gradient of the pool", True, True, from_x, False, 2 + 2.5 / 4),
+    ):
+        constants = stream | epsilons | {"TWO": two, "POOL": pooled, "MASK": mask, "NORMALIZED": normalized}
+        kernels.append(build(name, batch_norm.gradient_kernel, gradient, constants, passes, pooled))
+    return kernels
+
+
 def compile_for(build: Build, capability: int) -> Usage:
     """Compile for compute capability `capability` / 10 and return the resource usage.
 
@@ -165,8 +273,9 @@ def compile_for(build: Build, capability: int) -> Usage:
         RuntimeError: cuobjdump's output has no register count.
     """
     names = build.kernel.arg_names
-    signature = {name: build.types.get(name, "constexpr") for name in names}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in build.types.items() if kind[0] == "*"}
+    signature = {name: build.types.get(name, "constexpr").removesuffix(":16") for name in names}
+    divisible = [name for name, kind in build.types.items() if kind[0] == "*" or kind.endswith(":16")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(build.kernel, signature, constexprs=build.constants, attrs=attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": build.warps})
     with tempfile.TemporaryDirectory() as folder:

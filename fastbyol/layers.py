@@ -10,7 +10,8 @@ algorithm requires.
 the plain network.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbyol.errors import InputError
-from fastbyol.kernels.batch_norm import batch_norm
+from fastbyol.kernels.batch_norm import batch_norm, batch_norm_gpu, has_gpu_kernels
+from fastbyol.kernels.batch_norm_torch import Norm
 from fastbyol.kernels.conv import conv2d
 from fastbyol.kernels.max_pool import max_pool
 
@@ -42,6 +44,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     views: int = 1
     relu: bool = False
     """Apply a ReLU at the end."""
+    fork: bool = False
+    """The output has two consumers. Training on a GPU then returns it twice, (y, y), so that the
+    backward kernel adds their gradients."""
     reduce: Reduce | None = None
     """Mean over the ranks that share statistics. None: each rank has its own."""
     ranks: int = 1
@@ -58,18 +63,66 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         own.num_batches_tracked = norm.num_batches_tracked
         return own.train(norm.training)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalize, add `residual` (shape of x), apply ReLU if `relu`."""
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        residual_norm: "BatchNorm | None" = None,
+        *,
+        pool: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalize, add `residual` (shape of x), apply ReLU if `relu`.
+
+        Args:
+            residual_norm: norm of the residual, applied before the addition.
+            pool: apply the stem's max-pool at the end; only if `pools(x)`.
+        """
+        if self.training and has_gpu_kernels(x):
+            return self._fused(x, residual, residual_norm, pool)
+        if residual_norm is not None:
+            residual = residual_norm(residual)
         if not self.training:
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
             y = y if residual is None else y + residual
             return F.relu(y) if self.relu else y
         y, mean, var = self.normalize(x, residual)
-        # During backward, activation checkpointing runs forward again: do not update the statistics
-        # twice.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self._update_running_stats(mean, var, x.numel() // (x.shape[1] * self.views) * self.ranks)
+        if not _is_recomputed():
+            self._update_running_stats(mean, var, x)
         return y
+
+    def pools(self, x: Tensor) -> bool:
+        """Return True if `forward` can apply the stem's max-pool to the result for `x`."""
+        return self.training and self.relu and has_gpu_kernels(x)
+
+    def _fused(
+        self, x: Tensor, residual: Tensor | None, residual_norm: "BatchNorm | None", pool: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Implement `forward` with the kernels of a GPU, for training."""
+        fork = self.fork and torch.is_grad_enabled()
+        y, *statistics = batch_norm_gpu(
+            x,
+            self._for_kernel(),
+            views=self.views,
+            relu=self.relu,
+            reduce=self.reduce,
+            residual=residual,
+            residual_norm=None if residual_norm is None else residual_norm._for_kernel(),
+            pool=pool,
+            fork=fork,
+        )
+        for norm, (mean, var) in zip((self, residual_norm), statistics, strict=True):
+            if norm is not None and not norm._is_updated_by_kernel() and not _is_recomputed():
+                norm._update_running_stats(mean, var, x)
+        return y if fork else y[0]
+
+    def _is_updated_by_kernel(self) -> bool:
+        return self.reduce is None and self.momentum is not None
+
+    def _for_kernel(self) -> Norm:
+        if not self._is_updated_by_kernel() or _is_recomputed():
+            return Norm(self.weight, self.bias, self.eps)
+        running = self.running_mean, self.running_var, self.num_batches_tracked
+        return Norm(self.weight, self.bias, self.eps, *running, self.momentum)
 
     def normalize(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the output and the batch's mean and biased variance (V, C)."""
@@ -85,8 +138,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
     @torch.no_grad()
-    def _update_running_stats(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Update from `count` values per channel and view; mean and biased variance are (V, C)."""
+    def _update_running_stats(self, mean: Tensor, var: Tensor, x: Tensor) -> None:
+        """Update from mean and biased variance (V, C) of x, over the ranks that share them."""
+        count = x.numel() // (x.shape[1] * self.views) * self.ranks
         unbiased = var * (count / max(count - 1, 1))
         for v in range(self.views):
             self.num_batches_tracked.add_(1)
@@ -106,9 +160,9 @@ class BatchNormAct(BatchNorm):
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Apply norm, dropout and activation."""
-        return self.act(self.drop(super().forward(x, residual)))
+        return self.act(self.drop(super().forward(x, *args, **kwargs)))
 
 
 class MaxPool(nn.MaxPool2d):
@@ -129,25 +183,54 @@ class Conv2d(nn.Conv2d):
         return conv2d(x, self.weight, self.stride[0], self.padding[0])
 
 
+Forked = Tensor | tuple[Tensor, Tensor]
+"""A tensor, or the same tensor for two consumers (`BatchNorm.fork`)."""
+
+
 class FusedBasicBlock(BasicBlock):
     """timm's block with fused norm, addition and ReLU."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Forked) -> Forked:
         """As BasicBlock.forward."""
-        shortcut = x if self.downsample is None else self.downsample(x)
+        x, shortcut = x if isinstance(x, tuple) else (x, x)
+        residual = _shortcut(self.downsample, shortcut)
         x = self.bn1(self.conv1(x))
-        return self.bn2(self.conv2(x), shortcut)
+        return self.bn2(self.conv2(x), *residual)
 
 
 class FusedBottleneck(Bottleneck):
     """timm's block with fused norm, addition and ReLU."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Forked) -> Forked:
         """As Bottleneck.forward."""
-        shortcut = x if self.downsample is None else self.downsample(x)
+        x, shortcut = x if isinstance(x, tuple) else (x, x)
+        residual = _shortcut(self.downsample, shortcut)
         x = self.bn1(self.conv1(x))
         x = self.bn2(self.conv2(x))
-        return self.bn3(self.conv3(x), shortcut)
+        return self.bn3(self.conv3(x), *residual)
+
+
+def _shortcut(downsample: nn.Module | None, x: Tensor) -> tuple[Tensor, BatchNorm | None]:
+    """Return a block's residual, and the norm that it still needs."""
+    if downsample is None:
+        return x, None
+    if type(downsample) is not nn.Sequential or type(downsample[-1]) is not BatchNorm:
+        return downsample(x), None
+    for module in list(downsample)[:-1]:
+        x = module(x)
+    return x, downsample[-1]
+
+
+class FusedResNet(ResNet):
+    """timm's ResNet with fused norm, ReLU and max-pool in its stem."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """As ResNet.forward_features."""
+        x = self.conv1(x)
+        x = self.bn1(x, pool=True) if self.bn1.pools(x) else self.maxpool(self.bn1(x))
+        for stage in _stages(self):
+            x = stage(x)
+        return x
 
 
 def fuse_layers(network: nn.Module) -> nn.Module:
@@ -183,7 +266,37 @@ def fuse_layers(network: nn.Module) -> nn.Module:
             pool = module.maxpool
             if type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1):
                 pool.__class__ = MaxPool
+                if type(module.bn1) is BatchNorm and module.bn1.relu:
+                    module.__class__ = FusedResNet
+    for module in network.modules():
+        if isinstance(module, ResNet):
+            for stage in _stages(module):
+                _fork_between(stage)
     return network
+
+
+def fork_between_stages(network: nn.Module, enabled: bool = True) -> None:
+    """Return outputs twice (`BatchNorm.fork`) between the stages of ResNets too, in place.
+
+    `fuse_layers` does so within stages only, since others may read a stage's output.
+    """
+    for module in network.modules():
+        if isinstance(module, ResNet):
+            stages = _stages(module)
+            for stage, after in itertools.pairwise(stages):
+                _fork_between((stage[-1], after[0]), enabled)
+            if type(module) is FusedResNet and type(stages[0][0]) in _FUSED:
+                module.bn1.fork = enabled
+
+
+def _fork_between(blocks: Iterable[nn.Module], enabled: bool = True) -> None:
+    for block, after in itertools.pairwise(blocks):
+        if type(block) in _FUSED and type(after) in _FUSED:
+            getattr(block, _FUSED[type(block)]).fork = enabled
+
+
+def _stages(backbone: ResNet) -> tuple[nn.Sequential, ...]:
+    return backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4
 
 
 def activation_checkpointing(backbone: nn.Module, stages: int) -> None:
@@ -205,7 +318,7 @@ def activation_checkpointing(backbone: nn.Module, stages: int) -> None:
                 f"step.activation_checkpointing={stages}: {type(backbone).__name__} does not support it; set it to 0"
             ) from None
         return
-    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)[:stages]:
+    for stage in _stages(backbone)[:stages]:
         for block in stage:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -229,6 +342,16 @@ _BLOCKS = {
     BasicBlock: (("bn1", "bn2"), FusedBasicBlock),
     Bottleneck: (("bn1", "bn2", "bn3"), FusedBottleneck),
 }
+_FUSED = {fused: norms[-1] for norms, fused in _BLOCKS.values()}
+"""Fused block -> name of its last norm."""
+
+
+def _is_recomputed() -> bool:
+    """Return True in the second forward pass of activation checkpointing, during backward.
+
+    It must not update running statistics again. Compiled code updates them once.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _can_use_conv2d(conv: nn.Conv2d) -> bool:

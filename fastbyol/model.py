@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbyol.data.views import VIEWS
-from fastbyol.layers import set_num_views
+from fastbyol.layers import fork_between_stages, set_num_views
 from fastbyol.loss import byol_loss
 from fastbyol.spans import ONLINE, TARGET, span
 
@@ -55,6 +55,7 @@ class BYOL(nn.Module):
         self.return_features = False
         """Whether the output holds the features of view 1."""
         set_num_views(self, VIEWS)
+        fork_between_stages(self)  # nobody else reads the outputs of its stages
 
     def forward(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
         """Return the loss of two views (B, 3, S, S) of the same images.

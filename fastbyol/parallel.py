@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastbyol.config import Config, DistributedConfig
 from fastbyol.errors import InputError
-from fastbyol.layers import activation_checkpointing, batch_norms
+from fastbyol.layers import activation_checkpointing, batch_norms, fork_between_stages
 from fastbyol.model import BYOL
 from fastbyol.runtime.distributed import World, mean_over_ranks
 from fastbyol.spans import ONLINE, TARGET, span
@@ -117,6 +117,7 @@ def _compile_parts(model: BYOL) -> None:
     network, no gradient could be sent before the last one is ready. With several, gradients are
     sent while earlier parts still compute.
     """
+    fork_between_stages(model, False)  # a graph's outputs must not share memory
     encoders = [encoder for encoder in (model.online, model.target) if encoder is not None]
     parts = [part for encoder in encoders for part in (*encoder.backbone.children(), encoder.projector)]
     # The compiler sees the same code object in all parts, and gives up after eight variants by

@@ -22,18 +22,23 @@ a training of twenty steps. Backward reduces mean g and mean(g xhat); dw and db 
 Implementations, chosen by `batch_norm`:
 
     batch_norm_cpu          cpu/batch_norm.py: bfloat16 and float32 on the CPU, in eager mode
-    batch_norm_native       batch_norm_torch.py: eager on a GPU, without synchronized statistics
-    batch_norm_composite    batch_norm_torch.py: everything else: under torch.compile, with
-                            synchronized statistics on a GPU, in other dtypes
+    batch_norm_triton       triton/batch_norm.py: 16 bits and float32 on a GPU, eager and compiled
+    batch_norm_composite    batch_norm_torch.py: everything else: under torch.compile on the CPU, in
+                            other dtypes
+
+`batch_norm_gpu` calls the second with everything that it can fuse: a normalized residual, the
+stem's max-pool, running statistics, and an output for two consumers.
 
 Shapes: V views, N images each, C channels; x is (V N, C) or (V N, C, H, W), with the images of
 view v at v N .. (v + 1) N - 1.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastbyol.kernels.batch_norm_torch import Reduce, batch_norm_composite, batch_norm_native, synchronize
+from fastbyol.kernels.batch_norm_torch import Norm, Reduce, Statistics, batch_norm_composite, synchronize
 from fastbyol.kernels.cpu.batch_norm import batch_norm_cpu
 
 
@@ -92,12 +97,29 @@ def batch_norm(
     """
     _check(x, residual, weight, bias, views)
     arguments = x, residual, weight, bias, views, eps, relu, reduce
+    if has_gpu_kernels(x):
+        (y,), statistics, _ = batch_norm_gpu(
+            x, Norm(weight, bias, eps), views=views, relu=relu, reduce=reduce, residual=residual
+        )
+        return y, *statistics
     if torch.compiler.is_compiling():
         return batch_norm_composite(*arguments)
     has_memory = type(x) is Tensor and x.is_cpu  # unlike a FakeTensor
     if has_memory and x.dtype in (torch.bfloat16, torch.float32):
         return batch_norm_cpu(*arguments)
-    return batch_norm_native(*arguments[:-1]) if x.is_cuda and reduce is None else batch_norm_composite(*arguments)
+    return batch_norm_composite(*arguments)
+
+
+def has_gpu_kernels(x: Tensor) -> bool:
+    """Return True if `batch_norm_gpu` takes x."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def batch_norm_gpu(x: Tensor, norm: Norm, **options: Any) -> tuple[tuple[Tensor, ...], Statistics, Statistics]:
+    """Call `batch_norm_triton`, whose module needs Triton, which torch has with CUDA only."""
+    from fastbyol.kernels.triton.batch_norm import batch_norm_triton
+
+    return batch_norm_triton(x, norm, **options)
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, views: int) -> None:

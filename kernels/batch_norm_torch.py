@@ -1,19 +1,32 @@
-"""BatchNorm per view in torch operations, for `torch.compile` and for eager mode on a GPU.
+"""BatchNorm per view in torch operations, for `torch.compile` on the CPU and other dtypes.
 
-Formulas and shapes: kernels/batch_norm.py. Two implementations:
-
-    batch_norm_composite    elementwise operations and reductions, for a compiler to fuse
-    batch_norm_native       torch's own BatchNorm kernels, one call per view
+Formulas and shapes: kernels/batch_norm.py.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Reduce = Callable[[Tensor], Tensor]
 """Mean of a tensor over the ranks of a group; differentiable."""
+
+
+class Norm(NamedTuple):
+    """Parameters and running statistics of one BatchNorm."""
+
+    weight: Tensor  # (C,) float32
+    bias: Tensor  # (C,) float32
+    eps: float
+    running_mean: Tensor | None = None  # (C,) float32; None: no running statistics to update
+    running_var: Tensor | None = None
+    batches: Tensor | None = None  # scalar int64: counts views
+    momentum: float = 0.0
+
+
+Statistics = tuple[Tensor, Tensor]
+"""Mean and biased variance (V, C) float32, without gradient."""
 
 
 def synchronize(mean: Tensor, var: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
@@ -26,9 +39,6 @@ def synchronize(mean: Tensor, var: Tensor, reduce: Reduce) -> tuple[Tensor, Tens
 def to_channels_last(x: Tensor) -> Tensor:
     """Return x dense in channels-last memory format."""
     return x.contiguous() if x.ndim == 2 else x.contiguous(memory_format=torch.channels_last)
-
-
-# --- composite: torch.compile, synchronized statistics on a GPU, other dtypes ---
 
 
 def batch_norm_composite(x, residual, weight, bias, views, eps, relu, reduce=None):
@@ -97,56 +107,3 @@ class _Composite(torch.autograd.Function):
             mean_g, mean_gx = ctx.reduce(torch.stack([mean_g, mean_gx], 1)).unbind(1)
         dx = (weight * invstd)[:, None] * (wide - mean_g[:, None] - xhat * mean_gx[:, None])
         return _like(dx, x), g if ctx.has_residual else None, dw, db, None, None, None, None
-
-
-# --- native: eager on a GPU ---
-
-
-def batch_norm_native(x, residual, weight, bias, views, eps, relu):
-    """Implement `batch_norm` with torch's BatchNorm kernels, one call per view.
-
-    They move about as many bytes as nn.BatchNorm2d; `batch_norm_composite` in eager mode moves
-    several times as many.
-    """
-    residual = None if residual is None else to_channels_last(residual)
-    return _Native.apply(to_channels_last(x), residual, weight.contiguous(), bias.contiguous(), views, eps, relu)
-
-
-class _Native(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, bias, views, eps, relu):
-        y = torch.empty_like(x)
-        mean, invstd = torch.empty(2, views, x.shape[1], dtype=weight.dtype, device=x.device)
-        for v, (x_v, y_v) in enumerate(zip(x.chunk(views), y.chunk(views), strict=True)):
-            torch.ops.aten.native_batch_norm.out(
-                x_v, weight, bias, None, None, True, 0.0, eps, out=y_v, save_mean=mean[v], save_invstd=invstd[v]
-            )
-        if residual is not None:
-            y += residual
-        if relu:
-            y.relu_()
-        ctx.save_for_backward(x, y if relu else None, mean, invstd, weight)
-        ctx.views, ctx.eps, ctx.has_residual = views, eps, residual is not None
-        var = (invstd**-2 - eps).clamp_min(0)
-        mean = mean.clone()  # the caller may modify the output, but not the saved tensor
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        return y, mean, var
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, *_):
-        if dy is None:
-            return (None,) * 7
-        x, y, mean, invstd, weight = ctx.saved_tensors
-        g = to_channels_last(dy)
-        if y is not None:
-            g = torch.ops.aten.threshold_backward(g, y, 0)
-        parts = [
-            torch.ops.aten.native_batch_norm_backward(
-                g_v, x_v, weight, None, None, mean[v], invstd[v], True, ctx.eps, [True, True, True]
-            )
-            for v, (g_v, x_v) in enumerate(zip(g.chunk(ctx.views), x.chunk(ctx.views), strict=True))
-        ]
-        dx, dw, db = zip(*parts, strict=True)
-        return torch.cat(dx), g if ctx.has_residual else None, sum(dw), sum(db), None, None, None

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.norm_problems import CASES, NORMALIZED, RESIDUAL, NormProblem, check
 from helpers.problems import ETA, Problem, crops_of, images, largest_error, odd_shapes, parameter_row, reference
 
 from fastbyol.data.views import sample
@@ -147,3 +148,38 @@ def test_crops():
             box, flip = tuple(params.box[i, v].tolist()), bool(params.flip[i, v])
             expected = crop.crop_reference(picture, box, flip=flip, size=96).permute(1, 2, 0)
             assert (actual[v * len(pictures) + i] - expected).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 3, 7), (512, 256), (8, 64, 56, 56), (6, 1100, 2, 3)])
+@pytest.mark.parametrize(("residual", "relu", "fork"), CASES)
+def test_batch_norm(shape, residual, relu, fork):
+    from fastbyol.kernels.triton import batch_norm
+
+    for views in (1, 2):
+        problem = NormProblem(shape, views=views, relu=relu, residual=residual, fork=fork, device="cuda")
+        check(problem, batch_norm, 2e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 7, 9), (8, 64, 112, 112)])
+def test_batch_norm_and_max_pool(shape):
+    from fastbyol.kernels.triton import batch_norm
+
+    check(NormProblem(shape, pool=True, fork=True, device="cuda"), batch_norm, 2e-5)
+
+
+def test_batch_norm_with_large_mean():
+    from fastbyol.kernels.triton import batch_norm
+
+    check(NormProblem((8, 64, 28, 28), mean=1000, relu=False, device="cuda"), batch_norm, 1e-5)
+
+
+@pytest.mark.parametrize("residual", [RESIDUAL, NORMALIZED])
+def test_batch_norm_is_deterministic(residual):
+    from fastbyol.kernels.triton import batch_norm
+
+    results = []
+    for _ in range(2):
+        problem = NormProblem((64, 256, 28, 28), residual=residual, fork=True, dtype=torch.bfloat16, device="cuda")
+        y, _, gradients = problem.run(batch_norm)
+        results.append([y, *(g for g in gradients if g is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

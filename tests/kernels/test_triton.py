@@ -133,9 +133,13 @@ def test_crop_and_augmentation_of_decoded_images(interpreted):
 
 # --- compiled without a GPU ---
 
-# Registers per thread: at least 1024 (streaming) or 512 threads share a multiprocessor's 65536
-# registers.
-REGISTERS = {True: 64, False: 128}
+
+def max_registers(build):
+    """Per thread: at least 1024 or 512 threads share a multiprocessor's 65536 registers.
+
+    BatchNorm's threads read two to five arrays at once, so fewer of them keep the memory busy.
+    """
+    return 64 if build.streaming and not build.name.startswith("batch_norm") else 128
 
 
 @pytest.mark.slow
@@ -144,10 +148,10 @@ REGISTERS = {True: 64, False: 128}
 def test_no_spills_and_wide_memory_accesses(build, capability):
     compiled = resources.compile_for(build, capability)
     assert compiled.spill_bytes == 0
-    assert compiled.registers <= REGISTERS[build.streaming]
+    assert compiled.registers <= max_registers(build)
     if build.streaming:
         assert compiled.load_bits >= 128
-        assert compiled.store_bits >= 128 or build.name.startswith("norms")  # they store two sums per chunk
+        assert compiled.store_bits >= 128 or build.stores_sums_only
 
 
 def test_unaligned_addresses_cause_narrow_accesses():
@@ -159,7 +163,7 @@ def test_unaligned_addresses_cause_narrow_accesses():
 
 def test_every_kernel_is_in_the_report():
     kernels = {build.kernel for build in resources.builds()}
-    modules = resources.augment, resources.crop, resources.lars_ema
+    modules = resources.augment, resources.batch_norm, resources.crop, resources.lars_ema
     defined = {value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     assert defined == kernels
 

@@ -158,4 +158,4 @@ def test_counting_saved_bytes_leaks_no_tensors():
     roofline.saved_tensor_bytes(config, 4, torch.bfloat16)  # fill caches of the first use
     before = tensors()
     roofline.saved_tensor_bytes(config, 4, torch.bfloat16)
-    assert tensors() == before
+    assert tensors() <= before  # others' garbage may go

@@ -17,8 +17,9 @@ from cuda_bytes import Counts, Kernel
 from fastbyol.errors import InputError, RunError
 
 WORK = bench_step.Work("resnet18", 96, 64)
-LIMIT = 0.97
-"""fastbyol's bytes relative to plain compiled BYOL; the count is deterministic."""
+LIMIT = 0.82
+"""fastbyol's bytes relative to plain compiled BYOL: 0.75 with torch 2.14, 0.81 with 2.11. The
+count is deterministic."""
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,17 @@ def counts(stub: None) -> dict[str, Counts]:
 @pytest.mark.timeout(1800)
 def test_compiled_step_moves_fewer_bytes_than_plain_byol(counts: dict[str, Counts]):
     assert cuda_bytes.ratio(list(counts.values())) <= LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_resnet50_at_batch_256(stub: None):
+    """Plain compiled BYOL moves 253.8 GB with torch 2.14, and 248 GB with 2.11."""
+    counted = cuda_bytes.count("fastbyol", "resnet50", 224, 256)
+    launches, moved = counted.of()
+    assert moved <= 217.5e9
+    assert counted.kept_bytes <= 20 * 2**30
+    assert launches <= 830
 
 
 @pytest.mark.slow
