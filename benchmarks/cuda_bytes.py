@@ -30,8 +30,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,9 @@ import torch
 
 from fastbyol.config import Config, DataConfig, ModelConfig
 from fastbyol.errors import FastbyolError, InputError, RunError
+from fastbyol.parallel import prepare_forward
 from fastbyol.runtime import environment
+from fastbyol.runtime.distributed import World
 from fastbyol.tools.roofline import meta_model
 
 CONTENDERS = ["fastbyol", "plain"]
@@ -135,13 +138,15 @@ def _pretend_h100() -> None:
     functorch_config.force_non_lazy_backward_lowering = True  # lower it without running a backward pass
 
 
-def _build(contender: str, work: bench_step.Work) -> torch.nn.Module:
-    """Build the contender's model on the meta device."""
+def _build(contender: str, work: bench_step.Work) -> tuple[torch.nn.Module, Callable[[torch.nn.Module], Any]]:
+    """Return the contender's model on the meta device, and a function that compiles its forward."""
     if contender == "fastbyol":
+        data = DataConfig(batch_size=work.batch, image_size_px=work.size)
         model = ModelConfig(backbone=work.backbone, hidden_dim=bench_step.HIDDEN, projection_dim=bench_step.PROJECTION)
-        return meta_model(Config(data=DataConfig(image_size_px=work.size), model=model))
+        config = Config(precision="bf16", data=data, model=model)
+        return meta_model(config), lambda m: prepare_forward(m, config, "compile", torch.device("cuda"), World())
     with torch.device("meta"):
-        return bench_step.PlainBYOL(work)
+        return bench_step.PlainBYOL(work), partial(torch.compile, fullgraph=True, dynamic=False)
 
 
 def _kernels(graph: Any, phase: str) -> Iterable[Kernel]:
@@ -197,14 +202,15 @@ def _count_here(contender: str, work: bench_step.Work, save: Path | None) -> Cou
 
     GraphLowering.compile_to_module = lower
     torch.backends.cudnn.benchmark = True  # the step sets it too
-    model = _build(contender, work).to(memory_format=torch.channels_last)
+    model, compile_forward = _build(contender, work)
+    model = model.to(memory_format=torch.channels_last)
     with FakeTensorMode(allow_non_fake_inputs=True):  # for the meta tensors
         fake = {name: torch.empty_like(t, device="cuda") for name, t in model.state_dict().items()}
         model.load_state_dict(fake, assign=True)
         shape = (work.batch, 3, work.size, work.size)
         view = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
         with torch.autocast("cuda", torch.bfloat16):
-            torch.compile(model.forward, fullgraph=True, dynamic=False)(view, torch.empty_like(view))
+            compile_forward(model)(view, torch.empty_like(view))
     return Counts(contender, work, kernels, kept)
 
 

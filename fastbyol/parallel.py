@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from fastbyol.config import Config, DistributedConfig
 from fastbyol.errors import InputError
 from fastbyol.layers import activation_checkpointing, batch_norms, fork_between_stages
 from fastbyol.model import BYOL
+from fastbyol.precision import cast_weights, compute_dtype
 from fastbyol.runtime.distributed import World, mean_over_ranks
 from fastbyol.spans import ONLINE, TARGET, span
 
@@ -77,9 +79,24 @@ def prepare_forward(model: BYOL, config: Config, mode: str, device: torch.device
         # DDP's static graph expects an update after every backward pass, so micro-batches need a
         # dynamic one.
         return data_parallel(model, config.distributed, device, static_graph=config.step.micro_batches == 1)
-    if mode != "eager":
-        return torch.compile(model.forward, fullgraph=True, dynamic=False)
-    return model.forward
+    forward = model.forward
+    dtype = compute_dtype(config.precision, device)
+    # Activation checkpointing runs blocks again with the module's own weights.
+    if device.type == "cuda" and dtype.itemsize == 2 and not config.step.activation_checkpointing:
+        forward = with_cast_weights(model, dtype)
+    return forward if mode == "eager" else torch.compile(forward, fullgraph=True, dynamic=False)
+
+
+def with_cast_weights(model: BYOL, dtype: torch.dtype) -> Any:
+    """Return the model's forward function with weights that are cast together (`cast_weights`).
+
+    Not for several ranks: no gradient could be sent before the backward pass ends.
+    """
+
+    def forward(view1: Tensor, view2: Tensor) -> Any:
+        return functional_call(model, cast_weights(model, dtype), (view1, view2))
+
+    return forward
 
 
 def separate_forward(model: BYOL, mode: str, world: World, forward: Any) -> Any:

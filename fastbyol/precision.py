@@ -3,8 +3,13 @@
 Weights, gradients, momentum, BatchNorm's statistics, norms and the loss are always float32.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from fastbyol.layers import Conv2d
 
 # Micikevicius et al. 2018 (arXiv 1710.03740), section 3.2, with the constants of torch's
 # GradScaler.
@@ -36,6 +41,43 @@ def set_float32_precision(precision: str) -> None:
 
 def _cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def cast_weights(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the weights of all convolutions and linear layers in `dtype`, by name; differentiable.
+
+    Autocast would launch a kernel per weight and one per gradient; this takes a few for all. All
+    gradients arrive at the end of the backward pass.
+    """
+    weights = {
+        f"{name}.weight": module.weight
+        for name, module in network.named_modules()
+        if type(module) in (nn.Linear, nn.Conv2d, Conv2d)
+    }
+    cast: dict[str, Tensor] = {}
+    for trained in (True, False):
+        names = [name for name, weight in weights.items() if weight.requires_grad is trained]
+        if names:
+            cast.update(zip(names, _Cast.apply(dtype, *(weights[name] for name in names)), strict=True))
+    return cast
+
+
+class _Cast(torch.autograd.Function):
+    """Casts tensors together, and their gradients back to float32."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return _cast_together(tensors, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_cast_together(gradients, torch.float32)
+
+
+def _cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(copies, list(tensors))
+    return tuple(copies)
 
 
 class LossScale(nn.Module):

@@ -51,7 +51,7 @@ def test_resnet50_at_batch_256(stub: None):
     launches, moved = counted.of()
     assert moved <= 217.5e9
     assert counted.kept_bytes <= 20 * 2**30
-    assert launches <= 830
+    assert launches <= 700
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from fastbyol.config import ModelConfig
 from fastbyol.data import Batch
 from fastbyol.errors import InputError
 from fastbyol.kernels import lars_ema
-from fastbyol.parallel import choose_step_mode
+from fastbyol.parallel import choose_step_mode, with_cast_weights
 from fastbyol.precision import LossScale
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.memory import SavedTensorBytes
@@ -214,6 +214,33 @@ def test_fp16_gradients_match_fp32():
         )
     errors = [(m - moved[0]).norm() / moved[0].norm() for m in moved[1:]]
     assert errors[0] < errors[1] < 0.3
+
+
+# --- weights cast together ---
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_weights_cast_together_give_the_same_gradients(compiled):
+    step = new_step(precision="bf16")
+    other = copy.deepcopy(step.model)
+    backend = {"fullgraph": True, "backend": "aot_eager"}
+    forward = with_cast_weights(other, torch.bfloat16)
+    cast = torch.compile(forward, **backend) if compiled else forward
+    plain = torch.compile(step.model.forward, **backend) if compiled else step.model
+    dtypes = set()
+    for module in other.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.register_forward_pre_hook(lambda m, _: dtypes.add(m.weight.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [f(*new_batch(0).views).loss for f in (plain, cast)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    assert compiled or dtypes == {torch.bfloat16}
+    for (name, p), q in zip(step.model.named_parameters(), other.parameters(), strict=True):
+        assert q.dtype == torch.float32
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or (q.grad.dtype == torch.float32 and torch.equal(p.grad, q.grad)), name
 
 
 # --- micro-batches, activation checkpointing, clipping ---
