@@ -28,6 +28,12 @@ def test_pool_equals_float64(interpreted, shape, fork):
         check(NormProblem(shape, views=views, pool=True, fork=fork), interpreted("batch_norm"), 1e-5)
 
 
+def test_first_of_equal_maxima_takes_the_gradient(interpreted):
+    problem = NormProblem((4, 8, 9, 8), pool=True)
+    problem.inputs[0] = problem.inputs[0].round()
+    check(problem, interpreted("batch_norm"), 1e-5)
+
+
 @pytest.mark.parametrize("parts", [1, 3, 1000])
 def test_rows_shared_by_several_programs(interpreted, monkeypatch, parts):
     """Parts of unequal length, and parts without rows."""
