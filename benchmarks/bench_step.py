@@ -32,6 +32,8 @@ Contenders:
     plain torch channels-last bf16  the same with bfloat16 autocast, fused SGD and cuDNN's autotuner
     plain torch compiled            the same with network and loss under torch.compile (on a CPU
                                     with --modes)
+    plain torch compiled graphs     the same with torch.compile's mode reduce-overhead: CUDA graphs
+                                    of forward and backward pass (on a GPU)
     supervised                      on a GPU: cross-entropy and fused SGD on the same backbone with
                                     torch.compile and CUDA graphs, channels-last, bfloat16. An image
                                     costs 3 units here and 8 in BYOL, so 3/8 of this throughput is
@@ -281,11 +283,17 @@ def plain_torch(
     *,
     tuned: bool = False,
     compiled: bool = False,
+    mode: str | None = None,
 ) -> Trainer:
-    """Build a plain PyTorch loop. `tuned` enables fused SGD and cuDNN's autotuner."""
+    """Build a plain PyTorch loop.
+
+    Args:
+        tuned: use fused SGD and cuDNN's autotuner.
+        compiled: compile the model with torch.compile's `mode`.
+    """
     torch.backends.cudnn.benchmark |= tuned
     model = PlainBYOL(work).to(device=device, memory_format=memory_format)
-    loss_of = torch.compile(model) if compiled else model
+    loss_of = torch.compile(model, mode=mode) if compiled else model
     weights, targets = list(model.online.parameters()), list(model.target.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.03, momentum=0.9, fused=tuned or None)
@@ -329,6 +337,9 @@ CONTENDERS: dict[str, Callable[[Work, torch.device], Trainer]] = {
     "plain torch compiled": lambda work, device: plain_torch(
         work, device, torch.channels_last, torch.bfloat16, tuned=True, compiled=True
     ),
+    "plain torch compiled graphs": lambda work, device: plain_torch(
+        work, device, torch.channels_last, torch.bfloat16, tuned=True, compiled=True, mode="reduce-overhead"
+    ),
     "supervised": supervised,
 }
 
@@ -337,7 +348,7 @@ def defaults(device: torch.device, modes: bool) -> list[str]:
     """Return the contenders that run on a device by default, or with --modes."""
     excluded = set() if modes else {"fastbyol eager", "fastbyol compile", "fastbyol cuda_graph"}
     if device.type == "cpu":
-        excluded |= {"fastbyol eager", "fastbyol cuda_graph", "supervised"}
+        excluded |= {"fastbyol eager", "fastbyol cuda_graph", "plain torch compiled graphs", "supervised"}
         excluded |= set() if modes else {"plain torch compiled"}
     return [name for name in CONTENDERS if name not in excluded]
 

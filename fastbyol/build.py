@@ -55,7 +55,7 @@ class Training:
         config, step = self.config, self.step
         return (
             f"{config.model.backbone} (width {config.model.width:g}) at {config.data.image_size_px} px, batch {config.data.batch_size} on "
-            f"{self.world.size} x {self.device}, {str(step.dtype).removeprefix('torch.')}, step {step.mode}, "
+            f"{self.world.size} x {self.device}, {str(step.dtype).removeprefix('torch.')}, step {step.mode} ({step.mode_reason}), "
             f"images by {choose_backend(config.data, self.images, self.device)[0]}"
         )
 

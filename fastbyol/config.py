@@ -218,8 +218,8 @@ class StepConfig(Settings):
 
     PREFIX: ClassVar[str] = "step."
     mode: Literal["auto", "eager", "compile", "cuda_graph"] = "auto"
-    """Execution mode. auto uses compile on a GPU and eager on a CPU. cuda_graph compiles and
-    captures the whole step in one CUDA graph."""
+    """Execution mode. auto uses cuda_graph on one GPU, compile on several and eager on a CPU.
+    cuda_graph compiles and captures the whole step in one CUDA graph."""
     micro_batches: Count = 1
     """Number of parts that a rank's batch is split into. Gradients are accumulated; BatchNorm
     statistics are those of a part."""

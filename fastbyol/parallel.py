@@ -30,22 +30,23 @@ _SYNC_BUFFERS = (
 )
 
 
-def choose_step_mode(mode: str, device: torch.device, world: World) -> str:
-    """Return what config.step.mode means on this device: eager, compile or cuda_graph.
-
-    `auto` is eager on a CPU: the fused kernels run in eager mode only, and compilation takes a
-    minute and brings nothing (benchmarks/LOG.md).
+def choose_step_mode(mode: str, device: torch.device, world: World) -> tuple[str, str]:
+    """Return what config.step.mode means on this device: eager, compile or cuda_graph; and why.
 
     Raises:
         InputError: a CUDA graph without a GPU or on several ranks.
     """
     if mode == "auto":
-        return "compile" if device.type == "cuda" else "eager"
+        if device.type != "cuda":  # compilation takes a minute and brings nothing (benchmarks/LOG.md)
+            return "eager", "the CPU kernels run in eager mode only"
+        if world.size > 1:
+            return "compile", "a CUDA graph cannot hold the exchange between ranks"
+        return "cuda_graph", "one launch per step"
     if mode == "cuda_graph" and device.type != "cuda":
         raise InputError("step.mode=cuda_graph needs a GPU; use eager on a CPU")
     if mode == "cuda_graph" and world.size > 1:
         raise InputError(f"step.mode=cuda_graph runs on one rank, this run has {world.size}; use compile")
-    return mode
+    return mode, "step.mode"
 
 
 def check_micro_batches(config: Config, world: World) -> int:

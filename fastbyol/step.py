@@ -38,7 +38,7 @@ class TrainStep:
         self, model: BYOL, config: Config, steps_per_epoch: int, device: torch.device, world: World | None = None
     ) -> None:
         self.model, self.config, self.device, self.world = model, config, device, world or World()
-        self.mode = choose_step_mode(config.step.mode, device, self.world)
+        self.mode, self.mode_reason = choose_step_mode(config.step.mode, device, self.world)
         self.dtype = compute_dtype(config.precision, device)
         set_float32_precision(config.precision)
         tune_device(device)

@@ -56,7 +56,7 @@ def captures(monkeypatch):
         yield
 
     Stream.made = 0
-    monkeypatch.setattr(step_module, "choose_step_mode", lambda *_: "cuda_graph")
+    monkeypatch.setattr(step_module, "choose_step_mode", lambda *_: ("cuda_graph", "a test"))
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
     for name, value in {
         "Stream": Stream,
