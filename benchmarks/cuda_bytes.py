@@ -157,12 +157,12 @@ def _kernels(graph: Any, phase: str) -> Iterable[Kernel]:
     for node in graph.scheduler.nodes:
         if isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, MultiOutput):
             continue  # no launch: only memory, or one result of a library call
-        origins = {str(o.target) for part in node.get_nodes() if part.node is not None for o in part.node.get_origins()}
-        names = sorted({name.removeprefix("aten.").removeprefix("prims.").partition(".")[0] for name in origins})
         if isinstance(node.node, UserDefinedTritonKernel):  # Inductor counts its results as read and written
             operands = {operand.get_name(): _size(operand) for operand in node.node.inputs}
             yield Kernel(phase, "triton", sum(operands.values()), node.node.get_kernel_and_metadata()[0].fn.__name__)
             continue
+        origins = {str(o.target) for part in node.get_nodes() if part.node is not None for o in part.node.get_origins()}
+        names = sorted({name.removeprefix("aten.").removeprefix("prims.").partition(".")[0] for name in origins})
         kind = "library" if node.is_extern() else "triton"
         yield Kernel(phase, kind, node.get_read_write_buffers_sizes(), " ".join(names))
 

@@ -172,49 +172,63 @@ def _batch_norm_builds() -> list[Build]:
     epsilons = {"eps": 1e-5, "residual_eps": 1e-5}
     stream = {"ITERATIONS": batch_norm.ITERATIONS}
     finish = {"ROWS": batch_norm.FINISH_ROWS, "CHANNELS": batch_norm.FINISH_CHANNELS, "VIEWS": 2}
-    wide = {"BLOCK_ROWS": batch_norm.TILE // 128, "BLOCK_CHANNELS": 128}
-    narrow = {"BLOCK_ROWS": batch_norm.TILE // 64, "BLOCK_CHANNELS": 64}
     stage, stem = 512 * 256 * 56 * 56, 512 * 64 * 112 * 112  # values of x
-    plain, pool = "(512, 256, 56, 56)", "(512, 64, 112, 112) and max-pool"
 
-    def build(name: str, kernel: Any, types: Any, constants: Any, passes: float, pooled: bool = False) -> Build:
+    def build(name: str, kernel: Any, types: Any, constants: Any, passes: float, absent: str = "") -> Build:
+        """Build a kernel without the tensors named in `absent`, for the stem if it pools."""
+        pooled = "places" in types and "places" not in absent.split()
         return Build(
             f"batch_norm {name}",
             kernel,
-            types,
-            constants | (narrow if pooled else wide),
+            {name: kind for name, kind in types.items() if name not in absent.split()},
+            constants | dict.fromkeys(absent.split()) | batch_norm.tile(64 if pooled else 256),
             batch_norm.WARPS,
             True,
             2 * passes,
             stem if pooled else stage,
-            pool if pooled else plain,
-            stores_sums_only=kernel is batch_norm.moments_kernel or constants.get("WRITE_G") is False,
+            "(512, 64, 112, 112) and max-pool" if pooled else "(512, 256, 56, 56)",
+            stores_sums_only=kernel is batch_norm.moments_kernel or "g" in absent.split(),
         )
 
     def finishing(name: str, kernel: Any, types: Any, constants: Any) -> Build:
         partials = batch_norm.PROGRAMS // 2  # per channel
-        return Build(
-            f"batch_norm {name}", kernel, types, constants, batch_norm.FINISH_WARPS, False, 8 * partials, 256, plain
-        )
+        warps, workload = batch_norm.FINISH_WARPS, "(512, 256, 56, 56)"
+        return Build(f"batch_norm {name}", kernel, types, constants, warps, False, 8 * partials, 256, workload)
 
-    forward = {"x": "*bf16", "residual": "*bf16", "y": "*bf16", "mask": "*u8"} | table | residual_table | sizes
+    moments = {"x": "*bf16", "stats": "*fp32", "partials": "*fp32"} | sizes
+    running = {"running_mean": "*fp32", "running_var": "*fp32", "batches": "*i64"}
+    apply = {"x": "*bf16", "residual": "*bf16", "y": "*bf16", "mask": "*u8"} | table | residual_table | sizes
+    pool = {"x": "*bf16", "y": "*bf16", "places": "*u8"} | table | sizes | image
     sums = {"x": "*bf16", "dy": "*bf16", "dy2": "*bf16", "mask": "*u8", "places": "*u8", "residual": "*bf16"}
     sums |= {"g": "*bf16", "partials": "*fp32"} | table | {"residual_stats": "*fp32"} | sizes | image
     gradient = {"x": "*bf16", "g": "*bf16", "g2": "*bf16", "places": "*u8", "residual": "*bf16", "dx": "*bf16"}
     gradient |= {"d_residual": "*bf16", "means": "*fp32"} | table | residual_table | sizes | image
-    none, from_x, from_bits = 0, 1, 2
+    no_norm = " ".join(residual_table)
     bit = 1 / 16  # of a bfloat16 pass
-    kernels = [
-        build(
-            "moments", batch_norm.moments_kernel, {"x": "*bf16", "stats": "*fp32", "partials": "*fp32"} | sizes, {}, 1
-        ),
+    relu, from_x = stream | epsilons | {"RELU": True}, {"MASK_FROM_X": True}
+    of_sums, of_gradient = {"eps": 1e-5, "MASK_FROM_X": False}, stream | epsilons | {"MASK_FROM_X": False}
+    return [
+        build("moments", batch_norm.moments_kernel, moments, {}, 1),
         finishing(
             "finish moments",
             batch_norm.finish_moments_kernel,
-            {"partials": "*fp32", "stats": "*fp32", "running_mean": "*fp32", "running_var": "*fp32", "batches": "*i64"}
-            | sizes
-            | {"parts": "i32"},
-            finish | {"TRACK": True, "momentum": 0.1},
+            {"partials": "*fp32", "stats": "*fp32"} | running | sizes | {"parts": "i32"},
+            finish | {"momentum": 0.1},
+        ),
+        build("apply", batch_norm.apply_kernel, apply, relu, 2, f"residual mask {no_norm}"),
+        build("apply + residual", batch_norm.apply_kernel, apply, relu, 3 + bit, no_norm),
+        build("apply + normalized residual", batch_norm.apply_kernel, apply, relu, 3 + bit),
+        build("apply and pool", batch_norm.apply_and_pool_kernel, pool, stream | {"eps": 1e-5}, 1 + 1.5 / 4),
+        build("sums", batch_norm.sums_kernel, sums, of_sums | from_x, 2, "dy2 mask places residual g residual_stats"),
+        build("sums + residual", batch_norm.sums_kernel, sums, of_sums, 4 + bit, "places residual residual_stats"),
+        build("sums + normalized residual", batch_norm.sums_kernel, sums, of_sums, 5 + bit, "places"),
+        build(
+            "sums of the pool",
+            batch_norm.sums_kernel,
+            sums,
+            of_sums | from_x,
+            1 + 2.5 / 4,
+            "mask residual g residual_stats",
         ),
         finishing(
             "finish sums",
@@ -225,45 +239,31 @@ def _batch_norm_builds() -> list[Build]:
             finish | epsilons | {"NORMS": 2},
         ),
         build(
-            "apply and pool",
-            batch_norm.apply_and_pool_kernel,
-            {"x": "*bf16", "y": "*bf16", "places": "*u8"} | table | sizes | image,
-            stream | {"eps": 1e-5},
-            1 + 1.5 / 4,
-            pooled=True,
+            "gradient",
+            batch_norm.gradient_kernel,
+            gradient,
+            of_gradient | from_x,
+            3,
+            f"g2 places residual d_residual {no_norm}",
+        ),
+        build(
+            "gradient + residual",
+            batch_norm.gradient_kernel,
+            gradient,
+            of_gradient,
+            3,
+            f"g2 places residual d_residual {no_norm}",
+        ),
+        build("gradient + normalized residual", batch_norm.gradient_kernel, gradient, of_gradient, 5, "g2 places"),
+        build(
+            "gradient of the pool",
+            batch_norm.gradient_kernel,
+            gradient,
+            of_gradient | from_x,
+            2 + 2.5 / 4,
+            f"residual d_residual {no_norm}",
         ),
     ]
-    for name, residual, mask, passes in (
-        ("apply", 0, False, 2),
-        ("apply + residual", 1, True, 3 + bit),
-        ("apply + normalized residual", 2, True, 3 + bit),
-    ):
-        constants = stream | epsilons | {"RESIDUAL": residual, "RELU": True, "WRITE_MASK": mask}
-        kernels.append(build(name, batch_norm.apply_kernel, forward, constants, passes))
-    for name, two, pooled, mask, normalized, write_g, passes in (
-        ("sums", False, False, from_x, False, False, 2),
-        ("sums + residual", True, False, from_bits, False, True, 4 + bit),
-        ("sums + normalized residual", True, False, from_bits, True, True, 5 + bit),
-        ("sums of the pool", True, True, from_x, False, False, 1 + 2.5 / 4),
-    ):
-        constants = {
-            "eps": 1e-5,
-            "TWO": two,
-            "POOL": pooled,
-            "MASK": mask,
-            "NORMALIZED": normalized,
-            "WRITE_G": write_g,
-        }
-        kernels.append(build(name, batch_norm.sums_kernel, sums, constants, passes, pooled))
-    for name, two, pooled, mask, normalized, passes in (
-        ("gradient", False, False, from_x, False, 3),
-        ("gradient + residual", False, False, none, False, 3),
-        ("gradient + normalized residual", False, False, none, True, 5),
-        ("gradient of the pool", True, True, from_x, False, 2 + 2.5 / 4),
-    ):
-        constants = stream | epsilons | {"TWO": two, "POOL": pooled, "MASK": mask, "NORMALIZED": normalized}
-        kernels.append(build(name, batch_norm.gradient_kernel, gradient, constants, passes, pooled))
-    return kernels
 
 
 def compile_for(build: Build, capability: int) -> Usage:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbyol.errors import InputError
-from fastbyol.kernels.batch_norm import batch_norm, batch_norm_gpu, has_gpu_kernels
+from fastbyol.kernels.batch_norm import batch_norm, batch_norm_gpu, has_gpu_kernels, mean_and_var
 from fastbyol.kernels.batch_norm_torch import Norm
 from fastbyol.kernels.conv import conv2d
 from fastbyol.kernels.max_pool import max_pool
@@ -102,17 +102,17 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         y, *statistics = batch_norm_gpu(
             x,
             self._for_kernel(),
+            residual,
+            None if residual_norm is None else residual_norm._for_kernel(),
             views=self.views,
             relu=self.relu,
             reduce=self.reduce,
-            residual=residual,
-            residual_norm=None if residual_norm is None else residual_norm._for_kernel(),
             pool=pool,
             fork=fork,
         )
-        for norm, (mean, var) in zip((self, residual_norm), statistics, strict=True):
+        for norm, stats in zip((self, residual_norm), statistics, strict=True):
             if norm is not None and not norm._is_updated_by_kernel() and not _is_recomputed():
-                norm._update_running_stats(mean, var, x)
+                norm._update_running_stats(*mean_and_var(stats), x)
         return y if fork else y[0]
 
     def _is_updated_by_kernel(self) -> bool:

@@ -40,13 +40,13 @@ def choose_step_mode(mode: str, device: torch.device, world: World) -> tuple[str
         if device.type != "cuda":  # compilation takes a minute and brings nothing (benchmarks/LOG.md)
             return "eager", "the CPU kernels run in eager mode only"
         if world.size > 1:
-            return "compile", "a CUDA graph cannot hold the exchange between ranks"
+            return "compile", "capture over several ranks is not implemented"
         return "cuda_graph", "one launch per step"
     if mode == "cuda_graph" and device.type != "cuda":
         raise InputError("step.mode=cuda_graph needs a GPU; use eager on a CPU")
     if mode == "cuda_graph" and world.size > 1:
         raise InputError(f"step.mode=cuda_graph runs on one rank, this run has {world.size}; use compile")
-    return mode, "step.mode"
+    return mode, "as configured"
 
 
 def check_micro_batches(config: Config, world: World) -> int:

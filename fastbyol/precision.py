@@ -47,7 +47,7 @@ def cast_weights(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the weights of all convolutions and linear layers in `dtype`, by name; differentiable.
 
     Autocast would launch a kernel per weight and one per gradient; this takes a few for all. All
-    gradients arrive at the end of the backward pass.
+    gradients arrive at the end of the backward pass, and that of an unused weight is zero.
     """
     weights = {
         f"{name}.weight": module.weight

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbyol.kernels.batch_norm_torch import Norm, Reduce, Statistics, batch_norm_composite, synchronize
+from fastbyol.kernels.batch_norm_torch import Norm, Reduce, batch_norm_composite, synchronize
 from fastbyol.kernels.cpu.batch_norm import batch_norm_cpu
 
 
@@ -95,13 +95,12 @@ def batch_norm(
     Raises:
         ValueError: Mismatched shapes, an empty x, or an unsupported dtype.
     """
+    if has_gpu_kernels(x):
+        norm = Norm(weight, bias, eps)
+        (y,), stats, _ = batch_norm_gpu(x, norm, residual, views=views, relu=relu, reduce=reduce)
+        return y, *mean_and_var(stats)
     _check(x, residual, weight, bias, views)
     arguments = x, residual, weight, bias, views, eps, relu, reduce
-    if has_gpu_kernels(x):
-        (y,), statistics, _ = batch_norm_gpu(
-            x, Norm(weight, bias, eps), views=views, relu=relu, reduce=reduce, residual=residual
-        )
-        return y, *statistics
     if torch.compiler.is_compiling():
         return batch_norm_composite(*arguments)
     has_memory = type(x) is Tensor and x.is_cpu  # unlike a FakeTensor
@@ -115,11 +114,32 @@ def has_gpu_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
-def batch_norm_gpu(x: Tensor, norm: Norm, **options: Any) -> tuple[tuple[Tensor, ...], Statistics, Statistics]:
-    """Call `batch_norm_triton`, whose module needs Triton, which torch has with CUDA only."""
-    from fastbyol.kernels.triton.batch_norm import batch_norm_triton
+def batch_norm_gpu(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    *,
+    views: int,
+    **options: Any,
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+    """Check the arguments and call `batch_norm_triton`.
 
-    return batch_norm_triton(x, norm, **options)
+    Raises:
+        ValueError: as `batch_norm`.
+    """
+    from fastbyol.kernels.triton.batch_norm import batch_norm_triton  # needs Triton: only torch's CUDA builds have it
+
+    _check(x, residual, norm.weight, norm.bias, views)
+    if residual_norm is not None:
+        _check(residual, None, residual_norm.weight, residual_norm.bias, views)
+    return batch_norm_triton(x, norm, residual, residual_norm, views=views, **options)
+
+
+def mean_and_var(stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance (V, C) from the statistics of `batch_norm_gpu`."""
+    first, delta, var = stats.unbind(0)
+    return first + delta, var
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, views: int) -> None:

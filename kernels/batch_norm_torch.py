@@ -25,10 +25,6 @@ class Norm(NamedTuple):
     momentum: float = 0.0
 
 
-Statistics = tuple[Tensor, Tensor]
-"""Mean and biased variance (V, C) float32, without gradient."""
-
-
 def synchronize(mean: Tensor, var: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
     """Return mean and variance (V, C) over all ranks, with one call of `reduce`."""
     wide = mean.double()

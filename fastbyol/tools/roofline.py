@@ -2,8 +2,9 @@
 
 Counted for every operator in eager mode: floating-point operations of convolutions and matrix
 products (a multiplication and an addition are two), and bytes (every operand and result once).
-BatchNorm and max-pool count the passes of their kernels, the update of weights and target the
-formula of its optimizer. A compiler that fuses element-wise operators moves fewer bytes.
+BatchNorm and max-pool count the passes of their CPU kernels (those of a GPU move less), the update
+of weights and target the formula of its optimizer. A compiler that fuses element-wise operators
+moves fewer bytes.
 
 The roofline of an operator is max(flops / peak, bytes / bandwidth) (Williams et al. 2009), that of
 a part the sum over its operators. Peaks are measured: the rate of a large matrix product in the

@@ -5,6 +5,7 @@ GPU.
 import torch
 from torch.nn import functional as F
 
+from fastbyol.kernels.batch_norm import mean_and_var
 from fastbyol.kernels.batch_norm_torch import Norm
 
 EPS, RESIDUAL_EPS = 1e-5, 1e-3
@@ -59,19 +60,19 @@ class NormProblem:
         """Return y, mean and variance, and the gradients of x, residual and the four parameters."""
         leaves = self.leaves()
         x, residual, *parameters = leaves
-        y, statistics, _ = module.batch_norm_triton(
+        y, stats, _ = module.batch_norm_triton(
             x,
             Norm(*parameters[:2], EPS, *self.running, 0.1),
+            residual,
+            Norm(*parameters[2:], RESIDUAL_EPS) if self.kind == NORMALIZED else None,
             views=self.views,
             relu=self.relu,
-            residual=residual,
-            residual_norm=Norm(*parameters[2:], RESIDUAL_EPS) if self.kind == NORMALIZED else None,
             pool=self.pool,
             fork=self.fork,
             reduce=reduce,
         )
         torch.autograd.backward(y, self.gradients)
-        return y[0].detach(), statistics, [None if t is None else t.grad for t in leaves]
+        return y[0].detach(), mean_and_var(stats), [None if t is None else t.grad for t in leaves]
 
     def in_torch(self, dtype):
         """Return y and the gradients, computed by torch in `dtype` (parameters in float32)."""

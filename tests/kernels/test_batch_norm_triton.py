@@ -1,6 +1,7 @@
 """BatchNorm's Triton kernels in the interpreter, alone and in a network."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -109,6 +110,28 @@ def test_synchronized_statistics_are_those_of_the_reduced_moments(interpreted):
     _, (own_mean, own_var), _ = NormProblem((6, 19, 4, 3)).run(module)
     assert error(mean, own_mean.double() / 2) < 1e-6
     assert error(var, own_var.double() / 2 + own_mean.double() ** 2 / 4) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(256, 64, 112, 112), (4096, 64, 112, 112), (4096, 2048, 7, 7), (65536, 4096)])
+def test_grids_fit_the_limits_of_cuda(interpreted, shape):
+    """CUDA limits axis 0 to 2^31 - 1 programs, and axes 1 and 2 to 65,535."""
+    module = interpreted("batch_norm")
+    rows = math.prod((shape[0], *shape[2:]))
+    for grid in (module._stream_grid, module._reduction_grid):
+        first, *others = grid(rows, shape[1], 2)
+        assert first < 2**31
+        assert max(others) < 2**16
+
+
+def test_mismatched_residual_is_refused(interpreted, monkeypatch):
+    """Its addresses would be read as those of x."""
+    interpreted("batch_norm")
+    monkeypatch.setattr(layers, "has_gpu_kernels", lambda x: True)
+    norm, x = layers.BatchNorm(8), torch.zeros(4, 8, 3, 3)
+    with pytest.raises(ValueError, match="the residual is .* but x is"):
+        norm(x, torch.zeros(4, 8, 3, 2))
+    with pytest.raises(ValueError, match="weight must be"):
+        norm(x, x, layers.BatchNorm(4))
 
 
 # --- in a network ---
