@@ -17,6 +17,7 @@ Contenders:
     fastbyol eager, compile, cuda_graph
                                     other values of step.mode (with --modes; cuda_graph on a GPU
                                     only)
+    fastbyol cudnn                  step.conv1x1=cudnn (on a GPU)
     lightly                         the BYOL example in its documentation, with heads as wide as
                                     ours (4096, 256): separate forward passes per view, symmetric
                                     NegativeCosineSimilarity, update_momentum, SGD; float32, NCHW
@@ -137,21 +138,23 @@ class Prepared:
         return self.run()
 
 
-def fastbyol_step(work: Work, device: torch.device, precision: str = "auto", mode: str = "auto") -> TrainStep:
+def fastbyol_step(
+    work: Work, device: torch.device, precision: str = "auto", mode: str = "auto", conv1x1: str = "auto"
+) -> TrainStep:
     """Build fastbyol's step in the middle of its schedules, where the learning rate is not 0."""
     config = Config(
         precision=precision,
         data=DataConfig(batch_size=work.batch, image_size_px=work.size),
         model=ModelConfig(backbone=work.backbone, hidden_dim=HIDDEN, projection_dim=PROJECTION),
         optim=OptimConfig(warmup_epochs=0),
-        step=StepConfig(mode=mode),
+        step=StepConfig(mode=mode, conv1x1=conv1x1),
     )
     model = build_model(config.model, work.size, config.seed).to(device=device, memory_format=torch.channels_last)
     return TrainStep(model, config, 10**6, device)
 
 
-def fastbyol(work: Work, device: torch.device, precision: str = "auto", mode: str = "auto") -> Trainer:
-    step = fastbyol_step(work, device, precision, mode)
+def fastbyol(work: Work, device: torch.device, *options: str, **more: str) -> Trainer:
+    step = fastbyol_step(work, device, *options, **more)
     labels, indices = torch.full((work.batch,), -1), torch.arange(work.batch)
     counter = itertools.count()
 
@@ -326,6 +329,7 @@ CONTENDERS: dict[str, Callable[[Work, torch.device], Trainer]] = {
     "fastbyol eager": lambda work, device: fastbyol(work, device, mode="eager"),
     "fastbyol compile": lambda work, device: fastbyol(work, device, mode="compile"),
     "fastbyol cuda_graph": lambda work, device: fastbyol(work, device, mode="cuda_graph"),
+    "fastbyol cudnn": lambda work, device: fastbyol(work, device, conv1x1="cudnn"),
     "lightly": lightly,
     "byol-pytorch": byol_pytorch,
     "stable-pretraining": stable_pretraining,
@@ -348,7 +352,8 @@ def defaults(device: torch.device, modes: bool) -> list[str]:
     """Return the contenders that run on a device by default, or with --modes."""
     excluded = set() if modes else {"fastbyol eager", "fastbyol compile", "fastbyol cuda_graph"}
     if device.type == "cpu":
-        excluded |= {"fastbyol eager", "fastbyol cuda_graph", "plain torch compiled graphs", "supervised"}
+        excluded |= {"fastbyol eager", "fastbyol cuda_graph", "fastbyol cudnn"}
+        excluded |= {"plain torch compiled graphs", "supervised"}
         excluded |= set() if modes else {"plain torch compiled"}
     return [name for name in CONTENDERS if name not in excluded]
 

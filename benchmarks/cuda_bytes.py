@@ -15,7 +15,9 @@ Both use channels-last weights and views and bfloat16 autocast.
 
 The operands of each kernel count once per kernel. Caches may serve some of them, and a library call
 may launch multiple kernels and use a workspace. Convolutions and matrix products are library calls;
-everything else is Triton code. The two graphs contain no optimizer, target update or augmentation.
+everything else is Triton code. fastbyol's 1x1 convolutions before a BatchNorm count as its Triton
+kernel; on a GPU, `fastbyol tune` chooses between it and the library by time. The two graphs contain
+no optimizer, target update or augmentation.
 Saved bytes are the forward pass's results for the backward pass, without its inputs.
 
 `--out` writes one row per contender, with commit and versions, since fusion depends on torch.
@@ -43,10 +45,12 @@ import torch
 
 from fastbyol.config import Config, DataConfig, ModelConfig
 from fastbyol.errors import FastbyolError, InputError, RunError
+from fastbyol.layers import pointwise_convs
 from fastbyol.parallel import prepare_forward
 from fastbyol.runtime import environment
 from fastbyol.runtime.distributed import World
 from fastbyol.tools.roofline import meta_model
+from fastbyol.tuning import tiles
 
 CONTENDERS = ["fastbyol", "plain"]
 STUB = Path(__file__).with_name("cuda_stub.c")
@@ -144,7 +148,11 @@ def _build(contender: str, work: bench_step.Work) -> tuple[torch.nn.Module, Call
         data = DataConfig(batch_size=work.batch, image_size_px=work.size)
         model = ModelConfig(backbone=work.backbone, hidden_dim=bench_step.HIDDEN, projection_dim=bench_step.PROJECTION)
         config = Config(precision="bf16", data=data, model=model)
-        return meta_model(config), lambda m: prepare_forward(m, config, "compile", torch.device("cuda"), World())
+        model = meta_model(config)
+        for conv, after_norm in pointwise_convs(model):
+            conv.tile = tiles(conv.in_channels, conv.out_channels)[0]
+            conv.norm_tile = conv.tile if after_norm else None
+        return model, lambda m: prepare_forward(m, config, "compile", torch.device("cuda"), World())
     with torch.device("meta"):
         return bench_step.PlainBYOL(work), partial(torch.compile, fullgraph=True, dynamic=False)
 

@@ -21,7 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastbyol.kernels.augment_params import COLUMNS, blur_radius
-from fastbyol.kernels.triton import augment, batch_norm, crop, lars_ema
+from fastbyol.kernels.conv import Tile
+from fastbyol.kernels.triton import augment, batch_norm, conv1x1, crop, lars_ema
+from fastbyol.tuning import tiles
 
 CAPABILITIES = (80, 90, 100)
 # Copy bandwidth in TB/s, estimated as 90 % of the data sheet's memory bandwidth; `make gpu`
@@ -51,6 +53,8 @@ class Build:
     workload: str
     stores_sums_only: bool = False
     """True if a program stores only a few sums, with any width."""
+    stages: int | None = None
+    """Stages of the software pipeline; Triton's default."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ def builds() -> list[Build]:
     return [
         *lars,
         *_batch_norm_builds(),
+        *_conv_builds(),
         Build(
             "ema",
             lars_ema.ema_kernel,
@@ -266,6 +271,36 @@ def _batch_norm_builds() -> list[Build]:
     ]
 
 
+def _conv_builds() -> list[Build]:
+    """Return the 1x1 convolution in bfloat16: one shape with all tiles, others with the first."""
+    tensors = {"x": "*bf16", "weight": "*bf16", "y": "*bf16", "partials": "*fp32"}
+    norm = dict.fromkeys(("norm_stats", "norm_weight", "norm_bias"), "*fp32")
+    sizes = dict.fromkeys(("rows", "channels", "out_height", "out_width", "height", "width"), "i32:16")
+
+    def build(inputs: int, channels: int, side: int, tile: Tile, name: str = "", stride: int = 1) -> Build:
+        constants = {"eps": 1e-5, "INPUTS": inputs, "STRIDE": stride, "BLOCK_ROWS": tile.rows}
+        constants |= {"BLOCK_CHANNELS": tile.channels, "BLOCK_INPUTS": tile.inputs}
+        return Build(
+            f"conv1x1 {inputs} to {channels}{name}, {tile.rows}x{tile.channels}",
+            conv1x1.conv1x1_kernel,
+            tensors | (norm if "norm" in name else {}) | sizes,
+            constants | ({} if "norm" in name else dict.fromkeys(norm)),
+            tile.warps,
+            True,
+            2 * stride**2 * inputs / channels + 2,
+            512 * channels * (side // stride) ** 2,
+            f"(512, {inputs}, {side}, {side})",
+            stages=tile.stages,
+        )
+
+    return [
+        *(build(64, 256, 56, tile) for tile in tiles(64, 256)),
+        build(64, 256, 56, tiles(64, 256)[0], " with norm"),
+        build(512, 128, 28, tiles(512, 128)[0]),
+        build(512, 1024, 28, tiles(512, 1024)[0], " strided", stride=2),
+    ]
+
+
 def compile_for(build: Build, capability: int) -> Usage:
     """Compile for compute capability `capability` / 10 and return the resource usage.
 
@@ -277,7 +312,8 @@ def compile_for(build: Build, capability: int) -> Usage:
     divisible = [name for name, kind in build.types.items() if kind[0] == "*" or kind.endswith(":16")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(build.kernel, signature, constexprs=build.constants, attrs=attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": build.warps})
+    options = {"num_warps": build.warps} | ({} if build.stages is None else {"num_stages": build.stages})
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
@@ -290,7 +326,7 @@ def compile_for(build: Build, capability: int) -> Usage:
         registers=used["REG"],
         shared_bytes=binary.metadata.shared,
         spill_bytes=used.get("STACK", 0) + used.get("LOCAL", 0) + 4 * len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        load_bits=_widest_access(code, "LDG"),
+        load_bits=max(_widest_access(code, name) for name in ("LDG", "LDGSTS")),  # LDGSTS: to shared memory
         store_bits=_widest_access(code, "STG"),
     )
 

@@ -125,6 +125,13 @@ def _bench(call: Call) -> int:
     return 0
 
 
+def _tune(call: Call) -> int:
+    from fastbyol.tools.tune import tune_config
+
+    tune_config(call.config)
+    return 0
+
+
 def _plan(call: Call) -> int:
     from fastbyol.tools.plan import plan
 
@@ -171,6 +178,7 @@ COMMANDS = Group(
         "preview": Command(_preview, options.PreviewOptions, takes_config=True),
         "profile": Command(_profile, options.ProfileOptions, takes_config=True, takes_ranks=True),
         "bench": Command(_bench, options.BenchOptions, takes_config=True, takes_ranks=True),
+        "tune": Command(_tune, text="Measure the kernels of 1x1 convolutions again, on a GPU.", takes_config=True),
         "plan": Command(_plan, options.PlanOptions, takes_config=True),
         "report": Command(_report, options.ReportOptions),
         "export": Command(_export, options.ExportOptions),

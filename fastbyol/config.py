@@ -226,6 +226,10 @@ class StepConfig(Settings):
     activation_checkpointing: Annotated[int, interval(0, 4)] = 0
     """Number of backbone stages, from the first, that recompute activations in the backward pass to
     save memory."""
+    conv1x1: Literal["auto", "cudnn"] = "auto"
+    """Implementation of 1x1 convolutions before a BatchNorm, on a GPU in 16 bits. auto takes the
+    faster one of cuDNN and a kernel that also computes the statistics of the BatchNorm; it measures
+    both, once per GPU model and shape."""
 
 
 @dataclass(kw_only=True)

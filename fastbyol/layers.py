@@ -11,7 +11,7 @@ the plain network.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbyol.errors import InputError
-from fastbyol.kernels.batch_norm import batch_norm, batch_norm_gpu, has_gpu_kernels, mean_and_var
+from fastbyol.kernels.batch_norm import (
+    batch_norm,
+    batch_norm_gpu,
+    batch_norm_gpu_statistics,
+    has_gpu_kernels,
+    mean_and_var,
+)
 from fastbyol.kernels.batch_norm_torch import Norm
-from fastbyol.kernels.conv import conv2d
+from fastbyol.kernels.conv import Tile, conv2d, has_gpu_products
 from fastbyol.kernels.max_pool import max_pool
 
 Reduce = Callable[[Tensor], Tensor]  # mean over ranks, differentiable
@@ -70,15 +76,19 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         residual_norm: "BatchNorm | None" = None,
         *,
         pool: bool = False,
+        stats: Tensor | None = None,
+        residual_stats: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Normalize, add `residual` (shape of x), apply ReLU if `relu`.
 
         Args:
             residual_norm: norm of the residual, applied before the addition.
             pool: apply the stem's max-pool at the end; only if `pools(x)`.
+            stats: statistics of x on this rank, if `convolve` returned them.
+            residual_stats: the same of a residual that is normalized.
         """
         if self.training and has_gpu_kernels(x):
-            return self._fused(x, residual, residual_norm, pool)
+            return self._fused(x, residual, residual_norm, pool=pool, stats=stats, residual_stats=residual_stats)
         if residual_norm is not None:
             residual = residual_norm(residual)
         if not self.training:
@@ -95,7 +105,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.training and self.relu and has_gpu_kernels(x)
 
     def _fused(
-        self, x: Tensor, residual: Tensor | None, residual_norm: "BatchNorm | None", pool: bool
+        self, x: Tensor, residual: Tensor | None, residual_norm: "BatchNorm | None", **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Implement `forward` with the kernels of a GPU, for training."""
         fork = self.fork and torch.is_grad_enabled()
@@ -107,13 +117,25 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             views=self.views,
             relu=self.relu,
             reduce=self.reduce,
-            pool=pool,
             fork=fork,
+            **options,
         )
         for norm, stats in zip((self, residual_norm), statistics, strict=True):
-            if norm is not None and not norm._is_updated_by_kernel() and not _is_recomputed():
-                norm._update_running_stats(*mean_and_var(stats), x)
+            if norm is not None:
+                norm._update_unless_kernel_does(stats, x)
         return y if fork else y[0]
+
+    def measure(self, x: Tensor) -> Tensor:
+        """Return the statistics (3, V, C) of x over all ranks, as the kernels of a GPU take them,
+        and update the running statistics.
+        """
+        stats = batch_norm_gpu_statistics(x, self._for_kernel(), views=self.views, reduce=self.reduce)
+        self._update_unless_kernel_does(stats, x)
+        return stats
+
+    def _update_unless_kernel_does(self, stats: Tensor, x: Tensor) -> None:
+        if not self._is_updated_by_kernel() and not _is_recomputed():
+            self._update_running_stats(*mean_and_var(stats), x)
 
     def _is_updated_by_kernel(self) -> bool:
         return self.reduce is None and self.momentum is not None
@@ -178,9 +200,41 @@ class Conv2d(nn.Conv2d):
     image size.
     """
 
+    tile: Tile | None = None
+    """Of the 1x1 convolution that also computes the statistics of the norm after it, for training
+    on a GPU. None: torch's convolution."""
+    norm_tile: Tile | None = None
+    """The same with the norm before it applied to its input, where no gradient is needed. None: the
+    norm runs on its own."""
+
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Conv2d.forward."""
         return conv2d(x, self.weight, self.stride[0], self.padding[0])
+
+
+def convolve(conv: nn.Module, norm: BatchNorm, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return conv(x), and its statistics for `norm` if the kernel computes them."""
+    if type(conv) is not Conv2d or conv.tile is None or not (norm.training and has_gpu_products(x)):
+        return conv(x), None
+    from fastbyol.kernels.triton.conv1x1 import conv1x1
+
+    weight, stride = conv.weight.to(x.dtype), conv.stride[0]
+    return conv1x1(x, weight, norm._for_kernel(), stride=stride, views=norm.views, tile=conv.tile)
+
+
+def normalize_and_convolve(
+    before: BatchNorm, conv: nn.Module, norm: BatchNorm, x: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return `convolve` of the result of `before` for x."""
+    fused = type(conv) is Conv2d and conv.norm_tile is not None and before.relu and not torch.is_grad_enabled()
+    if not (fused and norm.training and has_gpu_products(x)):
+        return convolve(conv, norm, before(x))
+    from fastbyol.kernels.triton.conv1x1 import norm_conv1x1
+
+    weight, stats = conv.weight.to(x.dtype), before.measure(x)
+    return norm_conv1x1(
+        x, before._for_kernel(), stats, weight, norm._for_kernel(), views=norm.views, tile=conv.norm_tile
+    )
 
 
 Forked = Tensor | tuple[Tensor, Tensor]
@@ -195,7 +249,7 @@ class FusedBasicBlock(BasicBlock):
         x, shortcut = x if isinstance(x, tuple) else (x, x)
         residual = _shortcut(self.downsample, shortcut)
         x = self.bn1(self.conv1(x))
-        return self.bn2(self.conv2(x), *residual)
+        return self.bn2(self.conv2(x), **residual)
 
 
 class FusedBottleneck(Bottleneck):
@@ -205,20 +259,27 @@ class FusedBottleneck(Bottleneck):
         """As Bottleneck.forward."""
         x, shortcut = x if isinstance(x, tuple) else (x, x)
         residual = _shortcut(self.downsample, shortcut)
-        x = self.bn1(self.conv1(x))
-        x = self.bn2(self.conv2(x))
-        return self.bn3(self.conv3(x), *residual)
+        x, stats = convolve(self.conv1, self.bn1, x)
+        x = self.conv2(self.bn1(x, stats=stats))
+        x, stats = normalize_and_convolve(self.bn2, self.conv3, self.bn3, x)
+        return self.bn3(x, stats=stats, **residual)
 
 
-def _shortcut(downsample: nn.Module | None, x: Tensor) -> tuple[Tensor, BatchNorm | None]:
-    """Return a block's residual, and the norm that it still needs."""
+def _shortcut(downsample: nn.Module | None, x: Tensor) -> dict[str, Any]:
+    """Return a block's residual, and the norm that it still needs, as arguments of BatchNorm."""
     if downsample is None:
-        return x, None
-    if type(downsample) is not nn.Sequential or type(downsample[-1]) is not BatchNorm:
-        return downsample(x), None
-    for module in list(downsample)[:-1]:
+        return {"residual": x}
+    if not _ends_in_norm(downsample):
+        return {"residual": downsample(x)}
+    *others, conv, norm = downsample
+    for module in others:
         x = module(x)
-    return x, downsample[-1]
+    x, stats = convolve(conv, norm, x)
+    return {"residual": x, "residual_norm": norm, "residual_stats": stats}
+
+
+def _ends_in_norm(downsample: nn.Module) -> bool:
+    return type(downsample) is nn.Sequential and len(downsample) > 1 and type(downsample[-1]) is BatchNorm
 
 
 class FusedResNet(ResNet):
@@ -273,6 +334,23 @@ def fuse_layers(network: nn.Module) -> nn.Module:
             for stage in _stages(module):
                 _fork_between(stage)
     return network
+
+
+def pointwise_convs(network: nn.Module) -> Iterator[tuple[Conv2d, bool]]:
+    """Yield the 1x1 convolutions whose result goes to a BatchNorm alone (`convolve`).
+
+    Yields:
+        The convolution, and whether its input comes from a BatchNorm and ReLU alone.
+    """
+    for module in network.modules():
+        convs = []
+        if type(module) is FusedBottleneck:
+            convs = [(module.conv1, False), (module.conv3, True)]
+        if type(module) in _FUSED and module.downsample is not None and _ends_in_norm(module.downsample):
+            convs.append((module.downsample[-2], False))
+        for conv, after_norm in convs:
+            if type(conv) is Conv2d and conv.kernel_size == (1, 1) and conv.padding == (0, 0):
+                yield conv, after_norm
 
 
 def fork_between_stages(network: nn.Module, enabled: bool = True) -> None:

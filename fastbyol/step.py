@@ -19,6 +19,7 @@ from fastbyol.runtime.device import tune_device
 from fastbyol.runtime.distributed import World
 from fastbyol.schedules import Schedule, step_seed
 from fastbyol.spans import BACKWARD, UPDATE, span
+from fastbyol.tuning import tune
 
 
 class TrainStep:
@@ -53,6 +54,11 @@ class TrainStep:
         pairs = model.target_pairs()
         self.optimizer = build_optimizer(config.optim, model, pairs, self.lr, self.tau, self.loss_scale)
         self.update = Update(self.optimizer, pairs, self.tau, self.loss_scale)
+        if device.type == "cuda" and self.dtype.itemsize == 2 and config.step.conv1x1 == "auto":
+            images = config.data.batch_size // self.world.size // self.micro_batches
+            encoders = [encoder for encoder in (model.online, model.target) if encoder is not None]
+            backbones = [encoder.backbone for encoder in encoders]
+            tune(backbones, images, config.data.image_size_px, device, self.dtype, self.world)
         self.forward: Any = prepare_forward(model, config, self.mode, device, self.world)
         self._graph = CapturedStep(self.compute, device) if self.mode == "cuda_graph" else None
         self._separated: Any = None

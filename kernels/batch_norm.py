@@ -136,6 +136,18 @@ def batch_norm_gpu(
     return batch_norm_triton(x, norm, residual, residual_norm, views=views, **options)
 
 
+def batch_norm_gpu_statistics(x: Tensor, norm: Norm, *, views: int, reduce: Reduce | None = None) -> Tensor:
+    """Return the statistics (3, V, C) of x, as `batch_norm_gpu` does.
+
+    Raises:
+        ValueError: as `batch_norm`.
+    """
+    from fastbyol.kernels.triton.batch_norm import statistics_over_ranks
+
+    _check(x, None, norm.weight, norm.bias, views)
+    return statistics_over_ranks(x, norm, views, reduce)
+
+
 def mean_and_var(stats: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance (V, C) from the statistics of `batch_norm_gpu`."""
     first, delta, var = stats.unbind(0)

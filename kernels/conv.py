@@ -19,7 +19,7 @@ autocast a pass.
 Shapes: x (N, C, H, W), w (O, C, k, k), y (N, O, P, Q), all channels-last.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,24 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     if use_tap_products(x, weight, stride, padding):
         return _Conv.apply(x, weight, stride, padding)
     return conv2d_reference(x, weight, stride, padding)
+
+
+class Tile(NamedTuple):
+    """Launch configuration of the GPU's 1x1 convolution (triton/conv1x1.py)."""
+
+    rows: int
+    """Positions per iteration."""
+    channels: int
+    inputs: int
+    """Input channels per iteration."""
+    warps: int
+    stages: int
+    """Of the software pipeline."""
+
+
+def has_gpu_products(x: Tensor) -> bool:
+    """Return True if the GPU's 1x1 convolution takes x."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def use_tap_products(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fastbyol.data.decode import EXTENSIONS
 from fastbyol.data.images import UNLABELED, ImageSet, number_classes
 from fastbyol.errors import InputError, join_names, printable
+from fastbyol.runtime.caches import own_folder
 from fastbyol.runtime.files import atomic_write
 
 CACHE_FROM_IMAGES = 20_000  # a smaller folder is listed in less than 0.1 s
@@ -227,11 +228,9 @@ def _format_counts(left_out: Counter[str], most: int = 5) -> str:
 
 def _cache_file(base: Path) -> Path | None:
     """Return the path of a folder's cache; None if there is no home folder."""
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return None
-    return home / "fastbyol" / f"index-{hashlib.sha256(os.fsencode(base.resolve())).hexdigest()[:24]}.npz"
+    folder = own_folder()
+    digest = hashlib.sha256(os.fsencode(base.resolve())).hexdigest()[:24]
+    return None if folder is None else folder / f"index-{digest}.npz"
 
 
 def _write_cache(images: ImageFolder, folders: dict[str, int]) -> None:

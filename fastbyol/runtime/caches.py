@@ -52,6 +52,14 @@ def prepare() -> None:
     note = f"{missing}: caches are kept in {folder}"
 
 
+def own_folder() -> Path | None:
+    """Return the folder of this package's own caches; None if there is no home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbyol"
+    except RuntimeError:
+        return None
+
+
 def _read_only_folder(cache: Path, home: Path | None) -> Path | None:
     """Return the first cache folder that is not writable, e.g. after a run with sudo."""
     numba = Path(os.environ.get("NUMBA_CACHE_DIR") or cache / "numba")  # with one sub-folder per source folder

@@ -131,6 +131,7 @@ def statistics(
         rows,
         channels,
         parts,
+        None,
         momentum,
         VIEWS=views,
         ROWS=FINISH_ROWS,
@@ -359,6 +360,8 @@ def batch_norm_triton(
     reduce: Reduce | None = None,
     pool: bool = False,
     fork: bool = False,
+    stats: Tensor | None = None,
+    residual_stats: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
     """Return y, and the statistics of x and of a normalized residual, in eager mode or compiled.
 
@@ -370,11 +373,15 @@ def batch_norm_triton(
         pool: apply ReLU and max-pool (kernels/max_pool.py) to the result; x has four dimensions and
             there is no residual.
         fork: return y twice, for two consumers, whose gradients are added inside the backward pass.
+        stats: f, delta and variance (3, V, C) of x over this rank, if they are known; the running
+            statistics then include them already.
+        residual_stats: the same of a normalized residual.
     """
     x = to_channels_last(x)
     residual = None if residual is None else to_channels_last(residual)
-    stats = _statistics(x, norm, views, reduce)
-    residual_stats = None if residual_norm is None else _statistics(residual, residual_norm, views, reduce)
+    stats = statistics_over_ranks(x, norm, views, reduce, stats)
+    if residual_norm is not None:
+        residual_stats = statistics_over_ranks(residual, residual_norm, views, reduce, residual_stats)
     other = residual_norm or norm
     inputs = [t for t in (x, residual, norm.weight, norm.bias, other.weight, other.bias) if t is not None]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
@@ -393,10 +400,17 @@ def batch_norm_triton(
 
 
 @torch.no_grad()
-def _statistics(x: Tensor, norm: Norm, views: int, reduce: Reduce | None) -> Tensor:
-    """Return f, delta and variance (3, V, C) over this rank or over all ranks of `reduce`."""
-    running = (None, None, None) if reduce is not None else (norm.running_mean, norm.running_var, norm.batches)
-    stats = statistics(x.detach(), views, *running, norm.momentum)
+def statistics_over_ranks(
+    x: Tensor, norm: Norm, views: int, reduce: Reduce | None, stats: Tensor | None = None
+) -> Tensor:
+    """Return f, delta and variance (3, V, C) over this rank or over all ranks of `reduce`.
+
+    Args:
+        stats: those of this rank, if they are known.
+    """
+    if stats is None:
+        running = (None, None, None) if reduce is not None else (norm.running_mean, norm.running_var, norm.batches)
+        stats = statistics(to_channels_last(x.detach()), views, *running, norm.momentum)
     if reduce is None:
         return stats
     first, delta, var = stats.unbind(0)

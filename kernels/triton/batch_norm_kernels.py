@@ -26,14 +26,14 @@ def _tile(channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _part(part, parts, rows, BLOCK_ROWS: tl.constexpr):
+def part_of_view(part, parts, rows, BLOCK_ROWS: tl.constexpr):
     """Return the first row of a part of a view, and the row after its last."""
     length = tl.cdiv(tl.cdiv(rows, BLOCK_ROWS), parts) * BLOCK_ROWS
     return part * length, tl.minimum((part + 1) * length, rows)
 
 
 @triton.jit
-def _affine(stats, weight, bias, view, views, channels, c, inside, eps: tl.constexpr):
+def affine(stats, weight, bias, view, views, channels, c, inside, eps: tl.constexpr):
     """Return f, delta, invstd, scale and offset of channels `c`: y = (x - f) scale + offset."""
     at = stats + view * channels + c
     step = views * channels
@@ -168,7 +168,7 @@ def moments_kernel(
         tl.store(stats + view * channels + c, first, mask=inside)
     sums = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     squares = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    start, end = _part(part, parts, rows, BLOCK_ROWS)
+    start, end = part_of_view(part, parts, rows, BLOCK_ROWS)
     for row in range(start, end, BLOCK_ROWS):
         exists = (row + tl.arange(0, BLOCK_ROWS) < end)[:, None] & inside[None, :]
         value = tl.load(x + (origin + row) * channels + offsets, mask=exists, other=0.0)
@@ -181,6 +181,27 @@ def moments_kernel(
 
 
 @triton.jit
+def _merge(partials, part_rows, parts, rows, views, channels, c, inside, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return float64 mean and variance from mean and M2 of parts of `part_rows` rows.
+
+    Chan, Golub and LeVeque 1979.
+    """
+    sums = tl.zeros((ROWS, CHANNELS), tl.float64)
+    squares = tl.zeros((ROWS, CHANNELS), tl.float64)
+    for part in range(0, parts, ROWS):
+        at = part + tl.arange(0, ROWS)
+        count = tl.minimum(tl.maximum(rows - at * part_rows, 0), part_rows).to(tl.float64)[:, None]
+        exists = (at < parts)[:, None] & inside[None, :]
+        pointers = partials + at[:, None] * channels + c[None, :]
+        mean = tl.load(pointers, mask=exists, other=0.0).to(tl.float64)
+        square = tl.load(pointers + views * parts * channels, mask=exists, other=0.0).to(tl.float64)
+        sums += count * mean
+        squares += square + count * mean * mean
+    mean = tl.sum(sums, 0) / rows
+    return mean, tl.sum(squares, 0) / rows - mean * mean
+
+
+@triton.jit
 def finish_moments_kernel(
     partials,
     stats,
@@ -190,6 +211,7 @@ def finish_moments_kernel(
     rows,
     channels,
     parts,
+    part_rows,  # None: partials are those of `moments_kernel`, else of `conv1x1_kernel`
     momentum: tl.constexpr,
     VIEWS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -203,15 +225,22 @@ def finish_moments_kernel(
         spread = tl.load(running_var + c, mask=inside, other=0.0)
     for view in tl.static_range(VIEWS):
         sums = partials + view * parts * channels
-        delta = _total(sums, parts, channels, c, inside, ROWS, CHANNELS) / rows
-        square = _total(sums + VIEWS * parts * channels, parts, channels, c, inside, ROWS, CHANNELS) / rows
-        wide = square - delta * delta
-        var = tl.where(wide < 0, 0.0, wide).to(tl.float32)  # NaN stays NaN
         out = stats + view * channels + c
+        if part_rows is not None:
+            mean64, wide = _merge(sums, part_rows, parts, rows, VIEWS, channels, c, inside, ROWS, CHANNELS)
+            first = mean64.to(tl.float32)
+            delta = mean64 - first.to(tl.float64)
+            tl.store(out, first, mask=inside)
+        else:
+            first = tl.load(out, mask=inside, other=0.0)
+            delta = _total(sums, parts, channels, c, inside, ROWS, CHANNELS) / rows
+            square = _total(sums + VIEWS * parts * channels, parts, channels, c, inside, ROWS, CHANNELS) / rows
+            wide = square - delta * delta
+        var = tl.where(wide < 0, 0.0, wide).to(tl.float32)  # NaN stays NaN
         tl.store(out + VIEWS * channels, delta.to(tl.float32), mask=inside)
         tl.store(out + 2 * VIEWS * channels, var, mask=inside)
         if running_mean is not None:
-            mean = tl.load(out, mask=inside, other=0.0) + delta.to(tl.float32)
+            mean = first + delta.to(tl.float32)
             average += momentum * (mean - average)
             spread += momentum * (var * (rows / tl.maximum(rows - 1, 1)) - spread)
     if running_mean is not None:
@@ -245,9 +274,9 @@ def apply_kernel(
     """Write ITERATIONS tiles of y."""
     block, _, c, inside, offsets = _tile(channels, BLOCK_ROWS, BLOCK_CHANNELS)
     view, views = tl.program_id(1), tl.num_programs(1)
-    first, _, _, scale, offset = _affine(stats, weight, bias, view, views, channels, c, inside, eps)
+    first, _, _, scale, offset = affine(stats, weight, bias, view, views, channels, c, inside, eps)
     if residual_stats is not None:
-        r_first, _, _, r_scale, r_offset = _affine(
+        r_first, _, _, r_scale, r_offset = affine(
             residual_stats, residual_weight, residual_bias, view, views, channels, c, inside, residual_eps
         )
     start = block * ITERATIONS * BLOCK_ROWS
@@ -294,7 +323,7 @@ def apply_and_pool_kernel(
     """Max-pool of relu(BatchNorm(x)): 3x3 windows, stride 2, padding 1, as kernels/max_pool.py."""
     block, _, c, inside, offsets = _tile(channels, BLOCK_ROWS, BLOCK_CHANNELS)
     view, views = tl.program_id(1), tl.num_programs(1)
-    first, _, _, scale, offset = _affine(stats, weight, bias, view, views, channels, c, inside, eps)
+    first, _, _, scale, offset = affine(stats, weight, bias, view, views, channels, c, inside, eps)
     pooled_height, pooled_width = (height + 1) // 2, (width + 1) // 2
     start = block * ITERATIONS * BLOCK_ROWS
     for row in range(start, tl.minimum(start + ITERATIONS * BLOCK_ROWS, rows), BLOCK_ROWS):
@@ -350,13 +379,13 @@ def sums_kernel(
     """Partial sums of g and g d, and g itself if asked for."""
     part, parts, c, inside, offsets = _tile(channels, BLOCK_ROWS, BLOCK_CHANNELS)
     view, views = tl.program_id(1), tl.num_programs(1)
-    first, _, _, scale, offset = _affine(stats, weight, bias, view, views, channels, c, inside, eps)
+    first, _, _, scale, offset = affine(stats, weight, bias, view, views, channels, c, inside, eps)
     sums = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     products = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     if residual_stats is not None:
         r_first = tl.load(residual_stats + view * channels + c, mask=inside, other=0.0)
         r_products = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    start, end = _part(part, parts, rows, BLOCK_ROWS)
+    start, end = part_of_view(part, parts, rows, BLOCK_ROWS)
     for row in range(start, end, BLOCK_ROWS):
         exists = (row + tl.arange(0, BLOCK_ROWS) < end)[:, None] & inside[None, :]
         base = (view.to(tl.int64) * rows + row) * channels
@@ -453,10 +482,10 @@ def gradient_kernel(
     """Write ITERATIONS tiles of dx, and of the gradient of a normalized residual."""
     block, _, c, inside, offsets = _tile(channels, BLOCK_ROWS, BLOCK_CHANNELS)
     view, views = tl.program_id(1), tl.num_programs(1)
-    first, delta, invstd, scale, offset = _affine(stats, weight, bias, view, views, channels, c, inside, eps)
+    first, delta, invstd, scale, offset = affine(stats, weight, bias, view, views, channels, c, inside, eps)
     slope, constant = _slopes(means, 0, view, views, channels, c, inside, scale, invstd, delta)
     if residual_stats is not None:
-        r_first, r_delta, r_invstd, r_scale, _ = _affine(
+        r_first, r_delta, r_invstd, r_scale, _ = affine(
             residual_stats, residual_weight, residual_bias, view, views, channels, c, inside, residual_eps
         )
         r_slope, r_constant = _slopes(means, 1, view, views, channels, c, inside, r_scale, r_invstd, r_delta)

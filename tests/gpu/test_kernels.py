@@ -6,8 +6,10 @@ import torch
 from helpers.norm_problems import CASES, NORMALIZED, RESIDUAL, NormProblem, check
 from helpers.problems import ETA, Problem, crops_of, images, largest_error, odd_shapes, parameter_row, reference
 
+from fastbyol import tuning
 from fastbyol.data.views import sample
 from fastbyol.kernels import crop, lars_ema
+from fastbyol.kernels.batch_norm_torch import Norm
 
 pytestmark = pytest.mark.gpu
 
@@ -182,4 +184,35 @@ def test_batch_norm_is_deterministic(residual):
         problem = NormProblem((64, 256, 28, 28), residual=residual, fork=True, dtype=torch.bfloat16, device="cuda")
         y, _, gradients = problem.run(batch_norm)
         results.append([y, *(g for g in gradients if g is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (64, 64, 256, 28, 28, 1),
+        (32, 256, 64, 14, 14, 1),
+        (16, 512, 128, 14, 14, 1),
+        (16, 256, 512, 15, 13, 2),
+        (6, 24, 40, 5, 7, 1),
+    ],
+)
+def test_conv1x1_with_every_tile_equals_cudnn(sizes, dtype, caplog):
+    """`measure` leaves out a tile whose result differs, or that does not fit the GPU."""
+    shape = tuning.Shape(*sizes, dtype, after_norm=sizes[-1] == 1)
+    times = tuning.measure(shape, torch.device("cuda"))
+    assert "differs" not in caplog.text
+    assert tuning._name(tuning.tiles(shape.inputs, shape.channels)[0]) in times
+    assert all(0 < ms < 1000 for ms in times.values())
+    tuning.choose(shape, times)
+
+
+def test_conv1x1_is_deterministic():
+    from fastbyol.kernels.triton.conv1x1 import conv1x1
+
+    x = torch.randn(64, 64, 28, 28, device="cuda").to(torch.bfloat16, memory_format=torch.channels_last)
+    weight = torch.randn(256, 64, 1, 1, device="cuda").to(torch.bfloat16)
+    norm = Norm(torch.ones(256, device="cuda"), torch.zeros(256, device="cuda"), 1e-5)
+    results = [conv1x1(x, weight, norm, stride=1, views=2, tile=tuning.tiles(64, 256)[0]) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -10,7 +10,8 @@ from helpers.norm_problems import CASES, NORMALIZED, PLAIN, RESIDUAL, SHAPES, No
 from fastbyol import layers
 from fastbyol.build import build_model
 from fastbyol.config import ModelConfig
-from fastbyol.layers import activation_checkpointing, batch_norms
+from fastbyol.kernels.conv import Tile
+from fastbyol.layers import activation_checkpointing, batch_norms, pointwise_convs
 
 pytestmark = pytest.mark.interpreter
 
@@ -147,17 +148,20 @@ def output_of(model, views):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "checkpointed", "stem"),
+    ("backbone", "checkpointed", "stem", "products"),
     [
-        ("resnet18", 0, "imagenet"),
-        pytest.param("resnet18", 2, "imagenet", marks=pytest.mark.slow),
-        pytest.param("resnet18", 0, "small", marks=pytest.mark.slow),
-        pytest.param("resnet50", 0, "imagenet", marks=pytest.mark.slow),
-        pytest.param("test_byobnet", 0, "imagenet", marks=pytest.mark.slow),
+        ("resnet18", 0, "imagenet", False),
+        pytest.param("resnet18", 2, "imagenet", True, marks=pytest.mark.slow),
+        pytest.param("resnet18", 0, "small", False, marks=pytest.mark.slow),
+        pytest.param("resnet50", 0, "imagenet", False, marks=pytest.mark.slow),
+        pytest.param("resnet50", 0, "imagenet", True, marks=pytest.mark.slow),
+        pytest.param("test_byobnet", 0, "imagenet", False, marks=pytest.mark.slow),
     ],
 )
-def test_networks_with_gpu_kernels_equal_those_without(interpreted, monkeypatch, backbone, checkpointed, stem):
-    """Loss, gradients and running statistics of a pair."""
+def test_networks_with_gpu_kernels_equal_those_without(
+    interpreted, monkeypatch, backbone, checkpointed, stem, products
+):
+    """Loss, gradients and running statistics of a pair; `products`: 1x1 convolutions in Triton."""
     monkeypatch.setattr(interpreted("batch_norm"), "TILE", 1 << 15)  # the interpreter takes a millisecond per tile
     width = 1 if backbone == "test_byobnet" else 0.125
     config = ModelConfig(backbone=backbone, width=width, stem=stem, hidden_dim=32, projection_dim=16)
@@ -172,6 +176,10 @@ def test_networks_with_gpu_kernels_equal_those_without(interpreted, monkeypatch,
     activation_checkpointing(model.online.backbone, checkpointed)
     expected = output_of(model, views)
     monkeypatch.setattr(layers, "has_gpu_kernels", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(layers, "has_gpu_products", lambda x: products)
+    for conv, after_norm in pointwise_convs(model):
+        conv.tile = Tile(512, 64, 64, 4, 2)
+        conv.norm_tile = conv.tile if after_norm else None
     loss, gradients, buffers = output_of(model, views)
     assert abs(loss - expected[0]) < 1e-3
     assert gradients.keys() == expected[1].keys()

@@ -137,8 +137,11 @@ def test_crop_and_augmentation_of_decoded_images(interpreted):
 def max_registers(build):
     """Per thread: at least 1024 or 512 threads share a multiprocessor's 65536 registers.
 
-    BatchNorm's threads read two to five arrays at once, so fewer of them keep the memory busy.
+    BatchNorm's threads read two to five arrays at once, so fewer of them keep the memory busy. A
+    convolution's loads go to shared memory ahead of time, so its threads need not wait for them.
     """
+    if build.name.startswith("conv1x1"):
+        return 200
     return 64 if build.streaming and not build.name.startswith("batch_norm") else 128
 
 
@@ -163,7 +166,7 @@ def test_unaligned_addresses_cause_narrow_accesses():
 
 def test_every_kernel_is_in_the_report():
     kernels = {build.kernel for build in resources.builds()}
-    modules = resources.augment, resources.batch_norm, resources.crop, resources.lars_ema
+    modules = resources.augment, resources.batch_norm, resources.conv1x1, resources.crop, resources.lars_ema
     defined = {value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     assert defined == kernels
 

@@ -21,6 +21,7 @@ CORE = (
         "model",
         "optim",
         "parallel",
+        "tuning",
         "cuda_graph",
         "step",
     ),

@@ -17,7 +17,7 @@ from cuda_bytes import Counts, Kernel
 from fastbyol.errors import InputError, RunError
 
 WORK = bench_step.Work("resnet18", 96, 64)
-LIMIT = 0.82
+LIMIT = 0.78
 """fastbyol's bytes relative to plain compiled BYOL: 0.75 with torch 2.14, 0.81 with 2.11. The
 count is deterministic."""
 
@@ -46,12 +46,12 @@ def test_compiled_step_moves_fewer_bytes_than_plain_byol(counts: dict[str, Count
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_resnet50_at_batch_256(stub: None):
-    """Plain compiled BYOL moves 253.8 GB with torch 2.14, and 248 GB with 2.11."""
+    """Plain compiled BYOL moves 253.8 GB with torch 2.14, so this is 0.78 of it."""
     counted = cuda_bytes.count("fastbyol", "resnet50", 224, 256)
     launches, moved = counted.of()
-    assert moved <= 217.5e9
+    assert moved <= 198e9
     assert counted.kept_bytes <= 20 * 2**30
-    assert launches <= 700
+    assert launches <= 600
 
 
 @pytest.mark.slow
@@ -59,11 +59,12 @@ def test_resnet50_at_batch_256(stub: None):
 def test_library_calls_match_the_network(counts: dict[str, Counts]):
     """A pass has 20 convolutions and 2 matrix products per head.
 
-    fastbyol has one pass for both views, plain BYOL one pass per view.
+    fastbyol has one pass for both views, plain BYOL one pass per view. fastbyol's three
+    downsamplings of each network are Triton kernels.
     """
     forward, backward = 2 * 20 + 3 * 2, 20 + 2 * 2 * 2
-    for name, passes in (("fastbyol", 1), ("plain", 2)):
-        assert counts[name].of("forward", "library")[0] == passes * forward
+    for name, passes, own in (("fastbyol", 1, 2 * 3), ("plain", 2, 0)):
+        assert counts[name].of("forward", "library")[0] == passes * forward - own
         assert counts[name].of("backward", "library")[0] == passes * backward
 
 
