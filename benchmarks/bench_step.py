@@ -69,7 +69,6 @@ from typing import Any
 import results_csv
 import timm
 import torch
-import torch.nn.functional as F
 import torchvision
 from runner import Runner, Skipped, error_summary
 from torch import Tensor, nn
@@ -79,7 +78,8 @@ from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepCo
 from fastbyol.data import Batch
 from fastbyol.runtime import environment
 from fastbyol.step import TrainStep
-from fastbyol.tools.bench import BOUND, CLASSES, supervised_step
+from fastbyol.tools.bench import BOUND, CLASSES
+from fastbyol.tools.references import PlainBYOL, plain_step, supervised_step
 
 SETS = {
     "cpu": ["R18 96 px, batch 32", "R50 224 px, batch 8"],
@@ -251,31 +251,11 @@ def stable_pretraining(work: Work, device: torch.device) -> Trainer:
     return Trainer(model, step)
 
 
-class PlainBYOL(nn.Module):
-    """Straightforward implementation of online network, predictor and target."""
-
-    def __init__(self, work: Work) -> None:
-        super().__init__()
-        backbone = torchvision.models.get_model(work.backbone)
-        features, backbone.fc = backbone.fc.in_features, nn.Identity()
-        self.online = nn.Sequential(backbone, self.head(features))
-        self.predictor = self.head(PROJECTION)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-
-    @staticmethod
-    def head(features: int) -> nn.Sequential:
-        """Build the projector or predictor."""
-        return nn.Sequential(
-            nn.Linear(features, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, PROJECTION, bias=False)
-        )
-
-    def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
-        """The loss of two views (B, 3, S, S)."""
-        q1, q2 = self.predictor(self.online(view1)), self.predictor(self.online(view2))
-        with torch.no_grad():
-            t1, t2 = self.target(view1), self.target(view2)
-        cosines = F.cosine_similarity(q1.float(), t2.float()) + F.cosine_similarity(q2.float(), t1.float())
-        return (4 - 2 * cosines).mean()
+def plain_byol(work: Work) -> PlainBYOL:
+    """Return plain BYOL with torchvision's backbone."""
+    backbone = torchvision.models.get_model(work.backbone)
+    features, backbone.fc = backbone.fc.in_features, nn.Identity()
+    return PlainBYOL(backbone, features, HIDDEN, PROJECTION)
 
 
 def plain_torch(
@@ -295,22 +275,8 @@ def plain_torch(
         compiled: compile the model with torch.compile's `mode`.
     """
     torch.backends.cudnn.benchmark |= tuned
-    model = PlainBYOL(work).to(device=device, memory_format=memory_format)
-    loss_of = torch.compile(model, mode=mode) if compiled else model
-    weights, targets = list(model.online.parameters()), list(model.target.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.03, momentum=0.9, fused=tuned or None)
-
-    def step(view1: Tensor, view2: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = loss_of(view1, view2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(targets, weights, 1 - MOMENTUM)
-        return loss.detach()
-
+    model = plain_byol(work).to(device=device, memory_format=memory_format)
+    step = plain_step(model, device, dtype, compiled=compiled, mode=mode, fused=tuned or None)
     return Trainer(model, step, dtype, memory_format)
 
 

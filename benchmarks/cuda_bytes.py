@@ -10,7 +10,7 @@ ResNet-18 takes one minute per contender, ResNet-50 three.
 
 Contenders:
     fastbyol    fastbyol's model under torch.compile, as the step calls it
-    plain       a direct implementation of the paper (bench_step.PlainBYOL) under torch.compile
+    plain       a direct implementation of the paper (references.PlainBYOL) under torch.compile
 Both use channels-last weights and views and bfloat16 autocast.
 
 The operands of each kernel count once per kernel. Caches may serve some of them, and a library call
@@ -154,7 +154,7 @@ def _build(contender: str, work: bench_step.Work) -> tuple[torch.nn.Module, Call
             conv.norm_tile = conv.tile if after_norm else None
         return model, lambda m: prepare_forward(m, config, "compile", torch.device("cuda"), World())
     with torch.device("meta"):
-        return bench_step.PlainBYOL(work), partial(torch.compile, fullgraph=True, dynamic=False)
+        return bench_step.plain_byol(work), partial(torch.compile, fullgraph=True, dynamic=False)
 
 
 def _kernels(graph: Any, phase: str) -> Iterable[Kernel]:

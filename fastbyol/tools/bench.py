@@ -1,5 +1,5 @@
 """`fastbyol bench`: time the loader, the step and both together, and compare the step with its
-bound.
+bound and with BYOL in plain PyTorch.
 
 Interleaves all measurements in one process; ratios are within a round. The bound is 3/8 of the
 images/s of a supervised step with the same backbone, precision and mode: an image costs 3 forward
@@ -7,31 +7,30 @@ passes of one view there (forward, and backward twice as much), and 8 in BYOL (t
 online network, forward and backward, and through the target). The supervised step gets as many
 images as BYOL has views, so that its convolutions are as large. Its network is timm's with torch's
 own BatchNorm and convolutions, so that the bound does not depend on our layers. Where they are
-faster than torch's, as on a CPU, the step can exceed its bound.
+faster than torch's, as on a CPU, the step can exceed its bound. BYOL in plain PyTorch
+(references.py) has the same backbone, heads, precision and mode.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fastbyol.build import Training, build_backbone
 from fastbyol.config import Config
 from fastbyol.data import choose_backend, native
 from fastbyol.data.views import VIEWS
 from fastbyol.errors import InputError
-from fastbyol.precision import autocast
 from fastbyol.runtime import environment
 from fastbyol.runtime.files import check_output, write_json
 from fastbyol.runtime.logging import logger
 from fastbyol.tools.instruments import Loop, open_training
 from fastbyol.tools.profiling import loader_threads
+from fastbyol.tools.references import PlainBYOL, graphs_mode, plain_step, supervised_step
 from fastbyol.tools.roofline import count_step, measure_peaks
 
 BOUND = 3 / 8
@@ -90,15 +89,26 @@ def _measure(training: Training, rounds: int, steps: int) -> dict[str, list[floa
         cached = loop.cached_batch()
         images = torch.cat(cached.views)
         model = _supervised(training).to(device=images.device, memory_format=torch.channels_last)
-        step = supervised_step(model, len(images), images.device, training.step.dtype, training.step.mode)
+        device, dtype, mode = images.device, training.step.dtype, training.step.mode
+        step = supervised_step(model, len(images), device, dtype, mode)
+        model = _plain(training).to(device=device, memory_format=torch.channels_last)
+        plain = plain_step(model, device, dtype, compiled=mode != "eager", mode=graphs_mode(device))
         measurements = {
             "loader": (loop.skip, training.config.data.prefetch_batches + 1),
             "step": (lambda: loop.step(cached), 2),
             "supervised": (lambda: step(images), 2),
             "whole": (loop, training.config.data.prefetch_batches + 1),
+            "plain": (lambda: plain(*cached.views), 2),
         }
-        for call, _ in measurements.values():  # compile everything before the first round
-            loop.timed(2, call)
+        for name, (call, _) in list(measurements.items()):  # compile everything before the first round
+            try:
+                loop.timed(2, call)
+            except torch.OutOfMemoryError:
+                if name != "plain":
+                    raise
+                logger.warning("BYOL in plain PyTorch is not measured: it does not fit into memory beside the others")
+                del measurements["plain"], model, plain, call
+                torch.cuda.empty_cache()
         found: dict[str, list[float]] = {name: [] for name in measurements}
         for _ in range(rounds):
             for name, (call, before) in measurements.items():
@@ -119,37 +129,13 @@ def _supervised(training: Training) -> nn.Module:
         return nn.Sequential(backbone, nn.Linear(features, CLASSES))
 
 
-def supervised_step(
-    model: nn.Module, batch: int, device: torch.device, dtype: torch.dtype, mode: str
-) -> Callable[[Tensor], Tensor]:
-    """Return a supervised step, images (B, 3, S, S) -> loss, with cross-entropy and SGD with
-    momentum.
-
-    Args:
-        model: (B, 3, S, S) -> (B, CLASSES), on `device`.
-        batch: B.
-        dtype: of autocast.
-        mode: "eager"; anything else compiles, on a GPU with torch's CUDA graphs.
-    """
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9, fused=True)
-    labels = (torch.arange(batch) % CLASSES).to(device)
-
-    def forward(images: Tensor) -> Tensor:
-        with autocast(device, dtype):
-            return F.cross_entropy(model(images), labels)
-
-    if mode != "eager":
-        forward = torch.compile(forward, mode="reduce-overhead" if device.type == "cuda" else None)
-
-    def step(images: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        loss = forward(images)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
+def _plain(training: Training) -> PlainBYOL:
+    """Return plain BYOL with timm's unmodified backbone and the config's heads."""
+    config = training.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone, features = build_backbone(config.model, config.data.image_size_px)
+        return PlainBYOL(backbone, features, config.model.hidden_dim, config.model.projection_dim)
 
 
 def _rates(training: Training, step_images_per_s: float) -> dict[str, Any]:
@@ -173,11 +159,14 @@ def _rates(training: Training, step_images_per_s: float) -> dict[str, Any]:
 def _ratios(measured: dict[str, list[float]]) -> dict[str, list[float]]:
     """Return the ratios per round."""
     columns = list(zip(*(measured[name] for name in ("loader", "step", "supervised", "whole")), strict=True))
-    return {
+    ratios = {
         "step_over_bound": [step / (BOUND * supervised) for _, step, supervised, _ in columns],
         "whole_over_step": [whole / step for _, step, _, whole in columns],
         "whole_over_loader": [whole / loader for loader, _, _, whole in columns],
     }
+    if "plain" in measured:
+        ratios["step_over_plain"] = [a / b for a, b in zip(measured["step"], measured["plain"], strict=True)]
+    return ratios
 
 
 def limit(result: dict[str, Any], device: torch.device) -> str:
@@ -244,16 +233,19 @@ def lines(result: dict[str, Any]) -> list[str]:
         "step": "step only, cached batch",
         "whole": "training",
         "supervised": "supervised step, same backbone",
+        "plain": "BYOL step in plain PyTorch",
     }
-    text = [f"{titles[name]:<40}{_spread(rates[name], 1):>32} images/s" for name in titles]
+    text = [f"{titles[name]:<40}{_spread(rates[name], 1):>32} images/s" for name in titles if name in rates]
     bound = [BOUND * rate for rate in rates["supervised"]]
     text.append(f"{'bound of the step: 3/8 of supervised':<40}{_spread(bound, 1):>32} images/s")
     for key, title in (
         ("step_over_bound", "step / bound"),
         ("whole_over_step", "whole / step"),
         ("whole_over_loader", "whole / loader"),
+        ("step_over_plain", "step / plain PyTorch"),
     ):
-        text.append(f"{title:<40}{_spread(result[key], 3):>32}")
+        if key in result:
+            text.append(f"{title:<40}{_spread(result[key], 3):>32}")
     return [*text, f"limit: {result['limit']}; {result['advice']}"]
 
 

@@ -20,6 +20,7 @@ import torch
 import torchvision
 import variants
 
+from fastbyol.tools import references
 from fastbyol.tools.hardware import GPUS, Link
 
 TINY = bench_step.Work.parse("R18 32 px, batch 4")
@@ -146,7 +147,7 @@ def test_compiled_baseline_runs_by_default_only_on_gpu():
 def test_fast_baselines_are_tuned(contender: str, monkeypatch: pytest.MonkeyPatch):
     """Fused SGD, cuDNN's autotuner, channels-last bfloat16; the loss is compiled too."""
     options, compiled = [], []
-    sgd, module = torch.optim.SGD, bench_step.PlainBYOL
+    sgd, module = torch.optim.SGD, references.PlainBYOL
 
     def new_sgd(parameters: object, **given: object) -> torch.optim.SGD:
         options.append(given)

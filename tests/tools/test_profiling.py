@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity
 from fastbyol import cli, spans
 from fastbyol.optim import Update
 from fastbyol.spans import AUGMENT, BACKWARD, COPY, ONLINE, TARGET, WAIT
-from fastbyol.tools import bench, profiling
+from fastbyol.tools import bench, profiling, references
 from fastbyol.tools.clock import REST, Clock
 from fastbyol.tools.instruments import EXCHANGE, Instruments, Loop
 from fastbyol.tools.profiling import profile
@@ -259,11 +259,12 @@ def test_bench_measures_every_part_in_every_round(make_config, tmp_path, log_lin
     assert json.loads(out.read_text()) == result
     rates = result["images_per_s"]
     assert {name: len(values) for name, values in rates.items()} == dict.fromkeys(
-        ("loader", "step", "supervised", "whole"), 2
+        ("loader", "step", "supervised", "whole", "plain"), 2
     )
     assert all(rate > 0 for values in rates.values() for rate in values)
     for k in range(2):
         assert result["step_over_bound"][k] == pytest.approx(rates["step"][k] / (3 / 8 * rates["supervised"][k]))
+        assert result["step_over_plain"][k] == pytest.approx(rates["step"][k] / rates["plain"][k])
         assert result["whole_over_step"][k] == pytest.approx(rates["whole"][k] / rates["step"][k])
     assert result["limit"] == "cores"
     assert any("training" in line for line in log_lines)
@@ -274,24 +275,62 @@ def test_rates_are_images_per_second(make_config, monkeypatch):
     """With a fake clock of 1 s per call; the supervised step counts both views as images."""
     monkeypatch.setattr(Loop, "timed", lambda self, calls, call=None: calls * 1.0)
     found = bench._measure(training_of(make_config()), rounds=1, steps=5)
-    assert found == {"loader": [BATCH], "step": [BATCH], "supervised": [2 * BATCH], "whole": [BATCH]}
+    assert found.pop("supervised") == [2 * BATCH]
+    assert found == {name: [BATCH] for name in ("loader", "step", "whole", "plain")}
+
+
+def test_plain_byol_that_does_not_fit_is_left_out(make_config, monkeypatch, log_lines):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "plain_step", lambda *args, **options: no_memory)
+    training = training_of(make_config())
+    measured = bench._measure(training, rounds=1, steps=1)
+    assert "plain" not in measured
+    assert any("plain PyTorch is not measured" in line for line in log_lines)
+    result = {"images_per_s": measured, "limit": "cores", "advice": ""} | bench._ratios(measured)
+    assert not any("plain" in line for line in bench.lines(result))
 
 
 def test_supervised_step_learns(make_config):
     torch.manual_seed(0)
     images = torch.randn(BATCH, 3, 32, 32)
     model = bench._supervised(training_of(make_config()))
-    step = bench.supervised_step(model, BATCH, CPU, torch.float32, "eager")
+    step = references.supervised_step(model, BATCH, CPU, torch.float32, "eager")
     losses = [float(step(images)) for _ in range(30)]
     assert losses[-1] < losses[0] - 0.5  # six seeds fall from 7.0 to 1.7-2.2
 
 
 def test_bound_uses_no_fastbyol_layers(make_config):
     """With fastbyol's BatchNorm, the bound would change with fastbyol's kernels."""
-    model = bench._supervised(training_of(make_config()))
-    ours = [name for name, module in model.named_modules() if type(module).__module__.startswith("fastbyol")]
-    assert ours == []
-    assert type(model[0].bn1) is torch.nn.BatchNorm2d
+    for model in (bench._supervised(training_of(make_config())), bench._plain(training_of(make_config())).online):
+        ours = [name for name, module in model.named_modules() if type(module).__module__.startswith("fastbyol")]
+        assert ours == []
+        assert type(model[0].bn1) is torch.nn.BatchNorm2d
+
+
+def test_plain_byol_computes_the_loss_of_ours(make_config):
+    """The same weights give the same loss, although one has a pass per view."""
+    config = make_config()
+    training = training_of(config)
+    plain, ours = bench._plain(training), training.model
+    ours.online.backbone.load_state_dict(plain.online[0].state_dict())
+    ours.online.projector.load_state_dict(plain.online[1].state_dict())
+    ours.predictor.load_state_dict(plain.predictor.state_dict())
+    ours.target.load_state_dict(ours.online.state_dict())
+    views = [torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    assert float(plain(*views)) == pytest.approx(float(ours(*views).loss), abs=1e-4)
+
+
+def test_plain_step_learns_and_moves_the_target(make_config):
+    torch.manual_seed(0)
+    model = bench._plain(training_of(make_config()))
+    step = references.plain_step(model, CPU, torch.float32, compiled=False)
+    views = torch.randn(2, BATCH, 3, 32, 32).unbind()
+    target = [p.clone() for p in model.target.parameters()]
+    losses = [float(step(*views)) for _ in range(20)]
+    assert losses[-1] < losses[0] - 0.5
+    assert any(not torch.equal(p, q) for p, q in zip(model.target.parameters(), target, strict=True))
 
 
 def rates(loader, step, whole, supervised=1000.0):
