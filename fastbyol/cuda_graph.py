@@ -1,12 +1,18 @@
 """A training step as one CUDA graph: the host launches it with a single call."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_WARM_UP_STEPS = 3  # real steps; they create what a capture must not: optimizer state, compiled code, workspaces
+# Real steps: they create what a capture must not, such as optimizer state, compiled code and
+# workspaces.
+_WARM_UP_STEPS = 3
+# DDP rebuilds its buckets and records timings in its first ten iterations (torch's notes on CUDA
+# graphs, "Usage with DistributedDataParallel").
+_WARM_UP_STEPS_OF_RANKS = 11
 
 
 class CapturedStep:
@@ -14,11 +20,13 @@ class CapturedStep:
 
     Args:
         function: reads and writes device memory only, at the same addresses in every call.
+        ranks: that exchange gradients inside the function. Their collectives become part of the
+            graph, so all ranks must call this object alike.
     """
 
-    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+    def __init__(self, function: Callable[..., Any], device: torch.device, ranks: int = 1) -> None:
         self._function = function
-        self._warm_up_left = _WARM_UP_STEPS
+        self._warm_up_left = _WARM_UP_STEPS if ranks == 1 else _WARM_UP_STEPS_OF_RANKS
         # One side stream for all warm-up steps: the allocator keeps a memory pool per stream.
         self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -35,6 +43,12 @@ class CapturedStep:
         torch._foreach_copy_(self._inputs, list(inputs))
         self._graph.replay()
         return self._output
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """Context manager: the stream of the capture. DDP must be built in it, since its hooks run
+        in the stream of their construction.
+        """
+        return torch.cuda.stream(self._stream)
 
     def drop(self) -> None:
         """Free the graph's memory. The next call captures again."""

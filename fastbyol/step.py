@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,8 +59,9 @@ class TrainStep:
             encoders = [encoder for encoder in (model.online, model.target) if encoder is not None]
             backbones = [encoder.backbone for encoder in encoders]
             tune(backbones, images, config.data.image_size_px, device, self.dtype, self.world)
-        self.forward: Any = prepare_forward(model, config, self.mode, device, self.world)
-        self._graph = CapturedStep(self.compute, device) if self.mode == "cuda_graph" else None
+        self._graph = CapturedStep(self.compute, device, self.world.size) if self.mode == "cuda_graph" else None
+        with nullcontext() if self._graph is None else self._graph.stream():
+            self.forward: Any = prepare_forward(model, config, self.mode, device, self.world)
         self._separated: Any = None
 
     def __call__(self, step: int, batch: Batch) -> BYOLOutput:

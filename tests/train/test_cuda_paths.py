@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbyol import step as step_module
 from fastbyol.config import DataConfig, OptimConfig
+from fastbyol.cuda_graph import CapturedStep
 from fastbyol.data import build_loader, open_split
 from fastbyol.data.device import deliver
 from fastbyol.data.pack import pack
@@ -78,6 +79,31 @@ def test_capture_is_thread_local_and_warmup_shares_its_stream(captures):
     assert [options["capture_error_mode"] for options in captures] == ["thread_local"]
     assert captures[0]["stream"] is step._graph._stream
     assert Stream.made == 1
+
+
+def test_ddp_is_built_in_the_stream_of_the_capture_and_warms_up_longer(captures, monkeypatch):
+    """As torch's notes on CUDA graphs demand. Gradients and statistics are part of the graph."""
+    streams, seen = [], []
+
+    @contextlib.contextmanager
+    def stream(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    def prepare(model, *_):
+        seen.extend(streams)
+        return model.forward
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(step_module, "prepare_forward", prepare)
+    step = new_step()
+    assert seen == [step._graph._stream]
+    step._graph = CapturedStep(step.compute, CUDA, ranks=2)
+    for k in range(12):
+        assert captures == []
+        step(k, new_batch(k))
+    assert len(captures) == 1
 
 
 def test_dropped_graph_is_recaptured_without_warmup(captures):
