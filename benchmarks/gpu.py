@@ -131,6 +131,7 @@ def parts(work: Path, out: Path) -> dict[str, list[Part]]:
     profile = ["--config", "configs/imagenet_r50_100ep.yaml", "--data.root", str(corpus), "--data.batch_size", "256"]
     profile += ["--device", "cuda", "--steps", "20", "--out", str(out / "profile_r50")]
     measure = [
+        Part(name="tune", command=fastbyol("tune", "--data.batch_size", "256"), expected_s=120, limit_s=300),
         on_gpu(
             "bench_step", "step_cuda.csv", *r50, "--only", *contenders, expected_s=450, limit_s=540, title="step R50"
         ),
@@ -139,7 +140,6 @@ def parts(work: Path, out: Path) -> dict[str, list[Part]]:
     ]
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no")
     rest = [
-        Part(name="tune", command=fastbyol("tune", "--data.batch_size", "256"), expected_s=60, limit_s=200),
         big,
         on_gpu(
             "bench_loader", "loader_cuda.csv", "--set", "loader_cuda", "--seconds", "4", expected_s=30, limit_s=240,

@@ -39,8 +39,7 @@ _TILES = (
     Tile(64, 256, 64, 8, 3),
     Tile(128, 128, 64, 8, 3),
     Tile(64, 64, 64, 4, 4),
-    Tile(128, 64, 64, 4, 3),
-)
+)  # each costs a compilation of about two seconds per shape
 _SMALLEST_SIDE = 16  # of a matrix product
 
 
@@ -169,7 +168,7 @@ def _times(shapes: Iterable[Shape], device: torch.device, again: bool) -> dict[S
     known = known if isinstance(known, dict) else {}
     missing = [shape for shape in shapes if again or not _is_complete(known.get(str(shape)))]
     if missing:
-        logger.info(f"measuring {len(missing)} shapes of 1x1 convolutions once on this GPU (about a minute)")
+        logger.info(f"measuring {len(missing)} shapes of 1x1 convolutions once on this GPU (one to three minutes)")
         known |= {str(shape): measure(shape, device) for shape in missing}
         torch.cuda.empty_cache()
         if path is not None:
