@@ -7,6 +7,9 @@ Two questions per shape, each answered by the shorter time:
 2. If the input comes from a norm and needs no gradient (the target network): that norm and the best
    of (1), or the kernel with the norm inside.
 
+Times are those of a replayed CUDA graph, as in a captured or compiled step: launched from Python,
+most of these kernels would be shorter than their launch. The kernel must be 2 % faster than cuDNN.
+
 Choices are kept in the user's cache folder, in one file per GPU model and versions of the
 libraries. A tile whose result differs from cuDNN's is not used.
 """
@@ -22,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbyol.data.views import VIEWS
+from fastbyol.errors import first_line
 from fastbyol.kernels.batch_norm_torch import Norm
 from fastbyol.kernels.conv import Tile
-from fastbyol.layers import Conv2d, pointwise_convs
+from fastbyol.layers import Conv2d, batch_norms, pointwise_convs
 from fastbyol.runtime.caches import own_folder
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.files import read_json_or, write_file
@@ -41,13 +44,16 @@ _TILES = (
     Tile(64, 64, 64, 4, 4),
 )  # each costs a compilation of about two seconds per shape
 _SMALLEST_SIDE = 16  # of a matrix product
+_MARGIN = 0.98  # about the spread of such measurements
 
 
 class Shape(NamedTuple):
     """What the time of a convolution depends on."""
 
     images: int
-    """Views: two per image."""
+    """Of all views."""
+    views: int
+    """With separate statistics."""
     inputs: int
     channels: int
     height: int
@@ -61,8 +67,8 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         after = " after norm" if self.after_norm else ""
         return (
-            f"{self.images}x{self.inputs}x{self.height}x{self.width} to {self.channels}, stride {self.stride}, "
-            f"{self.dtype}{after}"
+            f"{self.images}x{self.inputs}x{self.height}x{self.width} to {self.channels}, {self.views} views, "
+            f"stride {self.stride}, {self.dtype}{after}"
         )
 
 
@@ -84,13 +90,14 @@ def choose(shape: Shape, times: Times) -> tuple[Tile | None, Tile | None]:
     None stands for cuDNN, and for a norm on its own.
     """
     by_name = {_name(tile): tile for tile in tiles(shape.inputs, shape.channels)}
-    best = min((name for name in (CUDNN, *by_name) if name in times), key=times.__getitem__)
+    own = min((name for name in by_name if name in times), key=times.__getitem__, default=CUDNN)
+    best = own if times[own] < _MARGIN * times[CUDNN] else CUDNN
     inside = min(
-        (f"{NORM} {name}" for name in by_name if f"{NORM} {name}" in times), key=times.__getitem__, default=None
+        (name for name in by_name if f"{NORM} {name}" in times), key=lambda n: times[f"{NORM} {n}"], default=None
     )
-    if inside is None or times[inside] >= times[NORM] + times[best]:
+    if inside is None or times[f"{NORM} {inside}"] >= _MARGIN * (times[NORM] + times[best]):
         return by_name.get(best), None
-    return by_name.get(best), by_name[inside.removeprefix(f"{NORM} ")]
+    return by_name.get(best), by_name[inside]
 
 
 def tune(
@@ -109,7 +116,7 @@ def tune(
 
     Args:
         networks: backbones on `device`, a CUDA device.
-        images: per rank and forward pass; each has two views.
+        images: per rank and forward pass, each with as many views as the networks' norms separate.
         size: side of the views in pixels.
         dtype: of the views; 16 bits.
         again: measure everything again.
@@ -120,7 +127,7 @@ def tune(
     networks = list(networks)
     if not any(pointwise_convs(networks[0])):
         return {}
-    shapes = find_shapes(networks[0], VIEWS * images, size, device, dtype)
+    shapes = find_shapes(networks[0], images, size, dtype)
     with world.sync_errors():
         known = _times(dict.fromkeys(shapes), device, again) if world.is_main_process else None
     known = world.gather(known)[0]  # the same kernels on all ranks
@@ -142,21 +149,24 @@ def summary(network: nn.Module) -> str:
     )
 
 
-def find_shapes(network: nn.Module, images: int, size: int, device: torch.device, dtype: torch.dtype) -> list[Shape]:
+def find_shapes(network: nn.Module, images: int, size: int, dtype: torch.dtype) -> list[Shape]:
     """Return the shape of each of `pointwise_convs`."""
-    network = copy.deepcopy(network).eval()
+    views = batch_norms(network)[0].views
+    network = copy.deepcopy(network).to("meta").eval()
     convs = dict(pointwise_convs(network))
     shapes: dict[Conv2d, Shape] = {}
 
     def note(conv: Conv2d, inputs: tuple[Tensor, ...]) -> None:
         _, k, height, width = inputs[0].shape
         name = str(dtype).removeprefix("torch.")
-        shapes[conv] = Shape(images, k, conv.out_channels, height, width, conv.stride[0], name, convs[conv])
+        shapes[conv] = Shape(
+            views * images, views, k, conv.out_channels, height, width, conv.stride[0], name, convs[conv]
+        )
 
     for conv in convs:
         conv.register_forward_pre_hook(note)
     with torch.no_grad():
-        network(torch.zeros(1, 3, size, size, device=device))
+        network(torch.zeros(1, 3, size, size, device="meta"))
     return [shapes[conv] for conv in convs]
 
 
@@ -164,20 +174,32 @@ def _times(shapes: Iterable[Shape], device: torch.device, again: bool) -> dict[S
     """Return the measurements of shapes, from the cache or new."""
     machine = _machine(device)
     path = _path(machine)
-    known: dict[str, Times] = {} if path is None else read_json_or(path).get("ms", {})
-    known = known if isinstance(known, dict) else {}
+    known = {} if path is None else _read(path)
     missing = [shape for shape in shapes if again or not _is_complete(known.get(str(shape)))]
-    if missing:
-        logger.info(f"measuring {len(missing)} shapes of 1x1 convolutions once on this GPU (one to three minutes)")
-        known |= {str(shape): measure(shape, device) for shape in missing}
-        torch.cuda.empty_cache()
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_file(path, json.dumps({"machine": machine, "ms": known}, indent=1) + "\n")
-            except OSError as error:
-                logger.warning(f"{path}: cannot be written ({error.strerror}); the next run measures again")
-    return {shape: known[str(shape)] for shape in shapes}
+    if not missing:
+        return {shape: known[str(shape)] for shape in shapes}
+    logger.info(f"measuring {len(missing)} shapes of 1x1 convolutions once on this GPU (one to three minutes)")
+    found: dict[str, Times] = {}
+    for shape in missing:
+        try:
+            found[str(shape)] = measure(shape, device)
+        except torch.OutOfMemoryError:
+            logger.warning(f"1x1 convolution of {shape}: not enough memory to measure; cuDNN is used")
+    torch.cuda.empty_cache()
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = _read(path) | found  # another run may have written since
+            write_file(path, json.dumps({"machine": machine, "ms": kept}, indent=1) + "\n")
+        except OSError as error:
+            logger.warning(f"{path}: cannot be written ({error.strerror}); the next run measures again")
+    known |= found
+    return {shape: known.get(str(shape), {CUDNN: 0.0}) for shape in shapes}
+
+
+def _read(path: Path) -> dict[str, Times]:
+    known = read_json_or(path).get("ms", {})
+    return known if isinstance(known, dict) else {}
 
 
 def _is_complete(times: Any) -> bool:
@@ -189,14 +211,15 @@ def _machine(device: torch.device) -> dict[str, str]:
     """Return what the times depend on besides the shape."""
     import triton
 
-    from fastbyol.kernels.triton import conv1x1
+    from fastbyol.kernels.triton import batch_norm, batch_norm_kernels, conv1x1
 
+    code = b"".join(Path(module.__file__).read_bytes() for module in (batch_norm, batch_norm_kernels, conv1x1))
     return {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": str(torch.backends.cudnn.version()),
-        "kernel": hashlib.sha256(Path(conv1x1.__file__).read_bytes() + repr(_TILES).encode()).hexdigest()[:12],
+        "kernel": hashlib.sha256(code + repr(_TILES).encode()).hexdigest()[:12],
     }
 
 
@@ -207,8 +230,13 @@ def _path(machine: dict[str, str]) -> Path | None:
 
 
 def measure(shape: Shape, device: torch.device) -> Times:
-    """Measure all ways to compute a convolution."""
-    from triton.runtime.errors import OutOfResources
+    """Measure all ways to compute a convolution.
+
+    Raises:
+        torch.OutOfMemoryError: they do not fit into memory.
+    """
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
     from fastbyol.kernels.triton.batch_norm import batch_norm_triton, statistics
@@ -217,20 +245,20 @@ def measure(shape: Shape, device: torch.device) -> Times:
     rng = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, shape.dtype)
 
-    def draw(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=rng, device=device)
+    def draw(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(sizes, generator=rng, device=device, dtype=dtype)
 
     def norm(channels: int) -> Norm:
         batches = torch.zeros((), dtype=torch.int64, device=device)
         return Norm(draw(channels), draw(channels), 1e-5, draw(channels), draw(channels), batches, 0.1)
 
-    x = draw(shape.images, shape.inputs, shape.height, shape.width).to(dtype, memory_format=torch.channels_last)
+    x = draw(shape.images, shape.height, shape.width, shape.inputs, dtype=dtype).permute(0, 3, 1, 2)
     weight = (draw(shape.channels, shape.inputs, 1, 1) / shape.inputs**0.5).to(dtype)
-    before, after, options = norm(shape.inputs), norm(shape.channels), {"views": VIEWS}
+    before, after, options = norm(shape.inputs), norm(shape.channels), {"views": shape.views}
 
     def by_cudnn(x: Tensor) -> tuple[Tensor, Tensor]:
         y = F.conv2d(x, weight, stride=shape.stride)
-        return y, statistics(y, VIEWS, after.running_mean, after.running_var, after.batches, after.momentum)
+        return y, statistics(y, shape.views, after.running_mean, after.running_var, after.batches, after.momentum)
 
     def by_tile(tile: Tile) -> tuple[Tensor, Tensor]:
         return conv1x1(x, weight, after, stride=shape.stride, tile=tile, **options)
@@ -242,10 +270,17 @@ def measure(shape: Shape, device: torch.device) -> Times:
             actual = call()
         except OutOfResources:  # the tile needs more shared memory or registers than the GPU has
             return
+        except (CompilationError, PTXASError) as error:
+            logger.warning(f"1x1 convolution of {shape}, tile {name}: does not compile: {first_line(error)}")
+            return
         if expected is not None and not is_close(actual, expected):
             logger.warning(f"1x1 convolution of {shape}, tile {name}: differs from cuDNN's and is not used")
             return
-        times[name] = float(do_bench(call, return_mode="median"))
+        del actual
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            call()
+        times[name] = float(do_bench(graph.replay, return_mode="median"))
 
     with torch.no_grad():
         expected = by_cudnn(x)

@@ -11,7 +11,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device that config.device names: with several GPUs, the one of this process's
-    local rank.
+    local rank. It becomes the current device, on which Triton launches its kernels.
 
     Raises:
         InputError: cuda was requested but there is no GPU, or fewer GPUs than processes on this
@@ -25,6 +25,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise InputError(
             f"local rank {local_rank} has no GPU: torch finds {torch.cuda.device_count()}; lower torchrun's --nproc-per-node"
         )
+    torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 

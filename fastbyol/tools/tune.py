@@ -28,7 +28,6 @@ def tune_config(config: Config) -> None:
         raise InputError(f"precision={config.precision}: tune measures 16-bit kernels; use bf16 or fp16")
     if config.data.batch_size == "auto":
         raise InputError("data.batch_size=auto: tune needs a number; `fastbyol train` prints the one it takes")
-    torch.cuda.set_device(device)
     tune_device(device)
     model = build_model(config.model, config.data.image_size_px, config.seed)
     backbone = model.online.backbone.to(device=device, memory_format=torch.channels_last)

@@ -249,10 +249,11 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # no zeros in place of the statistics' gradient
         return y, stats
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         stride, needs = [ctx.stride] * 2, [*ctx.needs_input_grad[:2], False]
         dx, dw, _ = torch.ops.aten.convolution_backward(

@@ -191,11 +191,11 @@ def test_batch_norm_is_deterministic(residual):
 @pytest.mark.parametrize(
     "sizes",
     [
-        (64, 64, 256, 28, 28, 1),
-        (32, 256, 64, 14, 14, 1),
-        (16, 512, 128, 14, 14, 1),
-        (16, 256, 512, 15, 13, 2),
-        (6, 24, 40, 5, 7, 1),
+        (64, 2, 64, 256, 28, 28, 1),
+        (32, 2, 256, 64, 14, 14, 1),
+        (16, 1, 512, 128, 14, 14, 1),
+        (16, 2, 256, 512, 15, 13, 2),
+        (6, 2, 24, 40, 5, 7, 1),
     ],
 )
 def test_conv1x1_with_every_tile_equals_cudnn(sizes, dtype, caplog):
