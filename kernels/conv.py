@@ -33,6 +33,11 @@ _MAX_POSITIONS = 25
 _MAX_POSITIONS_STRIDED = 49
 _MIN_CHANNEL_PAIRS = 1 << 15  # 128 to 256 channels; below, the overhead of the calls dominates
 
+# With fewer input channels than a vector has floats (AVX-512), oneDNN's dw of a strided 1x1
+# convolution in channels-last memory writes past its workspace: wrong results, hangs and crashes
+# (github.com/uxlfoundation/oneDNN/issues/6035).
+_MIN_STRIDED_CHANNELS = 16
+
 
 def conv2d_reference(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """Compute the formulas in torch."""
@@ -54,9 +59,15 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     Raises:
         RuntimeError: From torch, for mismatched shapes or dtypes.
     """
+    if x.is_cpu and x.ndim == 4 and stride > 1 and padding == 0 and _is_narrow(weight):
+        x, stride = x[..., ::stride, ::stride].contiguous(memory_format=torch.channels_last), 1  # the same result
     if use_tap_products(x, weight, stride, padding):
         return _Conv.apply(x, weight, stride, padding)
     return conv2d_reference(x, weight, stride, padding)
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    return weight.shape[1] < _MIN_STRIDED_CHANNELS and weight.shape[2:] == (1, 1)
 
 
 class Tile(NamedTuple):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbyol.kernels import conv
 from fastbyol.kernels.conv import conv2d, weight_gradient
@@ -104,3 +105,35 @@ def test_torch_compile_has_no_graph_break(always_tap_products):
     x, weight = draw(2, 3, 3, 3), draw(4, 3, 3, 3).requires_grad_()
     compiled = torch.compile(conv2d, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, weight, 1, 1), conv2d(x, weight, 1, 1))
+
+
+@pytest.mark.parametrize("channels", [1, 4, 8, 15, 16])
+@pytest.mark.parametrize(("size", "stride"), [(8, 2), (7, 2), (9, 3)])
+def test_strided_pointwise_convolution_of_few_channels(channels, size, stride):
+    """oneDNN's weight gradient writes past its workspace, so its strided kernel must not run."""
+
+    class Strides(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.found = []
+
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            if f.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
+                position = 3 if f.overloadpacket is torch.ops.aten.convolution else 4
+                self.found.append(args[position])
+            return f(*args, **(kwargs or {}))
+
+    x = draw(8, channels, size, size, dtype=torch.float32).to(memory_format=torch.channels_last)
+    weight = draw(8, channels, 1, 1, seed=1, dtype=torch.float32)
+    with Strides() as strides:
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        y = conv2d(*leaves, stride, 0)
+        y.backward(torch.ones_like(y))
+    assert strides.found == [[stride if channels == 16 else 1] * 2] * 2
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    exact = [t.double().requires_grad_() for t in (x.contiguous(), weight)]
+    exact_y = F.conv2d(*exact, stride=stride)
+    exact_y.backward(torch.ones_like(exact_y))
+    for actual, expected in zip([y, *(t.grad for t in leaves)], [exact_y, *(t.grad for t in exact)], strict=True):
+        assert actual.shape == expected.shape
+        assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()

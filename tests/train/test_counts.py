@@ -61,18 +61,19 @@ def test_operators_and_allocations_of_a_step(loop):
     # called once for both views.
     assert names["convolution"] + names["mkldnn_convolution"] <= 42
     assert names["convolution_backward"] + names["mkldnn_convolution_backward"] <= 21
-    # BatchNorm, max-pool, LARS and the target update are custom kernels. Of torch's 496 calls, 315
-    # update BatchNorm's running statistics (7 for each of the 45 norms of both networks) and 63 are
-    # convolutions. The rest is heads, loss and bookkeeping.
+    # BatchNorm, max-pool, LARS and the target update are custom kernels. Of torch's 500 calls, 315
+    # update BatchNorm's running statistics (7 for each of the 45 norms of both networks), 63 are
+    # convolutions, and 4 copy the input of the strided convolution of 8 channels. The rest is
+    # heads, loss and bookkeeping.
     assert sum(names.values()) <= 500, names.most_common()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loop.step(batch)
     events = profiler.profiler.kineto_results.events()
     allocations = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
     # One result per operator, and BatchNorm's output and statistics. Gradients are allocated again
-    # at each step, since they are set to None. 849 with AVX-512; with AVX2, oneDNN reorders 14 more
-    # weights.
-    assert len(allocations) <= 863
+    # at each step, since they are set to None. 3 are of the strided convolution of 8 channels. 852
+    # with AVX-512; with AVX2, oneDNN reorders 14 more weights.
+    assert len(allocations) <= 866
     assert names["_local_scalar_dense"] == 0  # no value is read by the host
 
 
