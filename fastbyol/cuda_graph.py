@@ -1,7 +1,7 @@
 """A training step as one CUDA graph: the host launches it with a single call."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,11 +44,16 @@ class CapturedStep:
         self._graph.replay()
         return self._output
 
-    def stream(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def stream(self) -> Iterator[None]:
         """Context manager: the stream of the capture. DDP must be built in it, since its hooks run
         in the stream of their construction.
         """
-        return torch.cuda.stream(self._stream)
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
 
     def drop(self) -> None:
         """Free the graph's memory. The next call captures again."""
@@ -57,12 +62,8 @@ class CapturedStep:
             torch.cuda.empty_cache()
 
     def _run_on_side_stream(self, inputs: tuple[Tensor, ...]) -> Any:
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            output = self._function(*inputs)
-        current.wait_stream(self._stream)
-        return output
+        with self.stream():
+            return self._function(*inputs)
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = [torch.empty_like(x) for x in inputs]

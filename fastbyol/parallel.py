@@ -183,6 +183,8 @@ def data_parallel(
         static_graph=static_graph,
         **{_SYNC_BUFFERS: False},
     )
+    # DDP would time every 100th iteration with CUDA events, which a capture must not contain.
+    wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
     if config.gradient_dtype == "bf16":
         wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
     return wrapped

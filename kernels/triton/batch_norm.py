@@ -122,23 +122,42 @@ def statistics(
     wrap_triton(moments_kernel)[_reduction_grid(rows, channels, views)](
         x, stats, partials, rows, channels, **tile(channels), num_warps=WARPS
     )
+    finish_moments(partials, stats, (running_mean, running_var, batches), momentum, rows)
+    return stats
+
+
+def finish_moments(
+    partials: Tensor,
+    stats: Tensor,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None],
+    momentum: float,
+    rows: int,
+    part_rows: int | None = None,
+) -> None:
+    """Launch `finish_moments_kernel`.
+
+    Args:
+        partials: (2, V, P, C).
+        stats: (3, V, C).
+        running: mean, variance and number of batches.
+        rows: R.
+        part_rows: of each part, if partials are means and M2.
+    """
+    _, views, parts, channels = partials.shape
     wrap_triton(finish_moments_kernel)[_finish_grid(channels)](
         partials,
         stats,
-        running_mean,
-        running_var,
-        batches,
+        *running,
         rows,
         channels,
         parts,
-        None,
+        part_rows,
         momentum,
         VIEWS=views,
         ROWS=FINISH_ROWS,
         CHANNELS=FINISH_CHANNELS,
         num_warps=FINISH_WARPS,
     )
-    return stats
 
 
 @triton_op("fastbyol::batch_norm_apply", mutates_args={})

@@ -27,8 +27,8 @@ from torch.library import triton_op
 
 from fastbyol.kernels.batch_norm_torch import Norm, to_channels_last
 from fastbyol.kernels.conv import Tile
-from fastbyol.kernels.triton.batch_norm import FINISH_CHANNELS, FINISH_ROWS, FINISH_WARPS, wrap_triton
-from fastbyol.kernels.triton.batch_norm_kernels import affine, finish_moments_kernel, part_of_view
+from fastbyol.kernels.triton.batch_norm import finish_moments, wrap_triton
+from fastbyol.kernels.triton.batch_norm_kernels import affine, part_of_view
 
 PROGRAMS = 2048  # about eight waves on an H100, with two programs per multiprocessor
 
@@ -172,22 +172,8 @@ def convolve(
         num_warps=sides.warps,
         num_stages=sides.stages,
     )
-    wrap_triton(finish_moments_kernel)[(triton.cdiv(channels, FINISH_CHANNELS), 1, 1)](
-        partials,
-        stats,
-        running_mean,
-        running_var,
-        batches,
-        rows,
-        channels,
-        parts,
-        triton.cdiv(triton.cdiv(rows, sides.rows), parts) * sides.rows,
-        momentum,
-        VIEWS=views,
-        ROWS=FINISH_ROWS,
-        CHANNELS=FINISH_CHANNELS,
-        num_warps=FINISH_WARPS,
-    )
+    part_rows = triton.cdiv(triton.cdiv(rows, sides.rows), parts) * sides.rows
+    finish_moments(partials, stats, (running_mean, running_var, batches), momentum, rows, part_rows)
     return y, stats
 
 

@@ -184,8 +184,7 @@ def test_networks_with_gpu_kernels_equal_those_without(
     assert abs(loss - expected[0]) < 1e-3
     assert gradients.keys() == expected[1].keys()
     for name, gradient in gradients.items():
-        # Rounding decides about inputs of a ReLU near 0, and is all of a bias before a norm. Three
-        # seeds of each ResNet differ by 3e-5 to 0.06, without and with AVX-512.
-        assert (gradient - expected[1][name]).norm() < 0.2 * expected[1][name].norm() + 1e-5, name
+        # Rounding decides about inputs of a ReLU near 0, and is all of a bias before a norm.
+        assert (gradient - expected[1][name]).norm() < 0.05 * expected[1][name].norm() + 1e-5, name
     for name, value in buffers.items():
         assert error(value, expected[2][name].double()) < 1e-3, name
