@@ -178,7 +178,11 @@ COMMANDS = Group(
         "preview": Command(_preview, options.PreviewOptions, takes_config=True),
         "profile": Command(_profile, options.ProfileOptions, takes_config=True, takes_ranks=True),
         "bench": Command(_bench, options.BenchOptions, takes_config=True, takes_ranks=True),
-        "tune": Command(_tune, text="Measure the kernels of 1x1 convolutions again, on a GPU.", takes_config=True),
+        "tune": Command(
+            _tune,
+            text="Measure the kernels of 1x1 convolutions again, with data.batch_size images on one GPU.",
+            takes_config=True,
+        ),
         "plan": Command(_plan, options.PlanOptions, takes_config=True),
         "report": Command(_report, options.ReportOptions),
         "export": Command(_export, options.ExportOptions),

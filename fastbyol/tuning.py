@@ -78,8 +78,7 @@ Times = dict[str, float]
 
 def tiles(inputs: int, channels: int) -> list[Tile]:
     """Return the tiles to try; the first one suits most shapes."""
-    sides = (max(_SMALLEST_SIDE, 1 << (n - 1).bit_length()) for n in (inputs, channels))
-    k, c = sides
+    k, c = (max(_SMALLEST_SIDE, 1 << (n - 1).bit_length()) for n in (inputs, channels))
     fitting = [tile._replace(inputs=min(tile.inputs, k), channels=min(tile.channels, c)) for tile in _TILES]
     return list(dict.fromkeys(fitting))
 
@@ -141,9 +140,7 @@ def tune(
 def summary(network: nn.Module) -> str:
     """Return one line that says which kernels run."""
     convs = [conv for conv, _ in pointwise_convs(network)]
-    own, inside = (
-        sum(t is not None for t in column) for column in zip(*((c.tile, c.norm_tile) for c in convs), strict=True)
-    )
+    own, inside = sum(conv.tile is not None for conv in convs), sum(conv.norm_tile is not None for conv in convs)
     return (
         f"1x1 convolutions: {own} of {len(convs)} compute statistics too, {inside} with the norm before them (target)"
     )
@@ -235,8 +232,7 @@ def measure(shape: Shape, device: torch.device) -> Times:
     Raises:
         torch.OutOfMemoryError: they do not fit into memory.
     """
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.errors import TritonError
     from triton.testing import do_bench
 
     from fastbyol.kernels.triton.batch_norm import batch_norm_triton, statistics
@@ -268,10 +264,13 @@ def measure(shape: Shape, device: torch.device) -> Times:
     def add(name: str, call: Callable[[], Any], expected: tuple[Tensor, Tensor] | None = None) -> None:
         try:
             actual = call()
-        except OutOfResources:  # the tile needs more shared memory or registers than the GPU has
-            return
-        except (CompilationError, PTXASError) as error:
-            logger.warning(f"1x1 convolution of {shape}, tile {name}: does not compile: {first_line(error)}")
+        except torch.OutOfMemoryError:
+            raise
+        except (TritonError, RuntimeError) as error:
+            if expected is None:  # not a tile
+                raise
+            torch.cuda.synchronize(device)  # raises if the device itself has failed
+            logger.info(f"1x1 convolution of {shape}, tile {name}: not available on this GPU: {first_line(error)}")
             return
         if expected is not None and not is_close(actual, expected):
             logger.warning(f"1x1 convolution of {shape}, tile {name}: differs from cuDNN's and is not used")

@@ -176,6 +176,16 @@ def test_results_that_differ_are_not_close():
     assert not is_close((torch.full_like(good[0], float("nan")), stats), good)
 
 
+def test_lines_name_times_and_choices():
+    name = tuning._name(tiles(64, 256)[0])
+    times = {CUDNN: 1.0, name: 0.5, "norm": 0.25, f"norm {name}": 0.625}
+    both, cudnn = tuning.lines({shape(True): times, shape(): {CUDNN: 1.0, name: 2.0}})
+    assert both.endswith(
+        f"cuDNN 1.000 ms, chosen {name} 0.500 ms; with the norm before it 0.750 ms, inside {name} 0.625 ms"
+    )
+    assert cudnn.endswith("cuDNN 1.000 ms, chosen cudnn 1.000 ms")
+
+
 def test_tune_needs_a_gpu():
     with pytest.raises(InputError, match="tune needs a GPU"):
         tune_config(Config(device="cpu"))
