@@ -78,8 +78,8 @@ from fastbyol.config import Config, DataConfig, ModelConfig, OptimConfig, StepCo
 from fastbyol.data import Batch
 from fastbyol.runtime import environment
 from fastbyol.step import TrainStep
-from fastbyol.tools.bench import BOUND, CLASSES
-from fastbyol.tools.references import PlainBYOL, plain_step, supervised_step
+from fastbyol.tools.bench import BOUND
+from fastbyol.tools.references import CLASSES, PlainBYOL, plain_step, supervised_step
 
 SETS = {
     "cpu": ["R18 96 px, batch 32", "R50 224 px, batch 8"],
@@ -153,8 +153,10 @@ def fastbyol_step(
     return TrainStep(model, config, 10**6, device)
 
 
-def fastbyol(work: Work, device: torch.device, *options: str, **more: str) -> Trainer:
-    step = fastbyol_step(work, device, *options, **more)
+def fastbyol(
+    work: Work, device: torch.device, precision: str = "auto", mode: str = "auto", conv1x1: str = "auto"
+) -> Trainer:
+    step = fastbyol_step(work, device, precision, mode, conv1x1)
     labels, indices = torch.full((work.batch,), -1), torch.arange(work.batch)
     counter = itertools.count()
 

@@ -12,17 +12,19 @@ faster than torch's, as on a CPU, the step can exceed its bound. BYOL in plain P
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastbyol.build import Training, build_backbone
 from fastbyol.config import Config
-from fastbyol.data import choose_backend, native
+from fastbyol.data import Batch, choose_backend, native
 from fastbyol.data.views import VIEWS
 from fastbyol.errors import InputError
 from fastbyol.runtime import environment
@@ -30,11 +32,10 @@ from fastbyol.runtime.files import check_output, write_json
 from fastbyol.runtime.logging import logger
 from fastbyol.tools.instruments import Loop, open_training
 from fastbyol.tools.profiling import loader_threads
-from fastbyol.tools.references import PlainBYOL, graphs_mode, plain_step, supervised_step
+from fastbyol.tools.references import CLASSES, PlainBYOL, graphs_mode, plain_step, supervised_step
 from fastbyol.tools.roofline import count_step, measure_peaks
 
 BOUND = 3 / 8
-CLASSES = 1000
 _NEAR = 0.9  # share of a bound above which no setting is worth a change
 
 
@@ -89,26 +90,21 @@ def _measure(training: Training, rounds: int, steps: int) -> dict[str, list[floa
         cached = loop.cached_batch()
         images = torch.cat(cached.views)
         model = _supervised(training).to(device=images.device, memory_format=torch.channels_last)
-        device, dtype, mode = images.device, training.step.dtype, training.step.mode
-        step = supervised_step(model, len(images), device, dtype, mode)
-        model = _plain(training).to(device=device, memory_format=torch.channels_last)
-        plain = plain_step(model, device, dtype, compiled=mode != "eager", mode=graphs_mode(device))
+        step = supervised_step(model, len(images), images.device, training.step.dtype, training.step.mode)
         measurements = {
             "loader": (loop.skip, training.config.data.prefetch_batches + 1),
             "step": (lambda: loop.step(cached), 2),
             "supervised": (lambda: step(images), 2),
             "whole": (loop, training.config.data.prefetch_batches + 1),
-            "plain": (lambda: plain(*cached.views), 2),
         }
-        for name, (call, _) in list(measurements.items()):  # compile everything before the first round
-            try:
-                loop.timed(2, call)
-            except torch.OutOfMemoryError:
-                if name != "plain":
-                    raise
-                logger.warning("BYOL in plain PyTorch is not measured: it does not fit into memory beside the others")
-                del measurements["plain"], model, plain, call
-                torch.cuda.empty_cache()
+        for call, _ in measurements.values():  # compile everything before the first round
+            loop.timed(2, call)
+        try:
+            call = _plain_call(training, cached)
+            loop.timed(2, call)
+            measurements["plain"] = call, 2
+        except torch.OutOfMemoryError:
+            logger.warning("BYOL in plain PyTorch is not measured: it does not fit into memory beside the others")
         found: dict[str, list[float]] = {name: [] for name in measurements}
         for _ in range(rounds):
             for name, (call, before) in measurements.items():
@@ -122,20 +118,32 @@ def _measure(training: Training, rounds: int, steps: int) -> dict[str, list[floa
 
 def _supervised(training: Training) -> nn.Module:
     """Return timm's unmodified backbone with a classifier; the config's seed draws the weights."""
-    config = training.config
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        backbone, features = build_backbone(config.model, config.data.image_size_px)
+    with _seeded(training.config.seed):
+        backbone, features = build_backbone(training.config.model, training.config.data.image_size_px)
         return nn.Sequential(backbone, nn.Linear(features, CLASSES))
 
 
 def _plain(training: Training) -> PlainBYOL:
     """Return plain BYOL with timm's unmodified backbone and the config's heads."""
-    config = training.config
+    model = training.config.model
+    with _seeded(training.config.seed):
+        backbone, features = build_backbone(model, training.config.data.image_size_px)
+        return PlainBYOL(backbone, features, model.hidden_dim, model.projection_dim)
+
+
+def _plain_call(training: Training, batch: Batch) -> Callable[[], Tensor]:
+    """Return a call of one step of plain BYOL on `batch`."""
+    device, mode = training.device, training.step.mode
+    model = _plain(training).to(device=device, memory_format=torch.channels_last)
+    step = plain_step(model, device, training.step.dtype, compiled=mode != "eager", mode=graphs_mode(device))
+    return lambda: step(*batch.views)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        backbone, features = build_backbone(config.model, config.data.image_size_px)
-        return PlainBYOL(backbone, features, config.model.hidden_dim, config.model.projection_dim)
+        torch.manual_seed(seed)
+        yield
 
 
 def _rates(training: Training, step_images_per_s: float) -> dict[str, Any]:

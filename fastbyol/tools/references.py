@@ -14,6 +14,7 @@ from fastbyol.model import mlp
 from fastbyol.precision import autocast
 
 MOMENTUM = 0.996  # of the target
+CLASSES = 1000  # of supervised training
 
 
 class PlainBYOL(nn.Module):
@@ -82,18 +83,17 @@ def supervised_step(
     momentum.
 
     Args:
-        model: (B, 3, S, S) -> (B, classes), on `device`.
+        model: (B, 3, S, S) -> (B, CLASSES), on `device`.
         batch: B.
         dtype: of autocast.
         mode: "eager"; anything else compiles, on a GPU with torch's CUDA graphs.
     """
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9, fused=True)
-    labels = torch.arange(batch, device=device)
+    labels = (torch.arange(batch) % CLASSES).to(device)
 
     def forward(images: Tensor) -> Tensor:
         with autocast(device, dtype):
-            logits = model(images)
-            return F.cross_entropy(logits, labels % logits.shape[1])
+            return F.cross_entropy(model(images), labels)
 
     if mode != "eager":
         forward = torch.compile(forward, mode=graphs_mode(device))
