@@ -9,15 +9,17 @@ launches and times nothing, and rejects machines with a CUDA driver, where bench
 ResNet-18 takes one minute per contender, ResNet-50 three.
 
 Contenders:
-    fastbyol    fastbyol's model under torch.compile, as the step calls it
-    plain       a direct implementation of the paper (references.PlainBYOL) under torch.compile
+    fastbyol        fastbyol's model under torch.compile, as the step calls it, with all 1x1
+                    convolutions before a BatchNorm as Triton kernels
+    fastbyol cudnn  the same with step.conv1x1=cudnn
+    plain           a direct implementation of the paper (references.PlainBYOL) under torch.compile
 Both use channels-last weights and views and bfloat16 autocast.
 
 The operands of each kernel count once per kernel. Caches may serve some of them, and a library call
 may launch multiple kernels and use a workspace. Convolutions and matrix products are library calls;
-everything else is Triton code. fastbyol's 1x1 convolutions before a BatchNorm count as its Triton
-kernel; on a GPU, `fastbyol tune` chooses between it and the library by time. The two graphs contain
-no optimizer, target update or augmentation.
+everything else is Triton code. A run chooses between Triton and cuDNN for each 1x1 convolution by
+time, so it moves bytes between those of the first two contenders. The two graphs contain no
+optimizer, target update or augmentation.
 Saved bytes are the forward pass's results for the backward pass, without its inputs.
 
 `--out` writes one row per contender, with commit and versions, since fusion depends on torch.
@@ -52,7 +54,7 @@ from fastbyol.runtime.distributed import World
 from fastbyol.tools.roofline import meta_model
 from fastbyol.tuning import tiles
 
-CONTENDERS = ["fastbyol", "plain"]
+CONTENDERS = ["fastbyol", "fastbyol cudnn", "plain"]
 STUB = Path(__file__).with_name("cuda_stub.c")
 FACTS = ("fastbyol", "torch", "triton", "torchvision", "timm")
 
@@ -144,12 +146,12 @@ def _pretend_h100() -> None:
 
 def _build(contender: str, work: bench_step.Work) -> tuple[torch.nn.Module, Callable[[torch.nn.Module], Any]]:
     """Return the contender's model on the meta device, and a function that compiles its forward."""
-    if contender == "fastbyol":
+    if contender != "plain":
         data = DataConfig(batch_size=work.batch, image_size_px=work.size)
         model = ModelConfig(backbone=work.backbone, hidden_dim=bench_step.HIDDEN, projection_dim=bench_step.PROJECTION)
         config = Config(precision="bf16", data=data, model=model)
         model = meta_model(config)
-        for conv, after_norm in pointwise_convs(model):
+        for conv, after_norm in pointwise_convs(model) if contender == "fastbyol" else ():
             conv.tile = tiles(conv.in_channels, conv.out_channels)[0]
             conv.norm_tile = conv.tile if after_norm else None
         return model, lambda m: prepare_forward(m, config, "compile", torch.device("cuda"), World())
@@ -292,7 +294,7 @@ def from_json(text: str) -> Counts:
 def ratio(counts: list[Counts]) -> float | None:
     """Return fastbyol's bytes divided by plain's; None if one of them is missing."""
     moved = {c.contender: c.of()[1] for c in counts}
-    return moved["fastbyol"] / moved["plain"] if len(moved) == len(CONTENDERS) else None
+    return moved["fastbyol"] / moved["plain"] if {"fastbyol", "plain"} <= moved.keys() else None
 
 
 def table(counts: list[Counts]) -> str:

@@ -264,7 +264,7 @@ def loader_cuda() -> str:
 def cuda_bytes() -> str:
     """Memory traffic and launches of the compiled step."""
     rows, lines = read("cuda_bytes"), []
-    names = {"fastbyol": "fastbyol", "plain": "plain compiled BYOL"}
+    names = {"fastbyol cudnn": "fastbyol, 1x1 convolutions by cuDNN", "plain": "plain compiled BYOL"}
     for row in rows:
         n = {key: int(value) for key, value in row.items() if key.endswith(("bytes", "launches"))}
         library = n["library_forward_bytes"] + n["library_backward_bytes"]
@@ -272,7 +272,7 @@ def cuda_bytes() -> str:
         launches = n["triton_forward_launches"] + n["triton_backward_launches"] + library_launches
         lines.append(
             [
-                names[row["contender"]],
+                names.get(row["contender"], row["contender"]),
                 f"{n['triton_forward_bytes'] / 1e9:.1f} ({n['triton_forward_launches']})",
                 f"{n['triton_backward_bytes'] / 1e9:.1f} ({n['triton_backward_launches']})",
                 f"{library / 1e9:.1f} ({library_launches})",
@@ -284,10 +284,10 @@ def cuda_bytes() -> str:
     first, moved = rows[0], {row["contender"]: int(row["bytes"]) for row in rows}
     note = (
         f"Counted, not measured: {first['set']}, bfloat16, channels-last, compiled for an H100 by torch {first['torch']}, Triton {first['triton']}; "
-        f"fastbyol / plain {moved['fastbyol'] / moved['plain']:.3f}; commit {first['fastbyol'].split()[-1]}. "
+        f"fastbyol / plain {moved['fastbyol'] / moved['plain']:.3f} ({moved['fastbyol cudnn'] / moved['plain']:.3f} by cuDNN); commit {first['fastbyol'].split()[-1]}. "
         "Source: benchmarks/results/cuda_bytes.csv (`python benchmarks/cuda_bytes.py`)."
     )
-    parts = ("Triton forward", "Triton backward", "convolutions, matmuls", "total")
+    parts = ("Triton forward", "Triton backward", "cuDNN and cuBLAS", "total")
     return markdown_table(["GB per step (launches)", *parts, "MB per image", "saved for backward"], lines, note)
 
 
