@@ -68,8 +68,10 @@ class CapturedStep:
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = [torch.empty_like(x) for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        # thread_local: CUDA calls of other threads, such as DALI's or a loader's, do not end the
-        # capture.
+        # thread_local: CUDA calls of other threads, such as those of DALI, a loader or NCCL's
+        # watchdog, do not end the capture. Torch's notes also turn off NCCL's asynchronous error
+        # handling. From torch 2.2 on the watchdog does not query captured collectives, and without
+        # that handling it could not end a run whose other collectives time out.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._output = self._function(*self._inputs)
         self._graph = graph

@@ -17,7 +17,7 @@ from fastbyol.build import build_model
 from fastbyol.config import DistributedConfig, ProbeConfig
 from fastbyol.data import build_loader, open_split
 from fastbyol.errors import InputError
-from fastbyol.parallel import sync_batch_norm
+from fastbyol.parallel import data_parallel, sync_batch_norm
 from fastbyol.runtime import checkpoint, distributed
 from fastbyol.runtime.distributed import StopConsensus, World, world_from_environment
 
@@ -241,25 +241,37 @@ def test_single_rank_stops_immediately():
         assert [consensus.agree(False), consensus.agree(True)] == [False, True]
 
 
-def test_mean_over_ranks_traces_into_one_graph(monkeypatch, tmp_path):
-    """The collective is part of the compiled graph, forward and backward, without a graph break."""
+@pytest.fixture
+def group_of_one(monkeypatch, tmp_path):
+    """A process group of this process alone."""
     monkeypatch.setattr(os, "environ", os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"})
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        graphs = []
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
 
-        def record(graph, inputs):
-            graphs.append(graph)
-            return graph.forward
 
-        @torch.compile(backend=record, fullgraph=True)
-        def call(x):
-            return distributed.mean_over_ranks(x * 2, torch.distributed.group.WORLD, 1).square().sum()
+def test_mean_over_ranks_traces_into_one_graph(group_of_one):
+    """The collective is part of the compiled graph, forward and backward, without a graph break."""
+    graphs = []
 
-        x = torch.arange(3.0, requires_grad=True)
-        call(x).backward()
-        assert torch.equal(x.grad, 8 * x.detach())
-        assert len(graphs) == 1
-    finally:
-        torch.distributed.destroy_process_group()
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=record, fullgraph=True)
+    def call(x):
+        return distributed.mean_over_ranks(x * 2, group_of_one, 1).square().sum()
+
+    x = torch.arange(3.0, requires_grad=True)
+    call(x).backward()
+    assert torch.equal(x.grad, 8 * x.detach())
+    assert len(graphs) == 1
+
+
+def test_ddp_times_only_its_first_iterations(group_of_one):
+    """A capture may come at any later iteration, and must not contain the events of timings."""
+    model = data_parallel(torch.nn.Linear(2, 2), DistributedConfig(), torch.device("cpu"), static_graph=True)
+    for _ in range(101):
+        model(torch.ones(1, 2)).sum().backward()
+    assert model._get_ddp_logging_data()["iteration"] == 10  # the last one with timings
