@@ -17,8 +17,8 @@ Both use channels-last weights and views and bfloat16 autocast.
 
 The operands of each kernel count once per kernel. Caches may serve some of them, and a library call
 may launch multiple kernels and use a workspace. Convolutions and matrix products are library calls;
-everything else is Triton code. A run chooses between Triton and cuDNN for each 1x1 convolution by
-time, so it moves bytes between those of the first two contenders. The two graphs contain no
+everything else is Triton code. A run chooses the faster of Triton and cuDNN for each 1x1
+convolution, so its bytes lie between those of the first two contenders. The graphs contain no
 optimizer, target update or augmentation.
 Saved bytes are the forward pass's results for the backward pass, without its inputs.
 

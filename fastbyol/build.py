@@ -19,6 +19,7 @@ from fastbyol.errors import InputError, first_line
 from fastbyol.kernels.cpu.jit_cache import compile_cpu_kernels
 from fastbyol.layers import fuse_layers
 from fastbyol.model import BYOL, Encoder, mlp
+from fastbyol.runtime.device import seeded
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.logging import logger
 from fastbyol.schedules import scaled_lr
@@ -129,8 +130,7 @@ def build_model(config: ModelConfig, image_size: int, seed: int) -> BYOL:
     Raises:
         InputError: see `build_backbone`.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         online = _build_encoder(config, image_size)
         predictor = _build_head(config.projection_dim, config)
         target = None

@@ -46,8 +46,9 @@ class CapturedStep:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """Context manager: the stream of the capture. DDP must be built in it, since its hooks run
-        in the stream of their construction.
+        """Context manager: the stream of the capture, ordered after the current stream's work and
+        before its later work. DDP must be built in it, since its hooks run in the stream of their
+        construction.
         """
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
@@ -69,9 +70,9 @@ class CapturedStep:
         self._inputs = [torch.empty_like(x) for x in inputs]
         graph = torch.cuda.CUDAGraph()
         # thread_local: CUDA calls of other threads, such as those of DALI, a loader or NCCL's
-        # watchdog, do not end the capture. Torch's notes also turn off NCCL's asynchronous error
-        # handling. From torch 2.2 on the watchdog does not query captured collectives, and without
-        # that handling it could not end a run whose other collectives time out.
+        # watchdog, do not end the capture. NCCL's asynchronous error handling stays on, unlike in
+        # torch's notes: the watchdog has ignored captured collectives since torch 2.2, and a run
+        # needs it to end when another collective times out.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._output = self._function(*self._inputs)
         self._graph = graph

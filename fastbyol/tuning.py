@@ -17,7 +17,7 @@ libraries. A tile whose result differs from cuDNN's is not used.
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +88,8 @@ def choose(shape: Shape, times: Times) -> tuple[Tile | None, Tile | None]:
 
     None stands for cuDNN, and for a norm on its own.
     """
+    if not times:
+        return None, None
     by_name = {_name(tile): tile for tile in tiles(shape.inputs, shape.channels)}
     own = min((name for name in by_name if name in times), key=times.__getitem__, default=CUDNN)
     best = own if times[own] < _MARGIN * times[CUDNN] else CUDNN
@@ -167,31 +169,34 @@ def find_shapes(network: nn.Module, images: int, size: int, dtype: torch.dtype) 
     return [shapes[conv] for conv in convs]
 
 
-def _times(shapes: Iterable[Shape], device: torch.device, again: bool) -> dict[Shape, Times]:
-    """Return the measurements of shapes, from the cache or new."""
+def _times(shapes: Collection[Shape], device: torch.device, again: bool) -> dict[Shape, Times]:
+    """Return the measurements of shapes, from the cache or new; none of a shape that does not fit
+    into memory.
+    """
     machine = _machine(device)
     path = _path(machine)
-    known = {} if path is None else _read(path)
-    missing = [shape for shape in shapes if again or not _is_complete(known.get(str(shape)))]
+    cached = {} if again or path is None else _read(path)
+    known = {shape: cached[str(shape)] for shape in shapes if _is_complete(cached.get(str(shape)))}
+    missing = [shape for shape in shapes if shape not in known]
     if not missing:
-        return {shape: known[str(shape)] for shape in shapes}
+        return known
     logger.info(f"measuring {len(missing)} shapes of 1x1 convolutions once on this GPU (one to three minutes)")
-    found: dict[str, Times] = {}
     for shape in missing:
         try:
-            found[str(shape)] = measure(shape, device)
+            known[shape] = measure(shape, device)
         except torch.OutOfMemoryError:
+            known[shape] = {}
             logger.warning(f"1x1 convolution of {shape}: not enough memory to measure; cuDNN is used")
     torch.cuda.empty_cache()
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = _read(path) | found  # another run may have written since
+            # Another run may have written since.
+            kept = _read(path) | {str(shape): known[shape] for shape in missing if known[shape]}
             write_file(path, json.dumps({"machine": machine, "ms": kept}, indent=1) + "\n")
         except OSError as error:
             logger.warning(f"{path}: cannot be written ({error.strerror}); the next run measures again")
-    known |= found
-    return {shape: known.get(str(shape), {CUDNN: 0.0}) for shape in shapes}
+    return known
 
 
 def _read(path: Path) -> dict[str, Times]:
@@ -317,6 +322,9 @@ def lines(times: dict[Shape, Times]) -> list[str]:
     """Return a table of measurements and choices."""
     rows = []
     for shape, ms in times.items():
+        if not ms:
+            rows.append(f"{shape}: not measured, chosen {CUDNN}")
+            continue
         tile, norm_tile = choose(shape, ms)
         best = ms[CUDNN if tile is None else _name(tile)]
         row = f"{shape}: cuDNN {ms[CUDNN]:.3f} ms, chosen {CUDNN if tile is None else _name(tile)} {best:.3f} ms"

@@ -67,7 +67,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 
 
 def _is_narrow(weight: Tensor) -> bool:
-    return weight.shape[1] < _MIN_STRIDED_CHANNELS and weight.shape[2:] == (1, 1)
+    return weight.shape[2:] == (1, 1) and weight.shape[1] < _MIN_STRIDED_CHANNELS
 
 
 class Tile(NamedTuple):

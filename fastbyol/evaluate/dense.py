@@ -123,14 +123,6 @@ def head_channels(shape: MapShape) -> int:
     return min(max(shape.channels // 8, 64), 256)
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators; restore their state on exit."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 def normalize(images: Tensor) -> Tensor:
     """Normalize as in pre-training: uint8 (n, H, W, 3) -> float32 (n, 3, H, W), channels_last."""
     mean, std = (torch.tensor(values, device=images.device) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -42,6 +42,7 @@ from fastbyol.evaluate.image_files import read_pixels, resize
 from fastbyol.evaluate.options import DetectionEval
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.precision import autocast
+from fastbyol.runtime.device import seeded
 
 LARGEST_ANCHOR = 0.64  # of the shorter side; torchvision: 512 of 800 px
 MAX_ASPECT = 1333 / 800  # longest side, in shorter sides
@@ -184,7 +185,7 @@ class DetectionTask(dense.DenseTask):
         """Train a detector; return mAP, and mAP at IoU 0.5 and 0.75."""
         assert backbone is not None
         size = dense.resolve_image_size(options.image_size_px, context)
-        with dense.seeded(options.seed, context.device):
+        with seeded(options.seed, context.device):
             detector = build_detector(
                 backbone,
                 size,

@@ -36,6 +36,7 @@ from fastbyol.evaluate.options import SegmentationEval
 from fastbyol.evaluate.voc import VOID, VocFolder, VocImage, open_voc, read_mask
 from fastbyol.kernels.augment_params import IMAGENET_MEAN
 from fastbyol.precision import autocast
+from fastbyol.runtime.device import seeded
 
 SCALES = (0.7, 1.4)  # range of the random scale; the paper trains longer and draws from 0.5 to 2
 STRIDES = (8, 32)  # finest and coarsest map of the head
@@ -130,7 +131,7 @@ class SegmentationTask(dense.DenseTask):
         assert backbone is not None
         size = dense.resolve_image_size(options.image_size_px, context)
         dtype = context.training_dtype
-        with dense.seeded(options.seed, context.device):
+        with seeded(options.seed, context.device):
             network = build_segmenter(backbone, size, len(data.classes), finetune=options.finetune)
             if min(options.batch_size, len(data.train)) == 1 and network.sides[-1 if options.finetune else 0] == 1:
                 raise InputError(

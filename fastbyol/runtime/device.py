@@ -1,6 +1,8 @@
-"""Choice of the device, and the process-wide switches that a training step needs."""
+"""Choice of the device, and process-wide state: switches for training, and random numbers."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -34,6 +36,14 @@ def tune_device(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = True  # all batches have the same shape
     if device.type == "cpu":
         _keep_freed_memory()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Context manager: seed torch's generators of the CPU and of `device`; restore them on exit."""
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _keep_freed_memory() -> None:

@@ -12,8 +12,7 @@ faster than torch's, as on a CPU, the step can exceed its bound. BYOL in plain P
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -28,6 +27,7 @@ from fastbyol.data import Batch, choose_backend, native
 from fastbyol.data.views import VIEWS
 from fastbyol.errors import InputError
 from fastbyol.runtime import environment
+from fastbyol.runtime.device import seeded
 from fastbyol.runtime.files import check_output, write_json
 from fastbyol.runtime.logging import logger
 from fastbyol.tools.instruments import Loop, open_training
@@ -118,7 +118,7 @@ def _measure(training: Training, rounds: int, steps: int) -> dict[str, list[floa
 
 def _supervised(training: Training) -> nn.Module:
     """Return timm's unmodified backbone with a classifier; the config's seed draws the weights."""
-    with _seeded(training.config.seed):
+    with seeded(training.config.seed):
         backbone, features = build_backbone(training.config.model, training.config.data.image_size_px)
         return nn.Sequential(backbone, nn.Linear(features, CLASSES))
 
@@ -126,7 +126,7 @@ def _supervised(training: Training) -> nn.Module:
 def _plain(training: Training) -> PlainBYOL:
     """Return plain BYOL with timm's unmodified backbone and the config's heads."""
     model = training.config.model
-    with _seeded(training.config.seed):
+    with seeded(training.config.seed):
         backbone, features = build_backbone(model, training.config.data.image_size_px)
         return PlainBYOL(backbone, features, model.hidden_dim, model.projection_dim)
 
@@ -137,13 +137,6 @@ def _plain_call(training: Training, batch: Batch) -> Callable[[], Tensor]:
     model = _plain(training).to(device=device, memory_format=torch.channels_last)
     step = plain_step(model, device, training.step.dtype, compiled=mode != "eager", mode=graphs_mode(device))
     return lambda: step(*batch.views)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def _rates(training: Training, step_images_per_s: float) -> dict[str, Any]:

@@ -71,8 +71,8 @@ def test_operators_and_allocations_of_a_step(loop):
     events = profiler.profiler.kineto_results.events()
     allocations = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
     # One result per operator, and BatchNorm's output and statistics. Gradients are allocated again
-    # at each step, since they are set to None. 3 are of the strided convolution of 8 channels. 852
-    # with AVX-512; with AVX2, oneDNN reorders 14 more weights.
+    # at each step, since they are set to None. 3 are of the strided convolution of 8 channels. With
+    # AVX2, oneDNN reorders 14 more weights than with AVX-512.
     assert len(allocations) <= 866
     assert names["_local_scalar_dense"] == 0  # no value is read by the host
 

@@ -129,8 +129,9 @@ def test_shape_that_does_not_fit_is_left_to_cudnn_and_measured_again(measured, m
     with monkeypatch.context() as patched:
         patched.setattr(tuning, "measure", no_memory)
         patched.setattr(torch.cuda, "empty_cache", lambda: None)
-        tune([network], 4, 64, CPU, BF16, World())
+        times = tune([network], 4, 64, CPU, BF16, World())
     assert "not enough memory to measure; cuDNN is used" in caplog.text
+    assert all(line.endswith("not measured, chosen cudnn") for line in tuning.lines(times))
     assert all((conv.tile, conv.norm_tile) == (None, None) for conv, _ in pointwise_convs(network))
     count = len(measured)
     tune([network], 4, 64, CPU, BF16, World())
