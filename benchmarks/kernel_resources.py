@@ -211,7 +211,8 @@ def _batch_norm_builds() -> list[Build]:
     no_norm = " ".join(residual_table)
     bit = 1 / 16  # of a bfloat16 pass
     relu, from_x = stream | epsilons | {"RELU": True}, {"MASK_FROM_X": True}
-    of_sums, of_gradient = {"eps": 1e-5, "MASK_FROM_X": False}, stream | epsilons | {"MASK_FROM_X": False}
+    options = {"SAME": False, "MASK_FROM_X": False}
+    of_sums, of_gradient = {"eps": 1e-5} | options, stream | epsilons | options
     return [
         build("moments", batch_norm.moments_kernel, moments, {}, 1),
         finishing(
@@ -223,7 +224,9 @@ def _batch_norm_builds() -> list[Build]:
         build("apply", batch_norm.apply_kernel, apply, relu, 2, f"residual mask {no_norm}"),
         build("apply + residual", batch_norm.apply_kernel, apply, relu, 3 + bit, no_norm),
         build("apply + normalized residual", batch_norm.apply_kernel, apply, relu, 3 + bit),
-        build("apply and pool", batch_norm.apply_and_pool_kernel, pool, stream | {"eps": 1e-5}, 1 + 1.5 / 4),
+        build(
+            "apply and pool", batch_norm.apply_and_pool_kernel, pool, stream | {"eps": 1e-5, "SAME": False}, 1 + 1.5 / 4
+        ),
         build("sums", batch_norm.sums_kernel, sums, of_sums | from_x, 2, "dy2 mask places residual g residual_stats"),
         build("sums + residual", batch_norm.sums_kernel, sums, of_sums, 4 + bit, "places residual residual_stats"),
         build("sums + normalized residual", batch_norm.sums_kernel, sums, of_sums, 5 + bit, "places"),

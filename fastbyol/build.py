@@ -2,16 +2,15 @@
 
 import copy
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from fractions import Fraction
 
-import timm
 import torch
-from timm.models import ResNet
 from torch import nn
 
+from fastbyol.backbones import create_backbone
 from fastbyol.batch_size import find_batch_size, global_batch_size
 from fastbyol.config import Config, ModelConfig
 from fastbyol.data import Batch, ImageSet, Loader, build_loader, choose_backend, find_images
@@ -80,7 +79,7 @@ def build_training(
             on_model(model)
         model = model.to(device=device, memory_format=torch.channels_last)
     with world.sync_errors():
-        steps_per_epoch = max(len(images) // config.data.batch_size, 1)
+        steps_per_epoch = max(Fraction(len(images), config.data.batch_size), Fraction(1))
         step = TrainStep(model, config, steps_per_epoch, device, world)
         loader = build_loader(
             config.data,
@@ -144,14 +143,12 @@ def build_model(config: ModelConfig, image_size: int, seed: int) -> BYOL:
 
 
 def build_backbone(config: ModelConfig, image_size: int) -> tuple[nn.Module, int]:
-    """Return a timm backbone without classifier, and its number of features F.
+    """Return a backbone without classifier, and its number of features F.
 
     Raises:
-        InputError: timm has no such model, or width, stem or image size do not suit it.
+        InputError: see `create_backbone`; or the image size does not suit the network.
     """
-    backbone = _create_backbone(config)
-    if config.stem == "small":
-        _make_stem_small(backbone, config.backbone)
+    backbone = create_backbone(config)
     modify_layers(backbone, config, "backbone")
     try:
         with torch.no_grad():
@@ -161,33 +158,6 @@ def build_backbone(config: ModelConfig, image_size: int) -> tuple[nn.Module, int
             f"model.backbone={config.backbone} does not accept data.image_size_px={image_size}: {first_line(error)}"
         ) from None
     return backbone.train(), features
-
-
-def _create_backbone(config: ModelConfig) -> nn.Module:
-    name = config.backbone
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; `timm.list_models()` lists all models"
-        raise InputError(f"model.backbone={name!r}: timm has no such model{hint}")
-    options = {}
-    if config.width != 1:
-        widths = [64.0 * config.width * 2**k for k in range(4)]
-        if not all(w.is_integer() and w >= 1 for w in widths):
-            raise InputError(f"model.width={config.width}: 64 * width must be a whole number of channels")
-        options["channels"] = tuple(int(w) for w in widths)
-    try:
-        return timm.create_model(name, num_classes=0, **options)
-    except TypeError:
-        raise InputError(f"model.width={config.width}: {name} has no width multiplier; set model.width=1") from None
-
-
-def _make_stem_small(backbone: nn.Module, name: str) -> None:
-    """Replace a ResNet's stem by a 3x3 convolution of stride 1 without max-pool, in place."""
-    if not isinstance(backbone, ResNet) or not isinstance(backbone.conv1, nn.Conv2d):
-        raise InputError(f"model.stem=small needs a plain ResNet; set model.stem=imagenet for {name}")
-    backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-    backbone.maxpool = nn.Identity()
 
 
 def _build_encoder(config: ModelConfig, image_size: int) -> Encoder:

@@ -35,6 +35,7 @@ from fastbyol.settings.limits import (
 from fastbyol.settings.messages import require
 
 DEFAULT_WARMUP_EPOCHS = 10
+STEM_CHANNELS = 64  # of a ResNet of width 1
 RENAMED = {
     "data.recipe": "data.augmentation",
     "model.weight_standardisation": "model.weight_standardization",
@@ -120,12 +121,22 @@ class ModelConfig(Settings):
 
     PREFIX: ClassVar[str] = "model."
     backbone: str = "resnet50"
-    """Name of a timm model, e.g. resnet18, resnet50 or resnet200."""
+    """Name of a timm model, e.g. resnet50; or byol_resnet18 or byol_resnet34, which are the
+    authors'."""
     width: Annotated[float, above(0), at_most(256)] = 1.0
-    """Width multiplier of a ResNet's stages. The paper uses 1, 2 and 4."""
+    """Width multiplier of a ResNet's stem and stages. The paper uses 1, 2 and 4."""
     stem: Literal["imagenet", "small"] = "imagenet"
     """ResNet stem. imagenet is a 7x7 convolution of stride 2 and max-pooling; small, for images up
     to about 64 px, is a 3x3 convolution of stride 1 without pooling."""
+    stem_channels: Annotated[int, at_least(0, "64 * width"), at_most(2**20)] = 0
+    """Channels of a ResNet's stem. 0 is 64 * width, as in the authors' code. Runs of older versions
+    have 64 at any width."""
+    padding: Literal["symmetric", "same"] = "symmetric"
+    """Padding of a ResNet's strided convolutions and max-pool. same is TensorFlow's, as in the
+    authors' code; their released weights need it."""
+    zero_init_last: bool | Literal["auto"] = "auto"
+    """Start gamma of the last BatchNorm of each block at 0 instead of 1. auto is the authors' code:
+    true, but false for byol_resnet18 and byol_resnet34. The paper's results used false."""
     hidden_dim: Annotated[int, at_least(1), at_most(2**20)] = 4096
     """Hidden units of projector and predictor."""
     projection_dim: Annotated[int, at_least(2), at_most(2**20)] = 256
@@ -169,6 +180,20 @@ class ModelConfig(Settings):
         super().__post_init__()
         ok = self.contrastive_weight == 0 or self.loss == "byol"
         require(ok, "model.contrastive_weight", self.contrastive_weight, "requires model.loss=byol")
+
+    @staticmethod
+    def upgraded(values: Any) -> Any:
+        """Return the dict of an older version's config with the same meaning.
+
+        `width` used to leave the stem at 64 channels.
+        """
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        is_stored = {"width", "hidden_dim", "projection_dim"} <= values.keys()  # all settings, not a choice of them
+        if is_stored and "stem_channels" not in values and values["width"] != 1:
+            values["stem_channels"] = STEM_CHANNELS
+        return values
 
 
 @dataclass(kw_only=True)
@@ -318,8 +343,8 @@ class Config(Settings):
     """Autocast data type of the forward pass. auto uses bf16 if the processor supports it,
     otherwise fp32. fp16 uses loss scaling."""
     init: ExpandedPath = "none"
-    """Initial weights of the backbone: none, timm:NAME, a file of `fastbyol export`, or a run.
-    timm:NAME downloads timm's pre-trained weights."""
+    """Initial weights: none, timm:NAME (downloads timm's), a file of `fastbyol export`, a run, or a
+    .pkl of BYOL's authors (sets model.padding=same)."""
     resume: ExpandedPath = "none"
     """Checkpoint to continue from: none, auto or a path. auto is the latest valid checkpoint of the
     run NAME, or none if there is none."""
@@ -353,6 +378,14 @@ class Config(Settings):
         return dataclasses.asdict(self)
 
     @classmethod
+    def upgraded(cls, values: Any) -> Any:
+        """Return the dict of an older version's config with current names and the same meaning."""
+        values = cls.with_current_names(values)
+        if isinstance(values, dict) and isinstance(values.get("model"), dict):
+            values["model"] = ModelConfig.upgraded(values["model"])
+        return values
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
         """Return the config of a dict from `to_dict`, which may be of an older version.
 
@@ -360,4 +393,4 @@ class Config(Settings):
             BadSetting: a key is unknown, or a value is invalid or of the wrong type. It is a
                 ValueError.
         """
-        return cls.build(cls.with_current_names(values))
+        return cls.build(cls.upgraded(values))

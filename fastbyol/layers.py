@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame, pad_same
+from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
@@ -76,6 +77,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         residual_norm: "BatchNorm | None" = None,
         *,
         pool: bool = False,
+        same: bool = False,
         stats: Tensor | None = None,
         residual_stats: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -84,11 +86,14 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         Args:
             residual_norm: norm of the residual, applied before the addition.
             pool: apply the stem's max-pool at the end; only if `pools(x)`.
+            same: padding of the max-pool, see `MaxPool`.
             stats: statistics of x on this rank, if `convolve` returned them.
             residual_stats: the same of a residual that is normalized.
         """
         if self.training and has_gpu_kernels(x):
-            return self._fused(x, residual, residual_norm, pool=pool, stats=stats, residual_stats=residual_stats)
+            return self._fused(
+                x, residual, residual_norm, pool=pool, same=same, stats=stats, residual_stats=residual_stats
+            )
         if residual_norm is not None:
             residual = residual_norm(residual)
         if not self.training:
@@ -188,17 +193,23 @@ class BatchNormAct(BatchNorm):
 
 
 class MaxPool(nn.MaxPool2d):
-    """Max-pool of the ResNet stem: 3x3, stride 2, padding 1."""
+    """Max-pool of the ResNet stem: 3x3, stride 2."""
+
+    same: bool = False
+    """TensorFlow's SAME padding instead of 1 on all sides."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
-        return max_pool(x)
+        return max_pool(x, same=self.same)
 
 
 class Conv2d(nn.Conv2d):
     """Square convolution without bias, groups or dilation, with the fastest weight gradient for its
     image size.
     """
+
+    same: bool = False
+    """TensorFlow's SAME padding, added to `padding`."""
 
     tile: Tile | None = None
     """Of the 1x1 convolution that also computes the statistics of the norm after it, for training
@@ -209,6 +220,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Conv2d.forward."""
+        if self.same:
+            x = pad_same(x, self.kernel_size, self.stride)
         return conv2d(x, self.weight, self.stride[0], self.padding[0])
 
 
@@ -288,7 +301,7 @@ class FusedResNet(ResNet):
     def forward_features(self, x: Tensor) -> Tensor:
         """As ResNet.forward_features."""
         x = self.conv1(x)
-        x = self.bn1(x, pool=True) if self.bn1.pools(x) else self.maxpool(self.bn1(x))
+        x = self.bn1(x, pool=True, same=self.maxpool.same) if self.bn1.pools(x) else self.maxpool(self.bn1(x))
         for stage in _stages(self):
             x = stage(x)
         return x
@@ -311,8 +324,9 @@ def fuse_layers(network: nn.Module) -> nn.Module:
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, BatchNorm):
                 setattr(module, name, _to_batch_norm(child))
     for module in network.modules():
-        if type(module) is nn.Conv2d and _can_use_conv2d(module):
-            module.__class__ = Conv2d
+        if type(module) in (nn.Conv2d, Conv2dSame) and _can_use_conv2d(module):
+            same = type(module) is Conv2dSame
+            module.__class__, module.same = Conv2d, same
         elif type(module) is nn.Sequential:
             for k in range(len(module) - 1):
                 if type(module[k]) is BatchNorm and type(module[k + 1]) is nn.ReLU:
@@ -325,8 +339,9 @@ def fuse_layers(network: nn.Module) -> nn.Module:
             if type(module.bn1) is BatchNorm and type(module.act1) is nn.ReLU:
                 module.bn1.relu, module.act1 = True, nn.Identity()
             pool = module.maxpool
-            if type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1):
-                pool.__class__ = MaxPool
+            if type(pool) in (nn.MaxPool2d, MaxPool2dSame) and _can_use_max_pool(pool):
+                same = type(pool) is MaxPool2dSame
+                pool.__class__, pool.same = MaxPool, same
                 if type(module.bn1) is BatchNorm and module.bn1.relu:
                     module.__class__ = FusedResNet
     for module in network.modules():
@@ -437,6 +452,12 @@ def _can_use_conv2d(conv: nn.Conv2d) -> bool:
         isinstance(conv.padding, tuple) and len(set(conv.padding)) == 1
     )
     return square and conv.bias is None and conv.groups == conv.dilation[0] == 1 and conv.padding_mode == "zeros"
+
+
+def _can_use_max_pool(pool: nn.MaxPool2d) -> bool:
+    if type(pool) is MaxPool2dSame:
+        return (pool.kernel_size, pool.stride) == ((3, 3), (2, 2))
+    return (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
 
 
 def _is_plain_block(block: nn.Module) -> bool:

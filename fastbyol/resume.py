@@ -88,7 +88,7 @@ def check_compatible(config: Config, identity: ImageIdentity, found: Checkpoint)
     before = checkpoint.checkpoint_config(path, state)
     # Compare the value that a default means.
     ours = _flat(config.to_dict()) | {"optim.warmup_epochs": config.optim.warmup}
-    theirs = _flat(Config.with_current_names(state["config"])) | {"optim.warmup_epochs": before.optim.warmup}
+    theirs = _flat(Config.upgraded(state["config"])) | {"optim.warmup_epochs": before.optim.warmup}
     changed = [key for key in ours if key in theirs and ours[key] != theirs[key]]
     for key in changed:
         if key.startswith("model.") or key in _MUST_NOT_CHANGE:
@@ -157,8 +157,8 @@ def _log_new_schedule(training: Training, before: OptimConfig, step: int) -> Non
     now = training.config.optim
     if (before.epochs, before.warmup) == (now.epochs, now.warmup):
         return
-    steps_per_epoch = training.step.total_steps // now.epochs
-    old, new = Schedule(before, training.config.data.batch_size, steps_per_epoch), training.step.schedule
+    new = training.step.schedule
+    old = Schedule(before, training.config.data.batch_size, new.steps_per_epoch)
     logger.info(
         f"optim.epochs {before.epochs} -> {now.epochs}: the schedules span {now.epochs} epochs, so at step {step} the "
         f"learning rate is {new.lr(step):.4g} instead of {old.lr(step):.4g}, tau {new.tau(step):.4g} instead of "

@@ -82,7 +82,6 @@ class Run:
     ) -> None:
         self.training, self.folder, self.callbacks, self.start = training, folder, callbacks, start
         self.config, self.world, self.step = training.config, training.world, training.step
-        self.steps_per_epoch = len(training.loader)
         self.named_bad: set[int] = set()  # unreadable training images that have been logged
         self.memory: MemoryBreakdown | None = None
         self._identity = identity
@@ -100,7 +99,7 @@ class Run:
             self.folder.path,
             start=self.start,
             total_steps=self.step.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
+            steps_per_epoch=self.step.schedule.steps_per_epoch,
             batch_size=self.config.data.batch_size,
             tensorboard=self.config.log.tensorboard,
             early=early.release(),
@@ -171,7 +170,7 @@ class Run:
 
     def end_of_epoch(self, done: int) -> None:
         """Run the callbacks, and save a checkpoint as often as configured."""
-        epoch, epochs = done // self.steps_per_epoch, self.config.optim.epochs
+        epoch, epochs = self.step.schedule.epoch(done), self.config.optim.epochs
         best = False
         for callback in self.callbacks:
             best |= callback.on_epoch_end(self, done)

@@ -6,6 +6,8 @@ Update k uses the value at step k.
 """
 
 import math
+from fractions import Fraction
+from numbers import Rational
 
 import numpy as np
 
@@ -13,16 +15,21 @@ from fastbyol.config import OptimConfig
 
 
 class Schedule:
-    """Learning rate and tau of all steps of a run.
+    """Learning rate, tau and epoch of all steps of a run.
+
+    E epochs of N images in batches of B take floor(E N / B) steps, as in the authors' code: batches
+    are full, and the remainder of an epoch counts towards the next one. `optim.epochs` and the
+    warm-up follow this rule.
 
     Args:
-        batch_size: images per optimizer step.
-        steps_per_epoch: optimizer steps per epoch.
+        batch_size: B, images per optimizer step.
+        steps_per_epoch: N / B as a fraction, at least 1.
     """
 
-    def __init__(self, optim: OptimConfig, batch_size: int, steps_per_epoch: int) -> None:
-        self.total_steps = optim.epochs * steps_per_epoch
-        self._warmup_steps = round(optim.warmup * steps_per_epoch)
+    def __init__(self, optim: OptimConfig, batch_size: int, steps_per_epoch: Rational) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = total_steps(optim.epochs, steps_per_epoch)
+        self.warmup_steps = total_steps(optim.warmup, steps_per_epoch)
         self._peak, self._constant = scaled_lr(optim.base_lr, batch_size), optim.schedule == "constant"
         self._tau_base = optim.tau_base
 
@@ -31,7 +38,7 @@ class Schedule:
         return learning_rate(
             step,
             peak=self._peak,
-            warmup_steps=self._warmup_steps,
+            warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
             constant=self._constant,
         )
@@ -39,6 +46,22 @@ class Schedule:
     def tau(self, step: int) -> float:
         """Return the target decay of a step."""
         return target_decay(step, base=self._tau_base, total_steps=self.total_steps)
+
+    def epoch(self, done: int) -> int:
+        """Return the number of complete epochs after `done` steps."""
+        return math.ceil((done + 1) / self.steps_per_epoch) - 1
+
+    def ends_epoch(self, done: int) -> bool:
+        """Return True if an epoch is complete after `done` steps, but not a step before."""
+        return self.epoch(done) > self.epoch(done - 1)
+
+
+def total_steps(epochs: float, steps_per_epoch: Rational) -> int:
+    """Return the steps of a number of epochs, rounded down.
+
+    An `epochs` such as 0.29 counts as the decimal number, not as the nearest binary fraction.
+    """
+    return math.floor(Fraction(str(epochs)) * steps_per_epoch)
 
 
 def scaled_lr(base_lr: float, batch_size: int) -> float:

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from numbers import Rational
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class TrainStep:
     Args:
         model: the pair, on `device`.
         config: data.batch_size must be a number.
-        steps_per_epoch: optimizer steps per epoch.
+        steps_per_epoch: images / batch size, as a fraction (see `Schedule`).
         world: this process among all ranks.
 
     Raises:
@@ -36,7 +37,7 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: BYOL, config: Config, steps_per_epoch: int, device: torch.device, world: World | None = None
+        self, model: BYOL, config: Config, steps_per_epoch: Rational, device: torch.device, world: World | None = None
     ) -> None:
         self.model, self.config, self.device, self.world = model, config, device, world or World()
         self.mode, self.mode_reason = choose_step_mode(config.step.mode, device, self.world)

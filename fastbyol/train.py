@@ -81,7 +81,7 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
                 log.advance(done)
                 if done % config.log.log_every_steps == 0 or done == total:
                     run.log_step(step, output)
-                if done % run.steps_per_epoch == 0:
+                if run.step.schedule.ends_epoch(done):
                     run.end_of_epoch(done)
                 if consensus.agree(stop.received is not None):
                     break

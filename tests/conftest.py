@@ -110,14 +110,18 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def make_config(photos: Path, tmp_path: Path) -> Callable[..., Config]:
-    """Return a factory of small configs: ResNet-18 of width 1/8 at 32 px.
+    """Return a factory of small configs: ResNet-18 of width 1/8 at 32 px, 4 steps per epoch.
 
     Its keyword arguments override fields of the sections, or top-level fields.
     """
+    images = sorted(path.name for path in (photos / "train").rglob("*.jpg"))[: 4 * BATCH]
+    (tmp_path / "images.txt").write_text("\n".join(images))
 
     def make(**changes: dict[str, Any]) -> Config:
+        is_subset = {"root", "train_split", "fraction", "images_per_class", "file_list"} & set(changes.get("data", {}))
+        data = {"root": str(photos)} | ({} if is_subset else {"file_list": str(tmp_path / "images.txt")})
         defaults: dict[str, dict[str, Any]] = {
-            "data": {"root": str(photos), "batch_size": BATCH, "image_size_px": 32, "threads": 2},
+            "data": data | {"batch_size": BATCH, "image_size_px": 32, "threads": 2},
             "model": {"backbone": "resnet18", "width": 0.125, "hidden_dim": 32, "projection_dim": 16},
             "optim": {"epochs": 4, "warmup_epochs": 1, "base_lr": 2.0},
             "log": {"log_every_steps": 1, "tensorboard": False},

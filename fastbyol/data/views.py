@@ -197,9 +197,13 @@ def sample(
 
 
 def center_box(height: int, width: int, fraction: float) -> tuple[int, int, int, int]:
-    """Return (top, left, height, width) of the centered square of `fraction` * the short side."""
-    side = max(1, round(fraction * min(height, width)))
-    return (height - side) // 2, (width - side) // 2, side, side
+    """Return (top, left, height, width) of the centered square of `fraction` * the short side.
+
+    Rounded as in the authors' code (`dataset.py`, _decode_and_center_crop): the side down, the
+    offsets up.
+    """
+    side = max(1, int(fraction * min(height, width)))
+    return (height - side + 1) // 2, (width - side + 1) // 2, side, side
 
 
 def apply_reference(images: Sequence[Tensor], params: ViewParams, size: int) -> Tensor:

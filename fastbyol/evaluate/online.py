@@ -131,7 +131,7 @@ class OnlineKnn(Callback):
 
     def on_epoch_end(self, run: Run, done: int) -> bool:
         """Log top-1 and top-5 accuracy; return True if top-1 is the best so far."""
-        epoch, every = done // run.steps_per_epoch, run.config.knn.every_epochs
+        epoch, every = run.step.schedule.epoch(done), run.config.knn.every_epochs
         if not every or (epoch % every and epoch != run.config.optim.epochs):
             return False
         run.check_finite()

@@ -58,19 +58,21 @@ class RunFolder:
         path, state = self.found
         step, total = state["step"], _total_steps(config, self.found)
         own = path.resolve().parent == self.checkpoints.resolve()
-        summary_steps = read_json_or(self.path / SUMMARY, lambda text: None).get("steps")
-        closed = isinstance(summary_steps, int) and summary_steps >= step
-        return step if step > total or (step == total and (closed or not own)) else None
+        summary = read_json_or(self.path / SUMMARY, lambda text: None)
+        closed = isinstance(summary.get("steps"), int) and summary["steps"] >= step
+        # Older versions counted floor(N / B) steps per epoch: what was complete then stays so.
+        same_epochs = state["config"].get("optim", {}).get("epochs") == config.optim.epochs
+        complete = closed and summary.get("total_steps") == summary["steps"] == step and same_epochs
+        return step if step > total or complete or (step == total and (closed or not own)) else None
 
     def log_finished(self, config: Config) -> None:
         """Log that there is nothing to do."""
         assert self.found is not None
-        path, state = self.found
-        steps_per_epoch = max(_total_steps(config, self.found) // config.optim.epochs, 1)
+        path, _ = self.found
         has_report = (self.path / REPORT).exists() or not (self.path / SUMMARY).exists()
         report = "" if has_report else f"; `fastbyol report --run {self.path}` writes the missing report"
         logger.info(
-            f"already finished: checkpoint {path} is of epoch {state['step'] // steps_per_epoch}, optim.epochs={config.optim.epochs}; "
+            f"already finished: checkpoint {path} is of epoch {_epoch(config, self.found)}, optim.epochs={config.optim.epochs}; "
             f"nothing to do. A larger optim.epochs continues from there, with the schedules of the larger number{report}"
         )
 
@@ -183,5 +185,14 @@ def _latest_valid(folder: Path) -> Checkpoint | None:
 
 def _total_steps(config: Config, found: Checkpoint) -> int:
     """Return the steps of a run that continues from a checkpoint with this config."""
+    return config.optim.epochs * found[1]["images"] // _batch_size(config, found)
+
+
+def _epoch(config: Config, found: Checkpoint) -> int:
+    """Return the epoch that a checkpoint is of, complete or not."""
+    return -(-found[1]["step"] * _batch_size(config, found) // found[1]["images"])
+
+
+def _batch_size(config: Config, found: Checkpoint) -> int:
     data = config.data if config.data.batch_size != "auto" else checkpoint.checkpoint_config(*found).data
-    return config.optim.epochs * (found[1]["images"] // data.batch_size)
+    return data.batch_size

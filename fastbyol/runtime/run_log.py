@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from numbers import Rational
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,7 +42,7 @@ class RunLog:
         folder: of the run.
         start: steps done before. Later lines of an earlier attempt are dropped, since the run
             repeats these steps.
-        total_steps, steps_per_epoch, batch_size: of the run.
+        total_steps, steps_per_epoch, batch_size: of the run; see `Schedule`.
         tensorboard: write event files.
         early: records logged before this; train.log begins with them.
         is_main_process: other ranks write and print nothing.
@@ -53,14 +54,14 @@ class RunLog:
         *,
         start: int,
         total_steps: int,
-        steps_per_epoch: int,
+        steps_per_epoch: Rational,
         batch_size: int,
         tensorboard: bool,
         early: Sequence[logging.LogRecord] = (),
         is_main_process: bool = True,
     ) -> None:
         self._folder, self._batch_size, self._steps_per_epoch = folder, batch_size, steps_per_epoch
-        self._total_steps, self._epochs = total_steps, total_steps // steps_per_epoch
+        self._total_steps, self._epochs = total_steps, math.ceil(total_steps / steps_per_epoch)
         self._console = Console(quiet=not is_main_process, file=SafeStream.of(sys.stdout), emoji=False)  # type: ignore[arg-type]
         self._metrics: Any = None
         self._events: _Events | None = None
@@ -166,7 +167,7 @@ class RunLog:
         if self._metrics is None:
             return
         line = (
-            json.dumps({"kind": kind, "step": step, "epoch": step / self._steps_per_epoch, **values}) + "\n"
+            json.dumps({"kind": kind, "step": step, "epoch": float(step / self._steps_per_epoch), **values}) + "\n"
         ).encode()
         try:
             if self._metrics.write(line) != len(line):
@@ -200,7 +201,7 @@ class RunLog:
         self._shown["img/s"] = f"{(step - since) * self._batch_size / max(time.perf_counter() - began, 1e-9):.0f}"
 
     def _epoch_text(self, step: int) -> str:
-        return f"epoch {max(1, -(-step // self._steps_per_epoch))}/{self._epochs}"
+        return f"epoch {max(1, math.ceil(step / self._steps_per_epoch))}/{self._epochs}"
 
 
 class _TextLog(logging.Handler):

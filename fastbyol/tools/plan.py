@@ -13,6 +13,7 @@ measured step. Communication is counted on the model, over published link rates 
 """
 
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastbyol.data import find_images
 from fastbyol.errors import InputError
 from fastbyol.model import BYOL
 from fastbyol.runtime.logging import logger
+from fastbyol.schedules import total_steps
 from fastbyol.settings.messages import nearest
 from fastbyol.spans import BACKWARD
 from fastbyol.tools.communication import Exchange, count_exchange, estimate_exchange
@@ -159,7 +161,7 @@ def _duration(config: Config, images: int, images_per_s: float) -> dict[str, Any
         images, source = len(find_images(config.data, "train")), f"counted in {root}"
     elif not images:
         images, source = IMAGENET_IMAGES, "ImageNet-1k, because data.root was not found"
-    steps = images // config.data.batch_size * config.optim.epochs
+    steps = total_steps(config.optim.epochs, Fraction(images, config.data.batch_size))
     return {"images": images, "images_source": source, "hours": steps * config.data.batch_size / images_per_s / 3600}
 
 

@@ -25,7 +25,10 @@ from fastbyol.weights.names import Tensors
 
 FORMAT = 1
 SUFFIX = ".safetensors"
-BACKBONE_FIELDS = ("backbone", "width", "stem", "norm", "norm_groups", "weight_standardization")
+BACKBONE_FIELDS = (
+    *("backbone", "width", "stem", "stem_channels", "padding"),
+    *("norm", "norm_groups", "weight_standardization"),
+)
 """Fields of ModelConfig that define the backbone. The others define heads and loss."""
 
 
@@ -165,7 +168,7 @@ def parse_model_config(values: Any, where: str) -> ModelConfig:
         InputError: The settings are not those of this version.
     """
     try:
-        return ModelConfig(**values)
+        return ModelConfig(**ModelConfig.upgraded(values))
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: this version does not support its settings: {first_line(error)}") from None
 

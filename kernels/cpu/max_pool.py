@@ -23,26 +23,27 @@ from fastbyol.kernels.cpu.intrinsics import specialize, splat
 from fastbyol.kernels.cpu.simd import for_each_channel_vector, load_vector, store_vector
 
 
-def max_pool_cpu(x: Tensor) -> Tensor:
-    """Implement `max_pool`. The caller has checked x."""
+def max_pool_cpu(x: Tensor, padding: tuple[int, int]) -> Tensor:
+    """Implement `max_pool` with `padding` (a, b) before the image. The caller has checked x."""
     x = x.contiguous(memory_format=torch.channels_last)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _MaxPool.apply(x)
-    return _forward(x, with_indices=False)[0]
+        return _MaxPool.apply(x, padding)
+    return _forward(x, padding, with_indices=False)[0]
 
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, indices = _forward(x, with_indices=True)
+    def forward(ctx: Any, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        y, indices = _forward(x, padding, with_indices=True)
         ctx.save_for_backward(indices)
-        ctx.shape = x.shape
+        ctx.shape, ctx.padding = x.shape, padding
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return _backward(dy.contiguous(memory_format=torch.channels_last), ctx.saved_tensors[0], ctx.shape)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        return _backward(dy, ctx.saved_tensors[0], ctx.shape, ctx.padding), None
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -52,27 +53,28 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 _BLOCK_ROWS = 8  # rows of the output image per task
 
 # Arguments of both kernels: item size, blocks per image, sizes of the input and output image,
-# addresses of x (or dx), y (or dy) and k.
-_ITEM_SIZE, _BLOCKS, _CHANNELS, _HEIGHT, _WIDTH, _P, _Q, _X, _Y, _K = range(10)
+# padding before the image, addresses of x (or dx), y (or dy) and k.
+_ITEM_SIZE, _BLOCKS, _CHANNELS, _HEIGHT, _WIDTH, _P, _Q, _A, _B, _X, _Y, _K = range(12)
 
 
-def _forward(x: Tensor, *, with_indices: bool) -> tuple[Tensor, Tensor | None]:
+def _forward(x: Tensor, padding: tuple[int, int], *, with_indices: bool) -> tuple[Tensor, Tensor | None]:
     """Return y and, if requested, k (uint8)."""
     n, channels, height, width = x.shape
     shape = n, channels, (height - 1) // 2 + 1, (width - 1) // 2 + 1
     y, k = _empty(shape, x.dtype), _empty(shape, torch.uint8) if with_indices else None
     blocks = -(-shape[2] // _BLOCK_ROWS)
     addresses = x.data_ptr(), y.data_ptr(), k.data_ptr() if with_indices else 0
-    openmp.run(_forward_kernel, n * blocks, (x.itemsize, blocks, *x.shape[1:], *shape[2:], *addresses))
+    openmp.run(_forward_kernel, n * blocks, (x.itemsize, blocks, *x.shape[1:], *shape[2:], *padding, *addresses))
     return y, k
 
 
-def _backward(dy: Tensor, k: Tensor, shape: torch.Size) -> Tensor:
+def _backward(dy: Tensor, k: Tensor, shape: torch.Size, padding: tuple[int, int]) -> Tensor:
     """Return dx of the given shape."""
     dx = _empty(shape, dy.dtype)
     blocks = -(-shape[2] // _BLOCK_ROWS)
     addresses = dx.data_ptr(), dy.data_ptr(), k.data_ptr()
-    openmp.run(_backward_kernel, shape[0] * blocks, (dy.itemsize, blocks, *shape[1:], *dy.shape[2:], *addresses))
+    args = (dy.itemsize, blocks, *shape[1:], *dy.shape[2:], *padding, *addresses)
+    openmp.run(_backward_kernel, shape[0] * blocks, args)
     return dx
 
 
@@ -180,9 +182,9 @@ _JIT = {"error_model": "numpy", "fastmath": {"contract", "nsz"}}
 
 
 @njit(**_JIT)
-def _window_rows(p, size):
+def _window_rows(p, size, padding):
     """Return the rows (or columns) of window p, clamped to the image, and their indices."""
-    first = 2 * p - 1
+    first = 2 * p - padding
     a, c = max(first, 0), min(first + 2, size - 1)
     return (a, first + 1, c), (a - first, 1, c - first)
 
@@ -195,11 +197,11 @@ def _forward_kernel(task, args):
     x = args[_X] + size * image * args[_HEIGHT] * width * channels
     row_bytes, pixel_bytes = size * width * channels, size * channels
     for p in range(block * _BLOCK_ROWS, min((block + 1) * _BLOCK_ROWS, args[_P])):
-        (h0, h1, h2), row_indices = _window_rows(p, args[_HEIGHT])
+        (h0, h1, h2), row_indices = _window_rows(p, args[_HEIGHT], args[_A])
         rows = (x + h0 * row_bytes, x + h1 * row_bytes, x + h2 * row_bytes)
         row_indices = (3 * row_indices[0], 3 * row_indices[1], 3 * row_indices[2])
         for q in range(args[_Q]):
-            (w0, w1, w2), column_indices = _window_rows(q, width)
+            (w0, w1, w2), column_indices = _window_rows(q, width, args[_B])
             columns = (w0 * pixel_bytes, w1 * pixel_bytes, w2 * pixel_bytes)
             offset = ((image * args[_P] + p) * args[_Q] + q) * channels
             y, k = args[_Y] + size * offset, args[_K] + offset
@@ -208,11 +210,13 @@ def _forward_kernel(task, args):
 
 @njit(**_JIT)
 def _windows_of(h, windows):
-    """Return the two windows of row (or column) h and its indices; an even one is in one window."""
+    """Return the two windows of padded row (or column) h and its indices; an odd one is in one
+    window.
+    """
     a = h // 2
-    if h % 2 == 0:
+    if h % 2 == 1:
         return (a, a), (1, _OUTSIDE)
-    return (a, min(a + 1, windows - 1)), (2, 0 if a + 1 < windows else _OUTSIDE)
+    return (max(a - 1, 0), min(a, windows - 1)), (2 if a > 0 else _OUTSIDE, 0 if a < windows else _OUTSIDE)
 
 
 @njit(**_JIT)
@@ -228,17 +232,18 @@ def _backward_kernel(task, args):
     output_start = image * args[_P] * across * channels
     dy, k = args[_Y] + size * output_start, args[_K] + output_start
     for h in range(block * _BLOCK_ROWS, min((block + 1) * _BLOCK_ROWS, args[_HEIGHT])):
-        (p0, p1), (i0, i1) = _windows_of(h, args[_P])
+        (p0, p1), (i0, i1) = _windows_of(h + args[_A], args[_P])
         for w in range(width):
-            (q0, q1), (j0, j1) = _windows_of(w, across)
+            (q0, q1), (j0, j1) = _windows_of(w + args[_B], across)
             dx = args[_X] + size * ((image * args[_HEIGHT] + h) * width + w) * channels
             n00, n01, n10, n11 = p0 * across + q0, p0 * across + q1, p1 * across + q0, p1 * across + q1
             k00, k01, k10, k11 = _index(i0, j0), _index(i0, j1), _index(i1, j0), _index(i1, j1)
-            if h % 2 == 0 and w % 2 == 0:
+            one_row, one_column = (h + args[_A]) % 2 == 1, (w + args[_B]) % 2 == 1
+            if one_row and one_column:
                 _gather(size == 2, dy, k, (n00,), (k00,), channels, dx)
-            elif h % 2 == 0:
+            elif one_row:
                 _gather(size == 2, dy, k, (n00, n01), (k00, k01), channels, dx)
-            elif w % 2 == 0:
+            elif one_column:
                 _gather(size == 2, dy, k, (n00, n10), (k00, k10), channels, dx)
             else:
                 _gather(size == 2, dy, k, (n00, n01, n10, n11), (k00, k01, k10, k11), channels, dx)

@@ -205,7 +205,9 @@ def apply(
 
 
 @triton_op("fastbyol::batch_norm_apply_and_pool", mutates_args={})
-def apply_and_pool(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def apply_and_pool(
+    x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, eps: float, same: bool
+) -> tuple[Tensor, Tensor]:
     """Return the max-pool (V N, C, P, Q) of relu(y), and the places of the maxima."""
     views = stats.shape[1]
     images, channels, height, width = x.shape
@@ -226,6 +228,7 @@ def apply_and_pool(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, eps: 
         height,
         width,
         eps,
+        SAME=same,
         ITERATIONS=ITERATIONS,
         **tile(channels),
         num_warps=WARPS,
@@ -247,6 +250,7 @@ def sums(
     residual_stats: Tensor | None,
     eps: float,
     residual_eps: float,
+    same: bool,
     relu: bool,
     write_g: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,6 +282,7 @@ def sums(
         x.shape[2] if x.ndim == 4 else 1,
         x.shape[3] if x.ndim == 4 else 1,
         eps,
+        SAME=same,
         MASK_FROM_X=relu and mask is None,
         **tile(channels),
         num_warps=WARPS,
@@ -318,6 +323,7 @@ def gradient(
     residual_bias: Tensor | None,
     eps: float,
     residual_eps: float,
+    same: bool,
     mask_from_x: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return dx, and that of a normalized residual (else empty)."""
@@ -347,6 +353,7 @@ def gradient(
         x.shape[3] if x.ndim == 4 else 1,
         eps,
         residual_eps,
+        SAME=same,
         MASK_FROM_X=mask_from_x,
         ITERATIONS=ITERATIONS,
         **tile(channels),
@@ -363,6 +370,7 @@ class _Options(NamedTuple):
     residual_eps: float
     relu: bool
     pool: bool
+    same: bool
     fork: bool
     reduce: Reduce | None
     needs_grad: bool
@@ -378,6 +386,7 @@ def batch_norm_triton(
     relu: bool,
     reduce: Reduce | None = None,
     pool: bool = False,
+    same: bool = False,
     fork: bool = False,
     stats: Tensor | None = None,
     residual_stats: Tensor | None = None,
@@ -391,6 +400,7 @@ def batch_norm_triton(
         residual_norm: BatchNorm of the residual, y = relu(BatchNorm(x) + BatchNorm'(residual)).
         pool: apply ReLU and max-pool (kernels/max_pool.py) to the result; x has four dimensions and
             there is no residual.
+        same: padding of the max-pool, as kernels/max_pool.py.
         fork: return y twice, for two consumers, whose gradients are added inside the backward pass.
         stats: f, delta and variance (3, V, C) of x over this rank, if they are known; the running
             statistics then include them already.
@@ -413,7 +423,7 @@ def batch_norm_triton(
         residual_stats,
         None if residual_norm is None else residual_norm.weight,
         None if residual_norm is None else residual_norm.bias,
-        _Options(norm.eps, other.eps, relu or pool, pool, fork, reduce, needs_grad),
+        _Options(norm.eps, other.eps, relu or pool, pool, same, fork, reduce, needs_grad),
     )
     return y if fork else (y,), stats, residual_stats
 
@@ -442,9 +452,9 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, stats, weight, bias, residual, r_stats, r_weight, r_bias, options):
-        eps, r_eps, relu, pool, fork, _, needs_grad = options
+        eps, r_eps, relu, pool, same, fork, _, needs_grad = options
         if pool:
-            y, extra = apply_and_pool(x, stats, weight, bias, eps)
+            y, extra = apply_and_pool(x, stats, weight, bias, eps, same)
         else:
             write_mask = needs_grad and relu and residual is not None
             y, extra = apply(x, stats, weight, bias, eps, residual, r_stats, r_weight, r_bias, r_eps, relu, write_mask)
@@ -457,21 +467,22 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dy2=None):
         x, stats, weight, bias, extra, residual, r_stats, r_weight, r_bias = ctx.saved_tensors
-        eps, r_eps, relu, pool, _, reduce, _ = ctx.options
+        eps, r_eps, relu, pool, same, _, reduce, _ = ctx.options
         mask, places = (None, extra) if pool else (extra, None)
         dy = to_channels_last(dy)
         dy2 = None if dy2 is None else to_channels_last(dy2)
         # g of a masked residual is also the residual's gradient.
         write_g = not pool and (mask is not None or dy2 is not None)
         g, means, gradients = sums(
-            x, dy, dy2, mask, places, residual, stats, weight, bias, r_stats, eps, r_eps, relu, write_g
+            x, dy, dy2, mask, places, residual, stats, weight, bias, r_stats, eps, r_eps, same, relu, write_g
         )
         if reduce is not None:
             means = reduce(means)
         g, g2 = (g, None) if write_g else (dy, dy2)
         mask_from_x = relu and not write_g
         dx, d_residual = gradient(
-            x, g, g2, places, residual, means, stats, weight, bias, r_stats, r_weight, r_bias, eps, r_eps, mask_from_x
+            *(x, g, g2, places, residual, means, stats, weight, bias, r_stats, r_weight, r_bias, eps, r_eps),
+            *(same, mask_from_x),
         )
         dw, db, *r_gradients = gradients.unbind(0)
         if r_stats is None:

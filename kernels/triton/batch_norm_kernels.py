@@ -55,25 +55,44 @@ def _mask_pointers(mask, first_row, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CH
 
 
 @triton.jit
-def _unpooled(dy, dy2, places, view, rows, row, exists, c, channels, height, width, BLOCK_ROWS: tl.constexpr):
+def _padding_before(size, SAME: tl.constexpr):
+    """Return the padding of the max-pool before a side, as kernels/max_pool.py."""
+    return size % 2 if SAME else 1
+
+
+@triton.jit
+def _unpooled(
+    dy,
+    dy2,
+    places,
+    view,
+    rows,
+    row,
+    exists,
+    c,
+    channels,
+    height,
+    width,
+    SAME: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
     """Return a tile of the gradient of y from the gradient of the pooled y.
 
-    Position (h, w) is in the windows of p = floor(h / 2) and, if h is odd, p = (h + 1) / 2.
+    Row s of the padded image is in window (s - 1) // 2 and, if s is even, in window s / 2.
     """
     r = row + tl.arange(0, BLOCK_ROWS)
     h, w = r % (height * width) // width, r % width
     image = view * (rows // (height * width)) + r // (height * width)
     pooled_height, pooled_width = (height + 1) // 2, (width + 1) // 2
+    s, t = h + _padding_before(height, SAME), w + _padding_before(width, SAME)
     value = tl.zeros(exists.shape, tl.float32)
     for a in tl.static_range(2):
         for b in tl.static_range(2):
-            p, q = (h + a) // 2, (w + b) // 2
-            place = 3 * (h - 2 * p + 1) + w - 2 * q + 1
+            p, q = (s - 1 + a) // 2, (t - 1 + b) // 2
+            place = 3 * (s - 2 * p) + t - 2 * q
             valid = (p < pooled_height) & (q < pooled_width)
-            if a == 1:
-                valid = valid & (h % 2 == 1)
-            if b == 1:
-                valid = valid & (w % 2 == 1)
+            valid = valid & (s > 0 if a == 0 else s % 2 == 0)
+            valid = valid & (t > 0 if b == 0 else t % 2 == 0)
             position = (image.to(tl.int64) * pooled_height + p) * pooled_width + q
             at = position[:, None] * channels + c[None, :]
             chosen = exists & valid[:, None]
@@ -103,6 +122,7 @@ def _masked_gradient(
     channels,
     height,
     width,
+    SAME: tl.constexpr,
     MASK_FROM_X: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -110,7 +130,7 @@ def _masked_gradient(
     """Return a tile of g: dy + dy2, or that of the pooled y, where y is positive."""
     first_row = view.to(tl.int64) * rows + row
     if places is not None:
-        g = _unpooled(dy, dy2, places, view, rows, row, exists, c, channels, height, width, BLOCK_ROWS)
+        g = _unpooled(dy, dy2, places, view, rows, row, exists, c, channels, height, width, SAME, BLOCK_ROWS)
     else:
         g = tl.load(dy + first_row * channels + offsets, mask=exists, other=0.0).to(tl.float32)
         if dy2 is not None:
@@ -316,15 +336,17 @@ def apply_and_pool_kernel(
     height,
     width,
     eps: tl.constexpr,
+    SAME: tl.constexpr,
     ITERATIONS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Max-pool of relu(BatchNorm(x)): 3x3 windows, stride 2, padding 1, as kernels/max_pool.py."""
+    """Max-pool of relu(BatchNorm(x)), as kernels/max_pool.py."""
     block, _, c, inside, offsets = _tile(channels, BLOCK_ROWS, BLOCK_CHANNELS)
     view, views = tl.program_id(1), tl.num_programs(1)
     first, _, _, scale, offset = affine(stats, weight, bias, view, views, channels, c, inside, eps)
     pooled_height, pooled_width = (height + 1) // 2, (width + 1) // 2
+    a, b = _padding_before(height, SAME), _padding_before(width, SAME)
     start = block * ITERATIONS * BLOCK_ROWS
     for row in range(start, tl.minimum(start + ITERATIONS * BLOCK_ROWS, rows), BLOCK_ROWS):
         r = row + tl.arange(0, BLOCK_ROWS)
@@ -335,7 +357,7 @@ def apply_and_pool_kernel(
         place = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32)
         for i in tl.static_range(3):
             for j in tl.static_range(3):
-                h, w = 2 * p - 1 + i, 2 * q - 1 + j
+                h, w = 2 * p - a + i, 2 * q - b + j
                 valid = (h >= 0) & (h < height) & (w >= 0) & (w < width)
                 position = (image.to(tl.int64) * height + h) * width + w
                 chosen = exists & valid[:, None]
@@ -372,6 +394,7 @@ def sums_kernel(
     height,
     width,
     eps: tl.constexpr,
+    SAME: tl.constexpr,
     MASK_FROM_X: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -392,7 +415,7 @@ def sums_kernel(
         d = tl.load(x + base + offsets, mask=exists, other=0.0).to(tl.float32) - first[None, :]
         value = _masked_gradient(
             *(dy, dy2, mask, places, d, scale, offset, view, rows, row, exists, c, offsets, channels, height, width),
-            *(MASK_FROM_X, BLOCK_ROWS, BLOCK_CHANNELS),
+            *(SAME, MASK_FROM_X, BLOCK_ROWS, BLOCK_CHANNELS),
         )
         if g is not None:
             rounded = value.to(g.dtype.element_ty)
@@ -474,6 +497,7 @@ def gradient_kernel(
     width,
     eps: tl.constexpr,
     residual_eps: tl.constexpr,
+    SAME: tl.constexpr,
     MASK_FROM_X: tl.constexpr,
     ITERATIONS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -496,7 +520,7 @@ def gradient_kernel(
         d = tl.load(x + base + offsets, mask=exists, other=0.0).to(tl.float32) - first[None, :]
         value = _masked_gradient(
             *(g, g2, None, places, d, scale, offset, view, rows, row, exists, c, offsets, channels, height, width),
-            *(MASK_FROM_X, BLOCK_ROWS, BLOCK_CHANNELS),
+            *(SAME, MASK_FROM_X, BLOCK_ROWS, BLOCK_CHANNELS),
         )
         out = value * scale[None, :] + (d * slope[None, :] + constant[None, :])
         tl.store(dx + base + offsets, out.to(dx.dtype.element_ty), mask=exists)

@@ -140,7 +140,19 @@ def test_epoch_order_is_a_permutation_that_changes_with_epoch_and_seed():
         assert np.mean(orders[0] == other) < 0.01
 
 
-def test_center_box_is_the_authors_evaluation_crop():
-    assert views.center_box(256, 256, 0.875) == (16, 16, 224, 224)
-    assert views.center_box(375, 500, 0.875) == (23, 86, 328, 328)
-    assert views.center_box(1, 1, 0.875) == (0, 0, 1, 1)
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [
+        (256, 256, (16, 16, 224, 224)),
+        (375, 500, (24, 86, 328, 328)),  # side 328.1 down; (375 - 328) / 2 = 23.5 up
+        (500, 375, (86, 24, 328, 328)),
+        (333, 500, (21, 105, 291, 291)),  # side 291.4
+        (7, 9, (1, 2, 6, 6)),  # offsets 0.5 and 1.5 up
+        (1, 1, (0, 0, 1, 1)),
+    ],
+)
+def test_center_box_is_the_authors_evaluation_crop(height, width, box):
+    """byol/utils/dataset.py, _decode_and_center_crop: side int(224 / 256 * min(h, w)), offsets
+    (h - side + 1) // 2.
+    """
+    assert views.center_box(height, width, 0.875) == box

@@ -163,10 +163,11 @@ def test_batch_norm(shape, residual, relu, fork):
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 7, 9), (8, 64, 112, 112)])
-def test_batch_norm_and_max_pool(shape):
+@pytest.mark.parametrize("same", [False, True])
+def test_batch_norm_and_max_pool(shape, same):
     from fastbyol.kernels.triton import batch_norm
 
-    check(NormProblem(shape, pool=True, fork=True, device="cuda"), batch_norm, 2e-5)
+    check(NormProblem(shape, pool=True, same=same, fork=True, device="cuda"), batch_norm, 2e-5)
 
 
 def test_batch_norm_with_large_mean():

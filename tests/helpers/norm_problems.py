@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from fastbyol.kernels.batch_norm import mean_and_var
 from fastbyol.kernels.batch_norm_torch import Norm
+from fastbyol.kernels.max_pool import max_pool_reference
 
 EPS, RESIDUAL_EPS = 1e-5, 1e-3
 SHAPES = [(6, 5, 3, 7), (12, 37), (6, 64, 5, 5), (18, 1, 1, 1), (6, 300, 2, 3)]
@@ -34,9 +35,21 @@ class NormProblem:
     """One call of `batch_norm_triton`, and the same in torch in any dtype."""
 
     def __init__(
-        self, shape, *, views=2, relu=True, residual=PLAIN, pool=False, fork=False, mean=0.3, dtype=None, device=None
+        self,
+        shape,
+        *,
+        views=2,
+        relu=True,
+        residual=PLAIN,
+        pool=False,
+        same=False,
+        fork=False,
+        mean=0.3,
+        dtype=None,
+        device=None,
     ):
-        self.views, self.relu, self.kind, self.pool, self.fork = views, relu or pool, residual, pool, fork
+        self.views, self.relu, self.kind, self.fork = views, relu or pool, residual, fork
+        self.pool, self.same = pool, same
         rng, dtype = torch.Generator().manual_seed(0), dtype or torch.float32
 
         def draw(shape=shape):
@@ -68,6 +81,7 @@ class NormProblem:
             views=self.views,
             relu=self.relu,
             pool=self.pool,
+            same=self.same,
             fork=self.fork,
             reduce=reduce,
         )
@@ -84,7 +98,7 @@ class NormProblem:
         elif self.kind == RESIDUAL:
             y = y + residual
         y = y.relu() if self.relu else y
-        y = F.max_pool2d(y, 3, 2, 1) if self.pool else y
+        y = max_pool_reference(y, same=self.same) if self.pool else y
         y.backward(sum(g.to(y.dtype) for g in self.gradients))
         return y.detach(), [None if t is None else t.grad for t in leaves]
 

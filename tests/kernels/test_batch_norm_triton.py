@@ -26,12 +26,14 @@ def test_float32_equals_float64(interpreted, shape, residual, relu, fork):
 @pytest.mark.parametrize("fork", [False, True])
 @pytest.mark.parametrize("shape", [(4, 8, 7, 9), (2, 72, 8, 6), (16, 3, 1, 1), (8, 5, 2, 1)])
 def test_pool_equals_float64(interpreted, shape, fork):
-    for views in (1, 2):
-        check(NormProblem(shape, views=views, pool=True, fork=fork), interpreted("batch_norm"), 1e-5)
+    for views, same in ((1, False), (2, False), (2, True)):
+        problem = NormProblem(shape, views=views, pool=True, same=same, fork=fork)
+        check(problem, interpreted("batch_norm"), 1e-5)
 
 
-def test_first_of_equal_maxima_takes_the_gradient(interpreted):
-    problem = NormProblem((4, 8, 9, 8), pool=True)
+@pytest.mark.parametrize("same", [False, True])
+def test_first_of_equal_maxima_takes_the_gradient(interpreted, same):
+    problem = NormProblem((4, 8, 9, 8), pool=True, same=same)
     problem.inputs[0] = problem.inputs[0].round()
     check(problem, interpreted("batch_norm"), 1e-5)
 
@@ -148,30 +150,30 @@ def output_of(model, views):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "checkpointed", "stem", "products"),
+    ("backbone", "checkpointed", "settings", "products"),
     [
-        ("resnet18", 0, "imagenet", False),
-        pytest.param("resnet18", 2, "imagenet", True, marks=pytest.mark.slow),
-        pytest.param("resnet18", 0, "small", False, marks=pytest.mark.slow),
-        pytest.param("resnet50", 0, "imagenet", False, marks=pytest.mark.slow),
-        pytest.param("resnet50", 0, "imagenet", True, marks=pytest.mark.slow),
-        pytest.param("test_byobnet", 0, "imagenet", False, marks=pytest.mark.slow),
+        ("resnet18", 0, {}, False),
+        pytest.param("resnet18", 2, {}, True, marks=pytest.mark.slow),
+        pytest.param("resnet18", 0, {"stem": "small"}, False, marks=pytest.mark.slow),
+        pytest.param("resnet50", 0, {}, False, marks=pytest.mark.slow),
+        pytest.param("resnet50", 0, {"padding": "same"}, True, marks=pytest.mark.slow),
+        pytest.param("test_byobnet", 0, {"width": 1}, False, marks=pytest.mark.slow),
     ],
 )
 def test_networks_with_gpu_kernels_equal_those_without(
-    interpreted, monkeypatch, backbone, checkpointed, stem, products
+    interpreted, monkeypatch, backbone, checkpointed, settings, products
 ):
     """Loss, gradients and running statistics of a pair; `products`: 1x1 convolutions in Triton."""
     monkeypatch.setattr(interpreted("batch_norm"), "TILE", 1 << 15)  # the interpreter takes a millisecond per tile
-    width = 1 if backbone == "test_byobnet" else 0.125
-    config = ModelConfig(backbone=backbone, width=width, stem=stem, hidden_dim=32, projection_dim=16)
+    settings = {"width": 0.125, "hidden_dim": 32, "projection_dim": 16} | settings
+    config = ModelConfig(backbone=backbone, **settings)
     model = build_model(config, 32, 0).to(memory_format=torch.channels_last)
     for norm in batch_norms(model):  # the last norm of a block starts at 0, which would hide its branch
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
         torch.nn.init.uniform_(norm.bias, -0.5, 0.5)
     model.target.load_state_dict(model.online.state_dict())
     rng = torch.Generator().manual_seed(1)
-    size = 16 if stem == "small" else 32
+    size = 16 if config.stem == "small" else 32
     views = [torch.randn(8, 3, size, size, generator=rng).to(memory_format=torch.channels_last) for _ in range(2)]
     activation_checkpointing(model.online.backbone, checkpointed)
     expected = output_of(model, views)

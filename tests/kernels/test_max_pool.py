@@ -1,7 +1,10 @@
 """Max-pool against torch, with ties and NaN."""
 
+from functools import partial
+
 import pytest
 import torch
+from timm.layers.pool2d_same import MaxPool2dSame
 from torch.nn import functional as F
 
 from fastbyol.kernels.cpu.intrinsics import LANES
@@ -94,10 +97,24 @@ def test_expanded_gradient():
     assert torch.equal(forward_backward(max_pool, x, dy)[1], forward_backward(max_pool_reference, x, dy)[1])
 
 
-def test_other_dtypes_and_windows_use_torch():
+def test_other_dtypes_use_torch():
     x = draw((2, 3, 9, 9), torch.float64)
     assert torch.equal(max_pool(x), F.max_pool2d(x, 3, 2, 1))
-    assert torch.equal(max_pool_reference(x, 2, 3, 1), F.max_pool2d(x, 2, 3, 1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_padding_equals_timm(shape, dtype):
+    x = draw(shape, dtype, nan=0.05)
+    expected = MaxPool2dSame(3, 2)(x)
+    dy = draw(expected.shape, dtype, seed=1)
+    y, dx = forward_backward(partial(max_pool, same=True), x, dy)
+    _, exact = forward_backward(MaxPool2dSame(3, 2), x.double(), dy)
+    assert same(y, expected)
+    assert torch.equal(dx, exact.to(dtype))
+    reference_y, reference_dx = forward_backward(partial(max_pool_reference, same=True), x.double(), dy)
+    assert same(reference_y, expected.double())
+    assert torch.equal(reference_dx, exact)
 
 
 def test_torch_compile_has_no_graph_break():

@@ -13,6 +13,7 @@ from helpers.common import ROOT
 
 CORE = (
     *(
+        "backbones",
         "layers",
         "precision",
         "schedules",

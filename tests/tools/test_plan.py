@@ -106,7 +106,7 @@ def test_an_unusable_data_root_raises(tmp_path):
 
 def test_duration_is_images_over_throughput(log_lines):
     found = estimate(run_config(64, optim=OptimConfig(epochs=10)), images=1000)
-    assert found["hours"] == pytest.approx(10 * (1000 // 64) * 64 / found["images_per_s"] / 3600)
+    assert found["hours"] == pytest.approx(10 * 1000 // 64 * 64 / found["images_per_s"] / 3600)
     assert log_lines[0].startswith("estimate: resnet18")
     assert any("1,000 images (--images)" in line for line in log_lines)
 

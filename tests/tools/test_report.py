@@ -119,7 +119,7 @@ def test_skipped_images_are_listed(make_config, no_neighbors):
 
 
 def test_every_evaluation_has_a_table(make_config, photos, tmp_path, log_lines):
-    folder = train(make_config(**SHORT)).folder
+    folder = train(make_config(data={"root": str(photos)}, **SHORT)).folder
     elsewhere = tmp_path / "elsewhere"
     for split in ("train", "val"):
         for name in ("astronaut", "coffee"):

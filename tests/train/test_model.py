@@ -4,7 +4,9 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from fastbyol.backbones import create_backbone
 from fastbyol.build import build_model
 from fastbyol.config import ModelConfig
 from fastbyol.errors import InputError
@@ -47,20 +49,24 @@ def test_loss_sums_both_terms():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet26", "test_resnet", "test_byobnet", "vgg11_bn"])
-def test_joint_forward_matches_one_pass_per_view(backbone):
+@pytest.mark.parametrize(
+    ("backbone", "padding"),
+    [
+        *((name, "symmetric") for name in ("resnet18", "resnet26", "test_resnet", "test_byobnet", "vgg11_bn")),
+        ("byol_resnet18", "same"),
+        ("resnet26", "same"),
+    ],
+)
+def test_joint_forward_matches_one_pass_per_view(backbone, padding):
     """Loss, gradients and running statistics equal those of plain torch modules, view by view."""
-    config = ModelConfig(**(SMALL | {"backbone": backbone, "width": 0.125 if backbone.startswith("resnet") else 1}))
+    width = 0.125 if "resnet" in backbone and backbone != "test_resnet" else 1
+    config = ModelConfig(**(SMALL | {"backbone": backbone, "width": width, "padding": padding}))
     pair = build_model(config, 32, seed=0).double()
     for p in pair.online.parameters():  # zero weights would hide the last norm of each block
         p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype), alpha=0.05)
-    options = {"channels": (8, 16, 32, 64)} if backbone.startswith("resnet") else {}
     features = pair.online.projector[0].in_features
     plain = [
-        Encoder(timm.create_model(backbone, num_classes=0, **options), mlp(features, 24, 12))
-        .double()
-        .requires_grad_(grad)
-        for grad in (True, False)
+        Encoder(create_backbone(config), mlp(features, 24, 12)).double().requires_grad_(grad) for grad in (True, False)
     ]
     predictor = mlp(12, 24, 12).double()
     for mine, other in zip(plain, (pair.online, pair.target), strict=True):
@@ -177,7 +183,89 @@ def test_width_and_small_stem():
     model = build_model(ModelConfig(**(SMALL | {"width": 2, "stem": "small"})), 32, seed=0)
     backbone = model.online.backbone
     assert [getattr(backbone, f"layer{k}")[0].conv1.out_channels for k in (1, 2, 3, 4)] == [128, 256, 512, 1024]
+    assert backbone.conv1.weight.shape == (128, 3, 3, 3)
     assert backbone.eval().forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 1024, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameters"),
+    [
+        ({"backbone": "resnet50", "width": 2}, 93_907_072),
+        ({"backbone": "resnet200", "width": 2}, 250_128_512),
+        ({"backbone": "byol_resnet18"}, 11_180_736),
+        ({"backbone": "byol_resnet34"}, 21_288_896),
+        ({"backbone": "resnet18"}, 11_176_512),
+        ({"backbone": "resnet50", "width": 2, "stem_channels": 64}, 93_856_576),
+    ],
+)
+def test_backbones_have_the_authors_parameter_counts(settings, parameters):
+    """Counts of byol/utils/networks.py on Haiku; the last two are timm's and an older version's."""
+    with torch.device("meta"):
+        backbone = create_backbone(ModelConfig(**settings))
+    assert sum(p.numel() for p in backbone.parameters()) == parameters
+
+
+def test_width_widens_the_stem():
+    with torch.device("meta"):
+        backbone = create_backbone(ModelConfig(width=2))
+    assert backbone.conv1.weight.shape == (128, 3, 7, 7)
+    assert backbone.bn1.num_features == backbone.feature_info[0]["num_chs"] == 128
+    assert backbone.layer1[0].conv1.in_channels == backbone.layer1[0].downsample[0].in_channels == 128
+    assert create_backbone(ModelConfig(backbone="resnet18", width=0.125)).layer1[0].downsample is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "gamma"),
+    [
+        ({"backbone": "resnet26"}, 0),
+        ({"backbone": "resnet26", "zero_init_last": False}, 1),
+        ({"backbone": "resnet18", "zero_init_last": True}, 0),
+        ({"backbone": "byol_resnet18"}, 1),
+        ({"backbone": "byol_resnet18", "zero_init_last": True}, 0),
+    ],
+)
+def test_gamma_of_the_last_norm_of_each_block(settings, gamma):
+    backbone = create_backbone(ModelConfig(width=0.125, **settings))
+    for name, norm in backbone.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            last = "bn2" if "18" in settings["backbone"] else "bn3"
+            assert (norm.weight == (gamma if name.endswith(last) else 1)).all(), name
+
+
+@pytest.mark.parametrize("size", [32, 33, 35, 46, 48])
+def test_same_padding_is_tensorflow_s(size):
+    """The stages' outputs equal those of explicitly padded convolutions: for even sides, one pixel
+    less before than after.
+    """
+    backbone = create_backbone(ModelConfig(**(SMALL | {"backbone": "resnet26", "padding": "same"}))).double().eval()
+    fused = fuse_layers(create_backbone(ModelConfig(**(SMALL | {"backbone": "resnet26", "padding": "same"}))))
+    fused.double().eval().load_state_dict(backbone.state_dict())
+
+    def pad(x, kernel, value=0.0):
+        high = (kernel - 1) // 2
+        low = high - 1 + x.shape[2] % 2
+        return F.pad(x, (low, high, low, high), value=value)
+
+    def block(module, x):
+        stride = module.conv2.stride[0]
+        y = module.bn1(F.conv2d(x, module.conv1.weight)).relu()
+        y = pad(y, 3) if stride == 2 else F.pad(y, (1, 1, 1, 1))
+        y = module.bn2(F.conv2d(y, module.conv2.weight, stride=stride)).relu()
+        y = module.bn3(F.conv2d(y, module.conv3.weight))
+        return (y + (x if module.downsample is None else module.downsample(x))).relu()
+
+    images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = backbone.bn1(F.conv2d(pad(images, 7), backbone.conv1.weight, stride=2)).relu()
+    x = F.max_pool2d(pad(x, 3, -torch.inf), 3, 2)
+    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+        for module in stage:
+            x = block(module, x)
+    with torch.no_grad():
+        for network in (backbone, fused):
+            assert (network.forward_features(images) - x).abs().max() < 1e-12
+        symmetric = create_backbone(ModelConfig(**(SMALL | {"backbone": "resnet26"}))).double().eval()
+        symmetric.load_state_dict(backbone.state_dict())
+        assert (symmetric(images) - x.mean((2, 3))).abs().max() > 1e-3 or size in (33, 35)
 
 
 def test_projection_std():
@@ -192,6 +280,16 @@ def test_projection_std():
         ({"backbone": "resnet51"}, "did you mean .*resnet50"),
         ({"backbone": "vgg11", "width": 2}, "vgg11 has no width multiplier"),
         ({"backbone": "vgg11", "width": 1, "stem": "small"}, "model.stem=small needs a plain ResNet"),
+        (
+            {"backbone": "vgg11", "width": 1, "padding": "same"},
+            "padding=same needs a plain ResNet; set model.padding=sym",
+        ),
+        ({"backbone": "vgg11", "width": 1, "zero_init_last": False}, "zero_init_last=false needs a plain ResNet; set"),
+        (
+            {"backbone": "vgg11", "width": 1, "stem_channels": 32},
+            "stem_channels=32 needs a plain ResNet; set model.stem",
+        ),
+        ({"backbone": "byol_resnet19"}, "did you mean byol_resnet18"),
         ({"width": 0.01}, "whole number of channels"),
         ({"backbone": "vit_tiny_patch16_224", "width": 1}, "does not accept data.image_size_px=32"),
     ],

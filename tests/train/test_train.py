@@ -197,11 +197,11 @@ def test_longer_run_reports_changed_schedules(make_config, capsys):
 
 
 def test_resume_rejects_another_dataset_of_equal_size(make_config, photos, tmp_path):
-    train(make_config(**SHORT))
+    train(make_config(data={"root": str(photos)}, **SHORT))
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy)
     config = make_config(resume="auto", data={"root": str(copy)}, optim={"epochs": 2, "warmup_epochs": 0})
-    assert train(config).step == 8  # a copy of the images is the same dataset
+    assert train(config).step == 9  # a copy of the images is the same dataset
     first = sorted((copy / "train").iterdir())[0]
     image = sorted(first.iterdir())[0]
     image.rename(image.with_name("other.jpg"))
@@ -536,7 +536,7 @@ def test_resume_rejects_other_images_under_the_same_names(make_config, photos, t
     for image, data in zip(images, whole, strict=True):
         image.write_bytes(data)
     capsys.readouterr()
-    assert train(config).step == 8
+    assert train(config).step == 9  # floor(2 * 72 / 16)
     out = " ".join(capsys.readouterr().out.split())
     assert f"data.root {copy} -> {tmp_path / 'moved'}" in out
     assert "1 of 64 compared images have changed since the run began" in out

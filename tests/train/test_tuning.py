@@ -25,7 +25,7 @@ def backbone(name="resnet50", **options):
 def test_shapes_of_a_resnet50():
     shapes = find_shapes(backbone(), 4, 64, BF16)
     assert len(shapes) == 2 * 16 + 4  # two per block, and four downsamplings
-    assert shapes[0] == Shape(8, 2, 64, 8, 16, 16, 1, "bfloat16", False)  # conv1 of the first block
+    assert shapes[0] == Shape(8, 2, 8, 8, 16, 16, 1, "bfloat16", False)  # conv1 of the first block
     assert shapes[1] == Shape(8, 2, 8, 32, 16, 16, 1, "bfloat16", True)  # its conv3
     assert next(s for s in shapes if s.stride == 2) == Shape(8, 2, 32, 64, 16, 16, 2, "bfloat16", False)
     assert sum(s.after_norm for s in shapes) == 16
@@ -36,10 +36,8 @@ def test_shapes_of_a_resnet50():
 
 
 def test_only_convolutions_whose_result_goes_to_a_norm_alone():
-    assert [conv.stride for conv, _ in pointwise_convs(backbone("resnet18"))] == [
-        (1, 1),
-        *[(2, 2)] * 3,
-    ]  # downsamplings
+    for name, strides in (("resnet18", [2, 2, 2]), ("byol_resnet18", [1, 2, 2, 2])):  # downsamplings
+        assert [conv.stride[0] for conv, _ in pointwise_convs(backbone(name))] == strides
     assert list(pointwise_convs(backbone("resnet50d", stem="imagenet")))  # pools before its downsampling
     assert list(pointwise_convs(build_model(ModelConfig(backbone="test_byobnet"), 64, 0))) == []
 
