@@ -2,7 +2,8 @@
 
 Protocol: Grill et al. 2020, appendix C.1: 80 epochs, SGD with Nesterov momentum 0.9, lr = base_lr *
 batch_size / 256 with a cosine schedule to 0, no warm-up, no weight decay, random crops and flips.
-The learning rate is selected on held-out training images. `features=augmented` follows it.
+The learning rate is selected on held-out training images. For data sets of ImageNet's order, from
+which 10,009 images are held out, the batch is the paper's 1024. `features=augmented` follows it.
 `features=cached` is faster: it extracts the features of one center crop per image once, and
 standardizes each dimension with the training split's mean and standard deviation (the classifier
 stays linear).
@@ -12,7 +13,7 @@ Shapes: L classifiers, N images, B images per step, F features, C classes.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ from fastbyol.precision import autocast
 CACHED_BASE_LRS = (0.003, 0.01, 0.03, 0.1, 0.3)  # for standardized features
 PAPER_BASE_LRS = (0.05, 0.1, 0.2, 0.3, 0.4)  # for unscaled features
 _MOMENTUM = 0.9
-_HELD_OUT_FRACTION = 0.1
+_HELD_OUT_FRACTION, _MAX_HELD_OUT = 0.1, 10_009  # the paper holds out 10,009 of ImageNet's images
+_LARGE_BATCH, _SMALL_BATCH = 1024, 256
 _MIN_STEPS_PER_EPOCH = 16  # on cached features
 
 
@@ -237,9 +239,20 @@ def _best_classifier(scores: Tensor, labels: Tensor) -> tuple[int, float]:
     return best, (scores[best].argmax(1) == labels).float().mean().item()
 
 
+def _held_out_count(count: int) -> int:
+    return min(max(1, round(_HELD_OUT_FRACTION * count)), _MAX_HELD_OUT)
+
+
+def probe_batch_size(batch_size: int | Literal["auto"], images: int) -> int:
+    """Return the batch size that an option means for a number of training images."""
+    if batch_size != "auto":
+        return batch_size
+    return _LARGE_BATCH if _held_out_count(images) == _MAX_HELD_OUT else _SMALL_BATCH
+
+
 def _held_out_mask(count: int, seed: int) -> Tensor:
     """Return which training images select the learning rate: (count,) bool."""
-    held_out = max(1, round(_HELD_OUT_FRACTION * count))
+    held_out = _held_out_count(count)
     if held_out >= count:
         raise InputError(f"{count} training image(s) are too few: some must be held out to select the learning rate")
     mask = torch.zeros(count, dtype=torch.bool)
@@ -255,7 +268,8 @@ class LinearTask(EvalTask):
 
     def measure(self, backbone: nn.Module | None, data: Splits, options: LinearEval, context: EvalContext) -> Row:
         """Return top-1, top-5, the selected learning rate and its held-out accuracy."""
-        training = {"epochs": options.epochs, "batch_size": options.batch_size}
+        batch_size = probe_batch_size(options.batch_size, len(data.train))
+        training = {"epochs": options.epochs, "batch_size": batch_size}
         if options.features == "augmented":
             base_lrs = options.base_lrs or PAPER_BASE_LRS
             return augmented_accuracy(backbone, data, context, base_lrs=base_lrs, **training)

@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from fastbyol.evaluate.context import EvalContext, Row
 from fastbyol.evaluate.features import Features, Splits, extract_each, extract_features
 from fastbyol.evaluate.knn import knn_scores, top_accuracies
-from fastbyol.evaluate.linear import CACHED_BASE_LRS, LinearClassifier, fit_linear
+from fastbyol.evaluate.linear import CACHED_BASE_LRS, LinearClassifier, fit_linear, probe_batch_size
 from fastbyol.evaluate.options import RobustnessEval
 from fastbyol.evaluate.task import EvalTask
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
@@ -98,7 +98,7 @@ class RobustnessTask(EvalTask):
             train,
             base_lrs=options.base_lrs or CACHED_BASE_LRS,
             epochs=options.epochs,
-            batch_size=options.batch_size,
+            batch_size=probe_batch_size(options.batch_size, len(data.train)),
         )
         clean = _accuracies(train, probe, extract_features(backbone, data.val, context), options)
         curves: dict[str, dict[str, list[float]]] = {}

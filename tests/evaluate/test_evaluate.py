@@ -42,6 +42,7 @@ from fastbyol.evaluate.linear import (
     augmented_accuracy,
     fit_linear,
     linear_accuracy,
+    probe_batch_size,
     train_probes,
 )
 from fastbyol.evaluate.options import EVALUATIONS, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
@@ -120,6 +121,16 @@ def test_linear_probe_matches_logistic_regression_on_900_digits():
         gaps.append(linear_accuracy(train_set, val, base_lrs=CACHED_BASE_LRS)["top1"] - best.score(x_val, val.labels))
     assert abs(np.mean(gaps)) < 0.005
     assert np.abs(gaps).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "held_out"),
+    [(72, 256, 7), (50_000, 256, 5_000), (100_000, 256, 10_000), (100_090, 1024, 10_009), (1_281_167, 1024, 10_009)],
+)
+def test_linear_protocol_is_the_paper_s_on_large_data_sets(images, batch, held_out):
+    assert probe_batch_size("auto", images) == batch
+    assert probe_batch_size(300, images) == 300
+    assert int(_held_out_mask(images, 0).sum()) == held_out
 
 
 def test_batched_probes_match_torch_sgd():
@@ -336,7 +347,7 @@ def test_unreadable_validation_split_disables_online_knn_but_not_the_run(photos,
     )
     results = []
     lines = capsys_lines(capsys, lambda: results.append(train(config)))
-    assert (results[0].step, results[0].stopped_by) == (8, None)
+    assert (results[0].step, results[0].stopped_by) == (9, None)
     (line,) = (line for line in lines if "no online kNN from here on" in line)
     assert "half/val: none of the 18 images can be read, for example" in line
     assert not any("nan" in line for line in lines)
