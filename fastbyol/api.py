@@ -6,7 +6,7 @@ from fastbyol.callbacks import Callback
 from fastbyol.config import Config
 from fastbyol.evaluate.online import online_callbacks
 from fastbyol.train import RunResult, train
-from fastbyol.weights.load import InitialWeights
+from fastbyol.weights.load import InitialWeights, with_init_settings
 
 
 def pretrain(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
@@ -19,4 +19,4 @@ def pretrain(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
     Raises:
         InputError, RunError: see `train`.
     """
-    return train(config, [InitialWeights(), *online_callbacks(config), *callbacks])
+    return train(with_init_settings(config), [InitialWeights(), *online_callbacks(config), *callbacks])

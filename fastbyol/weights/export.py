@@ -20,9 +20,10 @@ from fastbyol.runtime.files import check_output, read_json_or
 from fastbyol.runtime.logging import logger
 from fastbyol.runtime.results import is_metric, read_results
 from fastbyol.runtime.run_folder import ENVIRONMENT
+from fastbyol.weights.authors import LICENSE
 from fastbyol.weights.files import BACKBONE_FIELDS, new_file
 from fastbyol.weights.formats import FORMATS, Source, fenced
-from fastbyol.weights.load import load_checkpoint_model
+from fastbyol.weights.load import is_authors, load_checkpoint_model
 
 
 def export(run: Path, format_name: str, out: Path | None) -> str:
@@ -101,7 +102,7 @@ def model_card(source: Source, format_name: str, out: Path) -> str:
     trained = read_json_or(source.folder / ENVIRONMENT)
     parts = [
         f"# {_escape(source.config.name)}: {source.name} for {format_name}",
-        f"Online backbone of a BYOL pre-training (Grill et al. 2020) by fastbyol {__version__}, without heads and "
+        f"Online backbone of a BYOL pre-training (Grill et al. 2020) by {_author(source)}, without heads and "
         f"classifier. Input: normalized images (N, 3, {source.size}, {source.size}). Output in eval mode: features "
         f"(N, {source.features}), float32.",
         "## Load",
@@ -110,8 +111,11 @@ def model_card(source: Source, format_name: str, out: Path) -> str:
         _preprocessing(source.size),
         "## Pre-training",
         _training(source),
-        "All settings:",
-        fenced("json", json.dumps(source.config.to_dict(), indent=2)),
+        *(
+            ()
+            if source.is_authors
+            else ("All settings:", fenced("json", json.dumps(source.config.to_dict(), indent=2)))
+        ),
         "## Results",
         _results(source.folder),
         "## Environment",
@@ -120,7 +124,7 @@ def model_card(source: Source, format_name: str, out: Path) -> str:
         "Export:",
         _table(list(environment.describe().items())),
         "## License",
-        "To be filled in by the publisher of these weights, with respect to the license of the data.",
+        _license(source),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -143,7 +147,9 @@ from torchvision.transforms.v2 import functional as F
 
 def preprocess(image):  # a PIL image or a uint8 tensor, RGB
     image = F.to_image(image)
-    image = F.center_crop(image, [round({CENTER_FRACTION} * min(image.shape[-2:]))])
+    height, width = image.shape[-2:]
+    side = int({CENTER_FRACTION} * min(height, width))
+    image = F.crop(image, (height - side + 1) // 2, (width - side + 1) // 2, side, side)
     image = F.resize(image, [{size}, {size}], interpolation=InterpolationMode.BICUBIC, antialias=True)
     return F.normalize(F.to_dtype(image, torch.float32, scale=True), {list(IMAGENET_MEAN)}, {list(IMAGENET_STD)})"""
     return (
@@ -152,12 +158,33 @@ def preprocess(image):  # a PIL image or a uint8 tensor, RGB
     )
 
 
+def _author(source: Source) -> str:
+    return f"its authors, converted by fastbyol {__version__}" if source.is_authors else f"fastbyol {__version__}"
+
+
+def _license(source: Source) -> str:
+    if source.is_authors:
+        return f"{LICENSE}, if the checkpoint is one of those that BYOL's authors released. Non-commercial use only."
+    text = "To be filled in by the publisher of these weights, with respect to the license of the data"
+    if is_authors(Path(source.config.init)):
+        return (
+            f"{text}. The training began with weights of BYOL's authors; those that they released are under {LICENSE}, "
+            "for non-commercial use only."
+        )
+    return f"{text}{'' if source.config.init == 'none' else ' and of the initial weights'}."
+
+
 def _training(source: Source) -> str:
     config = source.config
+    network = [(f"model.{field}", getattr(config.model, field)) for field in BACKBONE_FIELDS]
+    if source.is_authors:
+        text = "google-deepmind/deepmind-research, byol/; the file does not record the settings of the training"
+        return _table([("checkpoint", str(source.checkpoint)), ("trained by", text), *network])
     return _table(
         [
             ("checkpoint", str(source.checkpoint)),
-            *((f"model.{field}", getattr(config.model, field)) for field in BACKBONE_FIELDS),
+            ("initial weights", config.init),
+            *network,
             ("data", f"{config.data.root}, split {config.data.train_split}"),
             ("subset", _subset(config)),
             ("augmentation", config.data.augmentation),

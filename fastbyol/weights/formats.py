@@ -13,14 +13,17 @@ from typing import NamedTuple
 
 import torch
 import torchvision
+from timm.models import ResNet
 from torch import nn
 
 from fastbyol import __version__
-from fastbyol.config import Config, ModelConfig
+from fastbyol.backbones import BYOL_RESNETS, stem_channels
+from fastbyol.config import STEM_CHANNELS, Config, ModelConfig
 from fastbyol.errors import InputError, RunError, first_line
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime import environment
 from fastbyol.runtime.checkpoint import run_folder_of
+from fastbyol.weights import authors
 from fastbyol.weights.files import SUFFIX, plain_tensors, write_safetensors
 from fastbyol.weights.names import Tensors, detectron2_name, torchvision_naming
 
@@ -65,6 +68,11 @@ class Source:
     def size(self) -> int:
         """S, the side of the training images in pixels."""
         return self.config.data.image_size_px
+
+    @property
+    def is_authors(self) -> bool:
+        """True if the checkpoint is one of BYOL's authors, which fastbyol did not train."""
+        return self.checkpoint.suffix == authors.SUFFIX
 
     @property
     def folder(self) -> Path:
@@ -128,32 +136,79 @@ print(features.shape)"""
 
 
 def _timm_usage(source: Source, out: Path) -> str:
-    model = source.config.model
-    channels = ""
-    if model.width != 1:
-        channels = f", channels={tuple(int(64 * model.width * 2**k) for k in range(4))}"
-    if model.stem != "small":
+    name = BYOL_RESNETS.get(source.name, source.name)
+    width, changes = source.config.model.width, _changes_of_timm(source)
+    channels = "" if width == 1 else f", channels={tuple(int(STEM_CHANNELS * width * 2**k) for k in range(4))}"
+    if not changes:
         code = f"""\
 import timm
 import torch
 
-backbone = timm.create_model("{source.name}", num_classes=0{channels}, checkpoint_path={str(out)!r}).eval()
+backbone = timm.create_model("{name}", num_classes=0{channels}, checkpoint_path={str(out)!r}).eval()
 {_feature_code(source)}"""
         return fenced("python", code)
     read = "load_file(path)" if out.suffix == SUFFIX else "torch.load(path, weights_only=True)"
     library = "\nfrom safetensors.torch import load_file" if out.suffix == SUFFIX else ""
+    if source.config.model.padding == "same":
+        library += "\nfrom timm.layers import Conv2dSame\nfrom timm.layers.pool2d_same import MaxPool2dSame"
     code = f"""\
 import timm
 import torch{library}
+from torch import nn
 
 path = {str(out)!r}
-backbone = timm.create_model("{source.name}", num_classes=0{channels})
-backbone.conv1 = torch.nn.Conv2d(3, {source.backbone.conv1.out_channels}, 3, padding=1, bias=False)  # stem for small images
-backbone.maxpool = torch.nn.Identity()
+backbone = timm.create_model("{name}", num_classes=0{channels})
+{chr(10).join(changes)}
 backbone.load_state_dict({read})
 backbone.eval()
 {_feature_code(source)}"""
     return fenced("python", code)
+
+
+def _changes_of_timm(source: Source) -> list[str]:
+    """Return the lines that turn timm's ResNet of the same name and width into the backbone.
+
+    backbones.py makes the same changes.
+    """
+    config, backbone, lines = source.config.model, source.backbone, []
+    widened = type(backbone) is ResNet and stem_channels(config) != STEM_CHANNELS
+    if config.stem == "small":
+        lines += [
+            f"backbone.conv1 = {_conv_code(backbone.conv1)}  # stem for small images",
+            "backbone.maxpool = nn.Identity()",
+        ]
+    elif widened:
+        lines += [f"backbone.conv1 = {_conv_code(backbone.conv1)}  # wider stem"]
+    if widened:
+        first = backbone.layer1[0]
+        lines += [
+            f"backbone.bn1 = nn.BatchNorm2d({backbone.bn1.num_features})",
+            f"backbone.layer1[0].conv1 = {_conv_code(first.conv1)}",
+        ]
+    if widened or source.name in BYOL_RESNETS:
+        lines.append(f"backbone.layer1[0].downsample = {_downsample_code(backbone.layer1[0].downsample)}")
+    if config.padding == "same":
+        lines += [
+            "for module in backbone.modules():  # TensorFlow's padding",
+            "    if isinstance(module, nn.Conv2d) and module.stride != (1, 1) and module.kernel_size != (1, 1):",
+            "        module.__class__ = Conv2dSame",
+        ]
+        lines += ["backbone.maxpool = MaxPool2dSame(3, 2)"] if config.stem != "small" else []
+    return lines
+
+
+def _conv_code(conv: nn.Conv2d) -> str:
+    more = f", stride={conv.stride[0]}" if conv.stride[0] > 1 else ""
+    padding = conv.kernel_size[0] // 2
+    more += f", padding={padding}" if padding else ""
+    return f"nn.Conv2d({conv.in_channels}, {conv.out_channels}, {conv.kernel_size[0]}{more}, bias=False)"
+
+
+def _downsample_code(downsample: nn.Sequential | None) -> str:
+    if downsample is None:
+        return "None"
+    conv, norm = downsample
+    return f"nn.Sequential({_conv_code(conv)}, nn.BatchNorm2d({norm.num_features}))"
 
 
 # fastbyol's own format
@@ -201,7 +256,7 @@ def torchvision_network(name: str, size: int) -> tuple[str, dict[str, int]] | No
 
 
 def _write_torchvision(source: Source, file: Path, suffix: str) -> None:
-    _reject_settings(source, "torchvision", (*_LAYER_FIELDS, "width", "stem"))
+    _reject_settings(source, "torchvision", (*_LAYER_FIELDS, "width", "stem", "stem_channels", "padding"))
     if (network := torchvision_network(source.name, source.size)) is None:
         raise InputError(
             f"--format torchvision: no torchvision network computes the same as {source.name} at {source.size} px; "
@@ -238,11 +293,9 @@ backbone.eval()
 
 
 def _write_detectron2(source: Source, file: Path, suffix: str) -> None:
-    _reject_settings(source, "detectron2", (*_LAYER_FIELDS, "stem"))
+    _reject_settings(source, "detectron2", (*_LAYER_FIELDS, "stem", "padding"))
     if source.name not in RESNETS:
-        raise InputError(
-            f"--format detectron2: supports ResNets only, not {source.name}; use --format timm or safetensors"
-        )
+        raise InputError(f"--format detectron2: detectron2 has no {source.name}; use --format timm or safetensors")
     if source.name in ("resnet18", "resnet34"):
         _reject_settings(source, "detectron2", ("width",))
     tensors = {n: t for n, t in plain_tensors(source.backbone).items() if not n.endswith("num_batches_tracked")}

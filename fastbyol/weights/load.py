@@ -3,6 +3,7 @@ fastbyol, timm or torchvision.
 """
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from fastbyol.errors import InputError, first_line
 from fastbyol.model import BYOL
 from fastbyol.runtime import checkpoint
 from fastbyol.runtime.logging import logger
-from fastbyol.weights import files
+from fastbyol.weights import authors, files
 from fastbyol.weights.names import Tensors, torchvision_naming
 
 _HUB = "timm:"
@@ -49,11 +50,14 @@ class LoadedCheckpoint(NamedTuple):
 def load_checkpoint_model(run_or_file: Path) -> LoadedCheckpoint:
     """Load a checkpoint file, or the newest valid checkpoint of a run's folder.
 
-    Newer, damaged checkpoints are logged.
+    Newer, damaged checkpoints are logged. The file may be a checkpoint of BYOL's authors
+    (authors.py).
 
     Raises:
         InputError: no valid checkpoint, or this version does not know its config or model.
     """
+    if is_authors(run_or_file):
+        return _load_authors_model(run_or_file)
     path, state = checkpoint.resolve(run_or_file)
     config = checkpoint.checkpoint_config(path, state)
     try:
@@ -62,6 +66,35 @@ def load_checkpoint_model(run_or_file: Path) -> LoadedCheckpoint:
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"checkpoint {path} cannot be used: {first_line(error)}") from None
     return LoadedCheckpoint(path, config, model, state["step"])
+
+
+def is_authors(path: Path) -> bool:
+    """Return True if a path has the suffix of the authors' checkpoints."""
+    return path.suffix == authors.SUFFIX and not path.is_dir()
+
+
+def _load_authors_model(path: Path) -> LoadedCheckpoint:
+    where = f"checkpoint {path}"
+    found = authors.read_authors(path, where)
+    model = build_model(found.config.model, found.config.data.image_size_px, found.config.seed)
+    state = model.state_dict()
+    online = {name.removeprefix(_ONLINE): t for name, t in found.tensors.items() if name.startswith(_ONLINE)}
+    _load_tensors(files.StoredWeights(online, str(path), config=found.config.model), model.online.backbone, where)
+    mismatch = _first_mismatch(found.tensors, {name: state[name] for name in found.tensors if name in state})
+    if mismatch is not None:
+        raise InputError(f"{where}: does not match the network: {mismatch}")
+    model.load_state_dict(found.tensors, strict=False)
+    return LoadedCheckpoint(path, found.config, model, found.step)
+
+
+def with_init_settings(config: Config) -> Config:
+    """Return the config with what the weights of `config.init` need: the authors' need their
+    padding.
+    """
+    if not is_authors(Path(config.init)) or config.model.padding == "same":
+        return config
+    logger.info(f"init={config.init}: model.padding=same, as in the authors' code")
+    return replace(config, model=replace(config.model, padding="same"))
 
 
 class InitialWeights(Callback):
@@ -112,7 +145,8 @@ def load_backbone(
 
     Args:
         spec: timm:NAME for timm's pre-trained weights, or a path: a run's folder or checkpoint (its
-            online backbone is loaded), a .safetensors file, or a state dict of timm or torchvision.
+            online backbone is loaded), a .safetensors file, a checkpoint of BYOL's authors (.pkl),
+            or a state dict of timm or torchvision.
         backbone: A timm model without classifier, with fused layers or not.
         name: The backbone's name in timm.
         key: Option that gave `spec`, for error messages.
@@ -158,8 +192,10 @@ def _read(path: Path, where: str) -> files.StoredWeights:
         raise InputError(f"{where}: no such file or folder; for timm's weights give {_HUB}NAME")
     if path.is_dir():
         return _read_checkpoint(path, where)
-    if path.suffix in (".onnx", ".pkl"):
-        raise InputError(f"{where}: cannot load {path.suffix} files; export the run with --format safetensors")
+    if path.suffix == ".onnx":
+        raise InputError(f"{where}: cannot load .onnx files; export the run with --format safetensors")
+    if is_authors(path):
+        return _read_authors(path, where)
     if path.suffix == files.SUFFIX:
         return files.read_safetensors(path, where)
     content = files.read_torch(path, where)
@@ -176,6 +212,14 @@ def _read_checkpoint(run_or_file: Path, where: str) -> files.StoredWeights:
     return files.StoredWeights(
         online, f"the online backbone of checkpoint {path}", tuple(notes), config.backbone, config
     )
+
+
+def _read_authors(path: Path, where: str) -> files.StoredWeights:
+    tensors, config, step = authors.read_authors(path, where)
+    online = {name.removeprefix(_ONLINE): t for name, t in tensors.items() if name.startswith(_ONLINE)}
+    origin = f"the online backbone of {path}, a checkpoint of BYOL's authors after {step} steps"
+    notes = (f"license of the released ones: {authors.LICENSE}",)
+    return files.StoredWeights(online, origin, notes, config.model.backbone, config.model)
 
 
 def _check_settings(stored: files.StoredWeights, name: str, config: ModelConfig | None, where: str) -> None:
@@ -241,7 +285,7 @@ def _first_mismatch(tensors: Tensors, expected: Tensors) -> str | None:
 
 def _remedy(stored: files.StoredWeights) -> str:
     if stored.config is None:
-        return "set model.backbone, model.width and model.stem to those of the file"
+        return "set model.backbone, model.width, model.stem and model.stem_channels to those of the file"
     settings = " ".join(f"model.{field}={getattr(stored.config, field)}" for field in files.BACKBONE_FIELDS)
     return f"set {settings}, as in its training"
 

@@ -125,9 +125,13 @@ def load_section(card):
     ("model", "size", "suffix"),
     [
         ({"backbone": "resnet18", "width": 0.25}, 32, ".pth"),
+        ({"backbone": "resnet18", "width": 0.25, "stem_channels": 64}, 32, ".safetensors"),
         ({"backbone": "resnet18", "width": 0.25, "stem": "small"}, 32, ".pth"),
         ({"backbone": "resnet18", "width": 0.25, "stem": "small"}, 32, ".safetensors"),
         ({"backbone": "resnet50", "width": 0.25}, 32, ".safetensors"),
+        ({"backbone": "resnet50", "width": 0.25, "padding": "same"}, 32, ".pth"),
+        ({"backbone": "byol_resnet18"}, 32, ".pth"),
+        ({"backbone": "byol_resnet18", "width": 0.25, "stem": "small", "padding": "same"}, 32, ".safetensors"),
         ({"backbone": "vit_tiny_patch16_224"}, 224, ".safetensors"),
         ({"backbone": "convnext_atto"}, 32, ".safetensors"),
     ],
@@ -137,7 +141,8 @@ def test_timm_loads_file_with_code_from_card(written, model, size, suffix):
     backbone, _, card = written("timm", size, suffix, **model)
     (code,) = code_of(card)
     assert "fastbyol" not in code
-    assert ("checkpoint_path=" in code) == (model.get("stem") != "small")
+    is_timm = "resnet" not in model["backbone"] or model.get("stem_channels") == 64
+    assert ("checkpoint_path=" in code) == is_timm  # otherwise the code changes timm's network
     assert torch.equal(features(run_code(code)["backbone"], size), features(backbone, size))
 
 
@@ -313,7 +318,7 @@ def test_detectron2_file_has_its_names_and_config(written, model, layout, settin
     values = yaml.safe_load(text)
     resnets = values["MODEL"]["RESNETS"]
     assert {key: resnets[key] for key in settings} == settings
-    assert (resnets["STRIDE_IN_1X1"], resnets["STEM_OUT_CHANNELS"]) == (False, 64)
+    assert (resnets["STRIDE_IN_1X1"], resnets["STEM_OUT_CHANNELS"]) == (False, 64 * model.get("width", 1))
     assert values["MODEL"]["PIXEL_MEAN"] == pytest.approx([123.675, 116.28, 103.53])
     assert values["MODEL"]["PIXEL_STD"] == pytest.approx([58.395, 57.12, 57.375])
     assert values["INPUT"]["FORMAT"] == "RGB"
@@ -499,9 +504,14 @@ def test_card_code_runs_in_fresh_process(tmp_path):
         ("timm", {"weight_standardization": True}, "model.weight_standardization=True; use"),
         ("detectron2", {"weight_standardization": True}, "model.weight_standardization=True; use"),
         ("detectron2", {"stem": "small"}, "detectron2 has no resnet18 with model.stem=small"),
+        ("torchvision", {"padding": "same"}, "no resnet18 with model.padding=same; use --format timm, safe"),
+        ("torchvision", {"stem_channels": 32}, "no resnet18 with model.stem_channels=32; use --format timm, safe"),
+        ("torchvision", {"backbone": "byol_resnet18"}, "no torchvision network computes the same as byol_resnet18"),
+        ("detectron2", {"padding": "same"}, "detectron2 has no resnet18 with model.padding=same; use --format timm"),
+        ("detectron2", {"backbone": "byol_resnet18"}, "detectron2 has no byol_resnet18; use --format timm or safe"),
         ("detectron2", {"width": 2.0}, "detectron2 has no resnet18 with model.width=2"),
-        ("detectron2", {"backbone": "resnet50d"}, "supports ResNets only, not resnet50d"),
-        ("detectron2", {"backbone": "convnext_atto"}, "supports ResNets only, not convnext_atto"),
+        ("detectron2", {"backbone": "resnet50d"}, "detectron2 has no resnet50d"),
+        ("detectron2", {"backbone": "convnext_atto"}, "detectron2 has no convnext_atto"),
     ],
 )
 def test_unsupported_network_raises_one_line_error(tmp_path, form, model, message):
