@@ -291,6 +291,24 @@ def cuda_bytes() -> str:
     return markdown_table(["GB per step (launches)", *parts, "MB per image", "saved for backward"], lines, note)
 
 
+def exactness() -> str:
+    """Differences between fastbyol and the authors' code."""
+    rows = read("exactness")
+    header = ["part", "compared", "largest difference", "mean", "values up to", "rounding", "values"]
+    lines = []
+    for row in rows:
+        cases = f"; {int(row['differ']):,} of {int(row['n']):,} differ" if row["differ"] else ""
+        cells = (row[column] for column in ("error", "mean_error", "magnitude", "rounding"))
+        lines.append([row["part"], f"{row['compared']}{cases}", *cells, f"{int(row['n']):,}"])
+    first = rows[0]
+    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "jax", "dm-haiku", "tensorflow-cpu"))
+    note = (
+        f"{first['cpu']}; Python {first['python']}; {versions}; commit {commits(rows)}. "
+        "Source: benchmarks/results/exactness.csv (`python benchmarks/exactness.py`)."
+    )
+    return markdown_table(header, lines, note)
+
+
 def exchange() -> str:
     """Estimated communication between GPUs, next to the estimated computing time of a step."""
     rows, lines = read("exchange"), []
@@ -416,6 +434,7 @@ def accuracy() -> str:
 
 
 TABLES = {
+    "exactness": exactness,
     "summary": summary.table,
     "against": lambda: against.table(against.comparisons()),
     "variants": variants,

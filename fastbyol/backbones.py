@@ -126,6 +126,11 @@ def _init_last_norms(resnet: ResNet, *, zero: bool) -> None:
         nn.init.constant_(last.weight, 0.0 if zero else 1.0)
 
 
+def has_same_padding(backbone: nn.Module) -> bool:
+    """Return True if a network has been changed by `pad_same`, with fused layers or not."""
+    return any(isinstance(m, Conv2dSame) or getattr(m, "same", False) for m in backbone.modules())
+
+
 def pad_same(resnet: ResNet) -> None:
     """Give the stem, the max-pool and the strided 3x3 convolutions TensorFlow's SAME padding, in
     place.

@@ -22,8 +22,9 @@ class Loader(Protocol):
 
     epoch, batch = divmod(step, len(loader))
 
-    Each of R ranks yields its share of B / R images; B, and with it the epoch, is the same for any
-    R.
+    Each epoch of a loader has its own order of the images, of which the last N mod B are left out.
+    A run counts its epochs in N / B steps (`Schedule`). Each of R ranks yields its share of B / R
+    images; B, and with it the epoch, is the same for any R.
     """
 
     wait_s: float

@@ -78,14 +78,11 @@ def read_authors(path: Path, where: str) -> AuthorsCheckpoint:
                     tensors[f"{network}.{name}"] = tensor
                 elif network == "online":
                     tensors[name] = tensor
+        step = _integer(content.get("step"), "step")
     except _Unexpected as error:
         raise _other(where, str(error)) from None
-    step = content.get("step", 0)
-    step = step.value if isinstance(step, _Array) else step
-    if not isinstance(step, int | np.integer | np.ndarray) or np.ndim(step):
-        raise _other(where, "its step is no number")
     model = _model_config({n.removeprefix("online."): t for n, t in tensors.items() if n.startswith("online.")}, where)
-    return AuthorsCheckpoint(tensors, Config(name="byol_authors", model=model), int(step))
+    return AuthorsCheckpoint(tensors, Config(name="byol_authors", model=model), step)
 
 
 def _other(where: str, reason: str) -> InputError:
@@ -161,15 +158,16 @@ def network_tensors(params: Any, state: Any) -> Tensors:
         if name == "average":
             tensors[f"{module}.running_{match[2]}"] = _tensor(value, f"{path}/{name}").reshape(-1)
         elif name == "counter" and match[2] == "mean":
-            tensors[f"{module}.num_batches_tracked"] = _tensor(value, f"{path}/{name}").to(torch.int64).reshape(())
+            tensors[f"{module}.num_batches_tracked"] = torch.tensor(_integer(value, f"{path}/{name}"))
     return tensors
 
 
 def _leaves(tree: Any) -> list[tuple[str, str, Any]]:
     """Return (module path, name, value) of two nested mappings; none if there is no mapping."""
-    found = []
-    for path, values in _items(tree):
-        found += [(path, name, value) for name, value in _items(values)]
+    found = [(path, name, value) for path, values in _items(tree) for name, value in _items(values)]
+    for path, *_ in found:
+        if not isinstance(path, str):
+            raise _Unexpected(f"its module {path!r} is unknown")
     return found
 
 
@@ -203,6 +201,15 @@ def _tensor(value: Any, where: str) -> torch.Tensor:
         raise _Unexpected(f"{where!r} is no array")
     array = np.array(value, dtype=value.dtype.newbyteorder("="))  # a copy, since the file's bytes are read-only
     return torch.from_numpy(array)
+
+
+def _integer(value: Any, where: str) -> int:
+    if isinstance(value, int):
+        return value
+    tensor = _tensor(value, where)
+    if tensor.numel() != 1 or tensor.is_floating_point():
+        raise _Unexpected(f"{where!r} is no integer")
+    return int(tensor)
 
 
 def _model_config(online: Tensors, where: str) -> ModelConfig:

@@ -14,6 +14,7 @@ from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastbyol.backbones import has_same_padding
 from fastbyol.build import build_backbone, build_model
 from fastbyol.callbacks import Callback
 from fastbyol.config import Config, ModelConfig
@@ -151,7 +152,7 @@ def load_backbone(
         name: The backbone's name in timm.
         key: Option that gave `spec`, for error messages.
         config: The backbone's settings, which must match those of a file of fastbyol. If None, only
-            names and shapes are compared.
+            names, shapes and padding are compared.
 
     Returns:
         One line for the log: how many tensors were loaded from where, and which were skipped.
@@ -164,6 +165,7 @@ def load_backbone(
     source = spec.removeprefix(_HUB)
     stored = _read(Path(spec), where) if source == spec else _download(source, name, where)
     _check_settings(stored, name, config, where)
+    _check_padding(stored, backbone, where)
     count, notes = _load_tensors(stored, backbone, where)
     return "; ".join([f"{where}: loaded {count} tensors from {stored.origin}", *stored.notes, *notes])
 
@@ -231,6 +233,13 @@ def _check_settings(stored: files.StoredWeights, name: str, config: ModelConfig 
         theirs, ours = getattr(stored.config, field), getattr(config, field)
         if theirs != ours and (field != "norm_groups" or config.norm == "group"):
             raise InputError(f"{where}: trained with model.{field}={theirs}, not {ours}; set model.{field}={theirs}")
+
+
+def _check_padding(stored: files.StoredWeights, backbone: nn.Module, where: str) -> None:
+    """Names and shapes of the tensors do not tell the padding, but it changes the features."""
+    if stored.config is not None and has_same_padding(backbone) != (stored.config.padding == "same"):
+        remedy = "build the backbone with that setting, or change it with fastbyol.backbones.pad_same"
+        raise InputError(f"{where}: trained with model.padding={stored.config.padding}: {remedy}")
 
 
 def _load_tensors(stored: files.StoredWeights, backbone: nn.Module, where: str) -> tuple[int, list[str]]:

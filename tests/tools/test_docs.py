@@ -293,3 +293,10 @@ def test_site_builds_without_warnings_and_loads_nothing_from_the_network(tmp_pat
         assert not re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="(?:https?:)?//[^"]+', text), name
         assert "--8&lt;--" not in text, f"{name}: an include was not resolved"
     assert "class TrainStep" in re.sub(r"<[^>]+>", "", pages["architecture"])
+
+
+def test_readme_claims_what_the_exactness_page_measures():
+    """Word for word."""
+    bullet = re.search(r"- \*\*Exact BYOL:\*\* (.*?) \(\[Exactness\]", (ROOT / "README.md").read_text(), re.DOTALL)
+    claim = " ".join(bullet[1].split())
+    assert f"{claim}." in " ".join((ROOT / "docs" / "exactness.md").read_text().split())

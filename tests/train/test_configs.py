@@ -52,9 +52,33 @@ def test_all_configs_exist():
 @each
 def test_header_is_complete(path):
     found = header(path)
-    assert set(found) == {"title", "command", "hardware", "hours", "accuracy"}
+    assert set(found) == {"title", "command", "hardware", "hours", "accuracy", "differs"}
     assert f"--config configs/{path.name}" in found["command"]
     assert re.search(r"paper|solo-learn|lightly|README|docs/results.md", found["accuracy"])
+
+
+@each
+def test_header_says_what_differs_from_the_authors(path):
+    """The network, BatchNorm's batch and the precision of the exchange."""
+    config, differs = train_config(["--config", str(path)]), header(path)["differs"]
+    assert differs.startswith("from the authors' code")
+    assert ("instead of byol_resnet18" in differs) == (config.model.backbone == "resnet18")
+    assert ("docs/exactness.md" in differs) == (config.model.backbone != "resnet18")
+    images = config.data.batch_size // config.step.micro_batches
+    small_batch = f"BatchNorm over {images} images instead of {config.data.batch_size}" in differs
+    assert small_batch == (config.step.micro_batches > 1)
+    assert ("in bf16" in differs) == (config.distributed.gradient_dtype == "bf16")
+    assert ("gamma of each block starts at 1" in differs) == (config.model.zero_init_last is False)
+    assert ("stem of 64 channels" in differs) == (config.model.stem_channels == 64)
+
+
+def test_imagenette_is_the_authors_recipe():
+    """README of byol/: their 1000-epoch preset with the changes for Imagenette."""
+    config = train_config(["--config", str(ROOT / "configs" / "imagenette_r18.yaml")])
+    optim = config.optim
+    assert (config.model.backbone, config.data.image_size_px, config.data.batch_size) == ("byol_resnet18", 128, 256)
+    assert (optim.epochs, optim.base_lr, optim.weight_decay, optim.tau_base) == (1000, 2.0, 1e-6, 0.996)
+    assert (config.model.hidden_dim, config.model.projection_dim, config.probe.enabled) == (4096, 256, True)
 
 
 @pytest.mark.slow

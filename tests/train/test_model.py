@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -266,6 +267,13 @@ def test_same_padding_is_tensorflow_s(size):
         symmetric = create_backbone(ModelConfig(**(SMALL | {"backbone": "resnet26"}))).double().eval()
         symmetric.load_state_dict(backbone.state_dict())
         assert (symmetric(images) - x.mean((2, 3))).abs().max() > 1e-3 or size in (33, 35)
+
+
+def test_same_padding_has_no_graph_break():
+    model = build_model(ModelConfig(**(SMALL | {"padding": "same"})), 32, seed=0)
+    views = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    assert compiled(*views).loss.item() == pytest.approx(model(*views).loss.item(), abs=1e-4)
 
 
 def test_projection_std():

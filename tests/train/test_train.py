@@ -22,7 +22,7 @@ from PIL import Image
 
 from fastbyol import step
 from fastbyol.api import pretrain as train
-from fastbyol.config import DataConfig, OptimConfig
+from fastbyol.config import Config, DataConfig, OptimConfig
 from fastbyol.data import find_images, open_split
 from fastbyol.data.pack import pack
 from fastbyol.errors import InputError, RunError
@@ -32,6 +32,7 @@ from fastbyol.runtime.distributed import World
 from fastbyol.runtime.files import FolderLock
 from fastbyol.runtime.run_log import RunLog, read_metrics
 from fastbyol.runtime.signals import StopSignals
+from fastbyol.weights.load import load_checkpoint_model
 
 STEPS = 16  # 4 epochs of 4 batches
 
@@ -173,6 +174,58 @@ def test_finished_run_is_reported_and_unchanged(make_config, capsys, epochs, of)
     assert "already finished: checkpoint" in out
     assert f"is of epoch {epochs}, optim.epochs={of}; nothing to do" in out
     assert contents(first.folder) == before
+
+
+def test_remainders_of_epochs_add_up_to_steps(make_config, photos, capsys):
+    """72 images in batches of 16: three epochs are floor(3 * 4.5) = 13 steps."""
+    optim = {"epochs": 3, "warmup_epochs": 1, "base_lr": 2.0}
+    result = train(make_config(data={"root": str(photos)}, optim=optim, knn={"every_epochs": 1}))
+    assert (result.step, result.total_steps) == (13, 13)
+    lines = read_metrics(result.folder)
+    assert [(line["step"], line["epoch"]) for line in lines if line["kind"] == "knn"] == [
+        (step, step / 4.5) for step in (4, 9, 13)
+    ]
+    assert sorted(path.stem for path in (result.folder / "checkpoints").glob("step_*")) == [
+        f"step_{step:08d}" for step in (4, 9, 13)
+    ]
+    rates = [line["lr"] for line in lines if line["kind"] == "train"]
+    assert rates[4] == max(rates) == 2.0 * BATCH / 256  # floor(4.5) steps of warm-up
+    assert "epoch 3/3" in capsys.readouterr().out
+
+
+def test_finished_run_of_an_older_version_stays_finished(make_config, photos):
+    """Older versions counted floor(N / B) steps per epoch: 8 of 72 images in batches of 16."""
+    optim = {"epochs": 2, "warmup_epochs": 0}
+    options = {"data": {"root": str(photos)}, "knn": {"every_epochs": 0}, "optim": optim}
+    folder = train(make_config(**options)).folder
+    (path,) = (folder / "checkpoints").glob("step_00000009.pt")
+    state = checkpoint.load(path)
+    torch.save(state | {"step": 8}, path.with_stem("step_00000008"))
+    path.unlink()
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"steps": 8, "total_steps": 8}))
+    assert train(make_config(**options, resume="auto")).already_finished
+    (folder / "summary.json").write_text(json.dumps(summary | {"steps": 8, "total_steps": 9}))  # interrupted
+    assert train(make_config(**options, resume="auto")).step == 9
+
+
+def test_checkpoints_of_older_versions_keep_their_stem(make_config):
+    """`width` used to leave the stem at 64 channels."""
+    folder = train(make_config(model={"stem_channels": 64}, **SHORT)).folder
+    (path,) = (folder / "checkpoints").glob("step_*.pt")
+    state = checkpoint.load(path)
+    for name in ("stem_channels", "padding", "zero_init_last"):
+        del state["config"]["model"][name]
+    torch.save(state, path)
+    loaded = load_checkpoint_model(path)
+    assert loaded.config.model.stem_channels == loaded.model.online.backbone.conv1.out_channels == 64
+    longer = {"optim": {"epochs": 2, "warmup_epochs": 0}, "knn": {"every_epochs": 0}, "resume": "auto"}
+    with pytest.raises(
+        InputError, match="was made with model.stem_channels=64, this run has model.stem_channels=0: use"
+    ):
+        train(make_config(**longer))
+    assert train(make_config(model={"stem_channels": 64}, **longer)).step == 8
+    assert Config.from_dict({"model": {"width": 2}}).model.stem_channels == 0  # a user's choice, not a stored config
 
 
 def test_resume_writes_a_missing_summary(make_config):

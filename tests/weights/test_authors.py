@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers.authors_files import FlatMapping, checkpoint, features, haiku_network, write
+from torch import nn
 
 from fastbyol import cli
+from fastbyol.backbones import pad_same
 from fastbyol.build import build_model
 from fastbyol.config import Config, ModelConfig
 from fastbyol.errors import InputError
@@ -105,6 +108,20 @@ def test_other_networks_are_refused(small, settings, message):
     config = ModelConfig(**settings, hidden_dim=8, projection_dim=4)
     with pytest.raises(InputError, match=re.escape(message)):
         load_backbone(str(path), build_model(config, 32, 0).online.backbone, config.backbone, config=config)
+
+
+def test_a_network_with_other_padding_is_refused(small):
+    """The tensors alone would fit."""
+    path, online, _ = small
+    backbone = timm.create_model("resnet18", num_classes=0)
+    backbone.layer1[0].downsample = nn.Sequential(nn.Conv2d(64, 64, 1, bias=False), nn.BatchNorm2d(64))
+    with pytest.raises(InputError, match="trained with model.padding=same: build the backbone with that setting"):
+        load_backbone(str(path), backbone, "byol_resnet18")
+    pad_same(backbone)
+    load_backbone(str(path), backbone, "byol_resnet18")
+    x = images(32)
+    with torch.no_grad():
+        assert (backbone.eval()(x) - features(*online, x)).abs().max() < 2e-5
 
 
 def test_train_sets_the_padding(small, photos, tmp_path, capfd):
@@ -235,7 +252,7 @@ def test_truncated_files(small, tmp_path, share):
         ({"model": {"stem.conv1.weight": np.zeros(3)}}, "it has no 'experiment_state'"),
         ([1, 2], "it has no 'experiment_state'"),
         ({"experiment_state": 3}, "its 'experiment_state' is not a _ByolExperimentState"),
-        ({"experiment_state": ({}, {}, {}, {}, {})}, "it has no ResNet"),
+        ({"experiment_state": ({}, {}, {}, {}, {}), "step": 1}, "it has no ResNet"),
         (
             {"experiment_state": ({"mlp/linear": {"w": np.zeros((2, 2))}}, {}, {}, {})},
             "its module 'mlp/linear' is unknown",
@@ -245,6 +262,13 @@ def test_truncated_files(small, tmp_path, share):
             "'net/~/initial_conv/w' is no array",
         ),
         ({"experiment_state": ({}, {}, {"x": {"average": np.zeros(2)}}, {})}, "its state 'x' is unknown"),
+        ({"experiment_state": ({3: {"w": np.zeros(2)}}, {}, {}, {})}, "its module 3 is unknown"),
+        ({"experiment_state": ({}, {}, {}, {}), "step": np.array(np.nan)}, "'step' is no integer"),
+        ({"experiment_state": ({}, {}, {}, {}), "step": "three"}, "'step' is no array"),
+        (
+            {"experiment_state": ({}, {}, {"x/initial_batchnorm/~/mean_ema": {"counter": np.zeros(3, int)}}, {})},
+            "'x/initial_batchnorm/~/mean_ema/counter' is no integer",
+        ),
         ({"experiment_state": np.array([None])}, "it contains an array of type 'O8'"),
     ],
 )
