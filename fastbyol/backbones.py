@@ -34,7 +34,7 @@ def create_backbone(config: ModelConfig) -> nn.Module:
     """
     name = config.backbone
     backbone = _create_timm(BYOL_RESNETS.get(name, name), config)
-    resnet = backbone if type(backbone) is ResNet and isinstance(backbone.conv1, nn.Conv2d) else None
+    resnet = backbone if _is_plain(backbone) else None
     if config.stem_channels:
         _require(resnet, f"model.stem_channels={config.stem_channels}", "model.stem_channels=0", name)
     if resnet is not None and stem_channels(config) != resnet.conv1.out_channels:
@@ -74,6 +74,17 @@ def _create_timm(name: str, config: ModelConfig) -> nn.Module:
         raise InputError(
             f"model.width={config.width}: {config.backbone} has no width multiplier; set model.width=1"
         ) from None
+
+
+def _is_plain(backbone: nn.Module) -> bool:
+    """Return True for a ResNet with the stem and the blocks of torchvision's."""
+    return (
+        type(backbone) is ResNet
+        and type(backbone.conv1) is nn.Conv2d
+        and type(backbone.bn1) is nn.BatchNorm2d
+        and type(backbone.maxpool) is nn.MaxPool2d
+        and isinstance(backbone.layer1[0], BasicBlock | Bottleneck)
+    )
 
 
 def _require(resnet: ResNet | None, setting: str, remedy: str, name: str) -> ResNet:

@@ -41,6 +41,9 @@ ARCHITECTURES = {
 }
 """Bottleneck blocks, and blocks per stage -> backbone."""
 
+_MAX_COPIES = 4  # of an array: networks may share it
+_MAX_NESTING = 4  # of one stand-in in another
+_MAX_SHOWN = 80  # characters of a name in a message
 _FIELDS = ("online_params", "target_params", "online_state", "target_state")
 
 
@@ -52,7 +55,7 @@ class AuthorsCheckpoint(NamedTuple):
     config: Config
     """The network is the file's; all other settings are defaults."""
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps done; 0 if the file does not say."""
 
 
 def read_authors(path: Path, where: str) -> AuthorsCheckpoint:
@@ -71,6 +74,7 @@ def read_authors(path: Path, where: str) -> AuthorsCheckpoint:
     values = _fields(content["experiment_state"], where)
     tensors: Tensors = {}
     try:
+        _check_size(values, path)
         for network, params, state in (("online", *values[::2]), ("target", *values[1::2])):
             for name, tensor in network_tensors(params, state).items():
                 part = name.split(".")[0]
@@ -78,7 +82,7 @@ def read_authors(path: Path, where: str) -> AuthorsCheckpoint:
                     tensors[f"{network}.{name}"] = tensor
                 elif network == "online":
                     tensors[name] = tensor
-        step = _integer(content.get("step"), "step")
+        step = 0 if content.get("step") is None else _integer(content["step"], "step")
     except _Unexpected as error:
         raise _other(where, str(error)) from None
     model = _model_config({n.removeprefix("online."): t for n, t in tensors.items() if n.startswith("online.")}, where)
@@ -89,6 +93,14 @@ def _other(where: str, reason: str) -> InputError:
     return InputError(
         f"{where}: not a pre-training checkpoint of BYOL's authors: {reason}; other weights must be .safetensors or .pth files"
     )
+
+
+def _check_size(trees: list[Any], path: Path) -> None:
+    """Refuse a file that names the same array again and again, since each use is a copy."""
+    arrays = (value for tree in trees for _, _, value in _leaves(tree))
+    total = sum(array.value.nbytes for array in arrays if isinstance(array, _Array) and array.value is not None)
+    if total > _MAX_COPIES * path.stat().st_size:
+        raise _Unexpected("its arrays are larger than the file")
 
 
 def _fields(state: Any, where: str) -> list[Any]:
@@ -103,8 +115,8 @@ def _fields(state: Any, where: str) -> list[Any]:
 
 # --- names and layouts ---
 
-_BLOCK = re.compile(r"block_group_(\d+)/(?:~/)?block_(\d+)/(?:~/)?(shortcut_)?(conv|batchnorm)(?:_(\d+))?$")
-_STEM = re.compile(r"(?:^|/)initial_(conv|batchnorm)(?:_\d+)?$")
+_BLOCK = re.compile(r"block_group_(\d)/(?:~/)?block_(\d{1,3})/(?:~/)?(shortcut_)?(conv|batchnorm)(?:_(\d))?$")
+_STEM = re.compile(r"(?:^|/)initial_(conv|batchnorm)(?:_\d)?$")
 _HEAD = re.compile(r"(?:^|/)(projector|predictor)/(?:~/)?(linear|batch_norm|linear_1)$")
 _CLASSIFIER = re.compile(r"(?:^|/)classifier$")
 _AVERAGE = re.compile(r"(.*)/~/(mean|var)_ema$")
@@ -132,7 +144,14 @@ def module_name(path: str) -> str | None:
         return f"{match[1]}.{('linear', 'batch_norm', '', 'linear_1').index(match[2])}"
     if _CLASSIFIER.search(path):
         return None
-    raise _Unexpected(f"its module {path!r} is unknown")
+    raise _Unexpected(f"its module {_shown(path)} is unknown")
+
+
+def _shown(value: Any) -> str:
+    """Return a value of the file for a message: short, and at no cost."""
+    if not isinstance(value, str):
+        return f"of type {type(value).__name__}"
+    return repr(value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}...")
 
 
 def network_tensors(params: Any, state: Any) -> Tensors:
@@ -153,7 +172,7 @@ def network_tensors(params: Any, state: Any) -> Tensors:
     for path, name, value in _leaves(state):
         match = _AVERAGE.fullmatch(path)
         if match is None:
-            raise _Unexpected(f"its state {path!r} is unknown")
+            raise _Unexpected(f"its state {_shown(path)} is unknown")
         module = module_name(match[1])
         if name == "average":
             tensors[f"{module}.running_{match[2]}"] = _tensor(value, f"{path}/{name}").reshape(-1)
@@ -165,17 +184,18 @@ def network_tensors(params: Any, state: Any) -> Tensors:
 def _leaves(tree: Any) -> list[tuple[str, str, Any]]:
     """Return (module path, name, value) of two nested mappings; none if there is no mapping."""
     found = [(path, name, value) for path, values in _items(tree) for name, value in _items(values)]
-    for path, *_ in found:
-        if not isinstance(path, str):
-            raise _Unexpected(f"its module {path!r} is unknown")
+    for path, name, _ in found:
+        if not isinstance(path, str) or not isinstance(name, str):
+            raise _Unexpected("its modules and parameters have no names")
     return found
 
 
 def _items(mapping: Any) -> list[tuple[Any, Any]]:
     """Return the items of a dict, or of the stand-in of one of Haiku's mappings."""
-    while isinstance(mapping, _StandIn):
-        content = mapping.content
-        mapping = content[0] if isinstance(content, tuple) and len(content) == 1 else content
+    for _ in range(_MAX_NESTING):
+        if isinstance(mapping, _StandIn):
+            content = mapping.content
+            mapping = content[0] if isinstance(content, tuple) and len(content) == 1 else content
     return list(mapping.items()) if isinstance(mapping, dict) else []
 
 
@@ -191,25 +211,26 @@ def _parameter(where: str, name: str, value: Any) -> tuple[str, torch.Tensor]:
         return "weight", tensor.t().contiguous()
     if name in ("scale", "offset", "b"):
         return "weight" if name == "scale" else "bias", tensor.reshape(-1)
-    raise _Unexpected(f"its parameter {where!r} is unknown")
+    raise _Unexpected(f"its parameter {_shown(where)} is unknown")
 
 
 def _tensor(value: Any, where: str) -> torch.Tensor:
     if isinstance(value, _Array) and isinstance(value.value, np.ndarray):
         value = value.value
     if not isinstance(value, np.ndarray | np.generic):
-        raise _Unexpected(f"{where!r} is no array")
+        raise _Unexpected(f"its {_shown(where)} is no array")
     array = np.array(value, dtype=value.dtype.newbyteorder("="))  # a copy, since the file's bytes are read-only
     return torch.from_numpy(array)
 
 
 def _integer(value: Any, where: str) -> int:
-    if isinstance(value, int):
-        return value
-    tensor = _tensor(value, where)
-    if tensor.numel() != 1 or tensor.is_floating_point():
-        raise _Unexpected(f"{where!r} is no integer")
-    return int(tensor)
+    array = value.value if isinstance(value, _Array) else np.array(value) if isinstance(value, int) else value
+    if not isinstance(array, np.ndarray) or array.size != 1 or array.dtype.kind not in "iu":
+        raise _Unexpected(f"its {_shown(where)} is no integer")
+    number = int(array.reshape(()))
+    if not 0 <= number < 1 << 63:
+        raise _Unexpected(f"its {_shown(where)} is out of range")
+    return number
 
 
 def _model_config(online: Tensors, where: str) -> ModelConfig:
@@ -219,14 +240,14 @@ def _model_config(online: Tensors, where: str) -> ModelConfig:
     depths = tuple(len(stage) for stage in stages)
     backbone = ARCHITECTURES.get(("backbone.layer1.0.conv3.weight" in online, depths))
     stem = online.get("backbone.conv1.weight")
-    if stem is None or not any(depths):
+    if stem is None or stem.ndim != 4 or not stem.numel() or not any(depths):
         raise _other(where, "it has no ResNet")
     if backbone is None:
         raise _other(where, f"its network has {', '.join(map(str, depths))} blocks per stage")
     heads = {}
-    if "projector.3.weight" in online:
-        dims = online["projector.3.weight"].shape
-        heads = {"projection_dim": dims[0], "hidden_dim": dims[-1]}
+    last = online.get("projector.3.weight")
+    if last is not None and last.ndim == 2 and last.numel():
+        heads = {"projection_dim": last.shape[0], "hidden_dim": last.shape[1]}
     try:
         return ModelConfig(backbone=backbone, width=len(stem) / STEM_CHANNELS, padding="same", **heads)
     except ValueError as error:
@@ -240,7 +261,7 @@ _NUMBER_TYPE = re.compile(r"[fiub][1248]")
 
 
 class _Refused(Exception):
-    """A name that is neither data nor of the authors' packages."""
+    """What a file contains and this reader does not build."""
 
 
 class _StandIn:
@@ -267,7 +288,7 @@ class _Number:
 
     def __init__(self, name: Any, *args: Any) -> None:
         if not isinstance(name, str) or not _NUMBER_TYPE.fullmatch(name):
-            raise _Refused(f"an array of type {name!r}")
+            raise _Refused(f"an array of type {_shown(name)}, which is not supported")
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: Any) -> None:
@@ -289,7 +310,7 @@ class _Array:
 
 def _from_bytes(data: Any, number: Any, shape: Any, order: Any = "C") -> _Array:
     if not isinstance(data, bytes) or not isinstance(number, _Number):
-        raise _Refused("an array of objects")
+        raise _Refused("an array of objects, which is not supported")
     array = _Array()
     array.value = np.frombuffer(data, number.dtype).reshape(shape, order="F" if order == "F" else "C")
     return array
@@ -299,17 +320,10 @@ def _scalar(number: Any, data: Any) -> _Array:
     return _from_bytes(data, number, ())
 
 
-def _encode(text: Any, encoding: Any) -> bytes:
-    """Python 2's pickles hold bytes as text."""
-    if encoding != "latin1" or not isinstance(text, str):
-        raise _Refused(f"text in the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _array_of_dill(constructor: Any, arguments: Any, state: Any, attributes: Any = None) -> _Array:
-    """dill writes an array as the parts of numpy's pickle."""
+def _array_from_parts(constructor: Any, arguments: Any, state: Any, *others: Any) -> _Array:
+    """dill and jax write an array as the parts of numpy's pickle."""
     if constructor is not _Array:
-        raise _Refused("an array of another kind than numpy's")
+        raise _Refused("an array of another kind than numpy's, which is not supported")
     array = _Array()
     array.__setstate__(state)
     return array
@@ -321,8 +335,9 @@ def _namedtuple_of_dill(*args: Any) -> type[_StandIn]:
 
 
 _BUILT: dict[tuple[str, str], Callable[..., Any]] = {
-    ("_codecs", "encode"): _encode,
-    **{(f"dill.{module}", "_create_array"): _array_of_dill for module in ("dill", "_dill")},
+    **{(f"dill.{module}", "_create_array"): _array_from_parts for module in ("dill", "_dill")},
+    ("jax._src.array", "_reconstruct_array"): _array_from_parts,
+    ("jax._src.device_array", "reconstruct_device_array"): _array_from_parts,
     **{(f"dill.{module}", "_create_namedtuple"): _namedtuple_of_dill for module in ("dill", "_dill")},
     ("numpy", "dtype"): _Number,
     ("numpy", "ndarray"): _StandIn,  # an argument of _reconstruct
@@ -337,10 +352,10 @@ class _BoundedFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self.readline, self._read = file.readline, file.read
-        self._size = os.fstat(file.fileno()).st_size
+        self.size = os.fstat(file.fileno()).st_size
 
     def read(self, count: int) -> bytes:
-        if count > self._size:
+        if count > self.size:
             raise EOFError
         return self._read(count)
 
@@ -359,17 +374,32 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
     ):
         del dispatch[opcode[0]]
 
+    def __init__(self, file: _BoundedFile) -> None:
+        super().__init__(file)
+        self._bytes_left = file.size
+
+    def _encode(self, text: Any, encoding: Any) -> bytes:
+        """Protocols before 3 hold bytes as text. Each text is used once."""
+        if encoding != "latin1" or not isinstance(text, str):
+            raise _Refused(f"text in the encoding {_shown(encoding)}, which is not supported")
+        self._bytes_left -= len(text)
+        if self._bytes_left < 0:
+            raise _Refused("more bytes than the file, which is not supported")
+        return text.encode("latin1")
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode
         if (module, name) in _BUILT:
             return _BUILT[module, name]
         if set(module.split(".")) & set(_PACKAGES):
             return _StandIn
-        raise _Refused(f"{module}.{name}")
+        raise _Refused(f"{_shown(f'{module}.{name}')[1:-1]}, which is not loaded because it could run code")
 
     def load_build(self) -> None:
         state = self.stack.pop()
         if not isinstance(self.stack[-1], _StandIn | _Array | _Number):
-            raise _Refused(f"a state of type {type(self.stack[-1]).__name__}")
+            raise _Refused(f"a state {_shown(self.stack[-1])}, which is not supported")
         self.stack[-1].__setstate__(state)
 
     def load_setitems(self) -> None:
@@ -387,8 +417,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
     def _set_items(self, target: Any, items: list[Any]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int):
-                raise _Refused(f"a key of type {type(key).__name__}")
+            # Large integers and nested tuples can take forever to hash.
+            if not isinstance(key, str) and not (isinstance(key, int) and key.bit_length() < 32):
+                raise _Refused(f"a key {_shown(key)}, which is not supported")
             target[key] = value
 
     def load_bytearray8(self) -> None:
@@ -403,14 +434,16 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
 
 def _unpickle(path: Path, where: str) -> Any:
+    if path.exists() and not path.is_file():
+        raise InputError(f"{where}: not a file")
     try:
         with path.open("rb") as file:
             return _Unpickler(_BoundedFile(file)).load()
     except OSError as error:
         raise InputError(f"{where}: cannot be read: {error_reason(error)}") from None
     except _Refused as refused:
-        raise _other(where, f"it contains {refused}, which is not loaded because it could run code") from None
+        raise _other(where, f"it contains {refused}") from None
     except MemoryError:
         raise
     except Exception:  # a damaged pickle can fail in any of its instructions
-        raise InputError(f"{where}: damaged, truncated or not a pickle; download it again") from None
+        raise InputError(f"{where}: damaged, truncated or not a pickle of plain values; download it again") from None

@@ -17,7 +17,7 @@ from timm.models import ResNet
 from torch import nn
 
 from fastbyol import __version__
-from fastbyol.backbones import BYOL_RESNETS, stem_channels
+from fastbyol.backbones import BYOL_RESNETS
 from fastbyol.config import STEM_CHANNELS, Config, ModelConfig
 from fastbyol.errors import InputError, RunError, first_line
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
@@ -171,7 +171,8 @@ def _changes_of_timm(source: Source) -> list[str]:
     backbones.py makes the same changes.
     """
     config, backbone, lines = source.config.model, source.backbone, []
-    widened = type(backbone) is ResNet and stem_channels(config) != STEM_CHANNELS
+    conv1 = getattr(backbone, "conv1", None)
+    widened = type(backbone) is ResNet and isinstance(conv1, nn.Conv2d) and conv1.out_channels != STEM_CHANNELS
     if config.stem == "small":
         lines += [
             f"backbone.conv1 = {_conv_code(backbone.conv1)}  # stem for small images",

@@ -76,24 +76,37 @@ def is_authors(path: Path) -> bool:
 
 def _load_authors_model(path: Path) -> LoadedCheckpoint:
     where = f"checkpoint {path}"
-    found = authors.read_authors(path, where)
-    model = build_model(found.config.model, found.config.data.image_size_px, found.config.seed)
-    state = model.state_dict()
-    online = {name.removeprefix(_ONLINE): t for name, t in found.tensors.items() if name.startswith(_ONLINE)}
-    _load_tensors(files.StoredWeights(online, str(path), config=found.config.model), model.online.backbone, where)
-    mismatch = _first_mismatch(found.tensors, {name: state[name] for name in found.tensors if name in state})
-    if mismatch is not None:
-        raise InputError(f"{where}: does not match the network: {mismatch}")
-    model.load_state_dict(found.tensors, strict=False)
-    return LoadedCheckpoint(path, found.config, model, found.step)
+    tensors, config, step = authors.read_authors(path, where)
+    with torch.device("meta"):  # a small file could name a huge network
+        expected = build_model(config.model, config.data.image_size_px, config.seed).state_dict()
+    backbone, needed = (
+        {name: t for name, t in found.items() if name.startswith(_ONLINE)} for found in (tensors, expected)
+    )
+    if (mismatch := _first_mismatch(backbone, needed)) is not None:
+        raise InputError(f"{where}: does not match {config.model.backbone}: {mismatch.replace(_ONLINE, '')}")
+    others = {name: t for name, t in tensors.items() if name not in backbone}
+    fitting = {name: t for name, t in others.items() if name in expected and t.shape == expected[name].shape}
+    if others.keys() - fitting.keys():
+        logger.info(f"{where}: heads of different sizes are left out")
+    model = build_model(config.model, config.data.image_size_px, config.seed)
+    _load_tensors(
+        files.StoredWeights({name.removeprefix(_ONLINE): t for name, t in backbone.items()}, str(path)),
+        model.online.backbone,
+        where,
+    )
+    model.load_state_dict(fitting, strict=False)
+    return LoadedCheckpoint(path, config, model, step)
 
 
 def with_init_settings(config: Config) -> Config:
     """Return the config with what the weights of `config.init` need: the authors' need their
     padding.
     """
-    if not is_authors(Path(config.init)) or config.model.padding == "same":
+    path = Path(config.init)
+    if not (is_authors(path) and path.is_file()) or config.model.padding == "same":
         return config
+    if "resnet" not in config.model.backbone:
+        raise InputError(f"init={config.init}: weights of a ResNet, not {config.model.backbone}; set model.backbone")
     logger.info(f"init={config.init}: model.padding=same, as in the authors' code")
     return replace(config, model=replace(config.model, padding="same"))
 

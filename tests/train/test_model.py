@@ -206,6 +206,14 @@ def test_backbones_have_the_authors_parameter_counts(settings, parameters):
     assert sum(p.numel() for p in backbone.parameters()) == parameters
 
 
+@pytest.mark.parametrize("name", ["skresnet18", "resnetblur18", "resnet18d", "seresnet18"])
+def test_width_of_other_resnets(name):
+    """Only a plain ResNet's stem is widened."""
+    backbone = create_backbone(ModelConfig(backbone=name, width=0.5)).eval()
+    assert backbone.bn1.num_features == (32 if name == "seresnet18" else 64)
+    assert backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 256)
+
+
 def test_width_widens_the_stem():
     with torch.device("meta"):
         backbone = create_backbone(ModelConfig(width=2))
@@ -298,6 +306,7 @@ def test_projection_std():
             "stem_channels=32 needs a plain ResNet; set model.stem",
         ),
         ({"backbone": "byol_resnet19"}, "did you mean byol_resnet18"),
+        ({"backbone": "resnetblur18", "width": 1, "padding": "same"}, "padding=same needs a plain ResNet"),
         ({"width": 0.01}, "whole number of channels"),
         ({"backbone": "vit_tiny_patch16_224", "width": 1}, "does not accept data.image_size_px=32"),
     ],

@@ -441,7 +441,7 @@ def test_signals_save_a_checkpoint_and_explain_how_to_resume(photos, tmp_path, n
     assert "--resume auto continues from here" in output
     assert "Traceback" not in errors
     saved = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "s" / "checkpoints")[-1])
-    assert f"stopped after step {saved['step']} of 2000" in output
+    assert f"stopped after step {saved['step']} of 2250" in output
     assert saved["step"] == metrics.read_text().count("\n")
 
 
@@ -475,10 +475,10 @@ def test_training_survives_a_broken_console(photos, tmp_path, console):
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert checkpoint.load(checkpoint.list_checkpoints(tmp_path / "s" / "checkpoints")[-1])["step"] == 8
-    assert json.loads((tmp_path / "s" / "summary.json").read_text())["steps"] == 8
+    assert checkpoint.load(checkpoint.list_checkpoints(tmp_path / "s" / "checkpoints")[-1])["step"] == 9
+    assert json.loads((tmp_path / "s" / "summary.json").read_text())["steps"] == 9
     text = (tmp_path / "s" / "train.log").read_text()
-    assert "8 steps in" in text
+    assert "9 steps in" in text
     assert ("the console is gone" in text) == (console != ">&-")
     assert (tmp_path / "s" / "report.html").exists()
 

@@ -20,7 +20,7 @@ from fastbyol.build import build_model
 from fastbyol.config import Config, ModelConfig
 from fastbyol.errors import InputError
 from fastbyol.layers import set_num_views
-from fastbyol.weights import authors
+from fastbyol.weights import authors, load
 from fastbyol.weights.load import load_backbone, load_checkpoint_model, open_backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -243,7 +243,7 @@ def test_truncated_files(small, tmp_path, share):
     content = small[0].read_bytes()
     path = tmp_path / "x.pkl"
     path.write_bytes(content[: int(share * len(content))])
-    assert "damaged, truncated or not a pickle; download it again" in error_of(path)
+    assert "damaged, truncated or not a pickle of plain values; download it again" in error_of(path)
 
 
 @pytest.mark.parametrize(
@@ -259,17 +259,17 @@ def test_truncated_files(small, tmp_path, share):
         ),
         (
             {"experiment_state": ({"net/~/initial_conv": {"w": "text"}}, {}, {}, {})},
-            "'net/~/initial_conv/w' is no array",
+            "its 'net/~/initial_conv/w' is no array",
         ),
         ({"experiment_state": ({}, {}, {"x": {"average": np.zeros(2)}}, {})}, "its state 'x' is unknown"),
-        ({"experiment_state": ({3: {"w": np.zeros(2)}}, {}, {}, {})}, "its module 3 is unknown"),
+        ({"experiment_state": ({3: {"w": np.zeros(2)}}, {}, {}, {})}, "its modules and parameters have no names"),
         ({"experiment_state": ({}, {}, {}, {}), "step": np.array(np.nan)}, "'step' is no integer"),
-        ({"experiment_state": ({}, {}, {}, {}), "step": "three"}, "'step' is no array"),
+        ({"experiment_state": ({}, {}, {}, {}), "step": "three"}, "its 'step' is no integer"),
         (
             {"experiment_state": ({}, {}, {"x/initial_batchnorm/~/mean_ema": {"counter": np.zeros(3, int)}}, {})},
             "'x/initial_batchnorm/~/mean_ema/counter' is no integer",
         ),
-        ({"experiment_state": np.array([None])}, "it contains an array of type 'O8'"),
+        ({"experiment_state": np.array([None])}, "it contains an array of type 'O8', which is not supported"),
     ],
 )
 def test_foreign_pickles(tmp_path, content, message):
@@ -314,16 +314,97 @@ def test_incomplete_networks(tmp_path, change, message):
 def test_memory_and_time_are_bounded_by_the_file(tmp_path):
     """Counts, memo indices and nested keys that would take gigabytes or years."""
     path = tmp_path / "x.pkl"
-    nested = b"(" + b"I0\n" * 2 + b"t" + b"".join(b"2\x86" for _ in range(60))  # DUP, TUPLE2: 2^60 leaves
+    nested = b"K\x00" + b"2\x86" * 60  # DUP, TUPLE2: 2^60 leaves
+    start, end = b"\x80\x04}X\x10\x00\x00\x00experiment_state", b"sX\x04\x00\x00\x00stepK\x01s."
+    text = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"\x94"
     for code in (
         b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",  # BYTEARRAY8
         b"\x80\x05\x8e" + struct.pack("<Q", 1 << 62) + b".",  # BINBYTES8
         b"\x80\x02K\x00r" + struct.pack("<I", 0xFFFFFFFF) + b".",  # LONG_BINPUT
         b"\x80\x02}" + nested + b"K\x00s.",  # a key
         b"\x80\x04\x8f(" + nested + b"\x90.",  # a set
+        b"\x80\x04cnumpy\ndtype\n" + nested + b"\x85R.",  # a value that a message would show
+        b"\x80\x04c_codecs\nencode\nX\x01\x00\x00\x00a" + nested + b"\x86R.",
+        b"\x80\x04]" + text + (b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86Ra" * 5000) + b".",  # 5 GB
+        start + b"(chaiku\nX\n)R\x94h\x00bh\x00h\x00h\x00t" + end,  # a stand-in that contains itself
     ):
         path.write_bytes(code)
         error_of(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"net/~/initial_conv": {"w": np.zeros((0, 7, 3, 16384), np.float32)}},  # of width 256
+        {"net/~/initial_conv": {"w": np.zeros((1, 1, 1, 16384), np.int8)}},
+        {"projector/linear_1": {"scale": np.zeros(1 << 20, np.int8)}},
+    ],
+)
+def test_small_files_do_not_build_large_networks(tmp_path, monkeypatch, change):
+    params = {
+        "net/~/initial_conv": {"w": np.zeros((7, 7, 3, 64), np.float32)},
+        **{
+            f"net/~/block_group_{g}/~/block_{b}/~/conv_0": {"w": np.zeros((1, 1, 1, 1))}
+            for g in range(4)
+            for b in (0, 1)
+        },
+    }
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({"experiment_state": (params | change, {}, {}, {}), "step": 1}))
+    real = load.build_model
+
+    def build_on_meta(*args):
+        assert torch.get_default_device().type == "meta"
+        return real(*args)
+
+    monkeypatch.setattr(load, "build_model", build_on_meta)
+    with pytest.raises(InputError):
+        load_checkpoint_model(path)
+
+
+def test_an_array_counts_as_often_as_it_is_named(tmp_path):
+    array = np.zeros((7, 7, 3, 64), np.float32)
+    params = {f"net/~/block_group_0/~/block_{k}/~/conv_0": {"w": array} for k in range(400)}
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({"experiment_state": (params, {}, {}, {})}))
+    assert "its arrays are larger than the file" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("params", "state", "message"),
+    [
+        ({"block_group_" + "9" * 5000 + "/block_0/conv_0": {"w": 0}}, {}, "is unknown"),
+        ({10**5000: {"w": 0}}, {}, "damaged, truncated or not a pickle of plain values|a key of type int"),
+        ({"x" * 10**6: {"w": 0}}, {}, "its module 'x+...' is unknown"),
+        ({}, {"initial_batchnorm/~/mean_ema": {"counter": 2**70}}, "counter' is no integer|is out of range"),
+        ({}, {"initial_batchnorm/~/mean_ema": {"counter": np.array(2**63, np.uint64)}}, "counter' is out of range"),
+    ],
+)
+def test_messages_are_short(tmp_path, params, state, message):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({"experiment_state": (params, {}, state, {}), "step": 1}))
+    text = error_of(path)
+    assert re.search(message, text)
+    assert len(text) < 500
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.pkl")
+    assert "not a file" in error_of(tmp_path / "x.pkl")
+
+
+def test_heads_of_different_sizes_are_left_out(tmp_path, log_lines):
+    online = haiku_network("res_net18")
+    params = online[0] | {"predictor/linear": {"w": np.zeros((12, 99), np.float32), "b": np.zeros(99, np.float32)}}
+    path = write(tmp_path / "x.pkl", checkpoint((params, online[1]), online))
+    x = images(32)
+    assert (features_of(load_checkpoint_model(path).model.online.backbone, x) - features(*online, x)).abs().max() < 2e-5
+    assert any("heads of different sizes are left out" in line for line in log_lines)
+
+
+def test_init_of_another_kind_of_network(small, tmp_path):
+    words = ["train", "--init", str(small[0]), "--data.root", str(tmp_path), "--model.backbone", "vit_tiny_patch16_224"]
+    assert cli.main(words) == 2
 
 
 def test_reading_leaves_nothing_behind(small, tmp_path):
@@ -334,9 +415,8 @@ def test_reading_leaves_nothing_behind(small, tmp_path):
     )
     authors.read_authors(small[0], "x")
     path = tmp_path / "x.pkl"
-    path.write_bytes(b"\x80\x02c_codecs\nencode\n}X\x01\x00\x00\x00aK\x01sb.")  # BUILD on a function
+    path.write_bytes(b"\x80\x02cdill._dill\n_create_array\n}X\x01\x00\x00\x00aK\x01sb.")  # BUILD on a function
     with pytest.raises(InputError, match="a state of type function"):
         authors.read_authors(path, "x")
     assert dict(authors._BUILT) == before[0]
     assert {name: vars(kind).copy() for name, kind in vars(authors).items() if isinstance(kind, type)} == before[1]
-    assert not hasattr(authors._encode, "a")

@@ -131,6 +131,7 @@ def load_section(card):
         ({"backbone": "resnet50", "width": 0.25}, 32, ".safetensors"),
         ({"backbone": "resnet50", "width": 0.25, "padding": "same"}, 32, ".pth"),
         ({"backbone": "byol_resnet18"}, 32, ".pth"),
+        ({"backbone": "resnet18d", "width": 0.25}, 32, ".pth"),
         ({"backbone": "byol_resnet18", "width": 0.25, "stem": "small", "padding": "same"}, 32, ".safetensors"),
         ({"backbone": "vit_tiny_patch16_224"}, 224, ".safetensors"),
         ({"backbone": "convnext_atto"}, 32, ".safetensors"),
@@ -141,7 +142,11 @@ def test_timm_loads_file_with_code_from_card(written, model, size, suffix):
     backbone, _, card = written("timm", size, suffix, **model)
     (code,) = code_of(card)
     assert "fastbyol" not in code
-    is_timm = "resnet" not in model["backbone"] or model.get("stem_channels") == 64
+    is_timm = model.get("stem_channels") == 64 or model["backbone"] in (
+        "vit_tiny_patch16_224",
+        "convnext_atto",
+        "resnet18d",
+    )
     assert ("checkpoint_path=" in code) == is_timm  # otherwise the code changes timm's network
     assert torch.equal(features(run_code(code)["backbone"], size), features(backbone, size))
 
