@@ -114,7 +114,7 @@ def make_config(photos: Path, tmp_path: Path) -> Callable[..., Config]:
 
     Its keyword arguments override fields of the sections, or top-level fields.
     """
-    images = sorted(path.name for path in (photos / "train").rglob("*.jpg"))[: 4 * BATCH]
+    images = sorted(str(path) for path in (photos / "train").rglob("*.jpg"))[: 4 * BATCH]
     (tmp_path / "images.txt").write_text("\n".join(images))
 
     def make(**changes: dict[str, Any]) -> Config:

@@ -78,9 +78,9 @@ def trained(photos, tmp_path_factory):
 
 
 def test_run_logs_and_evaluates(trained):
-    assert (trained.step, trained.total_steps, trained.stopped_by) == (8, 8, None)
+    assert (trained.step, trained.total_steps, trained.stopped_by) == (9, 9, None)
     found = losses(trained.folder)
-    assert sorted(found) == list(range(1, 9))
+    assert sorted(found) == list(range(1, 10))
     assert all(0 < loss < 8 for loss in found.values())
     summary = json.loads((trained.folder / "summary.json").read_text())
     assert summary["knn_best"] > 0.5  # six classes of waves with different directions and colors
