@@ -118,6 +118,7 @@ def _fields(state: Any, where: str) -> list[Any]:
 _BLOCK = re.compile(r"block_group_(\d)/(?:~/)?block_(\d{1,3})/(?:~/)?(shortcut_)?(conv|batchnorm)(?:_(\d))?$")
 _STEM = re.compile(r"(?:^|/)initial_(conv|batchnorm)(?:_\d)?$")
 _HEAD = re.compile(r"(?:^|/)(projector|predictor)/(?:~/)?(linear|batch_norm|linear_1)$")
+_HEAD_LAYERS = {"linear": 0, "batch_norm": 1, "linear_1": 3}
 _CLASSIFIER = re.compile(r"(?:^|/)classifier$")
 _AVERAGE = re.compile(r"(.*)/~/(mean|var)_ema$")
 
@@ -141,7 +142,7 @@ def module_name(path: str) -> str | None:
             return f"{prefix}.downsample.{0 if kind == 'conv' else 1}"
         return f"{prefix}.{'conv' if kind == 'conv' else 'bn'}{int(number or 0) + 1}"
     if match := _HEAD.search(path):
-        return f"{match[1]}.{('linear', 'batch_norm', '', 'linear_1').index(match[2])}"
+        return f"{match[1]}.{_HEAD_LAYERS[match[2]]}"
     if _CLASSIFIER.search(path):
         return None
     raise _Unexpected(f"its module {_shown(path)} is unknown")
@@ -168,6 +169,8 @@ def network_tensors(params: Any, state: Any) -> Tensors:
     for path, name, value in _leaves(params):
         if (module := module_name(path)) is not None:
             kind, tensor = _parameter(f"{path}/{name}", name, value)
+            if f"{module}.{kind}" in tensors:
+                raise _Unexpected(f"its parameter {_shown(f'{path}/{name}')} occurs twice")
             tensors[f"{module}.{kind}"] = tensor
     for path, name, value in _leaves(state):
         match = _AVERAGE.fullmatch(path)

@@ -294,6 +294,10 @@ def test_foreign_classes_are_named(tmp_path):
             "bn1.weight has shape 3, expected 64",
         ),
         (
+            lambda params, state: params.update({"x/~/initial_conv": params["res_net18/~/initial_conv"]}),
+            "its parameter 'x/~/initial_conv/w' occurs twice",
+        ),
+        (
             lambda params, state: params["res_net18/~/initial_conv"]["w"].fill(np.nan),
             "conv1.weight contains non-finite values",
         ),
