@@ -117,7 +117,7 @@ def _fields(state: Any, where: str) -> list[Any]:
 
 _BLOCK = re.compile(r"block_group_(\d)/(?:~/)?block_(\d{1,3})/(?:~/)?(shortcut_)?(conv|batchnorm)(?:_(\d))?$")
 _STEM = re.compile(r"(?:^|/)initial_(conv|batchnorm)(?:_\d)?$")
-_HEAD = re.compile(r"(?:^|/)(projector|predictor)/(?:~/)?(linear|batch_norm|linear_1)$")
+_HEAD = re.compile(r"(?:^|/)(projector|predictor)/(?:~/)?(.*)")
 _HEAD_LAYERS = {"linear": 0, "batch_norm": 1, "linear_1": 3}
 _CLASSIFIER = re.compile(r"(?:^|/)classifier$")
 _AVERAGE = re.compile(r"(.*)/~/(mean|var)_ema$")
@@ -128,7 +128,7 @@ class _Unexpected(Exception):
 
 
 def module_name(path: str) -> str | None:
-    """Return our name of one of Haiku's modules, None for the classifier.
+    """Return our name of one of Haiku's modules, None for the classifier and other heads.
 
     Raises:
         _Unexpected: There is no such module.
@@ -142,7 +142,7 @@ def module_name(path: str) -> str | None:
             return f"{prefix}.downsample.{0 if kind == 'conv' else 1}"
         return f"{prefix}.{'conv' if kind == 'conv' else 'bn'}{int(number or 0) + 1}"
     if match := _HEAD.search(path):
-        return f"{match[1]}.{_HEAD_LAYERS[match[2]]}"
+        return f"{match[1]}.{_HEAD_LAYERS[match[2]]}" if match[2] in _HEAD_LAYERS else None
     if _CLASSIFIER.search(path):
         return None
     raise _Unexpected(f"its module {_shown(path)} is unknown")
@@ -176,7 +176,8 @@ def network_tensors(params: Any, state: Any) -> Tensors:
         match = _AVERAGE.fullmatch(path)
         if match is None:
             raise _Unexpected(f"its state {_shown(path)} is unknown")
-        module = module_name(match[1])
+        if (module := module_name(match[1])) is None:
+            continue
         if name == "average":
             tensors[f"{module}.running_{match[2]}"] = _tensor(value, f"{path}/{name}").reshape(-1)
         elif name == "counter" and match[2] == "mean":
@@ -260,6 +261,8 @@ def _model_config(online: Tensors, where: str) -> ModelConfig:
 # --- reading the pickle ---
 
 _PACKAGES = ("byol", "chex", "haiku", "jax", "jaxlib", "optax")
+_CLASSES = ("_ByolExperimentState", "FlatMapping", "FlatMap", "frozendict", "LarsState", "ScaleByLarsState")
+"""Classes of the authors' files, in whatever module they were defined when the file was written."""
 _NUMBER_TYPE = re.compile(r"[fiub][1248]")
 
 
@@ -395,7 +398,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
             return self._encode
         if (module, name) in _BUILT:
             return _BUILT[module, name]
-        if set(module.split(".")) & set(_PACKAGES):
+        if name in _CLASSES or set(module.split(".")) & set(_PACKAGES):
             return _StandIn
         raise _Refused(f"{_shown(f'{module}.{name}')[1:-1]}, which is not loaded because it could run code")
 

@@ -86,8 +86,8 @@ def _load_authors_model(path: Path) -> LoadedCheckpoint:
         raise InputError(f"{where}: does not match {config.model.backbone}: {mismatch.replace(_ONLINE, '')}")
     others = {name: t for name, t in tensors.items() if name not in backbone}
     fitting = {name: t for name, t in others.items() if name in expected and t.shape == expected[name].shape}
-    if others.keys() - fitting.keys():
-        logger.info(f"{where}: heads of different sizes are left out")
+    if any(name not in fitting for name in expected if name not in needed and not name.endswith(_COUNTER)):
+        logger.info(f"{where}: heads or target network are missing or of different sizes; they are left out")
     model = build_model(config.model, config.data.image_size_px, config.seed)
     _load_tensors(
         files.StoredWeights({name.removeprefix(_ONLINE): t for name, t in backbone.items()}, str(path)),

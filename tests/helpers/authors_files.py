@@ -72,12 +72,12 @@ class _Dill(pickle._Pickler):
         return NotImplemented
 
 
-def write(path, content, *, like_dill=True, protocol=2):
+def write(path, content, *, like_dill=True, protocol=2, module="byol.byol_experiment"):
     """Write a checkpoint with the names that the authors' files contain."""
     modules = {
         "haiku._src.data_structures": [FlatMapping],
         "byol.utils.optimizers": [_ScaleByLarsState],
-        "byol.byol_experiment": [type(content["experiment_state"])],
+        module: [type(content["experiment_state"])],
     }
     modules |= {"dill._dill": [_create_array, _create_namedtuple]} if like_dill else {}
     with foreign_modules(modules), open(path, "wb") as file:

@@ -403,7 +403,19 @@ def test_heads_of_different_sizes_are_left_out(tmp_path, log_lines):
     path = write(tmp_path / "x.pkl", checkpoint((params, online[1]), online))
     x = images(32)
     assert (features_of(load_checkpoint_model(path).model.online.backbone, x) - features(*online, x)).abs().max() < 2e-5
-    assert any("heads of different sizes are left out" in line for line in log_lines)
+    assert any("of different sizes; they are left out" in line for line in log_lines)
+
+
+@pytest.mark.parametrize("module", ["__main__", "byol_experiment", "deepmind_research.byol.byol_experiment"])
+def test_state_classes_of_other_modules(tmp_path, log_lines, module):
+    """The classes are known by name in any module; unknown heads are left out."""
+    online = haiku_network("res_net18")
+    params = {path.replace("projector/linear", "projector/~/other"): values for path, values in online[0].items()}
+    content = checkpoint((params, online[1]), online)
+    path = write(tmp_path / "x.pkl", content, like_dill=False, module=module)
+    x = images(32)
+    assert (features_of(load_checkpoint_model(path).model.online.backbone, x) - features(*online, x)).abs().max() < 2e-5
+    assert any("they are left out" in line for line in log_lines)
 
 
 def test_init_of_another_kind_of_network(small, tmp_path):
