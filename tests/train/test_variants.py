@@ -374,11 +374,11 @@ ARTICLE = {"name": "adam", "base_lr": 8e-4, "schedule": "constant", "warmup_epoc
 
 
 @pytest.mark.slow
-def test_article_mode_learns_from_initial_weights(make_config, tmp_path):
+def test_article_mode_learns_from_initial_weights(make_config, photos, tmp_path):
     """The article starts from supervised weights; this test starts from random ones in a file."""
     config = make_config(
-        model={"heads": "linear", "loss": "mse"},
-        data={"batch_size": 24},
+        model={"heads": "linear", "loss": "mse", "stem_channels": 64},
+        data={"root": str(photos), "batch_size": 24},
         optim=ARTICLE | {"epochs": 12, "base_lr": 8e-3},
         probe=ProbeConfig(enabled=True),
         knn={"every_epochs": 0},
