@@ -222,22 +222,22 @@ def test_linear_heads_have_one_layer():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_trains(make_config, photos, name):
-    """In 13 steps, losses are finite and the mean of the last four is below that of the first
-    four.
+    """In 36 steps, losses are finite, and the mean of the last eight is below that of the first
+    four: 0.58 to 0.98 of it over six seeds of eight variants.
     """
     changes = VARIANTS[name] | {"stem_channels": 64}
     data = {"root": str(photos)} | ({"augmentation": "none"} if "feature_noise" in changes else {})
-    optim = {"epochs": 3, "warmup_epochs": 0, "base_lr": 0.5}
+    optim = {"epochs": 8, "warmup_epochs": 0, "base_lr": 0.5}
     if changes.get("loss") in ("euclidean", "mse"):
         optim["base_lr"] = 0.1
     if changes.get("contrastive_weight"):  # the loss starts near its minimum for this small batch
         optim["base_lr"] = 4.0
-    config = make_config(model=changes, data=data, optim=optim, knn={"every_epochs": 3})
+    config = make_config(model=changes, data=data, optim=optim, knn={"every_epochs": 8})
     result = train(config)
     found = np.array(list(losses(result.folder).values()))
-    assert len(found) == 13  # floor(3 * 72 / 16)
+    assert len(found) == 36  # 8 * 72 / 16
     assert np.isfinite(found).all()
-    assert found[8:12].mean() < found[:4].mean(), found
+    assert found[-8:].mean() < found[:4].mean(), found
 
 
 @pytest.mark.parametrize("changes", [{"mask_ratio": 0.3, "mask_patch_px": 8}, {"feature_noise": 0.5}])
