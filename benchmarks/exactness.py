@@ -16,7 +16,7 @@ are restored. Everything is float32 on the CPU. Columns of benchmarks/results/ex
     differ       of integers: number of cases that differ
     rounding     largest difference between their float32 and their float64 result, where computed
 
-Takes about 25 minutes on two cores, most of it for the backbones in float64.
+Takes about 20 minutes on two cores, most of it for the backbones in float64.
 """
 
 import fastbyol.build  # noqa: F401, I001 (loads Triton, which crashes if it is loaded after TensorFlow)

@@ -10,7 +10,6 @@ ResNet. timm's ResNets differ in width, shortcuts, initialization and padding:
 """
 
 import difflib
-from collections.abc import Iterator
 
 import timm
 from timm.layers import Conv2dSame
@@ -37,8 +36,9 @@ def create_backbone(config: ModelConfig) -> nn.Module:
     resnet = backbone if _is_plain(backbone) else None
     if config.stem_channels:
         _require(resnet, f"model.stem_channels={config.stem_channels}", "model.stem_channels=0", name)
-    if resnet is not None and stem_channels(config) != resnet.conv1.out_channels:
-        _widen_stem(resnet, stem_channels(config))
+    channels = config.stem_channels or int(STEM_CHANNELS * config.width)
+    if resnet is not None and channels != resnet.conv1.out_channels:
+        _widen_stem(resnet, channels)
     if resnet is not None and name in BYOL_RESNETS:
         _project_first_shortcut(resnet)
     if config.stem == "small":
@@ -50,11 +50,6 @@ def create_backbone(config: ModelConfig) -> nn.Module:
     if config.padding == "same":
         pad_same(_require(resnet, "model.padding=same", "model.padding=symmetric", name))
     return backbone
-
-
-def stem_channels(config: ModelConfig) -> int:
-    """Return the channels of a plain ResNet's stem."""
-    return config.stem_channels or int(STEM_CHANNELS * config.width)
 
 
 def _create_timm(name: str, config: ModelConfig) -> nn.Module:
@@ -93,10 +88,6 @@ def _require(resnet: ResNet | None, setting: str, remedy: str, name: str) -> Res
     return resnet
 
 
-def _blocks(resnet: ResNet) -> Iterator[nn.Module]:
-    yield from (module for module in resnet.modules() if isinstance(module, BasicBlock | Bottleneck))
-
-
 def _conv(*args: int, stride: int = 1, padding: int = 0) -> nn.Conv2d:
     """Return a convolution with the initial weights of timm's ResNets."""
     conv = nn.Conv2d(*args, stride=stride, padding=padding, bias=False)
@@ -132,9 +123,10 @@ def _make_stem_small(resnet: ResNet) -> None:
 
 def _init_last_norms(resnet: ResNet, *, zero: bool) -> None:
     """Set gamma of the last BatchNorm of every block to 0 or 1, in place."""
-    for block in _blocks(resnet):
-        last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-        nn.init.constant_(last.weight, 0.0 if zero else 1.0)
+    for block in resnet.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+            nn.init.constant_(last.weight, 0.0 if zero else 1.0)
 
 
 def has_same_padding(backbone: nn.Module) -> bool:

@@ -2,11 +2,10 @@
 
 Protocol: Grill et al. 2020, appendix C.1: 80 epochs, SGD with Nesterov momentum 0.9, lr = base_lr *
 batch_size / 256 with a cosine schedule to 0, no warm-up, no weight decay, random crops and flips.
-The learning rate is selected on held-out training images. For data sets of ImageNet's order, from
-which 10,009 images are held out, the batch is the paper's 1024. `features=augmented` follows it.
-`features=cached` is faster: it extracts the features of one center crop per image once, and
-standardizes each dimension with the training split's mean and standard deviation (the classifier
-stays linear).
+The learning rate is selected on held-out training images, and large data sets use the paper's batch
+of 1024 (`probe_batch_size`). `features=augmented` follows this protocol. `features=cached` is
+faster: it extracts the features of one center crop per image once, and standardizes each dimension
+with the training split's mean and standard deviation (the classifier stays linear).
 
 Shapes: L classifiers, N images, B images per step, F features, C classes.
 """

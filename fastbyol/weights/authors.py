@@ -47,6 +47,11 @@ _MAX_SHOWN = 80  # characters of a name in a message
 _FIELDS = ("online_params", "target_params", "online_state", "target_state")
 
 
+def is_authors(path: Path) -> bool:
+    """Return True if a path has the suffix of the authors' checkpoints."""
+    return path.suffix == SUFFIX and not path.is_dir()
+
+
 class AuthorsCheckpoint(NamedTuple):
     """A checkpoint with fastbyol's names and layouts."""
 

@@ -20,10 +20,10 @@ from fastbyol.runtime.files import check_output, read_json_or
 from fastbyol.runtime.logging import logger
 from fastbyol.runtime.results import is_metric, read_results
 from fastbyol.runtime.run_folder import ENVIRONMENT
-from fastbyol.weights.authors import LICENSE
+from fastbyol.weights.authors import LICENSE, is_authors
 from fastbyol.weights.files import BACKBONE_FIELDS, new_file
 from fastbyol.weights.formats import FORMATS, Source, fenced
-from fastbyol.weights.load import is_authors, load_checkpoint_model
+from fastbyol.weights.load import load_checkpoint_model
 
 
 def export(run: Path, format_name: str, out: Path | None) -> str:

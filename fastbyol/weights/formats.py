@@ -72,7 +72,7 @@ class Source:
     @property
     def is_authors(self) -> bool:
         """True if the checkpoint is one of BYOL's authors, which fastbyol did not train."""
-        return self.checkpoint.suffix == authors.SUFFIX
+        return authors.is_authors(self.checkpoint)
 
     @property
     def folder(self) -> Path:

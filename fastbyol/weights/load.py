@@ -57,7 +57,7 @@ def load_checkpoint_model(run_or_file: Path) -> LoadedCheckpoint:
     Raises:
         InputError: no valid checkpoint, or this version does not know its config or model.
     """
-    if is_authors(run_or_file):
+    if authors.is_authors(run_or_file):
         return _load_authors_model(run_or_file)
     path, state = checkpoint.resolve(run_or_file)
     config = checkpoint.checkpoint_config(path, state)
@@ -69,32 +69,20 @@ def load_checkpoint_model(run_or_file: Path) -> LoadedCheckpoint:
     return LoadedCheckpoint(path, config, model, state["step"])
 
 
-def is_authors(path: Path) -> bool:
-    """Return True if a path has the suffix of the authors' checkpoints."""
-    return path.suffix == authors.SUFFIX and not path.is_dir()
-
-
 def _load_authors_model(path: Path) -> LoadedCheckpoint:
     where = f"checkpoint {path}"
     tensors, config, step = authors.read_authors(path, where)
     with torch.device("meta"):  # a small file could name a huge network
         expected = build_model(config.model, config.data.image_size_px, config.seed).state_dict()
-    backbone, needed = (
-        {name: t for name, t in found.items() if name.startswith(_ONLINE)} for found in (tensors, expected)
-    )
-    if (mismatch := _first_mismatch(backbone, needed)) is not None:
-        raise InputError(f"{where}: does not match {config.model.backbone}: {mismatch.replace(_ONLINE, '')}")
-    others = {name: t for name, t in tensors.items() if name not in backbone}
-    fitting = {name: t for name, t in others.items() if name in expected and t.shape == expected[name].shape}
-    if any(name not in fitting for name in expected if name not in needed and not name.endswith(_COUNTER)):
+    backbone = _online_backbone(tensors)
+    if (mismatch := _first_mismatch(backbone, _online_backbone(expected))) is not None:
+        raise InputError(f"{where}: does not match {config.model.backbone}: {mismatch}")
+    fitting = {name: t for name, t in tensors.items() if name in expected and t.shape == expected[name].shape}
+    if any(name not in fitting for name in expected if not name.endswith(_COUNTER)):
         logger.info(f"{where}: heads or target network are missing or of different sizes; they are left out")
     model = build_model(config.model, config.data.image_size_px, config.seed)
-    _load_tensors(
-        files.StoredWeights({name.removeprefix(_ONLINE): t for name, t in backbone.items()}, str(path)),
-        model.online.backbone,
-        where,
-    )
     model.load_state_dict(fitting, strict=False)
+    _load_tensors(files.StoredWeights(backbone, str(path)), model.online.backbone, where)
     return LoadedCheckpoint(path, config, model, step)
 
 
@@ -103,7 +91,7 @@ def with_init_settings(config: Config) -> Config:
     padding.
     """
     path = Path(config.init)
-    if not (is_authors(path) and path.is_file()) or config.model.padding == "same":
+    if not (authors.is_authors(path) and path.is_file()) or config.model.padding == "same":
         return config
     if "resnet" not in config.model.backbone:
         raise InputError(f"init={config.init}: weights of a ResNet, not {config.model.backbone}; set model.backbone")
@@ -209,7 +197,7 @@ def _read(path: Path, where: str) -> files.StoredWeights:
         return _read_checkpoint(path, where)
     if path.suffix == ".onnx":
         raise InputError(f"{where}: cannot load .onnx files; export the run with --format safetensors")
-    if is_authors(path):
+    if authors.is_authors(path):
         return _read_authors(path, where)
     if path.suffix == files.SUFFIX:
         return files.read_safetensors(path, where)
@@ -222,19 +210,21 @@ def _read(path: Path, where: str) -> files.StoredWeights:
 def _read_checkpoint(run_or_file: Path, where: str) -> files.StoredWeights:
     notes: list[str] = []
     path, state = checkpoint.resolve(run_or_file, notes.append)
-    online = {name.removeprefix(_ONLINE): t for name, t in state["model"].items() if name.startswith(_ONLINE)}
     config = files.parse_model_config(state["config"].get("model"), where)
-    return files.StoredWeights(
-        online, f"the online backbone of checkpoint {path}", tuple(notes), config.backbone, config
-    )
+    origin = f"the online backbone of checkpoint {path}"
+    return files.StoredWeights(_online_backbone(state["model"]), origin, tuple(notes), config.backbone, config)
+
+
+def _online_backbone(state: Tensors) -> Tensors:
+    """Return the tensors of the online backbone in a state dict of `BYOL`."""
+    return {name.removeprefix(_ONLINE): t for name, t in state.items() if name.startswith(_ONLINE)}
 
 
 def _read_authors(path: Path, where: str) -> files.StoredWeights:
     tensors, config, step = authors.read_authors(path, where)
-    online = {name.removeprefix(_ONLINE): t for name, t in tensors.items() if name.startswith(_ONLINE)}
     origin = f"the online backbone of {path}, a checkpoint of BYOL's authors after {step} steps"
     notes = (f"license of the released ones: {authors.LICENSE}",)
-    return files.StoredWeights(online, origin, notes, config.model.backbone, config.model)
+    return files.StoredWeights(_online_backbone(tensors), origin, notes, config.model.backbone, config.model)
 
 
 def _check_settings(stored: files.StoredWeights, name: str, config: ModelConfig | None, where: str) -> None:
