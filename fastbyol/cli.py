@@ -66,9 +66,12 @@ def _train(call: Call) -> int:
 
 def _eval(call: Call) -> int:
     from fastbyol.evaluate.run import evaluate
+    from fastbyol.runtime.distributed import world_from_environment
     from fastbyol.tools.report import refresh_report
 
     evaluate(call.name, call.options)
+    if not world_from_environment().is_main_process:
+        return 0
     try:
         refresh_report(Path(call.options.run), root=call.options.root)
     except FastbyolError as error:  # the result is saved; the run's folder may be read-only
@@ -165,7 +168,7 @@ COMMANDS = Group(
         "train": Command(_train, text="Pre-train a backbone.", takes_config=True, takes_ranks=True),
         "eval": Group(
             "Evaluate the features of a checkpoint.",
-            {name: Command(_eval, kind) for name, kind in EVALUATIONS.items()},
+            {name: Command(_eval, kind, takes_ranks=True) for name, kind in EVALUATIONS.items()},
         ),
         "prepare": Group(
             "Create an image folder from data that is already installed.",

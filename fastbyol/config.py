@@ -243,8 +243,8 @@ class StepConfig(Settings):
 
     PREFIX: ClassVar[str] = "step."
     mode: Literal["auto", "eager", "compile", "cuda_graph"] = "auto"
-    """Execution mode. auto uses cuda_graph on one GPU, compile on several and eager on a CPU.
-    cuda_graph compiles and captures the whole step in one CUDA graph."""
+    """Execution mode. auto: cuda_graph on one GPU, compile on several, eager on a CPU. cuda_graph
+    captures the whole compiled step."""
     micro_batches: Count = 1
     """Number of parts that a rank's batch is split into. Gradients are accumulated; BatchNorm
     statistics are those of a part."""
@@ -303,8 +303,9 @@ class KnnConfig(Settings):
     """Online kNN evaluation. A weighted kNN classifier on frozen features."""
 
     PREFIX: ClassVar[str] = "knn."
-    every_epochs: Annotated[int, at_least(0, "off")] = 1
-    """Epochs between two online kNN evaluations. 0 is off."""
+    every_epochs: Annotated[int | Literal["auto"], at_least(0, "off")] = "auto"
+    """Epochs between two online kNN evaluations. 0 is off; auto keeps them to 2 % of the run's
+    time."""
     k: Count = 20
     """Number of neighbors."""
     max_bank_images: Annotated[int, at_least(1)] = 50_000

@@ -4,11 +4,14 @@ On several ranks, BatchNorm statistics and gradients are averaged over processes
 """
 
 import inspect
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.func import functional_call
@@ -163,6 +166,35 @@ def sync_batch_norm(model: nn.Module, config: DistributedConfig, world: World) -
 
     for norm in batch_norms(model):
         norm.reduce, norm.ranks = reduce, ranks
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Replace gradients by their mean over ranks, in one collective. Every rank must call this.
+
+    For training that is too short for DDP to pay. A parameter without a gradient counts as zero,
+    unless no rank has one.
+    """
+    if world.size == 1:
+        return
+    parameters = list(parameters)
+    device = parameters[0].device
+    used = world.maximum(torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=device))
+    chosen = [p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
+    flat = world.mean(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in chosen]))
+    for p, mean in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
+        p.grad = mean.view_as(p)
+
+
+def share_of_batch(batch_size: int, world: World) -> NDArray[np.int64]:
+    """Return this rank's positions in a batch of a network that is trained in parallel.
+
+    Raises:
+        InputError: the ranks' parts would differ in size, and their statistics in weight.
+    """
+    if batch_size % world.size:
+        fitting = max(batch_size // world.size, 1) * world.size
+        raise InputError(f"batch_size={batch_size} cannot be split into {world.size} equal parts; use {fitting}")
+    return world.shard(batch_size, 1)
 
 
 def data_parallel(

@@ -282,7 +282,10 @@ class Run:
     def _log_summary(self, done: int, summary: dict[str, Any], bad: int) -> None:
         if summary["loss"] is not None:
             accuracy = summary.get("knn_last", math.nan) if self.config.knn.every_epochs else math.nan
-            knn = f", kNN {accuracy:.1%} (best {summary['knn_best']:.1%})" if math.isfinite(accuracy) else ""
+            knn = ""
+            if math.isfinite(accuracy):
+                share = f"{summary['knn_time_share']:.1%} of the time"
+                knn = f", kNN {accuracy:.1%} (best {summary['knn_best']:.1%}, {share})"
             logger.info(
                 f"{done - self.start} steps in {summary['seconds']:.0f} s: {summary['images_per_s']:.0f} images/s, "
                 f"{summary['wait_share']:.0%} of the time waiting for data, loss {summary['loss']:.3f}{knn}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbyol.data.decode import BadImage
 from fastbyol.data.images import ImageSet
-from fastbyol.data.rendering import Box, Renderer
+from fastbyol.data.rendering import Box, Pixels, Renderer
 from fastbyol.data.views import AUGMENTATIONS, Sampler, center_box, epoch_order
 from fastbyol.data.workers import PrefetchPool, resolve_threads
 from fastbyol.errors import first_line
@@ -38,7 +38,7 @@ def center_crops(
 
     Yields:
         images (n, 3, S, S) float32, channels_last, normalized, and their indices (n,); n <=
-        batch_size.
+        batch_size, and 0 if none of a batch is readable.
     """
     identity = np.zeros(augment_params.COLUMNS, dtype=np.float32)
     yield from _render(
@@ -53,25 +53,44 @@ def center_crops(
 
 
 def random_crops(
-    images: ImageSet, *, size: int, seed: int, epoch: int, batch_size: int, threads: int, bad: dict[int, str]
+    images: ImageSet,
+    *,
+    size: int,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    shard: NDArray[np.int64] | None = None,
+    threads: int,
+    bad: dict[int, str],
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
     """Yield one epoch of a classifier's training images, with augmentation "crop_flip".
 
     Order and crops are functions of (seed, epoch, position). The last N % batch_size images are
-    dropped.
+    dropped. The next readable image stands in for an unreadable one.
 
     Args, Yields:
-        as `center_crops`.
+        as `center_crops`. `shard` selects positions within every batch; None is all of them. Every
+        batch has len(shard) images, 0 if none of the set is readable.
     """
+    shard = np.arange(batch_size) if shard is None else shard
     sampler = Sampler(AUGMENTATIONS["crop_flip"], seed, epoch, np.arange(len(images)))
     params = sampler.params().pack()[:, 0]
 
     def view_of(k: int, height: int, width: int) -> tuple[Box, NDArray[np.float32]]:
         return sampler.boxes(slice(k, k + 1), [(height, width)])[0, 0].tolist(), params[k]
 
-    order = epoch_order(seed, epoch, len(images))
-    order = order[: len(order) // batch_size * batch_size]
-    yield from _render(images, order, view_of, size=size, batch_size=batch_size, threads=threads, bad=bad)
+    positions = (np.arange(len(images) // batch_size)[:, None] * batch_size + shard).reshape(-1)
+    order = epoch_order(seed, epoch, len(images))[positions]
+    yield from _render(
+        images,
+        order,
+        lambda k, height, width: view_of(int(positions[k]), height, width),
+        size=size,
+        batch_size=len(shard),
+        threads=threads,
+        bad=bad,
+        substitute=True,
+    )
 
 
 def _render(
@@ -83,32 +102,42 @@ def _render(
     batch_size: int,
     threads: int,
     bad: dict[int, str],
+    substitute: bool = False,
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Yield one view of each of the images `order`, in batches with memory of their own."""
-    batches: deque[tuple[NDArray[np.int64], NDArray[np.float32]]] = deque()  # begun, not yet yielded
+    """Yield one view of each of the images `order`, in batches with memory of their own.
+
+    Args:
+        substitute: use the next readable image of the set instead of an unreadable one.
+    """
+    batches: deque[NDArray[np.float32]] = deque()  # begun, not yet yielded
 
     def tasks() -> Iterator[tuple[int, NDArray[np.float32]]]:
         for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            crops = np.empty((len(indices), size, size, 3), dtype=np.float32)
-            batches.append((indices, crops))
+            crops = np.empty((min(batch_size, len(order) - start), size, size, 3), dtype=np.float32)
+            batches.append(crops)
             yield from enumerate(crops, start)
 
-    def new_worker() -> Callable[[tuple[int, NDArray[np.float32]]], bool]:
+    def new_worker() -> Callable[[tuple[int, NDArray[np.float32]]], int]:
         renderer = Renderer(size)
 
-        def render(task: tuple[int, NDArray[np.float32]]) -> bool:
-            k, out = task
-            index = int(order[k])
+        def load(index: int) -> Pixels | None:
             try:
-                image = renderer.decode(images.read(index))
+                return renderer.decode(images.read(index))
             except (OSError, BadImage) as error:
                 bad[index] = first_line(error)
-                return False
-            box, params = view_of(k, image.shape[0], image.shape[1])
-            renderer.crop(image, box, bool(params[augment_params.FLIP]))
-            renderer.augment(params, out)
-            return True
+                return None
+
+        def render(task: tuple[int, NDArray[np.float32]]) -> int:
+            """Write the view of a position; return the index of the image used, -1 if none."""
+            k, out = task
+            for offset in range(len(images) if substitute else 1):
+                index = (int(order[k]) + offset) % len(images)
+                if index not in bad and (image := load(index)) is not None:
+                    box, params = view_of(k, image.shape[0], image.shape[1])
+                    renderer.crop(image, box, bool(params[augment_params.FLIP]))
+                    renderer.augment(params, out)
+                    return index
+            return -1
 
         return render
 
@@ -118,11 +147,9 @@ def _render(
     )
     try:
         while rendered := pool.take(batch_size):
-            indices, crops = batches.popleft()
-            good = np.array(rendered)
-            if not good.all():
-                indices, crops = indices[good], crops[good]
-            if len(indices):
-                yield torch.from_numpy(crops).permute(0, 3, 1, 2), indices
+            crops, indices = batches.popleft(), np.array(rendered)
+            if (indices < 0).any():
+                crops, indices = crops[indices >= 0], indices[indices >= 0]
+            yield torch.from_numpy(crops).permute(0, 3, 1, 2), indices
     finally:
         pool.close()

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluate.context import EvalContext
 from fastbyol.evaluate.image_files import image_size, path_spellings, read_text, warn_absent_classes
@@ -97,7 +96,7 @@ def _read_split(root: Path, split: str, context: EvalContext) -> tuple[list[Coco
     def read(record: dict[str, Any]) -> CocoImage:
         return _read_image(record, annotations.objects[record["id"]], labels, root, split, file)
 
-    found = list(context.track(f"reading images of {split}", map_in_order(read, images, context.threads), len(images)))
+    found = context.map_images(f"reading images of {split}", read, images)
     index_of: dict[str, int] = {}
     for k, image in enumerate(found):
         if (first := index_of.setdefault(os.path.normpath(image.file), k)) != k:

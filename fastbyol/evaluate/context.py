@@ -1,7 +1,7 @@
 """The context that evaluation tasks run in: device, precision, progress, unreadable images."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,11 +11,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fastbyol.data.images import UNLABELED, ImageSet
+from fastbyol.data.workers import map_in_order
 from fastbyol.errors import join_names
 from fastbyol.runtime.console import SECONDS_BETWEEN_LINES
+from fastbyol.runtime.distributed import World
 from fastbyol.runtime.logging import logger
 
 T = TypeVar("T")
+R = TypeVar("R")
 Track = Callable[[Iterable[int], int], Iterable[int]]
 """(items, total) -> the items, with a progress bar."""
 Row = dict[str, Any]  # metric -> value; accuracy, mIoU and mAP lie in [0, 1]
@@ -32,7 +35,9 @@ class EvalContext:
     device: torch.device
     dtype: torch.dtype  # of autocast
     threads: int  # decoder threads
+    world: World = field(default_factory=World)
     bad: dict[str, str] = field(default_factory=dict)  # path of an unreadable image -> reason
+    extractions: list[tuple[int, float]] = field(default_factory=list)  # images and seconds of each pass over a split
 
     @property
     def training_dtype(self) -> torch.dtype:
@@ -49,7 +54,9 @@ class EvalContext:
             each: units per item; the last item may hold fewer.
         """
         console = Console()
-        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        with Progress(
+            console=console, disable=not (console.is_terminal and self.world.is_main_process), transient=True
+        ) as progress:
             bar = progress.add_task(description, total=total)
             start = last_line = clock()
             for k, item in enumerate(items, start=1):
@@ -60,6 +67,31 @@ class EvalContext:
                     left = _format_duration((now - start) / done * (total - done))
                     logger.info(f"{description}: {done:,} of {total:,} {unit}, {left} left")
                     last_line = now
+
+    def map_images(self, description: str, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """Return function(item) for all items, computed in threads and shared by the ranks.
+
+        Shows progress. Every rank must call this.
+
+        Raises:
+            FastbyolError: what the function raised, on one rank.
+        """
+        own = items[self.world.rank :: self.world.size]
+        with self.world.sync_errors():
+            found = list(self.track(description, map_in_order(function, own, self.threads), len(own)))
+        parts = self.world.gather(found)
+        return [parts[k % self.world.size][k // self.world.size] for k in range(len(items))]
+
+    def images_per_s(self) -> float | None:
+        """Return the rate of feature extraction over all ranks since the last call.
+
+        None if there was none.
+        """
+        images, seconds = (
+            (sum(values) for values in zip(*self.extractions, strict=True)) if self.extractions else (0, 0)
+        )
+        self.extractions.clear()
+        return images / seconds if seconds else None
 
     def skipped(self, images: ImageSet, bad: dict[int, str]) -> None:
         """Log unreadable images, each once. Warn if enough are missing to distort the results.

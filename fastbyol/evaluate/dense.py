@@ -22,6 +22,7 @@ from fastbyol.evaluate.image_files import unlabeled_set
 from fastbyol.evaluate.options import DenseEval
 from fastbyol.evaluate.task import EvalTask
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.parallel import average_gradients, share_of_batch
 
 T = TypeVar("T")
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 1e-4
@@ -139,9 +140,11 @@ def fit(
 ) -> None:
     """Train by SGD with momentum, linear warm-up and a cosine schedule to 0.
 
+    Every rank must call this; ranks share every batch.
+
     Args:
         network: parameters that require no gradient stay unchanged.
-        loss_of: batch of samples -> loss.
+        loss_of: this rank's part of a batch -> its loss; the mean over ranks is the batch's loss.
         make_sample: (image index, random generator) -> sample; called on threads.
         images: number of training images. An incomplete last batch of an epoch is dropped.
         options: epochs, batch size, learning rate and seed.
@@ -161,6 +164,7 @@ def fit(
         loss = loss_of(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(parameters, context.world)
         nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
         optimizer.step()
         if (step + 1) % (images // batch_size) == 0 and not all(torch.isfinite(x).all() for x in (loss, *parameters)):
@@ -170,9 +174,13 @@ def fit(
 def validation_batches(
     images: Sequence[T], make_sample: Callable[[T], tuple[Any, ...]], batch_size: int, context: EvalContext
 ) -> Iterator[tuple[tuple[Any, ...], ...]]:
-    """Yield batches of samples, transposed: one tuple per item of a sample. Shows progress."""
+    """Yield this rank's batches of samples, transposed: one tuple per item of a sample.
+
+    Shows progress.
+    """
     chunks = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    for chunk in context.track("validation", chunks, len(images), each=batch_size):
+    own = chunks[context.world.rank :: context.world.size]
+    for chunk in context.track("validation", own, sum(map(len, own)), each=batch_size):
         yield tuple(zip(*map_in_order(make_sample, chunk, context.threads), strict=True))
 
 
@@ -183,16 +191,19 @@ def _batches(
     options: DenseEval,
     context: EvalContext,
 ) -> Iterator[list[T]]:
-    """Yield the batches of all epochs, shuffled. A sample depends only on seed, epoch and index."""
+    """Yield this rank's part of the batches of all epochs, shuffled.
+
+    A sample depends only on seed, epoch and index.
+    """
+    shard = share_of_batch(batch_size, context.world)
+    own = (np.arange(images // batch_size)[:, None] * batch_size + shard).reshape(-1)
     keys = (
         (epoch, int(index))
         for epoch in range(options.epochs)
-        for index in np.random.default_rng([options.seed, epoch]).permutation(images)[
-            : images // batch_size * batch_size
-        ]
+        for index in np.random.default_rng([options.seed, epoch]).permutation(images)[own]
     )
     samples = map_in_order(
         lambda key: make_sample(key[1], np.random.default_rng([options.seed, *key])), keys, context.threads
     )
-    while batch := list(itertools.islice(samples, batch_size)):
+    while batch := list(itertools.islice(samples, len(shard))):
         yield batch

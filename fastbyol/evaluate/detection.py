@@ -19,7 +19,9 @@ Images are resized to a shorter side of S, with a longer side of at most 1333/80
 are flipped at random. Crowds are excluded from training, and detections on them are ignored.
 """
 
+import itertools
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +30,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -43,6 +47,7 @@ from fastbyol.evaluate.options import DetectionEval
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.precision import autocast
 from fastbyol.runtime.device import seeded
+from fastbyol.runtime.distributed import World
 
 LARGEST_ANCHOR = 0.64  # of the shorter side; torchvision: 512 of 800 px
 MAX_ASPECT = 1333 / 800  # longest side, in shorter sides
@@ -54,6 +59,40 @@ _SAMPLES = 2  # of RoIAlign per bin and direction, at the reference size
 _SIZE_DIVISOR = 32  # torchvision pads images to multiples of it
 _MIN_BOXES, _BOXES = 32, 512  # per image: minimum, and at the reference size
 _MIN_PROPOSALS, _PROPOSALS = 256, 2000
+
+
+class _Transform(GeneralizedRCNNTransform):
+    """Pads the images of a training batch to the largest of all ranks, as one rank would."""
+
+    world = World()
+
+    def max_by_axis(self, the_list: list[list[int]]) -> list[int]:
+        """Return the largest size along each axis."""
+        sizes = super().max_by_axis(the_list)
+        if not self.training or self.world.size == 1:
+            return sizes
+        return self.world.maximum(torch.tensor(sizes)).tolist()
+
+
+class _Sampler(BalancedPositiveNegativeSampler):
+    """Draws the anchors or proposals of an image from its own seed, on whatever rank it is."""
+
+    drawn = 0
+    """Number of samples of the last batch."""
+
+    def begin(self, seed: Sequence[int], first: int) -> None:
+        """Prepare for a batch; its images have the numbers first, first + 1, ..."""
+        self._seed, self._first = seed, first
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return masks of the positive and negative samples of each image."""
+        found: tuple[list[Tensor], list[Tensor]] = [], []
+        for k, matched in enumerate(matched_idxs, start=self._first):
+            torch.manual_seed(np.random.SeedSequence([*self._seed, k]).generate_state(1, np.uint64)[0])
+            for masks, (mask,) in zip(found, super().__call__([matched]), strict=True):
+                masks.append(mask)
+        self.drawn = sum(int(mask.sum()) for masks in found for mask in masks)
+        return found
 
 
 class Pyramid(nn.Module):
@@ -132,6 +171,16 @@ def build_detector(
     return detector.to(next(own.parameters()).device).eval()
 
 
+def share_batches(detector: FasterRCNN, world: World) -> list[_Sampler]:
+    """Prepare a detector for batches that ranks share; return its samplers: anchors, proposals."""
+    old = detector.transform
+    detector.transform = _Transform(old.min_size, old.max_size, old.image_mean, old.image_std)
+    detector.transform.world = world
+    for part in (detector.rpn, detector.roi_heads):
+        part.fg_bg_sampler = _Sampler(part.fg_bg_sampler.batch_size_per_image, part.fg_bg_sampler.positive_fraction)
+    return [detector.rpn.fg_bg_sampler, detector.roi_heads.fg_bg_sampler]
+
+
 def longest_side(size: int) -> int:
     """Return the limit of the longer side in pixels, for a shorter side of `size`."""
     return round(size * MAX_ASPECT)
@@ -159,12 +208,20 @@ def evaluate_detector(
         detector: list of images (3, H, W) in [0, 1] -> per image boxes (m, 4), labels (m,) and
             scores (m,).
     """
-    metric = MeanAveragePrecision(backend="pycocotools")
+    found: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []  # number of the image, detections, objects
     batches = dense.validation_batches(folder.val, partial(_sample, size=size, flip=False), batch_size, context)
+    first = context.world.rank * batch_size
     with torch.no_grad():
         for images, targets in batches:
-            found = detector([image.to(context.device) for image in images])
-            metric.update([{key: value.cpu() for key, value in one.items()} for one in found], list(targets))
+            detections = detector([image.to(context.device) for image in images])
+            on_host = ({key: value.cpu() for key, value in one.items()} for one in detections)
+            found += zip(range(first, first + len(images)), on_host, targets, strict=True)
+            first += context.world.size * batch_size
+    # All ranks compute the same, in the order of the images: ties of scores depend on it.
+    ordered = sorted(itertools.chain.from_iterable(context.world.gather(found)), key=lambda item: item[0])
+    metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False)
+    for _, detections, objects in ordered:
+        metric.update([detections], [objects])
     values = metric.compute()
     return {name: values[key].item() for name, key in (("map", "map"), ("map50", "map_50"), ("map75", "map_75"))}
 
@@ -179,11 +236,8 @@ class DetectionTask(dense.DenseTask):
         """Open the COCO-format folder `options.root`."""
         return open_coco(Path(str(options.root)), context)
 
-    def measure(
-        self, backbone: nn.Module | None, data: CocoFolder, options: DetectionEval, context: EvalContext
-    ) -> Row:
+    def measure(self, backbone: nn.Module, data: CocoFolder, options: DetectionEval, context: EvalContext) -> Row:
         """Train a detector; return mAP, and mAP at IoU 0.5 and 0.75."""
-        assert backbone is not None
         size = dense.resolve_image_size(options.image_size_px, context)
         with seeded(options.seed, context.device):
             detector = build_detector(
@@ -194,11 +248,21 @@ class DetectionTask(dense.DenseTask):
                 trainable_stages=options.trainable_stages,
             ).train()
             detector.backbone.maps.eval()
+            world, samplers, steps = context.world, share_batches(detector, context.world), itertools.count()
 
             def loss_of(batch: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
                 images = [image.to(context.device) for image, _ in batch]
                 targets = [{key: target[key].to(context.device) for key in ("boxes", "labels")} for _, target in batch]
-                return torch.stack(list(detector(images, targets).values())).sum()
+                step = next(steps)
+                for k, sampler in enumerate(samplers):
+                    sampler.begin([options.seed, step, k], first=world.rank * len(batch))
+                losses = detector(images, targets)
+                # torchvision's losses are means over this rank's samples, which differ in number.
+                drawn = torch.tensor([float(sampler.drawn) for sampler in samplers], device=context.device)
+                weights = drawn / world.mean(drawn).clamp(min=1 / world.size)
+                anchors = losses["loss_objectness"] + losses["loss_rpn_box_reg"]
+                proposals = losses["loss_classifier"] + losses["loss_box_reg"]
+                return weights[0] * anchors + weights[1] * proposals
 
             def make_sample(index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
                 return _sample(data.train[index], size, flip=rng.random() < 0.5, crowds=False)

@@ -1,9 +1,16 @@
-"""Labeled splits of a data set, and features of their images: a backbone's, or raw pixels."""
+"""Labeled splits of a data set, and features of their images: a backbone's, or raw pixels.
+
+Ranks share a split block by block. Each stores the features of its own images; what follows adds up
+over ranks, or gathers the few rows it needs.
+
+Shapes: N images, M readable ones, n of this rank, F features.
+"""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +28,15 @@ from fastbyol.errors import InputError, join_names
 from fastbyol.evaluate.context import EvalContext
 from fastbyol.evaluate.options import EvalConfig
 from fastbyol.layers import set_num_views
+from fastbyol.parallel import share_of_batch
 from fastbyol.precision import autocast
+from fastbyol.runtime.distributed import World
 
-RAW_PIXELS_SIDE = 64  # larger images are pooled to it: at most 12,288 values per image
+BATCH = 256  # images that a network sees at a time
+_MIN_BLOCKS = 256  # of a split, as long as a block has a batch
+_MAX_BATCHES_PER_BLOCK = 16
+RAW_PIXELS_SIDES = (64, 32, 16)  # larger images are averaged to the first that fits
+RAW_PIXELS_BYTES = 8 << 30  # 64 px up to 349,354 images, 32 px up to 1,395,375
 
 
 class Splits(NamedTuple):
@@ -96,87 +109,260 @@ Transform = Callable[[Tensor, NDArray[np.int64]], Tensor]
 """(normalized crops (n, 3, S, S), image indices (n,)) -> crops."""
 
 
+def block_images(images: int) -> int:
+    """Return the number of images of a block, the unit that ranks share.
+
+    It depends on the number of images alone, so that batches and matrix products, and with them
+    every bit of the result, are the same for any number of ranks.
+    """
+    return BATCH * min(max(images // (_MIN_BLOCKS * BATCH), 1), _MAX_BATCHES_PER_BLOCK)
+
+
+def own_indices(images: int, world: World) -> NDArray[np.int64]:
+    """Return the indices of this rank's images: every R-th block."""
+    return np.flatnonzero(np.arange(images) // block_images(images) % world.size == world.rank)
+
+
 @dataclass(frozen=True)
 class Features:
-    """Features and labels of one split."""
+    """Features of this rank's images of a split: unit vectors in 16 bits, and their lengths.
 
-    x: Tensor  # (N, F) float32, on the device
-    labels: Tensor  # (N,) int64, on the device
+    A value has a relative error of 2^-11 of the largest one. M images of the split are readable.
+    """
+
+    unit: Tensor  # (n, F) float16, on the device; zero where the length is
+    length: Tensor  # (n,) float32
+    position: Tensor  # (n,) int64, among the readable images, ascending
+    blocks: list[int]  # numbers of rows that come from the same block of images
+    all_labels: Tensor  # (M,) int64, of all ranks' images
     classes: int
-    bad: dict[int, str]  # index of an unreadable image -> reason
+    bad: dict[int, str]  # index of an unreadable image of any rank -> reason
+    world: World = field(default_factory=World)
+
+    @classmethod
+    def of(cls, x: Tensor, labels: Tensor, classes: int) -> "Features":
+        """Return the features x (M, F) of M images, on one rank."""
+        length = _length(x)
+        rows = torch.arange(len(x), device=x.device)
+        return cls(_unit(x, length).half(), length, rows, [len(x)], labels, classes, {})
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels (n,) of this rank's images."""
+        return self.all_labels[self.position]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all tensors."""
+        return self.unit.device
+
+    @property
+    def dim(self) -> int:
+        """F, the number of features of an image."""
+        return self.unit.shape[1]
+
+    def rows(self, rows: Tensor | slice) -> Tensor:
+        """Return the features of some rows in float32, (B, F)."""
+        return self.unit[rows].float() * self.length[rows, None]
+
+    def slices(self, most: int = BATCH) -> Iterator[slice]:
+        """Yield slices of at most `most` rows that together are all rows."""
+        for start in range(0, len(self.unit), most):
+            yield slice(start, start + most)
+
+    def gather(self, positions: Tensor) -> Tensor:
+        """Return the features at `positions` (K,) of all ranks in float32, (K, F).
+
+        Every rank must call this.
+        """
+        return self._gather(self.unit, positions).float() * self._gather(self.length, positions)[:, None]
+
+    def gather_units(self) -> Tensor:
+        """Return the unit vectors of all ranks, (M, F) float16. Every rank must call this."""
+        return self._gather(self.unit, torch.arange(len(self.all_labels), device=self.device))
+
+    def _gather(self, values: Tensor, positions: Tensor) -> Tensor:
+        """Return the rows of `values` (n, ...) of all ranks at `positions`."""
+        out = values.new_zeros(len(positions), *values.shape[1:])
+        if len(self.position):
+            row = torch.searchsorted(self.position, positions).clamp_(max=len(self.position) - 1)
+            own = self.position[row] == positions
+            out[own] = values[row[own]]
+        return self.world.sum(out)  # one rank adds a value, all others zero
+
+    def mean(self) -> Tensor:
+        """Return the mean (F,) over all ranks, float32. Every rank must call this."""
+        total = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
+        for rows in self.slices():
+            total += self.rows(rows).sum(0, dtype=torch.float64)
+        return (self.world.sum(total) / len(self.all_labels)).float()
+
+    def std(self, mean: Tensor) -> Tensor:
+        """Return the standard deviation (F,) over all ranks. Every rank must call this."""
+        total = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
+        for rows in self.slices():
+            total += (self.rows(rows) - mean).square().sum(0, dtype=torch.float64)
+        return (self.world.sum(total) / max(len(self.all_labels) - 1, 1)).sqrt().float()
+
+
+def feature_bytes(images: int, features: int, world: World) -> int:
+    """Return the most bytes that a rank stores of a split's features: 2 F + 12 per image."""
+    blocks = -(-images // block_images(images))
+    return min(images, -(-blocks // world.size) * block_images(images)) * (2 * features + 12)
+
+
+def _length(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1)
+
+
+def _unit(x: Tensor, length: Tensor) -> Tensor:
+    return x / length[:, None].clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def extract_features(
-    backbone: nn.Module | None, split: ImageSet, context: EvalContext, description: str | None = "features"
+    backbone: nn.Module, split: ImageSet, context: EvalContext, description: str | None = "features"
 ) -> Features:
     """Return the features of a split. Arguments and errors are those of `extract_each`."""
-    return extract_each(backbone, split, context, [lambda crops, indices: crops], description)[0]
+    return extract_each(backbone, split, context, [unchanged], description)[0]
+
+
+def unchanged(crops: Tensor, indices: NDArray[np.int64]) -> Tensor:
+    """The transform that changes nothing."""
+    return crops
 
 
 def extract_each(
-    backbone: nn.Module | None,
+    backbone: nn.Module,
     split: ImageSet,
     context: EvalContext,
     transforms: Sequence[Transform],
     description: str | None,
-    *,
-    batch_size: int = 256,
 ) -> list[Features]:
     """Return the features of center crops under each transform, in index order.
 
-    Decodes every image once.
+    Decodes every image once. Every rank must call this; each decodes its share of the images.
 
     Args:
-        backbone: (n, 3, S, S) -> (n, F), run in eval mode under autocast; None stands for raw
-            pixels.
+        backbone: (n, 3, S, S) -> (n, F), run in eval mode under autocast.
         description: of the progress bar. None shows no progress, logs no unreadable images and
             accepts any values.
 
     Raises:
         InputError: no image of the split is readable, or a feature is not finite.
     """
-    device, rows = context.device, [list[Tensor]() for _ in transforms]
-    kept: list[NDArray[np.int64]] = []
+    device, world, began = context.device, context.world, time.perf_counter()
+    count, features = len(own_indices(len(split), world)), feature_dim(backbone, context)
+    units = [torch.empty(count, features, dtype=torch.float16, device=device) for _ in transforms]
+    lengths = [torch.empty(count, device=device) for _ in units]
+    kept = [np.empty(0, dtype=np.int64)]
     bad: dict[int, str] = {}
-    # force_eager: a backbone compiled for training would be recompiled for eval mode.
-    with (
-        eval_mode(backbone),
-        torch.no_grad(),
-        autocast(device, context.dtype),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        batches = center_crops(
-            split, size=context.size, fraction=CENTER_FRACTION, batch_size=batch_size, threads=context.threads, bad=bad
-        )
-        if description is not None:
-            batches = context.track(description, batches, len(split), each=batch_size)
-        for crops, indices in batches:
-            for features, transform in zip(rows, transforms, strict=True):
-                images = transform(crops, indices).to(device)
-                features.append((raw_pixels(images) if backbone is None else backbone(images)).float())
-            kept.append(indices)
-    if not kept:
-        raise no_readable_images(split, bad)
-    labels = torch.from_numpy(split.labels[np.concatenate(kept)]).to(device)
-    found = [Features(torch.cat(features), labels, len(split.classes), bad) for features in rows]
+    done = 0
+    for outputs, indices in network_outputs(backbone, split, context, transforms, description, bad):
+        rows = slice(done, done + len(indices))
+        for x, unit, length in zip(outputs, units, lengths, strict=True):
+            length[rows] = torch.linalg.vector_norm(x, dim=1)
+            unit[rows] = _unit(x, length[rows])
+        kept.append(indices)
+        done = rows.stop
+    context.extractions.append((len(split) * len(units), time.perf_counter() - began))
+    readable = readable_indices(split, bad, context, quiet=description is None)
+    indices = np.concatenate(kept)
+    position, all_labels = (
+        torch.from_numpy(values).to(device) for values in (np.searchsorted(readable, indices), split.labels[readable])
+    )
+    blocks = np.unique(indices // block_images(len(split)), return_counts=True)[1].tolist()
+    found = [
+        Features(unit[:done], length[:done], position, blocks, all_labels, len(split.classes), bad, world)
+        for unit, length in zip(units, lengths, strict=True)
+    ]
     if description is not None:
-        context.skipped(split, bad)
         check_finite(*found)
     return found
 
 
+def network_outputs(
+    network: nn.Module,
+    split: ImageSet,
+    context: EvalContext,
+    transforms: Sequence[Transform],
+    description: str | None,
+    bad: dict[int, str],
+) -> Iterator[tuple[list[Tensor], NDArray[np.int64]]]:
+    """Yield the outputs of a network in eval mode for this rank's images, in index order.
+
+    Args:
+        transforms: of the center crops.
+        description: of the progress bar; None shows none.
+        bad: receives this rank's unreadable images, which are left out: index -> reason.
+
+    Yields:
+        The outputs (n, F) float32 for each transform, and the images' indices (n,) in the split.
+    """
+    own = own_indices(len(split), context.world)
+    own_bad: dict[int, str] = {}
+    batches = center_crops(
+        split.subset(own),
+        size=context.size,
+        fraction=CENTER_FRACTION,
+        batch_size=BATCH,
+        threads=context.threads,
+        bad=own_bad,
+    )
+    if description is not None:
+        batches = context.track(description, batches, len(own), each=BATCH)
+    # force_eager: a backbone compiled for training would be recompiled for eval mode.
+    with (
+        eval_mode(network),
+        torch.no_grad(),
+        autocast(context.device, context.dtype),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        for crops, rows in batches:
+            if len(rows):
+                indices = own[rows]
+                images = (transform(crops, indices).to(context.device) for transform in transforms)
+                yield [network(x).float() for x in images], indices
+    bad.update((int(own[k]), reason) for k, reason in own_bad.items())
+
+
+def readable_indices(
+    split: ImageSet, bad: dict[int, str], context: EvalContext, *, quiet: bool = False
+) -> NDArray[np.int64]:
+    """Return the indices of the images that all ranks could read. Every rank must call this.
+
+    Logs the others, unless `quiet`.
+
+    Args:
+        bad: this rank's unreadable images; receives those of the other ranks.
+
+    Raises:
+        InputError: there is none.
+    """
+    merged = _merge(context.world.gather(bad))
+    bad.clear()
+    bad.update(merged)
+    if len(bad) == len(split):
+        raise no_readable_images(split, bad)
+    if not quiet:
+        context.skipped(split, bad)
+    return np.delete(np.arange(len(split)), list(bad))
+
+
+def _merge(parts: list[dict[int, str]]) -> dict[int, str]:
+    """Return the items of all ranks, sorted."""
+    return dict(sorted(item for part in parts for item in part.items()))
+
+
 def check_finite(*features: Features) -> None:
-    """Raise InputError if a feature is NaN or infinite."""
-    if not all(torch.isfinite(f.x).all() for f in features):
+    """Raise InputError if a feature of any rank is NaN or infinite. Every rank must call this."""
+    bad = torch.stack([torch.isfinite(f.length).logical_not_().any() for f in features])
+    if features[0].world.maximum(bad.to(torch.uint8)).any():
         raise InputError("the features hold NaN or infinity: the network has diverged")
 
 
 @contextmanager
-def eval_mode(backbone: nn.Module | None) -> Iterator[None]:
+def eval_mode(backbone: nn.Module) -> Iterator[None]:
     """Put a backbone into eval mode; restore its mode on exit."""
-    if backbone is None:
-        yield
-        return
     training = backbone.training
     backbone.eval()
     try:
@@ -193,42 +379,52 @@ def no_readable_images(images: ImageSet, bad: dict[int, str]) -> InputError:
     )
 
 
-def feature_dim(backbone: nn.Module | None, context: EvalContext) -> int:
+def feature_dim(backbone: nn.Module, context: EvalContext) -> int:
     """Return F, the number of features of an image of the context's size."""
     image = torch.zeros(1, 3, context.size, context.size, device=context.device)
-    with eval_mode(backbone), torch.no_grad():
-        return (raw_pixels(image) if backbone is None else backbone(image)).shape[1]
+    with eval_mode(backbone), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return backbone(image).shape[1]
 
 
 def training_batches(
     images: ImageSet, context: EvalContext, *, epochs: int, batch_size: int, seed: int, description: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield batches of random crops and flips. Shows progress, logs unreadable images.
+    """Yield this rank's part of batches of random crops and flips.
+
+    Shows progress, logs unreadable images. Every rank must exhaust the batches.
+
+    Args:
+        batch_size: over all ranks.
 
     Yields:
-        Crops (n, 3, S, S) and labels (n,) on the device, and the images' indices (n,) on the CPU. n
-        is `batch_size` minus the unreadable images.
+        Crops (n, 3, S, S) and labels (n,) on the device, and the images' indices (n,) on the CPU.
+        The next readable image stands in for an unreadable one.
 
     Raises:
-        InputError: no image is readable.
+        InputError: no image is readable, or a batch does not split into equal parts.
     """
+    world = context.world
     labels = torch.from_numpy(images.labels)
     steps_per_epoch = len(images) // batch_size
+    shard = share_of_batch(batch_size, world)
 
     def batches() -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         for epoch in range(epochs):
             bad: dict[int, str] = {}
-            yield from random_crops(
+            for crops, indices in random_crops(
                 images,
                 size=context.size,
                 seed=seed,
                 epoch=epoch,
                 batch_size=batch_size,
+                shard=shard,
                 threads=context.threads,
                 bad=bad,
-            )
-            if len(bad) >= steps_per_epoch * batch_size:
-                raise no_readable_images(images, bad)
+            ):
+                if not len(indices):
+                    raise no_readable_images(images, bad)
+                yield crops, indices
+            bad = _merge(world.gather(bad))
             context.skipped(images, bad)
 
     for crops, indices in context.track(description, batches(), epochs * steps_per_epoch, unit="steps"):
@@ -236,8 +432,10 @@ def training_batches(
         yield crops.to(context.device), labels[rows].to(context.device), rows
 
 
-def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, context: EvalContext, *, batch_size: int = 256) -> None:
-    """Set BatchNorm's running statistics to their average over a split, in float32.
+def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, context: EvalContext) -> None:
+    """Set BatchNorm's running statistics to their average over the batches of a split, in float32.
+
+    Every rank must call this; each runs its share of the batches.
 
     With its initial statistics (mean 0, variance 1), an untrained network would be a weaker
     baseline than random weights need to be.
@@ -248,33 +446,70 @@ def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, context: EvalConte
     norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
-    momenta = [norm.momentum for norm in norms]
+    world, momenta = context.world, [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
+        norm.momentum = 1.0  # the running statistics are those of the last batch
     set_num_views(backbone, 1).train()
+    own = np.flatnonzero(np.arange(len(split)) // BATCH % world.size == world.rank)
     bad: dict[int, str] = {}
     batches = center_crops(
-        split, size=context.size, fraction=CENTER_FRACTION, batch_size=batch_size, threads=context.threads, bad=bad
+        split.subset(own),
+        size=context.size,
+        fraction=CENTER_FRACTION,
+        batch_size=BATCH,
+        threads=context.threads,
+        bad=bad,
     )
-    used = 0
+    # In float64, the order of addition has no influence on the float32 result.
+    sums = [[torch.zeros_like(value, dtype=torch.float64) for value in _statistics(norm)] for norm in norms]
+    used = torch.zeros((), dtype=torch.int64, device=context.device)
     with torch.no_grad():
-        for crops, _ in context.track("BatchNorm statistics", batches, len(split), each=batch_size):
+        for crops, _ in context.track("BatchNorm statistics", batches, len(own), each=BATCH):
             if len(crops) > 1:  # one value per channel has no variance
                 backbone(crops.to(context.device))
                 used += 1
+                for norm, totals in zip(norms, sums, strict=True):
+                    for total, value in zip(totals, _statistics(norm), strict=True):
+                        total += value
+    bad = _merge(world.gather({int(own[k]): reason for k, reason in bad.items()}))
     context.skipped(split, bad)
-    if not used:
+    count = int(world.sum(used))
+    if not count:
         raise InputError(
             f"{split.root}: only {len(split) - len(bad)} image(s) can be read, but the BatchNorm statistics of the "
             "untrained network need 2; leave that row out with --baselines false"
         )
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, totals in zip(norms, momenta, sums, strict=True):
         norm.momentum = momentum
+        norm.num_batches_tracked.fill_(count)
+        for value, total in zip(_statistics(norm), totals, strict=True):
+            value.copy_(world.sum(total) / count)
 
 
-def raw_pixels(images: Tensor) -> Tensor:
-    """(n, 3, S, S) -> (n, 3 * s * s), where s is S, but at most 64 by average pooling."""
-    if images.shape[-1] > RAW_PIXELS_SIDE:
-        images = F.adaptive_avg_pool2d(images, RAW_PIXELS_SIDE)
-    return images.flatten(1)
+def _statistics(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    return norm.running_mean, norm.running_var
+
+
+class RawPixels(nn.Module):
+    """The pixels themselves as features, averaged to `side` x `side` if the image is larger."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def features(self, size: int) -> int:
+        """Return the number of features of an image of `size` x `size` pixels."""
+        return 3 * min(size, self.side) ** 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, S, S) -> (n, 3 * s * s), where s = min(S, side)."""
+        if images.shape[-1] > self.side:
+            images = F.adaptive_avg_pool2d(images, self.side)
+        return images.flatten(1)
+
+
+def raw_pixels_side(images: int) -> int:
+    """Return the largest of RAW_PIXELS_SIDES whose features of all images fit RAW_PIXELS_BYTES."""
+    fitting = [side for side in RAW_PIXELS_SIDES if images * (2 * 3 * side**2 + 12) <= RAW_PIXELS_BYTES]
+    return next(iter(fitting), RAW_PIXELS_SIDES[-1])

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from fastbyol.config import Config
 from fastbyol.errors import InputError
 from fastbyol.evaluate.context import EvalContext, Row, Track
-from fastbyol.evaluate.features import Features, Splits, extract_features, open_splits
+from fastbyol.evaluate.features import Features, Splits, extract_features, feature_bytes, open_splits
 from fastbyol.evaluate.options import FewshotEval
 from fastbyol.evaluate.task import EvalTask
+from fastbyol.runtime.distributed import World
 
 
 def episode_accuracies(
@@ -32,19 +33,18 @@ def episode_accuracies(
     shots: int,
     track: Track = lambda episodes, total: episodes,
 ) -> NDArray[np.float64]:
-    """Return the top-1 accuracy of each episode, (episodes,).
+    """Return the top-1 accuracy of each episode, (episodes,). Every rank must call this.
 
     The draws depend only on seed, shots and labels.
 
     Raises:
         InputError: fewer than `ways` classes have enough features.
     """
-    mean = train.x.mean(0)
-    x, y = (F.normalize(features.x - mean, dim=1) for features in (train, val))
-    labels = train.labels.cpu().numpy(), val.labels.cpu().numpy()
+    mean, device = train.mean(), train.device
+    labels = train.all_labels.cpu().numpy(), val.all_labels.cpu().numpy()
     eligible = _eligible_classes(*labels, train.classes, shots, options, "classes have readable images:")
     members = [[np.flatnonzero(part == c) for c in range(train.classes)] for part in labels]
-    truth = torch.arange(options.ways, device=x.device).repeat_interleave(options.queries)
+    truth = torch.arange(options.ways, device=device).repeat_interleave(options.queries)
     accuracies = []
     for episode in track(range(options.episodes), options.episodes):
         rng = np.random.default_rng([options.seed, shots, episode])
@@ -53,7 +53,11 @@ def episode_accuracies(
             np.stack([rng.choice(part[c], count, replace=False) for c in classes])
             for part, count in zip(members, (shots, options.queries), strict=True)
         )
-        scores = nearest_mean_scores(x[torch.from_numpy(support)], y[torch.from_numpy(query).flatten()])
+        x, y = (
+            F.normalize(part.gather(torch.from_numpy(positions).flatten().to(device)) - mean, dim=1)
+            for part, positions in ((train, support), (val, query))
+        )
+        scores = nearest_mean_scores(x.unflatten(0, support.shape), y)
         accuracies.append((scores.argmax(1) == truth).float().mean().item())
     return np.array(accuracies)
 
@@ -115,7 +119,11 @@ class FewshotTask(EvalTask):
             _eligible_classes(*labels, classes, shots, options, f"classes of {root} have")
         return splits
 
-    def measure(self, backbone: nn.Module | None, data: Splits, options: FewshotEval, context: EvalContext) -> Row:
+    def memory(self, data: Splits, features: int, options: FewshotEval, world: World) -> int:
+        """See EvalTask.memory. The images of an episode are few."""
+        return sum(feature_bytes(len(split), features, world) for split in data)
+
+    def measure(self, backbone: nn.Module, data: Splits, options: FewshotEval, context: EvalContext) -> Row:
         """Return mean accuracy and half-width of its 95 % interval for each number of shots."""
         train, val = (extract_features(backbone, split, context) for split in data)
         row: Row = {}

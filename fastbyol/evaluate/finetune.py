@@ -17,15 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastbyol.config import Config
+from fastbyol.config import Config, DistributedConfig
 from fastbyol.data.images import ImageSet
 from fastbyol.data.subset import select_training_images
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate.context import EvalContext, Row
-from fastbyol.evaluate.features import extract_features, feature_dim, open_splits, training_batches
-from fastbyol.evaluate.knn import top_accuracies
+from fastbyol.evaluate.features import (
+    feature_dim,
+    network_outputs,
+    open_splits,
+    readable_indices,
+    training_batches,
+    unchanged,
+)
+from fastbyol.evaluate.knn import accuracies, top_hits
 from fastbyol.evaluate.options import FinetuneEval
 from fastbyol.evaluate.task import EvalTask
+from fastbyol.parallel import average_gradients, sync_batch_norm
 from fastbyol.precision import autocast
 from fastbyol.runtime.logging import logger
 from fastbyol.weights.files import check_new, save_backbone
@@ -59,6 +67,8 @@ def finetune(
 ) -> nn.Sequential:
     """Train a copy of the backbone with a linear classifier on labeled images.
 
+    Every rank must call this; ranks share every batch and its BatchNorm statistics.
+
     Raises:
         InputError: batches are too small for BatchNorm, or no image is readable.
         RunError: the loss or a weight became NaN or infinite.
@@ -75,7 +85,9 @@ def finetune(
     head = nn.Linear(feature_dim(backbone, context), len(images.classes), device=context.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
+    world = context.world
     network = nn.Sequential(copy.deepcopy(backbone), head).train()
+    sync_batch_norm(network, DistributedConfig(), world)
     optimizer = torch.optim.SGD(network.parameters(), 1.0, momentum=_MOMENTUM, nesterov=True)
     total = epochs * (len(images) // batch_size)
     loss = None
@@ -84,16 +96,13 @@ def finetune(
         images, context, epochs=epochs, batch_size=batch_size, seed=seed, description=description
     )
     for step, (x, labels, _) in enumerate(batches):
-        if len(x) < min_batch:  # the others are unreadable
-            continue
         optimizer.param_groups[0]["lr"] = base_lr * batch_size / 256 * (1 + math.cos(math.pi * step / total)) / 2
         with autocast(context.device, context.training_dtype):
             loss = F.cross_entropy(network(x).float(), labels)
         loss.backward()
+        average_gradients(network.parameters(), world)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    if loss is None:
-        raise InputError(f"{images.root}: no batch had {min_batch} readable image(s)")
     if not all(torch.isfinite(value).all() for value in (loss, *network.parameters())):
         raise RunError(
             f"base_lrs={base_lr:g}: the network became NaN or infinite during fine-tuning; choose a lower one"
@@ -130,8 +139,14 @@ def _select_base_lr(
 
 
 def _accuracy(network: nn.Module, split: ImageSet, context: EvalContext) -> dict[str, float]:
-    logits = extract_features(network, split, context, "validation")
-    return top_accuracies(logits.x, logits.labels)
+    totals, bad = torch.zeros(3, dtype=torch.int64, device=context.device), dict[int, str]()
+    for (logits,), indices in network_outputs(network, split, context, [unchanged], "validation", bad):
+        labels = torch.from_numpy(split.labels[indices]).to(context.device)
+        totals += torch.cat((top_hits(logits, labels), logits.isfinite().logical_not_().sum()[None]))
+    count, totals = len(readable_indices(split, bad, context)), context.world.sum(totals)
+    if totals[2]:
+        raise RunError("the logits hold NaN or infinity: the network has diverged during fine-tuning; lower base_lrs")
+    return accuracies(totals[:2], count)
 
 
 class FinetuneTask(EvalTask):
@@ -155,18 +170,15 @@ class FinetuneTask(EvalTask):
         )
         return FinetuneData(select_training_images(splits.train, part, prefix=""), splits.val, config)
 
-    def measure(
-        self, backbone: nn.Module | None, data: FinetuneData, options: FinetuneEval, context: EvalContext
-    ) -> Row:
+    def measure(self, backbone: nn.Module, data: FinetuneData, options: FinetuneEval, context: EvalContext) -> Row:
         """Return top-1, top-5 and the learning rate used.
 
         Saves the first network that is measured, the checkpoint's.
         """
-        assert backbone is not None
         training = {"epochs": options.epochs, "batch_size": options.batch_size}
         base_lr, held_out = _select_base_lr(backbone, data.train, options, context, training)
         network = finetune(backbone, data.train, context, base_lr=base_lr, **training)
-        if options.save is not None and not Path(options.save).exists():
+        if options.save is not None and context.world.is_main_process and not Path(options.save).exists():
             config = data.config
             save_backbone(Path(options.save), network[0], config.model, config.data.image_size_px, key="save")
         return _accuracy(network, data.val, context) | {"base_lr": base_lr} | held_out

@@ -7,11 +7,17 @@ of 1024 (`probe_batch_size`). `features=augmented` follows this protocol. `featu
 faster: it extracts the features of one center crop per image once, and standardizes each dimension
 with the training split's mean and standard deviation (the classifier stays linear).
 
-Shapes: L classifiers, N images, B images per step, F features, C classes.
+Ranks share every batch, and add up the gradients; the batches are the same for any number of ranks.
+
+Memory of a rank, for N training and M validation images: (2 F + 12) (N + M) / R for the features,
+rounded up to whole blocks; no further copy of them is made. The classifiers take 16 L C (F + 1),
+their logits 12 L B C.
+
+Shapes: L classifiers, N images, B images per step, F features, C classes, R ranks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,19 +27,21 @@ from torch import Tensor, nn
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate.context import EvalContext, Row, Track
 from fastbyol.evaluate.features import (
+    BATCH,
     Features,
     Splits,
     check_finite,
     eval_mode,
     extract_features,
+    feature_bytes,
     feature_dim,
-    raw_pixels,
     training_batches,
 )
-from fastbyol.evaluate.knn import top_accuracies
-from fastbyol.evaluate.options import LinearEval
+from fastbyol.evaluate.knn import accuracies, top_hits
+from fastbyol.evaluate.options import LinearEval, ProbeTraining
 from fastbyol.evaluate.task import EvalTask
 from fastbyol.precision import autocast
+from fastbyol.runtime.distributed import World
 
 CACHED_BASE_LRS = (0.003, 0.01, 0.03, 0.1, 0.3)  # for standardized features
 PAPER_BASE_LRS = (0.05, 0.1, 0.2, 0.3, 0.4)  # for unscaled features
@@ -44,38 +52,47 @@ _MIN_STEPS_PER_EPOCH = 16  # on cached features
 
 
 class Probes:
-    """L independent linear classifiers, trained on the same batches.
+    """L independent linear classifiers, trained on the same batches. All ranks hold the same ones.
 
     Args:
         base_lrs: L learning rates per 256 images.
     """
 
-    def __init__(self, base_lrs: Sequence[float], classes: int, features: int, device: torch.device) -> None:
+    def __init__(
+        self, base_lrs: Sequence[float], classes: int, features: int, device: torch.device, world: World | None = None
+    ) -> None:
         self.weight = torch.zeros(len(base_lrs), classes, features, device=device)
         self.bias = torch.zeros(len(base_lrs), classes, device=device)
         self._momentum_buffers = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         self._base_lrs = torch.tensor(base_lrs, device=device)[:, None]
+        self._world = world or World()
 
-    def step(self, x: Tensor, labels: Tensor, sample_weight: Tensor, *, batch_size: int, progress: float) -> None:
-        """Take a step of SGD with Nesterov momentum on the weighted mean of the cross-entropy.
+    def step(self, x: Tensor, labels: Tensor, used: Tensor, *, batch_size: int, progress: float) -> None:
+        """Take a step of SGD with Nesterov momentum on the mean of the cross-entropy.
+
+        Every rank must call this, with its part of the batch.
 
         Args:
-            x: (B, F).
+            x: (B, F); B may be 0 on some ranks.
             labels: (B,).
-            sample_weight: (L or 1, B), rows sum to 1.
+            used: (L or 1, B) float32, 1 for images that the classifier learns from, otherwise 0.
             batch_size: the learning rate is base_lr * batch_size / 256.
             progress: fraction of the training that is done, in [0, 1).
         """
         lr = self._base_lrs * (batch_size / 256 * (1 + math.cos(math.pi * progress)) / 2)
-        # Gradient of the cross-entropy with respect to the logits: softmax - one-hot.
-        residual = self.scores(x).softmax(2) - F.one_hot(labels, self.weight.shape[1])  # (L, B, C)
-        residual = residual * sample_weight[..., None]
+        # Gradient of the cross-entropy with respect to the logits: softmax - one-hot, (L, B, C).
+        residual = self.scores(x).softmax(2)
+        residual[:, torch.arange(len(labels), device=labels.device), labels] -= 1
+        residual *= used[..., None]
+        count = self._world.sum(used.sum(1)).clamp(min=1)  # (L or 1,)
         gradients = torch.einsum("lbc,bf->lcf", residual, x), residual.sum(1)
         for parameter, buffer, gradient in zip(
             (self.weight, self.bias), self._momentum_buffers, gradients, strict=True
         ):
+            ones = [1] * (parameter.ndim - 1)
+            gradient = self._world.sum(gradient).div_(count.view(-1, *ones))
             buffer.mul_(_MOMENTUM).add_(gradient)
-            parameter.sub_(lr.view(-1, *[1] * (parameter.ndim - 1)) * (gradient + _MOMENTUM * buffer))
+            parameter.sub_(gradient.add_(buffer, alpha=_MOMENTUM).mul_(lr.view(-1, *ones)))
 
     def check_finite(self, which: slice = slice(None)) -> None:
         """Raise RunError if a weight of the selected classifiers is NaN or infinite."""
@@ -89,9 +106,9 @@ class Probes:
 
 
 def train_probes(
-    x: Tensor,
-    labels: Tensor,
-    classes: int,
+    train: Features,
+    standardize: "Standardization",
+    chosen: Tensor,
     *,
     base_lrs: Sequence[float],
     epochs: int,
@@ -99,39 +116,61 @@ def train_probes(
     seed: int,
     track: Track = lambda epochs, total: epochs,
 ) -> Probes:
-    """Train one classifier per learning rate on cached features.
+    """Train one classifier per learning rate on cached features. Every rank must call this.
 
     Args:
-        x: (N, F).
-        labels: (N,).
+        chosen: (K,) int64, positions of the images to learn from, ascending.
         track: (epochs, total) -> the epochs, with a progress bar.
     """
-    batch_size = min(batch_size, len(x))
-    probes = Probes(base_lrs, classes, x.shape[1], x.device)
-    sample_weight = torch.full((1, batch_size), 1 / batch_size, device=x.device)
+    batch_size = min(batch_size, len(chosen))
+    probes = Probes(base_lrs, train.classes, train.dim, train.device, train.world)
     generator = torch.Generator().manual_seed(seed)
-    steps_per_epoch = len(x) // batch_size
+    steps_per_epoch = len(chosen) // batch_size
     total, step = epochs * steps_per_epoch, 0
+    row_of = torch.full((len(train.all_labels),), -1)  # position -> row of this rank
+    row_of[train.position.cpu()] = torch.arange(len(train.position))
+    labels = train.labels
     for _ in track(range(epochs), epochs):
-        order = torch.randperm(len(x), generator=generator).to(x.device)
-        for rows in order.split(batch_size)[:steps_per_epoch]:
-            probes.step(x[rows], labels[rows], sample_weight, batch_size=batch_size, progress=step / total)
+        order = chosen[torch.randperm(len(chosen), generator=generator)]
+        for batch in order[: steps_per_epoch * batch_size].split(batch_size):
+            rows = row_of[batch]
+            rows = rows[rows >= 0].to(train.device)
+            x, used = standardize(train.rows(rows)), torch.ones(1, len(rows), device=train.device)
+            probes.step(x, labels[rows], used, batch_size=batch_size, progress=step / total)
             step += 1
     return probes
+
+
+class Standardization(NamedTuple):
+    """Shift and scale of every feature, from the training split's mean and standard deviation."""
+
+    mean: Tensor  # (F,)
+    std: Tensor  # (F,)
+
+    @classmethod
+    def of(cls, train: Features) -> "Standardization":
+        """Measure the training split, over all ranks."""
+        mean = train.mean()
+        std = train.std(mean)
+        return cls(mean, torch.where(std > 1e-6, std, 1.0))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, F) -> (B, F)."""
+        return (x - self.mean) / self.std
 
 
 class LinearClassifier(NamedTuple):
     """A probe fitted on standardized features."""
 
-    mean: Tensor  # (F,) of the training features
-    std: Tensor  # (F,)
+    standardize: Standardization
     probes: Probes  # L = 1
     base_lr: float
     held_out_top1: float
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Return the logits of features: (M, F) -> (M, C)."""
-        return self.probes.scores((x - self.mean) / self.std)[0]
+    def accuracies(self, val: Features) -> dict[str, float]:
+        """Return top-1 and top-5 accuracy over all ranks. Every rank must call this."""
+        hits, _ = _score(self.probes, val, self.standardize)
+        return accuracies(hits[0], len(val.all_labels))
 
 
 def fit_linear(
@@ -145,6 +184,8 @@ def fit_linear(
 ) -> LinearClassifier:
     """Select the learning rate on held-out images, then train a probe on all cached features.
 
+    Every rank must call this.
+
     Args:
         batch_size: upper limit, see _MIN_STEPS_PER_EPOCH.
 
@@ -153,18 +194,16 @@ def fit_linear(
         RunError: the classifier became NaN or infinite.
     """
     check_finite(train)
-    mean, std = train.x.mean(0), train.x.std(0)
-    std = torch.where(std > 1e-6, std, 1.0)
-    x = (train.x - mean) / std
-    held_out = _held_out_mask(len(x), seed).to(x.device)
+    standardize, count = Standardization.of(train), len(train.all_labels)
+    held_out = _held_out_mask(count, seed)
     # With few images, 80 epochs at the full batch size are too few steps to converge.
-    batch_size = max(1, min(batch_size, len(x) // _MIN_STEPS_PER_EPOCH))
+    batch_size = max(1, min(batch_size, count // _MIN_STEPS_PER_EPOCH))
     options = {"epochs": epochs, "batch_size": batch_size, "seed": seed, "track": track}
-    probes = train_probes(x[~held_out], train.labels[~held_out], train.classes, base_lrs=base_lrs, **options)
-    best, accuracy = _best_classifier(probes.scores(x[held_out]), train.labels[held_out])
-    probes = train_probes(x, train.labels, train.classes, base_lrs=base_lrs[best : best + 1], **options)
+    fitted = train_probes(train, standardize, (~held_out).nonzero()[:, 0], base_lrs=base_lrs, **options)
+    best, accuracy = _best_classifier(*_score(fitted, train, standardize, held_out), int(held_out.sum()))
+    probes = train_probes(train, standardize, torch.arange(count), base_lrs=base_lrs[best : best + 1], **options)
     probes.check_finite()
-    return LinearClassifier(mean, std, probes, base_lrs[best], accuracy)
+    return LinearClassifier(standardize, probes, base_lrs[best], accuracy)
 
 
 def linear_accuracy(train: Features, val: Features, **options: Any) -> dict[str, float]:
@@ -174,12 +213,11 @@ def linear_accuracy(train: Features, val: Features, **options: Any) -> dict[str,
     """
     check_finite(val)
     probe = fit_linear(train, **options)
-    accuracy = top_accuracies(probe.scores(val.x), val.labels)
-    return accuracy | {"base_lr": probe.base_lr, "held_out_top1": probe.held_out_top1}
+    return probe.accuracies(val) | {"base_lr": probe.base_lr, "held_out_top1": probe.held_out_top1}
 
 
 def augmented_accuracy(
-    backbone: nn.Module | None,
+    backbone: nn.Module,
     splits: Splits,
     context: EvalContext,
     *,
@@ -193,49 +231,73 @@ def augmented_accuracy(
     The other skips the held-out images, and its held-out accuracy selects the rate.
 
     Args:
-        backbone: (n, 3, S, S) -> (n, F); None stands for raw pixels.
+        backbone: (n, 3, S, S) -> (n, F).
 
     Raises:
         InputError: too few training images, or a feature is not finite.
         RunError: the classifier became NaN or infinite.
     """
-    train = splits.train
+    train, world = splits.train, context.world
     batch_size = min(batch_size, len(train))
     held_out = _held_out_mask(len(train), seed=0)
-    features = feature_dim(backbone, context)
-    probes = Probes([*base_lrs, *base_lrs], len(splits.classes), features, context.device)
+    device, rates = context.device, [*base_lrs, *base_lrs]
+    probes = Probes(rates, len(splits.classes), feature_dim(backbone, context), device, world)
     total = epochs * (len(train) // batch_size)
     batches = training_batches(
         train, context, epochs=epochs, batch_size=batch_size, seed=0, description="linear probe, augmented"
     )
     with eval_mode(backbone):
         for step, (images, labels, rows) in enumerate(batches):
-            with torch.no_grad(), autocast(context.device, context.dtype):
-                x = (raw_pixels(images) if backbone is None else backbone(images)).float()
+            with torch.no_grad(), autocast(device, context.dtype):
+                x = backbone(images).float()
             fit = (~held_out[rows]).to(x)
-            weights = torch.stack([mask / mask.sum().clamp(min=1) for mask in (torch.ones_like(fit), fit)])
-            weights = weights.repeat_interleave(len(base_lrs), 0)  # (2 * len(base_lrs), B)
-            probes.step(x, labels, weights, batch_size=batch_size, progress=step / total)
+            used = torch.stack((torch.ones_like(fit), fit)).repeat_interleave(len(base_lrs), 0)  # (L, B)
+            probes.step(x, labels, used, batch_size=batch_size, progress=step / total)
     test = extract_features(backbone, train.subset(held_out.nonzero()[:, 0].numpy()), context)
-    best, accuracy = _best_classifier(probes.scores(test.x)[len(base_lrs) :], test.labels)
+    hits, losses = (values[len(base_lrs) :] for values in _score(probes, test))
+    best, accuracy = _best_classifier(hits, losses, len(test.all_labels))
     probes.check_finite(slice(best, best + 1))
     val = extract_features(backbone, splits.val, context)
-    result = top_accuracies(probes.scores(val.x)[best], val.labels)
+    result = accuracies(_score(probes, val)[0][best], len(val.all_labels))
     return result | {"base_lr": base_lrs[best], "held_out_top1": accuracy}
 
 
-def _best_classifier(scores: Tensor, labels: Tensor) -> tuple[int, float]:
+def _score(
+    probes: Probes,
+    features: Features,
+    transform: Callable[[Tensor], Tensor] = lambda x: x,
+    chosen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return hits (L, 2), see `top_hits`, and sums of the cross-entropy (L,) over all ranks.
+
+    Args:
+        transform: of the features.
+        chosen: (M,) bool, the images to score; None is all of them.
+    """
+    classifiers = len(probes.weight)
+    hits = torch.zeros(classifiers, 2, dtype=torch.int64, device=features.device)
+    losses = torch.zeros(classifiers, dtype=torch.float64, device=features.device)
+    labels = features.labels
+    rows = torch.arange(len(labels), device=features.device)
+    if chosen is not None:
+        rows = rows[chosen.to(features.device)[features.position]]
+    for part in rows.split(BATCH):
+        scores = probes.scores(transform(features.rows(part)))  # (L, B, C)
+        hits += top_hits(scores, labels[part])
+        losses += torch.stack([F.cross_entropy(logits, labels[part], reduction="sum") for logits in scores]).double()
+    return features.world.sum(hits), features.world.sum(losses)
+
+
+def _best_classifier(hits: Tensor, losses: Tensor, count: int) -> tuple[int, float]:
     """Return index and top-1 of the classifier with the lowest cross-entropy.
 
     On few images, cross-entropy separates the classifiers better than accuracy.
 
     Args:
-        scores: (L, M, C).
-        labels: (M,).
+        hits, losses: of `_score`, on `count` images.
     """
-    losses = torch.stack([F.cross_entropy(logits, labels) for logits in scores])
     best = int(losses.nan_to_num(nan=torch.inf).argmin())
-    return best, (scores[best].argmax(1) == labels).float().mean().item()
+    return best, hits[best, 0].item() / count
 
 
 def _held_out_count(count: int) -> int:
@@ -259,13 +321,26 @@ def _held_out_mask(count: int, seed: int) -> Tensor:
     return mask
 
 
+def probe_bytes(train: int, val: int, features: int, classes: int, options: ProbeTraining, world: World) -> int:
+    """Return the memory of a rank in bytes; the formula is at the top of this file."""
+    classifiers, batch = len(options.base_lrs) or len(CACHED_BASE_LRS), probe_batch_size(options.batch_size, train)
+    if getattr(options, "features", "cached") == "augmented":  # two per rate; only held-out features are cached
+        classifiers, train = 2 * classifiers, _held_out_count(train)
+    shards = feature_bytes(train, features, world) + feature_bytes(val, features, world)
+    return shards + 16 * classifiers * classes * (features + 1) + 12 * classifiers * batch * classes
+
+
 class LinearTask(EvalTask):
     """Linear probe."""
 
     name = "linear"
     title = "Linear probe"
 
-    def measure(self, backbone: nn.Module | None, data: Splits, options: LinearEval, context: EvalContext) -> Row:
+    def memory(self, data: Splits, features: int, options: LinearEval, world: World) -> int:
+        """See EvalTask.memory."""
+        return probe_bytes(len(data.train), len(data.val), features, len(data.classes), options, world)
+
+    def measure(self, backbone: nn.Module, data: Splits, options: LinearEval, context: EvalContext) -> Row:
         """Return top-1, top-5, the selected learning rate and its held-out accuracy."""
         batch_size = probe_batch_size(options.batch_size, len(data.train))
         training = {"epochs": options.epochs, "batch_size": batch_size}

@@ -3,6 +3,7 @@ kNN after epochs.
 """
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -15,11 +16,15 @@ from fastbyol.config import Config
 from fastbyol.data import Batch, ImageSet, find_images
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate.context import EvalContext, missing_images_warning
-from fastbyol.evaluate.features import check_splits, extract_features
+from fastbyol.evaluate.features import check_finite, check_splits, extract_features
 from fastbyol.evaluate.knn import knn_accuracy
+from fastbyol.evaluate.quality import alignment, rank_me, uniformity
 from fastbyol.model import BYOLOutput
 from fastbyol.run import Run
 from fastbyol.runtime.logging import logger
+
+_AUTO_SHARE = 0.02  # of the run's time, for knn.every_epochs=auto
+clock = time.monotonic
 
 
 def online_callbacks(config: Config) -> list[Callback]:
@@ -103,21 +108,28 @@ class OnlineProbe(Callback):
 
 
 class OnlineKnn(Callback):
-    """Weighted kNN on the features of the online backbone, every knn.every_epochs epochs.
+    """Evaluation of the online backbone's features, every knn.every_epochs epochs: weighted kNN if
+    there is a labeled validation split, and always what needs no labels (quality.py).
 
-    Rank 0 evaluates.
+    All ranks share the images and the comparisons.
     """
 
     name = "knn"
 
     def __init__(self) -> None:
         self.accuracy = {"last": math.nan, "best": math.nan}
+        self.seconds = {"all": 0.0, "last": 0.0, "run": 0.0}
+        """Of all evaluations, of the last one, and of the run before this attempt."""
+        self.quality: dict[str, float] = {}  # of the last evaluation
+        self._began = clock()
         self._val: ImageSet | None = None
+        self._last_step: tuple[Batch, BYOLOutput] | None = None
         self._bad: dict[str, str] = {}  # images left out: location -> reason
 
     def on_build(self, training: Training) -> None:
         """Open the validation split. Without a usable one, log why and do without kNN."""
-        if training.config.knn.every_epochs == 0 or not training.world.is_main_process:
+        self._began = clock()
+        if training.config.knn.every_epochs == 0:
             return
         try:
             val = find_images(training.config.data, "val")
@@ -129,55 +141,102 @@ class OnlineKnn(Callback):
             logger.warning(note)
         self._val = val
 
+    def on_step(self, run: Run, batch: Batch, output: BYOLOutput) -> None:
+        """Keep the batch: it is valid until the next one."""
+        self._last_step = batch, output
+
+    @property
+    def run_seconds(self) -> float:
+        """Time of the run so far, over all attempts."""
+        return self.seconds["run"] + clock() - self._began
+
     def on_epoch_end(self, run: Run, done: int) -> bool:
-        """Log top-1 and top-5 accuracy; return True if top-1 is the best so far."""
+        """Log the evaluation; return True if top-1 is the best so far."""
         epoch, every = run.step.schedule.epoch(done), run.config.knn.every_epochs
-        if not every or (epoch % every and epoch != run.config.optim.epochs):
+        if every == 0:
+            return False
+        due = epoch == run.config.optim.epochs or (self._is_affordable() if every == "auto" else epoch % every == 0)
+        # Clocks differ, and a rank may not find the split: rank 0 decides, all must be able to.
+        plans = run.world.gather((due, self._val is not None))
+        if not all(able for _, able in plans):
+            self._val = None
+        if not plans[0][0]:
             return False
         run.check_finite()
-        return run.world.gather(self._val is not None and self._evaluate(run, done))[0]
-
-    def _evaluate(self, run: Run, done: int) -> bool:
+        before = clock()
         with run.log.pause():
-            accuracy = self._measure(run)
+            quality, accuracy = self._measure(run)
+        self.seconds["last"] = clock() - before
+        self.seconds["all"] += self.seconds["last"]
+        cost = {"seconds": self.seconds["last"], "time_share": self._time_share()}
+        if quality is not None:
+            self.quality = quality
+            run.log.quality(done, quality | cost)
         if accuracy is None:
             return False
         best = not accuracy["top1"] <= self.accuracy["best"]  # also True while best is NaN
         self.accuracy = {"last": accuracy["top1"], "best": accuracy["top1"] if best else self.accuracy["best"]}
-        run.log.knn(done, accuracy)
+        run.log.knn(done, accuracy | cost)
         return best
 
-    def _measure(self, run: Run) -> dict[str, float] | None:
-        """Return top-1 and top-5 accuracy; at most knn.max_bank_images training images vote.
+    def _is_affordable(self) -> bool:
+        """Return True if this evaluation and the one after the last epoch keep to _AUTO_SHARE."""
+        if not self.seconds["last"]:
+            return True  # the first one shows the cost
+        return self.seconds["all"] + 2 * self.seconds["last"] <= _AUTO_SHARE * self.run_seconds
 
-        If no image of a split can be read, log why, return None, and do without kNN from then on.
+    def _time_share(self) -> float:
+        return self.seconds["all"] / self.run_seconds
+
+    def _measure(self, run: Run) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+        """Return the quality without labels, and top-1 and top-5 accuracy of the kNN.
+
+        Both use at most knn.max_bank_images training images. If no image of a split can be read,
+        log why and return None; if it is the validation split, do without kNN from then on.
         """
-        assert self._val is not None
         config, training = run.config, run.training
         context = EvalContext(
-            size=config.data.image_size_px, device=training.device, dtype=run.step.dtype, threads=config.data.threads
+            size=config.data.image_size_px,
+            device=training.device,
+            dtype=run.step.dtype,
+            threads=config.data.threads,
+            world=run.world,
         )
-        voters = training.images.subsample(config.knn.max_bank_images)
+        voters, backbone = training.images.subsample(config.knn.max_bank_images), training.model.online.backbone
+        val = self._val
         try:
-            backbone = training.model.online.backbone
-            bank, val = (extract_features(backbone, split, context, None) for split in (voters, self._val))
+            bank = extract_features(backbone, voters, context, None)
+            queries = None if val is None else extract_features(backbone, val, context, None)
         except InputError as error:
             logger.warning(f"no online kNN from here on: {error}")
             self._val = None
-            return None
-        self._log_left_out(run, voters, bank.bad, self._val, val.bad)
+            return None, None
+        self._log_left_out(run, voters, bank.bad, val, {} if queries is None else queries.bad)
         try:
-            return knn_accuracy(bank, val, k=config.knn.k, temperature=config.knn.temperature)
+            check_finite(*(part for part in (bank, queries) if part is not None))
         except InputError as error:
             raise RunError(f"online kNN: {error}; {run.folder.last_good()}") from None
+        assert self._last_step is not None
+        batch, output = self._last_step
+        quality = {
+            "rank_me": rank_me(bank),
+            "alignment": alignment(backbone, batch.views, context),
+            "uniformity": uniformity(bank),
+            "projection_std": run.world.mean(output.projection_std).item(),
+        }
+        if queries is None:
+            return quality, None
+        return quality, knn_accuracy(bank, queries, k=config.knn.k, temperature=config.knn.temperature)
 
     def _log_left_out(
-        self, run: Run, voters: ImageSet, bad_voters: dict[int, str], val: ImageSet, bad_val: dict[int, str]
+        self, run: Run, voters: ImageSet, bad_voters: dict[int, str], val: ImageSet | None, bad_val: dict[int, str]
     ) -> None:
         """Log unreadable images once, and not again if the training has already logged them."""
         positions = run.training.images.subsample_indices(len(voters))
         indices = {voters.location(i): int(positions[i]) for i in bad_voters}
         for split, bad in ((voters, bad_voters), (val, bad_val)):
+            if split is None:
+                continue
             new = {where: reason for i, reason in bad.items() if (where := split.location(i)) not in self._bad}
             self._bad |= new
             for where, reason in new.items():
@@ -188,13 +247,22 @@ class OnlineKnn(Callback):
         run.named_bad.update(indices.values())
 
     def summary(self) -> dict[str, Any]:
-        """Return accuracies and unreadable images."""
-        return {"knn_last": self.accuracy["last"], "knn_best": self.accuracy["best"], "knn_bad_images": self._bad}
+        """Return accuracies, their cost, unreadable images and the quality without labels."""
+        return {
+            "knn_last": self.accuracy["last"],
+            "knn_best": self.accuracy["best"],
+            "knn_seconds": self.seconds["all"],
+            "knn_time_share": self._time_share(),
+            "knn_bad_images": self._bad,
+            **self.quality,
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last and the best accuracy."""
-        return dict(self.accuracy)
+        """Return the last and the best accuracy, and the seconds spent."""
+        return self.accuracy | {"seconds": self.seconds | {"run": self.run_seconds}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of `state_dict`."""
         self.accuracy = {key: float(state[key]) for key in ("last", "best")}
+        self.seconds |= state.get("seconds", {})  # an older version did not measure them
+        self._began = clock()

@@ -21,11 +21,12 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from fastbyol.evaluate.context import EvalContext, Row
 from fastbyol.evaluate.features import Features, Splits, extract_each, extract_features
-from fastbyol.evaluate.knn import knn_scores, top_accuracies
-from fastbyol.evaluate.linear import CACHED_BASE_LRS, LinearClassifier, fit_linear, probe_batch_size
+from fastbyol.evaluate.knn import knn_accuracy, knn_bytes
+from fastbyol.evaluate.linear import CACHED_BASE_LRS, LinearClassifier, fit_linear, probe_batch_size, probe_bytes
 from fastbyol.evaluate.options import RobustnessEval
 from fastbyol.evaluate.task import EvalTask
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
+from fastbyol.runtime.distributed import World
 
 SEVERITIES = 5
 NOISE_STD = (0.08, 0.12, 0.18, 0.26, 0.38)
@@ -91,7 +92,13 @@ class RobustnessTask(EvalTask):
     title = "Robustness to corruptions"
     has_figure = True
 
-    def measure(self, backbone: nn.Module | None, data: Splits, options: RobustnessEval, context: EvalContext) -> Row:
+    def memory(self, data: Splits, features: int, options: RobustnessEval, world: World) -> int:
+        """See EvalTask.memory. One corruption is held at all severities at a time."""
+        train, val = len(data.train), len(data.val)
+        probes = probe_bytes(train, SEVERITIES * val, features, len(data.classes), options, world)
+        return probes + knn_bytes(0, val, features, options.k, world)
+
+    def measure(self, backbone: nn.Module, data: Splits, options: RobustnessEval, context: EvalContext) -> Row:
         """Return clean accuracies, means over corruptions and severities, and curves."""
         train = extract_features(backbone, data.train, context)
         probe = fit_linear(
@@ -142,18 +149,12 @@ class RobustnessTask(EvalTask):
 
 
 def _accuracies(train: Features, probe: LinearClassifier, val: Features, options: RobustnessEval) -> dict[str, float]:
-    """Return knn_top1, knn_top5, linear_top1 and linear_top5."""
-    scores = {
-        "knn": knn_scores(
-            train.x, train.labels, val.x, k=options.k, temperature=options.temperature, classes=train.classes
-        ),
-        "linear": probe.scores(val.x),
+    """Return knn_top1, knn_top5, linear_top1 and linear_top5. Every rank must call this."""
+    found = {
+        "knn": knn_accuracy(train, val, k=options.k, temperature=options.temperature),
+        "linear": probe.accuracies(val),
     }
-    return {
-        f"{classifier}_{top}": value
-        for classifier, values in scores.items()
-        for top, value in top_accuracies(values, val.labels).items()
-    }
+    return {f"{name}_{top}": value for name, values in found.items() for top, value in values.items()}
 
 
 _CLASSIFIERS = (("knn", "kNN"), ("linear", "linear"))  # key, title

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from fastbyol.build import build_model
-from fastbyol.config import Config
+from fastbyol.config import Config, DistributedConfig
 from fastbyol.errors import InputError
 from fastbyol.evaluate.context import EvalContext, Row
 from fastbyol.evaluate.detection import DETECTION
-from fastbyol.evaluate.features import calibrate_batchnorm
+from fastbyol.evaluate.features import RAW_PIXELS_SIDES, RawPixels, calibrate_batchnorm, raw_pixels_side
 from fastbyol.evaluate.fewshot import FEWSHOT
 from fastbyol.evaluate.finetune import FINETUNE
 from fastbyol.evaluate.knn import KNN
@@ -31,8 +31,10 @@ from fastbyol.precision import compute_dtype, set_float32_precision
 from fastbyol.runtime import cores, environment
 from fastbyol.runtime.checkpoint import run_folder_of
 from fastbyol.runtime.device import choose_device
+from fastbyol.runtime.distributed import ProcessGroup, World, world_from_environment
 from fastbyol.runtime.files import check_output, read_json_or, write_json, write_output
-from fastbyol.runtime.logging import logger
+from fastbyol.runtime.logging import logger, muted
+from fastbyol.runtime.memory import free_bytes
 from fastbyol.runtime.results import PREFIX, is_result
 from fastbyol.weights.load import load_checkpoint_model
 
@@ -58,20 +60,39 @@ def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
         InputError: the checkpoint or data set cannot be used, or `options.out` cannot be written.
         RunError: writing the result failed.
     """
-    task = TASKS[name]
-    path, config, model, step = load_checkpoint_model(Path(options.run))
-    out = Path(options.out) if options.out else run_folder_of(path) / _result_name(name, path, step, options, config)
-    _check_result_file(out, named=options.out is not None)
-    context = eval_context(config, options)
+    cores.respect_quota()
+    world = world_from_environment()
+    device = choose_device(options.device, world.local_rank)
+    group = ProcessGroup(world, DistributedConfig(), device, remedy="start the evaluation again")
+    with group, muted(not world.is_main_process):
+        return _evaluate(TASKS[name], options, world)
+
+
+def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, Any]:
+    """As `evaluate`, in the process group."""
+    with world.sync_errors():
+        path, config, model, step = load_checkpoint_model(Path(options.run))
+        name = _result_name(task.name, path, step, options, config)
+        out = Path(options.out) if options.out else run_folder_of(path) / name
+        if world.is_main_process:
+            _check_result_file(out, named=options.out is not None)
+    context = eval_context(config, options, world)
     data = task.open(options, config, context)
     for note in (note for split in (data.train, data.val) for note in getattr(split, "notes", ())):
         logger.warning(note)
+    pixels = RawPixels(raw_pixels_side(len(data.train))) if options.baselines and task.uses_pixels else None
+    _check_memory(
+        task, [model.num_features, *([] if pixels is None else [pixels.features(context.size)])], data, options, context
+    )
     rows: dict[str, Row] = {}
-    for title, backbone in _networks(task, model, config, data, context, baselines=options.baselines):
+    rates: dict[str, float] = {}
+    for title, backbone in _networks(task, model, config, data, context, pixels, baselines=options.baselines):
         rows[title] = task.measure(backbone, data, options, context)
         logger.info(f"{title:<18} {task.format_row(rows[title])}")
+        if (rate := context.images_per_s()) is not None:
+            rates[title] = rate
     result = {
-        "protocol": name,
+        "protocol": task.name,
         "checkpoint": str(path),
         "step": step,
         "root": str(options.root or config.data.root),
@@ -82,14 +103,40 @@ def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
         "settings": options.settings,
         "rows": rows,
         "bad_images": context.bad,
+        "ranks": world.size,
+        "feature_images_per_s": rates,
         "environment": environment.describe(),
     }
-    write_json(out, result, f"--out {out}")
-    if task.has_figure:
-        picture = out.with_suffix(".png")
-        write_output(picture, _to_png(task.draw(rows)), f"--out {out}: figure {picture}")
-    logger.info(f"wrote {out}")
+    if world.is_main_process:
+        write_json(out, result, f"--out {out}")
+        if task.has_figure:
+            picture = out.with_suffix(".png")
+            write_output(picture, _to_png(task.draw(rows)), f"--out {out}: figure {picture}")
+        logger.info(f"wrote {out}")
     return result
+
+
+def _check_memory(task: EvalTask, features: list[int], data: Any, options: EvalConfig, context: EvalContext) -> None:
+    """Check, before any work is done, that the features fit the device.
+
+    Args:
+        features: numbers of features of the rows to come.
+
+    Raises:
+        InputError: they do not.
+    """
+    world, device = context.world, context.device
+    most = max(features)
+    needed = task.memory(data, most, options, world)
+    ranks = world.local_size if device.type == "cpu" else 1  # the ranks of a machine share its memory
+    free = free_bytes(device)
+    if needed * ranks > free:
+        what = "raw pixels: leave them out with --baselines false" if most > features[0] else "features"
+        raise InputError(
+            f"{task.name}: {needed * ranks / 1e9:.1f} GB are needed for {most} values of each of {len(data.train)} training "
+            f"and {len(data.val)} validation images ({what}), but {free / 1e9:.1f} GB are free; "
+            "GPUs started with torchrun share the features"
+        )
 
 
 def _check_result_file(out: Path, *, named: bool) -> None:
@@ -123,23 +170,31 @@ def _result_name(name: str, checkpoint_file: Path, step: int, options: EvalConfi
     return f"{PREFIX}{name}_{digest}.json"
 
 
-def eval_context(config: Config, options: EvalConfig) -> EvalContext:
+def eval_context(config: Config, options: EvalConfig, world: World | None = None) -> EvalContext:
     """Return the context for a run's network. Also sets torch's float32 precision to the run's."""
-    cores.respect_quota()
-    device = choose_device(options.device)
+    world = world or World()
+    device = choose_device(options.device, world.local_rank)
     set_float32_precision(config.precision)
     return EvalContext(
         size=config.data.image_size_px,
         device=device,
         dtype=compute_dtype(config.precision, device),
         threads=options.threads,
+        world=world,
     )
 
 
 def _networks(
-    task: EvalTask, model: BYOL, config: Config, data: Any, context: EvalContext, *, baselines: bool
-) -> Iterator[tuple[str, nn.Module | None]]:
-    """Yield row titles and backbones, on the device; None stands for raw pixels."""
+    task: EvalTask,
+    model: BYOL,
+    config: Config,
+    data: Any,
+    context: EvalContext,
+    pixels: RawPixels | None,
+    *,
+    baselines: bool,
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield row titles and backbones, on the device."""
 
     def prepare(backbone: nn.Module) -> nn.Module:
         return set_num_views(backbone, 1).to(device=context.device, memory_format=torch.channels_last)
@@ -150,8 +205,9 @@ def _networks(
     untrained = prepare(build_model(config.model, context.size, config.seed).online.backbone)
     calibrate_batchnorm(untrained, task.calibration_images(data).subsample(config.knn.max_bank_images), context)
     yield UNTRAINED_ROW, untrained
-    if task.uses_pixels:
-        yield PIXELS_ROW, None
+    if pixels is not None:
+        reduced = pixels.side < min(RAW_PIXELS_SIDES[0], context.size)
+        yield f"{PIXELS_ROW}, {pixels.side} px" if reduced else PIXELS_ROW, pixels
 
 
 def _to_png(figure: Figure) -> bytes:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from fastbyol.config import Config
+from fastbyol.config import Config, DistributedConfig
 from fastbyol.errors import InputError
 from fastbyol.evaluate import dense
 from fastbyol.evaluate.context import EvalContext, Row
@@ -35,6 +35,8 @@ from fastbyol.evaluate.image_files import read_pixels, resize
 from fastbyol.evaluate.options import SegmentationEval
 from fastbyol.evaluate.voc import VOID, VocFolder, VocImage, open_voc, read_mask
 from fastbyol.kernels.augment_params import IMAGENET_MEAN
+from fastbyol.layers import BatchNorm
+from fastbyol.parallel import sync_batch_norm
 from fastbyol.precision import autocast
 from fastbyol.runtime.device import seeded
 
@@ -52,10 +54,10 @@ class FCN(nn.Module):
         self.maps, self.sides = maps, [shape.side for shape in shapes]
         self.head = nn.Sequential(
             nn.Conv2d(sum(shape.channels for shape in shapes), width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
+            BatchNorm(width),
             nn.ReLU(inplace=True),
             nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
+            BatchNorm(width),
             nn.ReLU(inplace=True),
             nn.Conv2d(width, 1 + classes, 1),
         )
@@ -111,6 +113,7 @@ def evaluate_segmenter(
             for scores, mask, (height, width) in zip(logits, masks, sizes, strict=True):
                 scores = F.interpolate(scores[None, :, :height, :width], mask.shape, mode="bilinear")
                 metrics.update(scores.argmax(1), torch.from_numpy(mask).to(context.device)[None].long())
+    # torchmetrics adds up the pixel counts of all ranks.
     return {key: value.item() for key, value in metrics.compute().items()}
 
 
@@ -124,15 +127,13 @@ class SegmentationTask(dense.DenseTask):
         """Open the VOC-format folder `options.root`."""
         return open_voc(Path(str(options.root)), context)
 
-    def measure(
-        self, backbone: nn.Module | None, data: VocFolder, options: SegmentationEval, context: EvalContext
-    ) -> Row:
+    def measure(self, backbone: nn.Module, data: VocFolder, options: SegmentationEval, context: EvalContext) -> Row:
         """Train a head, and the backbone if `options.finetune`; return mIoU and pixel accuracy."""
-        assert backbone is not None
         size = dense.resolve_image_size(options.image_size_px, context)
         dtype = context.training_dtype
         with seeded(options.seed, context.device):
             network = build_segmenter(backbone, size, len(data.classes), finetune=options.finetune)
+            sync_batch_norm(network, DistributedConfig(), context.world)
             if min(options.batch_size, len(data.train)) == 1 and network.sides[-1 if options.finetune else 0] == 1:
                 raise InputError(
                     f"batch_size={options.batch_size}, {len(data.train)} training image(s): at image_size_px={size} "
@@ -145,7 +146,8 @@ class SegmentationTask(dense.DenseTask):
                 )
                 with autocast(context.device, dtype):
                     logits = network(dense.normalize(images))
-                pixels = (masks != VOID).sum().clamp(min=1)  # all void: loss 0, not NaN
+                pixels = context.world.mean((masks != VOID).sum().float())  # per rank, of the whole batch
+                pixels = pixels.clamp(min=1 / context.world.size)  # all void: loss 0, not NaN
                 return F.cross_entropy(logits, masks.long(), ignore_index=VOID, reduction="sum") / pixels
 
             def make_sample(index: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -10,6 +10,7 @@ from fastbyol.config import Config
 from fastbyol.data.images import ImageSet
 from fastbyol.evaluate.context import EvalContext, Row
 from fastbyol.evaluate.features import open_splits
+from fastbyol.runtime.distributed import World
 
 _METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "map": "mAP", "pixel_accuracy": "pixel accuracy"}
 SELECTION = ("base_lr", "held_out_top1")  # how the learning rate was selected
@@ -20,7 +21,7 @@ class EvalTask(ABC):
 
     name: ClassVar[str]  # of `fastbyol eval NAME` and eval_NAME_KEY.json
     title: ClassVar[str]  # in the report
-    uses_pixels: ClassVar[bool] = True  # True if `measure` accepts None, for raw pixels
+    uses_pixels: ClassVar[bool] = True  # True if raw pixels may stand for features
     has_figure: ClassVar[bool] = False
 
     def open(self, options: Any, config: Config, context: EvalContext) -> Any:
@@ -39,12 +40,22 @@ class EvalTask(ABC):
         """Return the images that give an untrained network its BatchNorm statistics."""
         return data.train
 
-    @abstractmethod
-    def measure(self, backbone: nn.Module | None, data: Any, options: Any, context: EvalContext) -> Row:
-        """Return a backbone's metrics, the most important first. Does not change the backbone.
+    def memory(self, data: Any, features: int, options: Any, world: World) -> int:
+        """Return the bytes that `measure` keeps on a rank's device beside the network; 0 if few.
 
         Args:
-            backbone: (n, 3, S, S) -> (n, F), on the context's device; None stands for raw pixels.
+            features: F of the backbone.
+        """
+        return 0
+
+    @abstractmethod
+    def measure(self, backbone: nn.Module, data: Any, options: Any, context: EvalContext) -> Row:
+        """Return a backbone's metrics, the most important first. Does not change the backbone.
+
+        Every rank calls this; all return the same.
+
+        Args:
+            backbone: (n, 3, S, S) -> (n, F), on the context's device.
             data: what `open` returned.
         """
 

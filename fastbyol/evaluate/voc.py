@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.decode import EXTENSIONS, BadImage, as_stored
-from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError, error_reason
 from fastbyol.evaluate.context import EvalContext
 from fastbyol.evaluate.image_files import image_size, path_spellings, read_text, warn_absent_classes
@@ -65,8 +64,7 @@ def open_voc(root: Path, context: EvalContext) -> VocFolder:
         name = min(both).file.stem
         raise InputError(f"root={root}: {name} is in both train.txt and val.txt; remove it from one of them")
     images = [*folder.train, *folder.val]
-    checked = map_in_order(lambda image: _check_image(image, folder), images, context.threads)
-    ids = list(context.track("reading images and masks", checked, len(images)))
+    ids = context.map_images("reading images and masks", lambda image: _check_image(image, folder), images)
     seen: dict[str, set[int]] = {}
     for split, part in (("train", ids[: len(folder.train)]), ("val", ids[len(folder.train) :])):
         found = set().union(*part)

@@ -38,6 +38,8 @@ class World:
     """Index among the processes of this machine, and of the GPU."""
     restarts: int = 0
     """Number of times torchrun has restarted the workers."""
+    local_size: int = 1
+    """Number of processes on this machine."""
 
     @property
     def is_main_process(self) -> bool:
@@ -58,6 +60,12 @@ class World:
         """Return the mean of `x` over all ranks. Every rank must call this."""
         return x if self.size == 1 else mean_over_ranks(x, dist.group.WORLD, self.size)
 
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of `x` over all ranks. Every rank must call this."""
+        if self.size > 1:
+            dist.all_reduce(x := x.clone(memory_format=torch.contiguous_format))
+        return x
+
     def maximum(self, x: Tensor) -> Tensor:
         """Return the element-wise maximum over all ranks. Every rank must call this."""
         if self.size > 1:
@@ -70,6 +78,14 @@ class World:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def gather_tensors(self, x: Tensor) -> Tensor:
+        """Return every rank's `x`, of equal shapes, stacked by rank. Every rank must call this."""
+        if self.size == 1:
+            return x[None]
+        values = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(values, x.contiguous())
+        return torch.stack(values)
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
@@ -106,7 +122,8 @@ def world_from_environment() -> World:
         raise InputError(
             f"RANK={rank} does not lie in 0..WORLD_SIZE-1={size - 1}: start with torchrun, or unset WORLD_SIZE"
         )
-    return World(rank, size, local, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return World(rank, size, local, restarts, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 _groups = itertools.count()
@@ -114,6 +131,9 @@ _groups = itertools.count()
 
 class ProcessGroup:
     """Context manager: the default process group. Does nothing for a world of size 1.
+
+    Args:
+        remedy: what the user can do if a peer is lost.
 
     If ranks fail, exactly one of them reports why: the first to reach the shared store. The others
     raise PeerFailure, which suppresses the duplicate error.
@@ -124,8 +144,16 @@ class ProcessGroup:
         PeerFailure: another rank reports why the run ends.
     """
 
-    def __init__(self, world: World, config: DistributedConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        world: World,
+        config: DistributedConfig,
+        device: torch.device,
+        *,
+        remedy: str = "restart with --resume auto",
+    ) -> None:
         self._world, self._timeout, self._device = world, timedelta(seconds=config.timeout_s), device
+        self._remedy = remedy
 
     def __enter__(self) -> None:
         if self._world.size == 1:
@@ -152,7 +180,7 @@ class ProcessGroup:
         if _is_lost_contact(error):
             raise RunError(
                 f"rank {self._world.rank} lost contact with another rank, which was killed or whose machine failed "
-                f"({first_line(error)}); restart with --resume auto"
+                f"({first_line(error)}); {self._remedy}"
             ) from None
 
     def _reports_first(self) -> bool:

@@ -35,7 +35,10 @@ class RunLog:
     Lines of metrics.jsonl; `step` counts the optimizer steps done:
         {"kind": "train", step, epoch, loss, lr, tau, projection_std, images_per_s, wait_share}
             in float16 also loss_scale and skipped_steps
-        {"kind": "knn", step, epoch, top1, top5}
+        {"kind": "knn", step, epoch, top1, top5, seconds, time_share}
+            seconds of this evaluation; share of all so far in the time of the run
+        {"kind": "quality", step, epoch, rank_me, alignment, uniformity, projection_std,
+            seconds, time_share}
         {"kind": "probe", step, epoch, loss, top5, top1}
 
     Args:
@@ -138,9 +141,13 @@ class RunLog:
         values = {"loss": loss, "lr": lr, "tau": tau, "projection_std": projection_std}
         self._write("train", step, values | {"images_per_s": rate, "wait_share": wait} | more, shown)
 
-    def knn(self, step: int, accuracy: dict[str, float]) -> None:
+    def knn(self, step: int, values: dict[str, float]) -> None:
         """Write a line of an online kNN evaluation."""
-        self._write("knn", step, accuracy, {"knn": f"{accuracy['top1']:.1%}"})
+        self._write("knn", step, values, {"knn": f"{values['top1']:.1%}"})
+
+    def quality(self, step: int, values: dict[str, float]) -> None:
+        """Write a line of the features' quality without labels."""
+        self._write("quality", step, values, {"rank": f"{values['rank_me']:.0f}"})
 
     def probe(self, step: int, epoch: dict[str, float]) -> None:
         """Write and print a line of the online classifier's epoch: Train Epoch, Loss, Top5
@@ -297,6 +304,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 _NUMBERS = {  # of each kind of line, besides step and epoch
     "train": ("loss", "lr", "tau", "projection_std", "images_per_s", "wait_share"),
     "knn": ("top1", "top5"),
+    "quality": ("rank_me", "alignment", "uniformity", "projection_std"),
     "probe": ("loss", "top1", "top5"),
 }
 

@@ -29,6 +29,9 @@ _QUERIES, _NEIGHBORS = 8, 5
 _CURVES = (  # kind of line in metrics.jsonl, key, title, unit
     ("train", "loss", "Loss", ""),
     ("knn", "top1", "Online kNN top-1", "%"),
+    ("quality", "rank_me", "Effective rank of the features (RankMe)", ""),
+    ("quality", "alignment", "Alignment: distance of two views", ""),
+    ("quality", "uniformity", "Uniformity: lower is more spread out", ""),
     ("train", "lr", "Learning rate", ""),
     ("train", "tau", "Target EMA decay (tau)", ""),
     ("train", "projection_std", "Std of normalized projections", ""),
@@ -98,7 +101,7 @@ def draw_neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet) 
     size = config.data.image_size_px
     bank, queries = train.subsample(config.knn.max_bank_images), val.subsample(_QUERIES)
     bank_features, query_features = (_extract(config, model, images) for images in (bank, queries))
-    similarity, index = nearest(bank_features.x, query_features.x, _NEIGHBORS)  # (queries, neighbors)
+    similarity, index = nearest(bank_features, query_features, _NEIGHBORS)  # (queries, neighbors)
     bank_indices, query_indices = _readable(bank, bank_features), _readable(queries, query_features)
     figure = Figure(figsize=(1.45 * (1 + _NEIGHBORS), 1.62 * len(index)), layout="constrained")
     grid = figure.subplots(len(index), 1 + _NEIGHBORS, squeeze=False)

@@ -11,6 +11,7 @@ import pytest
 import simplejpeg
 import torch
 from helpers.common import jpeg
+from helpers.stopping import stop_after
 from rich.console import Console
 from shapes import prepare_shapes
 from sklearn.datasets import load_digits
@@ -21,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from fastbyol.api import pretrain as train
+from fastbyol.callbacks import Callback
 from fastbyol.config import Config
 from fastbyol.data import open_split
 from fastbyol.data.crops import random_crops
@@ -30,14 +32,16 @@ from fastbyol.data.views import apply_reference, epoch_order, sample
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import context as contexts
 from fastbyol.evaluate import features as extraction
+from fastbyol.evaluate import online
 from fastbyol.evaluate.context import EvalContext, missing_images_warning
-from fastbyol.evaluate.features import Features, Splits, calibrate_batchnorm, extract_features
+from fastbyol.evaluate.features import Features, RawPixels, Splits, calibrate_batchnorm, extract_features
 from fastbyol.evaluate.fewshot import episode_accuracies, nearest_mean_scores
 from fastbyol.evaluate.finetune import finetune
-from fastbyol.evaluate.knn import knn_accuracy, knn_scores
+from fastbyol.evaluate.knn import knn_accuracy, nearest, votes
 from fastbyol.evaluate.linear import (
     CACHED_BASE_LRS,
     Probes,
+    Standardization,
     _held_out_mask,
     augmented_accuracy,
     fit_linear,
@@ -45,6 +49,7 @@ from fastbyol.evaluate.linear import (
     probe_batch_size,
     train_probes,
 )
+from fastbyol.evaluate.online import OnlineKnn
 from fastbyol.evaluate.options import EVALUATIONS, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
 from fastbyol.evaluate.robustness import CORRUPTIONS, SEVERITIES, corrupt
 from fastbyol.evaluate.run import BYOL_ROW, PIXELS_ROW, TASKS, UNTRAINED_ROW, eval_context, evaluate
@@ -70,29 +75,42 @@ def blobs(n, classes, features, spread, seed=0):
     centers = np.random.default_rng(99).normal(size=(classes, features))
     labels = rng.integers(0, classes, n)
     x = centers[labels] + spread * rng.normal(size=(n, features))
-    return Features(torch.tensor(x, dtype=torch.float32), torch.tensor(labels), classes, {})
+    return Features.of(torch.tensor(x, dtype=torch.float32), torch.tensor(labels), classes)
+
+
+def values(features):
+    """All features (M, F) in float32, on one rank."""
+    return features.rows(slice(None))
 
 
 @pytest.mark.parametrize("k", [1, 5, 20, 500])
 def test_knn_matches_scikit_learn(k):
     train_set, val = blobs(300, 7, 16, 1.5), blobs(200, 7, 16, 1.5, seed=1)
     temperature = 0.07
-    # scikit-learn passes cosine distances d = 1 - s, so exp(-d / T) is exp(s / T) up to a constant
+    # scikit-learn passes distances d = 2 - s, so exp(-d / T) is exp(s / T) up to a constant
     # factor.
-    sklearn = KNeighborsClassifier(min(k, 300), metric="cosine", weights=lambda d: np.exp(-d / temperature))
-    sklearn.fit(train_set.x.double().numpy(), train_set.labels.numpy())
-    scores = knn_scores(train_set.x, train_set.labels, val.x, k=k, temperature=temperature, classes=7)
+    options = {"metric": "precomputed", "weights": lambda d: np.exp(-d / temperature)}
+    sklearn = KNeighborsClassifier(min(k, 300), **options)
+    bank, queries = train_set.unit.double(), val.unit.double()
+    sklearn.fit(2 - bank @ bank.T, train_set.labels.numpy())
+    similarity, position = nearest(train_set, val, k)
+    scores = votes(similarity, train_set.labels[position], temperature=temperature, classes=7)
     share = scores / scores.sum(1, keepdim=True)
-    assert np.abs(share.numpy() - sklearn.predict_proba(val.x.double().numpy())).max() < 1e-4
-    expected = sklearn.score(val.x.double().numpy(), val.labels.numpy())
+    distances = 2 - queries @ bank.T  # a rounded vector may be longer than 1, a distance not negative
+    assert np.abs(share.numpy() - sklearn.predict_proba(distances)).max() < 1e-4
+    expected = sklearn.score(distances, val.labels.numpy())
     assert knn_accuracy(train_set, val, k=k, temperature=temperature)["top1"] == pytest.approx(expected)
+    # Storage in 16 bits moves a similarity by 1e-4, a share by a few times that / T.
+    exact = KNeighborsClassifier(min(k, 300), metric="cosine", weights=options["weights"])
+    exact.fit(values(train_set), train_set.labels)
+    assert np.abs(share.numpy() - exact.predict_proba(values(val))).max() < 3e-3
 
 
 def test_linear_probe_matches_logistic_regression():
     train_set, val = blobs(4000, 5, 12, 1.6), blobs(4000, 5, 12, 1.6, seed=1)
     accuracy = linear_accuracy(train_set, val, base_lrs=(0.01, 0.1), epochs=40)
-    sklearn = LogisticRegression(C=1e4, max_iter=1000).fit(train_set.x.numpy(), train_set.labels.numpy())
-    assert accuracy["top1"] == pytest.approx(sklearn.score(val.x.numpy(), val.labels.numpy()), abs=0.005)
+    sklearn = LogisticRegression(C=1e4, max_iter=1000).fit(values(train_set).numpy(), train_set.labels.numpy())
+    assert accuracy["top1"] == pytest.approx(sklearn.score(values(val).numpy(), val.labels.numpy()), abs=0.005)
     assert 0.5 < accuracy["top1"] < 0.95  # neither trivial nor at chance
 
 
@@ -107,11 +125,11 @@ def test_linear_probe_matches_logistic_regression_on_900_digits():
     for seed in range(4):
         order = np.random.default_rng(seed).permutation(len(digits.target))
         train_set, val = (
-            Features(torch.tensor(digits.data[rows], dtype=torch.float32), torch.tensor(digits.target[rows]), 10, {})
+            Features.of(torch.tensor(digits.data[rows], dtype=torch.float32), torch.tensor(digits.target[rows]), 10)
             for rows in (order[:900], order[900:])
         )
-        scaler = StandardScaler().fit(train_set.x)
-        x, x_val = (scaler.transform(features.x) for features in (train_set, val))
+        scaler = StandardScaler().fit(values(train_set))
+        x, x_val = (scaler.transform(values(features)) for features in (train_set, val))
         held, y = _held_out_mask(900, 0).numpy(), train_set.labels.numpy()
         regularizations = {
             c: log_loss(y[held], LogisticRegression(C=c, max_iter=2000).fit(x[~held], y[~held]).predict_proba(x[held]))
@@ -136,7 +154,9 @@ def test_linear_protocol_is_the_paper_s_on_large_data_sets(images, batch, held_o
 def test_batched_probes_match_torch_sgd():
     data = blobs(96, 3, 5, 1.0)
     rates = (0.05, 0.4)
-    probes = train_probes(data.x, data.labels, 3, base_lrs=rates, epochs=3, batch_size=32, seed=4)
+    x = values(data)
+    same = Standardization(torch.zeros(5), torch.ones(5))
+    probes = train_probes(data, same, torch.arange(96), base_lrs=rates, epochs=3, batch_size=32, seed=4)
     for i, rate in enumerate(rates):
         layer = nn.Linear(5, 3)
         nn.init.zeros_(layer.weight)
@@ -147,7 +167,7 @@ def test_batched_probes_match_torch_sgd():
         for _ in range(3):
             for rows in torch.randperm(96, generator=generator).split(32):
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(layer(data.x[rows]), data.labels[rows]).backward()
+                nn.functional.cross_entropy(layer(x[rows]), data.labels[rows]).backward()
                 optimizer.step()
                 schedule.step()
         assert (probes.weight[i] - layer.weight).abs().max() < 1e-5
@@ -159,7 +179,7 @@ def test_learning_rate_is_selected_on_held_out_training_images():
     result = linear_accuracy(train_set, val, base_lrs=(1e-9, 0.1), epochs=20)
     assert result["base_lr"] == 0.1
     # Shuffled validation labels change the accuracy but not the selection.
-    shuffled = Features(val.x, val.labels.roll(1), 4, {})
+    shuffled = Features.of(values(val), val.labels.roll(1), 4)
     other = linear_accuracy(train_set, shuffled, base_lrs=(1e-9, 0.1), epochs=20)
     assert (other["base_lr"], other["held_out_top1"]) == (result["base_lr"], result["held_out_top1"])
     assert other["top1"] < 0.5 < result["top1"]
@@ -167,7 +187,9 @@ def test_learning_rate_is_selected_on_held_out_training_images():
 
 def test_non_finite_features_raise():
     data = blobs(50, 3, 4, 1.0)
-    data.x[3, 2] = float("nan")
+    x = values(data)
+    x[3, 2] = float("nan")
+    data = Features.of(x, data.labels, 3)
     with pytest.raises(InputError, match="diverged"):
         knn_accuracy(data, data, k=5, temperature=0.07)
     with pytest.raises(InputError, match="diverged"):
@@ -178,7 +200,7 @@ def test_extract_uses_eval_mode_and_restores_train_mode(photos):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
     before = network[1].running_mean.clone()
     features = extract_features(network, open_split(photos, "val"), EvalContext(size=32, **CPU), None)
-    assert features.x.shape == (18, 4)
+    assert features.unit.shape == (18, 4)
     assert torch.equal(network[1].running_mean, before)
     assert network.training
 
@@ -187,16 +209,14 @@ def test_calibrated_batchnorm_has_the_statistics_of_the_data(photos):
     folder = open_split(photos, "train")
     network = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     calibrate_batchnorm(network, folder, cpu_context())
-    pixels = extract_features(None, folder, EvalContext(size=32, **CPU), None).x.view(72, 3, 32, 32)
+    pixels = values(extract_features(RawPixels(64), folder, EvalContext(size=32, **CPU), None)).view(72, 3, 32, 32)
     assert (network[0].running_mean - pixels.mean((0, 2, 3))).abs().max() < 1e-3
     assert network[0].momentum == 0.1  # restored for further training
 
 
 def test_raw_pixels_are_pooled_to_64_px(photos):
-    assert extract_features(None, open_split(photos, "val"), EvalContext(size=96, **CPU), None).x.shape == (
-        18,
-        3 * 64 * 64,
-    )
+    features = extract_features(RawPixels(64), open_split(photos, "val"), EvalContext(size=96, **CPU), None)
+    assert features.unit.shape == (18, 3 * 64 * 64)
 
 
 @pytest.fixture
@@ -414,13 +434,9 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, log_lines):
 def test_feature_extraction_logs_progress(run, photos, monkeypatch, log_lines):
     clock = Clock(monkeypatch)
     original = extraction.center_crops
+    monkeypatch.setattr(extraction, "BATCH", 20)
     monkeypatch.setattr(
-        extraction,
-        "center_crops",
-        lambda *args, **options: clock.passes(original(*args, **options | {"batch_size": 20}), 11),
-    )
-    monkeypatch.setattr(
-        extraction.extract_each, "__kwdefaults__", extraction.extract_each.__kwdefaults__ | {"batch_size": 20}
+        extraction, "center_crops", lambda *args, **options: clock.passes(original(*args, **options), 11)
     )
     log_lines.clear()
     evaluate("knn", KnnEval(run=str(run), baselines=False))
@@ -472,7 +488,7 @@ def test_diverged_finetuning_names_the_rates(run, task, options, text):
 
 def test_diverged_classifier_names_the_rate():
     x = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
-    train = Features(x, torch.arange(4096) % 2, 2, {})
+    train = Features.of(x, torch.arange(4096) % 2, 2)
     with pytest.raises(RunError, match=r"base_lrs=3e\+38: the classifier became NaN or infinite; choose lower ones"):
         fit_linear(train, base_lrs=(3e38,), epochs=3, batch_size=256)
 
@@ -510,7 +526,9 @@ def test_knn_scores_at_extreme_temperatures(temperature):
     equally.
     """
     bank, labels = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [0.0, 1.0]]), torch.tensor([2, 1, 1, 0])
-    scores = knn_scores(bank, labels, torch.tensor([[0.9, 0.3]]), k=3, temperature=temperature, classes=3)
+    query = Features.of(torch.tensor([[0.9, 0.3]]), torch.tensor([2]), 3)
+    similarity, position = nearest(Features.of(bank, labels, 3), query, 3)
+    scores = votes(similarity, labels[position], temperature=temperature, classes=3)
     assert torch.isfinite(scores).all()
     assert scores.argmax().item() == (1 if temperature > 1 else 2)
 
@@ -559,25 +577,30 @@ def test_random_crops_match_the_reference_in_epoch_order(photos):
     assert not params.jitter.any()
 
 
-def test_random_crops_skip_unreadable_images(folder_of):
+def test_random_crops_substitute_unreadable_images(folder_of):
     root = folder_of(
         {"train/a/0.jpg": jpeg(0), "train/a/1.jpg": b"no", "train/b/2.jpg": jpeg(2), "train/b/3.jpg": jpeg(3)}
     )
+    images, options = open_split(root, "train"), {"size": 16, "seed": 0, "epoch": 0, "threads": 2}
     bad = {}
-    batches = list(random_crops(open_split(root, "train"), size=16, seed=0, epoch=0, batch_size=4, threads=2, bad=bad))
-    assert [len(x) for x, _ in batches] == [3]
-    assert list(bad) == [1]
+    ((crops, indices),) = random_crops(images, batch_size=4, bad=bad, **options)
+    assert len(crops) == 4 and list(bad) == [1]
+    order = epoch_order(0, 0, 4)
+    assert indices.tolist() == [2 if k == 1 else k for k in order]
+    halves = [next(random_crops(images, batch_size=4, shard=np.arange(2) + r, bad={}, **options)) for r in (0, 2)]
+    assert np.array_equal(np.concatenate([part for _, part in halves]), indices)
+    assert torch.equal(torch.cat([part for part, _ in halves]), crops)
 
 
 def test_probes_ignore_images_of_weight_zero():
     data = blobs(64, 3, 5, 1.0)
     two = Probes((0.1, 0.1), 3, 5, torch.device("cpu"))
     keep = torch.arange(64) % 4 != 0
-    sample_weight = torch.stack((torch.full((64,), 1 / 64), keep / keep.sum()))
+    used, x = torch.stack((torch.ones(64), keep.float())), values(data)
     one = Probes((0.1,), 3, 5, torch.device("cpu"))
     for k in range(5):
-        two.step(data.x, data.labels, sample_weight, batch_size=64, progress=k / 5)
-        one.step(data.x[keep], data.labels[keep], torch.full((1, 48), 1 / 48), batch_size=64, progress=k / 5)
+        two.step(x, data.labels, used, batch_size=64, progress=k / 5)
+        one.step(x[keep], data.labels[keep], torch.ones(1, 48), batch_size=64, progress=k / 5)
     assert (two.weight[1] - one.weight[0]).abs().max() < 1e-6
     assert (two.weight[0] - one.weight[0]).abs().max() > 1e-4
 
@@ -683,7 +706,7 @@ def test_episode_accuracies():
     options = FewshotEval(run="run", ways=5, queries=10, episodes=60)
     assert episode_accuracies(train_set, val, options, shots=3).min() == 1.0
     rng = np.random.default_rng(0)
-    shuffled = Features(val.x, val.labels[torch.from_numpy(rng.permutation(400))], 8, {})
+    shuffled = Features.of(values(val), val.labels[torch.from_numpy(rng.permutation(400))], 8)
     assert episode_accuracies(train_set, shuffled, options, shots=3).mean() == pytest.approx(0.2, abs=0.02)
     noisy = blobs(400, 8, 16, 3.0), blobs(400, 8, 16, 3.0, seed=1)
     few, many = (episode_accuracies(*noisy, options, shots=k).mean() for k in (1, 20))
@@ -847,3 +870,51 @@ def test_rows_as_text():
     linear = accuracy | {"base_lr": 0.1, "held_out_top1": 0.5}
     assert TASKS["linear"].format_row(linear) == "top-1  64.2%  top-5  91.0%  (base lr 0.1)"
     assert TASKS["detection"].format_row({"map": 0.3, "map50": 1.0}) == "mAP  30.0%  map50 100.0%"
+
+
+# --- online kNN: its share of the time ---
+
+
+class Elapsed(Callback):
+    """A clock for the online kNN that advances by 25 s per step and by 10 s per evaluation."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(online, "clock", lambda: self.now)
+        measure = OnlineKnn._measure
+
+        def measured(callback, run):
+            self.now += 10
+            return measure(callback, run)
+
+        monkeypatch.setattr(OnlineKnn, "_measure", measured)
+
+    def on_step(self, run, batch, output):
+        self.now += 25
+
+
+def knn_lines(run):
+    return [line for line in read_metrics(run) if line["kind"] == "knn"]
+
+
+def test_automatic_interval_of_online_knn_keeps_to_two_percent(make_config, monkeypatch):
+    """Epochs take 100 s, evaluations 10 s: one after the first and the last epoch, 2 % in all."""
+    options = {"knn": {"every_epochs": "auto"}, "checkpoint": {"every_epochs": 20}}
+    config = make_config(optim={"epochs": 40, "warmup_epochs": 0}, **options)
+    folder = train(config, [Elapsed(monkeypatch)]).folder
+    lines = knn_lines(folder)
+    assert [line["epoch"] for line in lines] == [1, 15, 20, 25, 30, 35, 40]
+    assert all(line["seconds"] == 10 for line in lines)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["knn_seconds"] == 70
+    assert summary["knn_time_share"] == pytest.approx(70 / 4070)
+    assert lines[-1]["time_share"] == summary["knn_time_share"] <= 0.02
+
+
+def test_cost_of_online_knn_is_counted_over_a_resume(make_config, monkeypatch):
+    options = {"knn": {"every_epochs": "auto"}, "checkpoint": {"every_epochs": 1}}
+    config = make_config(optim={"epochs": 20, "warmup_epochs": 0}, **options)
+    stop_after(monkeypatch, 4 * 12)
+    assert train(config, [Elapsed(monkeypatch)]).step == 4 * 12
+    folder = train(replace(config, resume="auto"), [Elapsed(monkeypatch)]).folder
+    assert [line["epoch"] for line in knn_lines(folder)] == [1, 15, 20]  # not again after the restart

@@ -677,7 +677,7 @@ def torchrun(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", [["trian"], ["train", "--epochs", "3"], ["eval", "knn", "--run", "x"], ["pack", "a", "b"]]
+    "words", [["trian"], ["train", "--epochs", "3"], ["eval", "knn", "--runn", "x"], ["pack", "a", "b"]]
 )
 def test_only_local_rank_0_reports_input_errors(capsys, torchrun, words):
     torchrun(0)

@@ -20,7 +20,7 @@ from fastbyol.data import build_loader, open_split
 from fastbyol.data.device import deliver
 from fastbyol.data.pack import pack
 from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.features import extract_each
+from fastbyol.evaluate.features import extract_features
 from fastbyol.kernels.batch_norm import batch_norm
 from fastbyol.optim import build_optimizer
 
@@ -249,7 +249,7 @@ def test_dali_readers_pin_pixels_decoded_on_the_host(photos, tmp_path, monkeypat
     assert not threads
 
 
-def test_evaluation_does_not_compile(photos):
+def test_evaluation_does_not_compile(photos, monkeypatch):
     """Multi-rank training compiles the backbone's modules, but kNN runs them eagerly.
 
     Otherwise eval mode and the smaller last batch would each compile again.
@@ -270,9 +270,9 @@ def test_evaluation_does_not_compile(photos):
     backbone(torch.randn(4, 3, SIZE, SIZE))
     assert len(compiled) == 1
     context = EvalContext(size=SIZE, device=torch.device("cpu"), dtype=torch.float32, threads=1)
-    transforms = [lambda crops, indices: crops]
-    (features,) = extract_each(backbone, open_split(photos, "val"), context, transforms, None, batch_size=7)
-    assert features.x.shape == (18, 4)
+    monkeypatch.setattr("fastbyol.evaluate.features.BATCH", 7)
+    features = extract_features(backbone, open_split(photos, "val"), context, None)
+    assert features.unit.shape == (18, 4)
     assert len(compiled) == 1
 
 

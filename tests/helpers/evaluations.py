@@ -1,0 +1,79 @@
+"""Script for the ranks of test_ranks.py.
+
+Usage: `torchrun ... evaluations.py EVALUATIONS.json [kill RANK|losses FILE]`. Runs all evaluations
+of a JSON list of [task, options].
+
+- `kill`: RANK sends itself SIGKILL after its first batch of images.
+- `losses`: rank 0 writes the losses of all training steps of dense protocols, a list per network.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from fastbyol.errors import FastbyolError, PeerFailure
+from fastbyol.evaluate import dense, detection, features
+from fastbyol.evaluate.options import EVALUATIONS
+from fastbyol.evaluate.run import evaluate
+from fastbyol.runtime.logging import console_logging
+
+
+def record_losses() -> list[list[float]]:
+    """Record the losses of dense training, the mean over ranks; return the growing list.
+
+    Detectors draw all proposals, so that their number differs between images.
+    """
+    detection._MIN_BOXES = 4096
+    original, recorded = dense.fit, []
+
+    def fit(network, loss_of, make_sample, images, options, context):
+        losses = []
+        recorded.append(losses)
+
+        def recording(batch):
+            loss = loss_of(batch)
+            losses.append(context.world.mean(loss.detach()).item())
+            return loss
+
+        original(network, recording, make_sample, images, options, context)
+
+    dense.fit = fit
+    return recorded
+
+
+def sabotage(rank: str) -> None:
+    original = features.center_crops
+
+    def watched(*args, **options):
+        for batch in original(*args, **options):
+            yield batch
+            if os.environ["RANK"] == rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    features.center_crops = watched
+
+
+def main() -> int:
+    what, value = sys.argv[2:] if len(sys.argv) > 2 else (None, None)
+    if what == "kill":
+        sabotage(value)
+    recorded = record_losses() if what == "losses" else None
+    try:
+        with console_logging():
+            for task, options in json.loads(Path(sys.argv[1]).read_text()):
+                known = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+                evaluate(task, EVALUATIONS[task](**known))
+        if recorded is not None and os.environ["RANK"] == "0":
+            Path(value).write_text(json.dumps(recorded))
+    except PeerFailure as error:
+        return error.exit_code
+    except FastbyolError as error:
+        print(f"fastbyol: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
