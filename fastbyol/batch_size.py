@@ -1,7 +1,5 @@
 """`data.batch_size=auto`: the largest power of two that fits into memory."""
 
-import os
-
 import torch
 
 from fastbyol.config import Config
@@ -31,7 +29,7 @@ def find_batch_size(config: Config, device: torch.device, world: World, model: B
     Raises:
         InputError: not even two images fit.
     """
-    free = free_bytes(device) * _SHARE / (1 if device.type == "cuda" else _local_ranks(world))
+    free = free_bytes(device) * _SHARE / (1 if device.type == "cuda" else world.local_size)
     parts = config.step.micro_batches
     model = model.to(device=device, memory_format=torch.channels_last)
     activation_checkpointing(model.online.backbone, config.step.activation_checkpointing)
@@ -109,7 +107,3 @@ def _fits(model: BYOL, config: Config, images: int, device: torch.device) -> boo
         torch.cuda.empty_cache()
         return False
     return True
-
-
-def _local_ranks(world: World) -> int:
-    return min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), world.size)

@@ -124,7 +124,7 @@ def accuracies(hits: Tensor, count: int) -> dict[str, float]:
 
 def knn_bytes(train: int, val: int, features: int, k: int, world: World) -> int:
     """Return the memory of a rank in bytes; the formula is at the top of this file."""
-    products = 4 * (_QUERY_CHUNK + 4096) * features + 8 * _QUERY_CHUNK * 4096
+    products = 4 * (_QUERY_CHUNK + 4096) * features + 16 * _QUERY_CHUNK * 4096
     shards = feature_bytes(train, features, world) + feature_bytes(val, features, world)
     return shards + (2 * features + 16 * k) * val + products
 

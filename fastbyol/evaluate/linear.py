@@ -325,7 +325,9 @@ def probe_bytes(train: int, val: int, features: int, classes: int, options: Prob
     """Return the memory of a rank in bytes; the formula is at the top of this file."""
     classifiers, batch = len(options.base_lrs) or len(CACHED_BASE_LRS), probe_batch_size(options.batch_size, train)
     if getattr(options, "features", "cached") == "augmented":  # two per rate; only held-out features are cached
-        classifiers, train = 2 * classifiers, _held_out_count(train)
+        classifiers, train, batch = 2 * classifiers, _held_out_count(train), min(batch, train)
+    else:
+        batch = min(batch, -(-train // _MIN_STEPS_PER_EPOCH))
     shards = feature_bytes(train, features, world) + feature_bytes(val, features, world)
     return shards + 16 * classifiers * classes * (features + 1) + 12 * classifiers * batch * classes
 

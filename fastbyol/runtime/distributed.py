@@ -113,6 +113,7 @@ def world_from_environment() -> World:
         return World()
     try:
         rank, size, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     except (KeyError, ValueError) as error:
         raise InputError(
             f"WORLD_SIZE is set but RANK, WORLD_SIZE and LOCAL_RANK are not all numbers ({error}): start with "
@@ -123,7 +124,7 @@ def world_from_environment() -> World:
             f"RANK={rank} does not lie in 0..WORLD_SIZE-1={size - 1}: start with torchrun, or unset WORLD_SIZE"
         )
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    return World(rank, size, local, restarts, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return World(rank, size, local, restarts, local_size)
 
 
 _groups = itertools.count()

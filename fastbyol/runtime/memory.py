@@ -100,10 +100,21 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return free
+    limit = cgroup_free_bytes(Path("/sys/fs/cgroup"))
+    return free if limit is None else min(free, limit)
+
+
+def cgroup_free_bytes(group: Path) -> int | None:
+    """Return what a cgroup's limit leaves free; None without a limit.
+
+    Cached files count as free: the kernel drops them when memory is needed.
+    """
+    limit = group / "memory.max"
+    if not limit.exists() or (text := limit.read_text().strip()) == "max":
+        return None
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    cached = int(stat["inactive_file"]) + int(stat["active_file"])
+    return int(text) - int((group / "memory.current").read_text()) + cached
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:

@@ -72,8 +72,8 @@ def test_two_ranks_match_one_rank(make_config, tmp_path):
         make_config(**options("short", **short)),
         make_config(**options("compiled", step={"mode": "compile"}, **SMOOTH)),
         make_config(**options("parts", step={"micro_batches": 2})),
-        # Only rank 0 evaluates and saves the best checkpoint. The online classifier learns from the
-        # images of all ranks.
+        # All ranks evaluate, and rank 0 saves the best checkpoint. The online classifier learns
+        # from the images of all ranks.
         make_config(**options("watched", knn={"every_epochs": 2}, probe=ProbeConfig(enabled=True))),
     ]
     done = torchrun(tmp_path, two)

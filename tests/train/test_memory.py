@@ -117,8 +117,7 @@ def test_ranks_of_one_machine_share_its_memory(make_config, monkeypatch):
     config = make_config(data={"batch_size": "auto"})
     monkeypatch.setattr(batch_size, "free_bytes", lambda device: GIB // 2)
     alone = found(config)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert found(config, World(0, 8)) == alone // 4
+    assert found(config, World(0, 8, local_size=4)) == alone // 4
 
 
 def test_automatic_batch_size_scales_the_rate_and_survives_a_resume(make_config, monkeypatch, capsys):
@@ -139,6 +138,17 @@ def test_automatic_batch_size_scales_the_rate_and_survives_a_resume(make_config,
 
 def test_free_memory_is_plausible():
     assert 2**24 < memory.free_bytes(CPU) < 2**50
+
+
+def test_cached_files_of_a_container_count_as_free(tmp_path):
+    """The kernel counts them as used, but drops them when memory is needed."""
+    assert memory.cgroup_free_bytes(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.cgroup_free_bytes(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 600\ninactive_file 400\nactive_file 150\nshmem 50\n")
+    assert memory.cgroup_free_bytes(tmp_path) == 650
 
 
 def test_fixed_bytes_of_resnet50(make_config):
