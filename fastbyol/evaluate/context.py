@@ -13,6 +13,7 @@ from rich.progress import Progress
 from fastbyol.data.images import UNLABELED, ImageSet
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import join_names
+from fastbyol.evaluate.partial import PartialResult
 from fastbyol.runtime.console import SECONDS_BETWEEN_LINES
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.logging import logger
@@ -36,6 +37,7 @@ class EvalContext:
     dtype: torch.dtype  # of autocast
     threads: int  # decoder threads
     world: World = field(default_factory=World)
+    partial: PartialResult = field(default_factory=PartialResult)
     bad: dict[str, str] = field(default_factory=dict)  # path of an unreadable image -> reason
     extractions: list[tuple[int, float]] = field(default_factory=list)  # images and seconds of each pass over a split
 

@@ -167,7 +167,9 @@ def fit(
         average_gradients(parameters, context.world)
         nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
         optimizer.step()
-        if (step + 1) % (images // batch_size) == 0 and not all(torch.isfinite(x).all() for x in (loss, *parameters)):
+        if (step + 1) % (images // batch_size) == 0 and not all(
+            torch.isfinite(x).all() for x in (context.world.mean(loss.detach()), *parameters)
+        ):
             raise RunError(f"lr={options.lr:g}: the loss became NaN or infinite; choose a lower one")
 
 

@@ -260,7 +260,7 @@ def extract_each(
     for outputs, indices in network_outputs(backbone, split, context, transforms, description, bad):
         rows = slice(done, done + len(indices))
         for x, unit, length in zip(outputs, units, lengths, strict=True):
-            length[rows] = torch.linalg.vector_norm(x, dim=1)
+            length[rows] = _length(x)
             unit[rows] = _unit(x, length[rows])
         kept.append(indices)
         done = rows.stop
@@ -310,18 +310,13 @@ def network_outputs(
     )
     if description is not None:
         batches = context.track(description, batches, len(own), each=BATCH)
-    # force_eager: a backbone compiled for training would be recompiled for eval mode.
-    with (
-        eval_mode(network),
-        torch.no_grad(),
-        autocast(context.device, context.dtype),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        for crops, rows in batches:
-            if len(rows):
-                indices = own[rows]
-                images = (transform(crops, indices).to(context.device) for transform in transforms)
-                yield [network(x).float() for x in images], indices
+    for crops, rows in batches:
+        if len(rows):
+            indices = own[rows]
+            images = (transform(crops, indices).to(context.device) for transform in transforms)
+            with inference(network, context):
+                outputs = [network(x).float() for x in images]
+            yield outputs, indices
     bad.update((int(own[k]), reason) for k, reason in own_bad.items())
 
 
@@ -361,14 +356,22 @@ def check_finite(*features: Features) -> None:
 
 
 @contextmanager
-def eval_mode(backbone: nn.Module) -> Iterator[None]:
-    """Put a backbone into eval mode; restore its mode on exit."""
-    training = backbone.training
-    backbone.eval()
+def inference(network: nn.Module, context: EvalContext) -> Iterator[None]:
+    """Context manager: eval mode, autocast, no gradients. Restores the mode of the network.
+
+    A network that is compiled for training runs eagerly: eval mode would compile it again.
+    """
+    training = network.training
+    network.eval()
     try:
-        yield
+        with (
+            torch.no_grad(),
+            autocast(context.device, context.dtype),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield
     finally:
-        backbone.train(training)
+        network.train(training)
 
 
 def no_readable_images(images: ImageSet, bad: dict[int, str]) -> InputError:
@@ -382,18 +385,19 @@ def no_readable_images(images: ImageSet, bad: dict[int, str]) -> InputError:
 def feature_dim(backbone: nn.Module, context: EvalContext) -> int:
     """Return F, the number of features of an image of the context's size."""
     image = torch.zeros(1, 3, context.size, context.size, device=context.device)
-    with eval_mode(backbone), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with inference(backbone, context):
         return backbone(image).shape[1]
 
 
 def training_batches(
-    images: ImageSet, context: EvalContext, *, epochs: int, batch_size: int, seed: int, description: str
+    images: ImageSet, context: EvalContext, *, epochs: range, batch_size: int, seed: int, description: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield this rank's part of batches of random crops and flips.
 
     Shows progress, logs unreadable images. Every rank must exhaust the batches.
 
     Args:
+        epochs: numbers of the epochs, which determine order and views.
         batch_size: over all ranks.
 
     Yields:
@@ -409,7 +413,7 @@ def training_batches(
     shard = share_of_batch(batch_size, world)
 
     def batches() -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-        for epoch in range(epochs):
+        for epoch in epochs:
             bad: dict[int, str] = {}
             for crops, indices in random_crops(
                 images,
@@ -427,7 +431,7 @@ def training_batches(
             bad = _merge(world.gather(bad))
             context.skipped(images, bad)
 
-    for crops, indices in context.track(description, batches(), epochs * steps_per_epoch, unit="steps"):
+    for crops, indices in context.track(description, batches(), len(epochs) * steps_per_epoch, unit="steps"):
         rows = torch.from_numpy(indices)
         yield crops.to(context.device), labels[rows].to(context.device), rows
 

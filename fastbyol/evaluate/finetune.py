@@ -64,10 +64,14 @@ def finetune(
     epochs: int,
     batch_size: int,
     seed: int = 0,
+    stage: str = "",
 ) -> nn.Sequential:
     """Train a copy of the backbone with a linear classifier on labeled images.
 
     Every rank must call this; ranks share every batch and its BatchNorm statistics.
+
+    Args:
+        stage: name of the training in the partial result, where it is saved after every epoch.
 
     Raises:
         InputError: batches are too small for BatchNorm, or no image is readable.
@@ -89,21 +93,30 @@ def finetune(
     network = nn.Sequential(copy.deepcopy(backbone), head).train()
     sync_batch_norm(network, DistributedConfig(), world)
     optimizer = torch.optim.SGD(network.parameters(), 1.0, momentum=_MOMENTUM, nesterov=True)
-    total = epochs * (len(images) // batch_size)
-    loss = None
+    steps = len(images) // batch_size  # per epoch
+    first, loss = 0, torch.zeros((), device=context.device)
+    if (saved := context.partial.stage(stage)) is not None:
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["epoch"]
     description = f"fine-tuning, base lr {base_lr:g}"
     batches = training_batches(
-        images, context, epochs=epochs, batch_size=batch_size, seed=seed, description=description
+        images, context, epochs=range(first, epochs), batch_size=batch_size, seed=seed, description=description
     )
-    for step, (x, labels, _) in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = base_lr * batch_size / 256 * (1 + math.cos(math.pi * step / total)) / 2
+    for step, (x, labels, _) in enumerate(batches, start=first * steps):
+        optimizer.param_groups[0]["lr"] = (
+            base_lr * batch_size / 256 * (1 + math.cos(math.pi * step / (epochs * steps))) / 2
+        )
         with autocast(context.device, context.training_dtype):
             loss = F.cross_entropy(network(x).float(), labels)
         loss.backward()
         average_gradients(network.parameters(), world)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    if not all(torch.isfinite(value).all() for value in (loss, *network.parameters())):
+        if (step + 1) % steps == 0:
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            context.partial.save(stage, {"epoch": (step + 1) // steps} | state)
+    if not all(torch.isfinite(value).all() for value in (world.mean(loss.detach()), *network.parameters())):
         raise RunError(
             f"base_lrs={base_lr:g}: the network became NaN or infinite during fine-tuning; choose a lower one"
         )
@@ -126,12 +139,16 @@ def _select_base_lr(
     fit, test = images.subset(np.sort(order[held_out:])), images.subset(np.sort(order[:held_out]))
     accuracy = {}
     for base_lr in options.base_lrs:
-        try:
-            network = finetune(backbone, fit, context, base_lr=base_lr, **training)
-        except RunError as error:  # the other rates may work
-            logger.warning(str(error))
-            continue
-        accuracy[base_lr] = _accuracy(network, test, context)["top1"]
+        stage = f"base lr {base_lr:g}"
+        if (saved := context.partial.stage(stage)) is None or "top1" not in saved:
+            try:
+                network = finetune(backbone, fit, context, base_lr=base_lr, stage=stage, **training)
+            except RunError as error:  # the other rates may work
+                logger.warning(str(error))
+                continue
+            saved = {"top1": _accuracy(network, test, context)["top1"]}
+            context.partial.save(stage, saved)
+        accuracy[base_lr] = saved["top1"]
     if not accuracy:
         raise RunError(f"base_lrs={list(options.base_lrs)}: the network became NaN or infinite with all of them")
     best = max(accuracy, key=accuracy.__getitem__)
@@ -162,7 +179,7 @@ class FinetuneTask(EvalTask):
         Raises:
             InputError: the fraction leaves a class without images, or the file to save to exists.
         """
-        if options.save is not None:
+        if options.save is not None and not context.partial.rows:
             check_new(Path(options.save), "save")
         splits = open_splits(options, config)
         part = replace(
@@ -177,7 +194,7 @@ class FinetuneTask(EvalTask):
         """
         training = {"epochs": options.epochs, "batch_size": options.batch_size}
         base_lr, held_out = _select_base_lr(backbone, data.train, options, context, training)
-        network = finetune(backbone, data.train, context, base_lr=base_lr, **training)
+        network = finetune(backbone, data.train, context, base_lr=base_lr, stage="final", **training)
         if options.save is not None and context.world.is_main_process and not Path(options.save).exists():
             config = data.config
             save_backbone(Path(options.save), network[0], config.model, config.data.image_size_px, key="save")

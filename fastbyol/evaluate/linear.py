@@ -31,16 +31,15 @@ from fastbyol.evaluate.features import (
     Features,
     Splits,
     check_finite,
-    eval_mode,
     extract_features,
     feature_bytes,
     feature_dim,
+    inference,
     training_batches,
 )
 from fastbyol.evaluate.knn import accuracies, top_hits
 from fastbyol.evaluate.options import LinearEval, ProbeTraining
 from fastbyol.evaluate.task import EvalTask
-from fastbyol.precision import autocast
 from fastbyol.runtime.distributed import World
 
 CACHED_BASE_LRS = (0.003, 0.01, 0.03, 0.1, 0.3)  # for standardized features
@@ -93,6 +92,16 @@ class Probes:
             gradient = self._world.sum(gradient).div_(count.view(-1, *ones))
             buffer.mul_(_MOMENTUM).add_(gradient)
             parameter.sub_(gradient.add_(buffer, alpha=_MOMENTUM).mul_(lr.view(-1, *ones)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return weights, biases and their momentum."""
+        weight, bias = self._momentum_buffers
+        return {"weight": self.weight, "bias": self.bias, "weight_momentum": weight, "bias_momentum": bias}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load the result of `state_dict`."""
+        for name, value in self.state_dict().items():
+            value.copy_(state[name])
 
     def check_finite(self, which: slice = slice(None)) -> None:
         """Raise RunError if a weight of the selected classifiers is NaN or infinite."""
@@ -242,17 +251,27 @@ def augmented_accuracy(
     held_out = _held_out_mask(len(train), seed=0)
     device, rates = context.device, [*base_lrs, *base_lrs]
     probes = Probes(rates, len(splits.classes), feature_dim(backbone, context), device, world)
-    total = epochs * (len(train) // batch_size)
+    steps = len(train) // batch_size  # per epoch
+    first = 0
+    if (saved := context.partial.stage("probe")) is not None:
+        probes.load_state_dict(saved["probes"])
+        first = saved["epoch"]
     batches = training_batches(
-        train, context, epochs=epochs, batch_size=batch_size, seed=0, description="linear probe, augmented"
+        train,
+        context,
+        epochs=range(first, epochs),
+        batch_size=batch_size,
+        seed=0,
+        description="linear probe, augmented",
     )
-    with eval_mode(backbone):
-        for step, (images, labels, rows) in enumerate(batches):
-            with torch.no_grad(), autocast(device, context.dtype):
-                x = backbone(images).float()
-            fit = (~held_out[rows]).to(x)
-            used = torch.stack((torch.ones_like(fit), fit)).repeat_interleave(len(base_lrs), 0)  # (L, B)
-            probes.step(x, labels, used, batch_size=batch_size, progress=step / total)
+    for step, (images, labels, rows) in enumerate(batches, start=first * steps):
+        with inference(backbone, context):
+            x = backbone(images).float()
+        fit = (~held_out[rows]).to(x)
+        used = torch.stack((torch.ones_like(fit), fit)).repeat_interleave(len(base_lrs), 0)  # (L, B)
+        probes.step(x, labels, used, batch_size=batch_size, progress=step / (epochs * steps))
+        if (step + 1) % steps == 0:
+            context.partial.save("probe", {"epoch": (step + 1) // steps, "probes": probes.state_dict()})
     test = extract_features(backbone, train.subset(held_out.nonzero()[:, 0].numpy()), context)
     hits, losses = (values[len(base_lrs) :] for values in _score(probes, test))
     best, accuracy = _best_classifier(hits, losses, len(test.all_labels))

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.features import BATCH, Features, eval_mode
-from fastbyol.precision import autocast
+from fastbyol.evaluate.features import BATCH, Features, inference
 
 _EPSILON = 1e-7  # of RankMe
 _TEMPERATURE = 2.0  # t of the uniformity
@@ -53,12 +52,7 @@ def alignment(backbone: nn.Module, views: tuple[Tensor, Tensor], context: EvalCo
         views: each (B, 3, S, S), on the device.
     """
     total = torch.zeros((), dtype=torch.float64, device=context.device)
-    with (
-        eval_mode(backbone),
-        torch.no_grad(),
-        autocast(context.device, context.dtype),
-        torch.compiler.set_stance("force_eager"),
-    ):
+    with inference(backbone, context):
         for pair in zip(*(view.split(BATCH) for view in views), strict=True):
             u, v = (nn.functional.normalize(backbone(view).float(), dim=1) for view in pair)
             total += (u - v).square().sum().double()

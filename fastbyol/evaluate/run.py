@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from fastbyol import __version__
 from fastbyol.build import build_model
 from fastbyol.config import Config, DistributedConfig
 from fastbyol.errors import InputError
@@ -22,6 +25,7 @@ from fastbyol.evaluate.finetune import FINETUNE
 from fastbyol.evaluate.knn import KNN
 from fastbyol.evaluate.linear import LINEAR
 from fastbyol.evaluate.options import EvalConfig
+from fastbyol.evaluate.partial import SUFFIX, PartialResult
 from fastbyol.evaluate.robustness import ROBUSTNESS
 from fastbyol.evaluate.segmentation import SEGMENTATION
 from fastbyol.evaluate.task import EvalTask
@@ -36,6 +40,7 @@ from fastbyol.runtime.files import check_output, read_json_or, write_json, write
 from fastbyol.runtime.logging import logger, muted
 from fastbyol.runtime.memory import free_bytes
 from fastbyol.runtime.results import PREFIX, is_result
+from fastbyol.runtime.signals import sigterm_raises
 from fastbyol.weights.load import load_checkpoint_model
 
 BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
@@ -63,8 +68,10 @@ def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
     cores.respect_quota()
     world = world_from_environment()
     device = choose_device(options.device, world.local_rank)
-    group = ProcessGroup(world, DistributedConfig(), device, remedy="start the evaluation again")
-    with group, muted(not world.is_main_process):
+    remedy = "start the evaluation again"
+    group = ProcessGroup(world, DistributedConfig(), device, remedy=remedy)
+    ended = sigterm_raises(f"received SIGTERM: another rank failed, or the job was stopped; {remedy}")
+    with group, muted(not world.is_main_process), ended if world.size > 1 else nullcontext():
         return _evaluate(TASKS[name], options, world)
 
 
@@ -76,7 +83,9 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
         out = Path(options.out) if options.out else run_folder_of(path) / name
         if world.is_main_process:
             _check_result_file(out, named=options.out is not None)
-    context = eval_context(config, options, world)
+    partial = PartialResult(_partial_file(out), f"{name} {__version__}", world)
+    partial.open()
+    context = replace(eval_context(config, options, world), partial=partial, bad=partial.bad)
     data = task.open(options, config, context)
     for note in (note for split in (data.train, data.val) for note in getattr(split, "notes", ())):
         logger.warning(note)
@@ -87,8 +96,11 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
     rows: dict[str, Row] = {}
     rates: dict[str, float] = {}
     for title, backbone in _networks(task, model, config, data, context, pixels, baselines=options.baselines):
-        rows[title] = task.measure(backbone, data, options, context)
-        logger.info(f"{title:<18} {task.format_row(rows[title])}")
+        is_finished = title in partial.rows
+        rows[title] = partial.rows[title] if is_finished else task.measure(backbone, data, options, context)
+        logger.info(f"{title:<18} {task.format_row(rows[title])}{' (finished before)' if is_finished else ''}")
+        if not is_finished:
+            partial.finish_row(title, rows[title])
         if (rate := context.images_per_s()) is not None:
             rates[title] = rate
     result = {
@@ -113,7 +125,13 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
             picture = out.with_suffix(".png")
             write_output(picture, _to_png(task.draw(rows)), f"--out {out}: figure {picture}")
         logger.info(f"wrote {out}")
+    partial.remove()
     return result
+
+
+def _partial_file(out: Path) -> Path | None:
+    """Return the file of the partial result; None if the result is not a regular file."""
+    return None if out.exists() and not out.is_file() else out.with_name(out.name + SUFFIX)
 
 
 def _check_memory(task: EvalTask, features: list[int], data: Any, options: EvalConfig, context: EvalContext) -> None:

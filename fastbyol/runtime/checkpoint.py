@@ -91,6 +91,25 @@ def load(path: Path) -> dict[str, Any]:
             holds more than plain data.
     """
     where = f"checkpoint {path}"
+    state = read_archive(path, where)
+    if any(not isinstance(state.get(key), kind) for key, kind in _KEYS.items()):
+        raise InputError(f"{where} is not one of fastbyol's")
+    if state["format"] != FORMAT:
+        raise InputError(f"{where} has format {state['format']}, this version reads format {FORMAT}")
+    if (fault := _fault(state)) is not None:
+        raise InputError(f"{where} is damaged: {fault}")
+    return state
+
+
+def read_archive(path: Path, where: str) -> dict[str, Any]:
+    """Read a dict that torch.save wrote, and verify its checksums. Tensors are on the CPU.
+
+    Args:
+        where: how messages name the file.
+
+    Raises:
+        InputError: the file is missing or damaged, or holds more than plain data.
+    """
     if path.exists() and not path.is_file():
         raise InputError(f"{where} is not a file")
     try:
@@ -106,12 +125,8 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"{where} is refused: it holds code, not only data") from None
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"{where} is damaged or not a checkpoint: {first_line(error)}") from None
-    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _KEYS.items()):
+    if not isinstance(state, dict):
         raise InputError(f"{where} is not one of fastbyol's")
-    if state["format"] != FORMAT:
-        raise InputError(f"{where} has format {state['format']}, this version reads format {FORMAT}")
-    if (fault := _fault(state)) is not None:
-        raise InputError(f"{where} is damaged: {fault}")
     return state
 
 

@@ -1,8 +1,36 @@
 """Signals that ask a run to stop."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
+
+from fastbyol.errors import RunError
+
+
+@contextmanager
+def sigterm_raises(text: str) -> Iterator[None]:
+    """Context manager: the first SIGTERM inside raises RunError.
+
+    torchrun sends it to ranks that lost a peer, and would otherwise end them before they could say
+    so. After an error, signals are ignored: the program reports the error and ends.
+    """
+    is_inside = True
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal is_inside
+        if is_inside:
+            is_inside = False
+            raise RunError(text)
+
+    old = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    except BaseException:
+        is_inside = False
+        raise
+    signal.signal(signal.SIGTERM, old)
 
 
 class StopSignals:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from PIL import Image
 from shapes import prepare_shapes
 
 from fastbyol.api import pretrain as train
-from fastbyol.errors import InputError
+from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import dense, detection
 from fastbyol.evaluate import features as extraction
 from fastbyol.evaluate import run as evaluation
@@ -25,6 +26,7 @@ from fastbyol.evaluate.knn import nearest
 from fastbyol.evaluate.options import EVALUATIONS, KnnEval
 from fastbyol.evaluate.run import UNTRAINED_ROW, evaluate
 from fastbyol.runtime.distributed import World
+from fastbyol.runtime.signals import sigterm_raises
 
 SCRIPT = ROOT / "tests/helpers/evaluations.py"
 
@@ -151,9 +153,24 @@ def test_killed_rank_ends_all_with_one_line(run, tmp_path):
     assert time.monotonic() - before < 60
     assert done.returncode != 0
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("fastbyol: error: "))
-    assert line.startswith("fastbyol: error: rank 0 lost contact with another rank, which was killed")
+    # Rank 0 waits for the dead one, or still decodes when torchrun ends it.
+    lost = ("fastbyol: error: rank 0 lost contact with another rank", "fastbyol: error: rank 0: received SIGTERM: ")
+    assert line.startswith(lost)
     assert line.endswith("; start the evaluation again")
     assert not list(run.glob("eval_knn_*"))
+
+
+def test_first_sigterm_is_an_error_and_later_ones_are_ignored():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with sigterm_raises("x"):
+            pass
+        assert signal.getsignal(signal.SIGTERM) == before
+        with pytest.raises(RunError, match="^x$"), sigterm_raises("x"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow

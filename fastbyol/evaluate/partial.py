@@ -1,0 +1,95 @@
+"""Partial result of an evaluation, saved so that one that was killed goes on: the finished rows,
+and the training of the current row after every epoch.
+
+The file lies beside the result and is removed with it. Rank 0 writes it, all ranks read it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbyol.errors import InputError, RunError, error_reason
+from fastbyol.runtime.checkpoint import read_archive
+from fastbyol.runtime.distributed import World
+from fastbyol.runtime.files import atomic_write
+from fastbyol.runtime.logging import logger
+
+SUFFIX = ".partial"
+State = dict[str, Any]  # plain values and tensors
+
+
+class PartialResult:
+    """Finished rows, and states of the current one.
+
+    Args:
+        path: the file; None keeps nothing.
+        key: identifies the evaluation. A file with another key is not used.
+        world: all ranks must call all methods.
+    """
+
+    def __init__(self, path: Path | None = None, key: str = "", world: World | None = None) -> None:
+        self._path, self._key, self._world = path, key, world or World()
+        self.rows: dict[str, State] = {}
+        """Finished rows: title -> metrics."""
+        self.bad: dict[str, str] = {}
+        """Unreadable images so far: path -> reason."""
+        self._stages: dict[str, State] = {}
+
+    def open(self) -> None:
+        """Read the file if there is one.
+
+        Raises:
+            InputError: the ranks read different files.
+        """
+        if self._path is None:
+            return
+        found: State = {}
+        if self._path.exists():
+            try:
+                found = read_archive(self._path, f"{self._path}")
+            except InputError as error:
+                logger.warning(f"{error}; the evaluation starts from the beginning")
+        if found.get("key") == self._key:
+            self.rows, self.bad, self._stages = found["rows"], found["bad"], found["stages"]
+        state = [list(self.rows), {name: stage.get("epoch") for name, stage in self._stages.items()}]
+        if any(other != state for other in self._world.gather(state)):
+            raise InputError(f"the ranks found different files {self._path}: results must lie on a shared disk")
+
+    def stage(self, name: str) -> State | None:
+        """Return the last state that was saved under a name for the current row, or None."""
+        return self._stages.get(name)
+
+    def save(self, name: str, state: State) -> None:
+        """Save a state of the current row, in place of the last one of this name.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        self._stages[name] = state
+        self._write()
+
+    def finish_row(self, title: str, row: State) -> None:
+        """Save a row, and drop the states that led to it.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        self.rows[title], self._stages = row, {}
+        self._write()
+
+    def remove(self) -> None:
+        """Remove the file: the result is written."""
+        if self._path is not None and self._world.is_main_process:
+            self._path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        if self._path is None or not self._world.is_main_process:
+            return
+        values = {"key": self._key, "rows": self.rows, "bad": self.bad, "stages": self._stages}
+        try:
+            with atomic_write(self._path) as temporary, open(temporary, "wb") as file:
+                torch.save(values, file)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise RunError(f"partial result {self._path} could not be written: {error_reason(cause)}") from None

@@ -1,0 +1,184 @@
+"""Evaluations that are killed go on where they were."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastbyol.api import pretrain as train
+from fastbyol.data.folder import ImageFolder
+from fastbyol.errors import InputError, RunError
+from fastbyol.evaluate import features as extraction
+from fastbyol.evaluate.options import EVALUATIONS, KnnEval
+from fastbyol.evaluate.partial import PartialResult
+from fastbyol.evaluate.run import BYOL_ROW, TASKS, UNTRAINED_ROW, evaluate
+from fastbyol.runtime.distributed import World
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def run(make_config):
+    return train(make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0})).folder
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(monkeypatch, epochs):
+    """Kill the evaluation when it has saved this number of epochs."""
+    original, count = PartialResult.save, iter(range(1, 1000))
+
+    def save(self, name, state):
+        original(self, name, state)
+        if "epoch" in state and next(count) == epochs:
+            raise Killed
+
+    monkeypatch.setattr(PartialResult, "save", save)
+
+
+def epochs_of(monkeypatch):
+    """Return the growing list of epochs that a classifier is trained on."""
+    original, seen = extraction.random_crops, []
+
+    def recorded(*args, epoch, **options):
+        seen.append(epoch)
+        return original(*args, epoch=epoch, **options)
+
+    monkeypatch.setattr(extraction, "random_crops", recorded)
+    return seen
+
+
+def saved_states(monkeypatch):
+    """Return the growing list of (epoch, all values) of the states that are saved."""
+    original, seen = PartialResult.save, []
+
+    def save(self, name, state):
+        original(self, name, state)
+        if "epoch" in state:
+            seen.append((name, state["epoch"], torch.cat([x.double().flatten() for x in tensors(state)]).tolist()))
+
+    monkeypatch.setattr(PartialResult, "save", save)
+    return seen
+
+
+def tensors(state):
+    if isinstance(state, dict):
+        return [x for key in sorted(state, key=str) for x in tensors(state[key])]
+    return [state.clone()] if isinstance(state, torch.Tensor) else []
+
+
+LONG = {
+    "linear": {"features": "augmented", "epochs": 4, "batch_size": 24},
+    "finetune": {"epochs": 4, "batch_size": 24, "base_lrs": (0.01, 0.1)},
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "after", "repeated"),
+    [
+        ("linear", 1, [1, 2, 3]),
+        ("linear", 3, [3]),
+        ("linear", 6, [2, 3]),  # in the second row
+        ("finetune", 3, [3, *range(4), *range(4)]),
+        ("finetune", 6, [2, 3, *range(4)]),  # with the second learning rate
+        ("finetune", 11, [3]),  # with the selected one
+    ],
+)
+def test_killed_evaluation_goes_on_after_its_last_epoch(run, monkeypatch, damaged_train, task, after, repeated):
+    options = EVALUATIONS[task](run=str(run), root=str(damaged_train), **LONG[task])
+    with monkeypatch.context() as patch:
+        expected_states = saved_states(patch)
+        expected = evaluate(task, options)
+    (file,) = run.glob(f"eval_{task}_*")
+    file.unlink()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, after)
+        evaluate(task, options)
+    (partial,) = run.glob(f"eval_{task}_*")
+    assert partial.name == f"{file.name}.partial"
+    seen, states = epochs_of(monkeypatch), saved_states(monkeypatch)
+    again = evaluate(task, options)
+    assert seen[: len(repeated)] == repeated
+    assert states == expected_states[-len(states) :]  # weights and momentum, bit by bit
+    assert again["rows"] == expected["rows"]
+    assert again["bad_images"] == expected["bad_images"] and len(again["bad_images"]) == 1
+    assert list(run.glob(f"eval_{task}_*")) == [file]  # the partial result is gone
+
+
+@pytest.fixture
+def damaged_train(photos, tmp_path):
+    """The corpus with an unreadable training image."""
+    for split in ("train", "val"):
+        for file in (photos / split).rglob("*.jpg"):
+            link = tmp_path / "damaged" / file.relative_to(photos)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+    bad = next((tmp_path / "damaged/train").rglob("*.jpg"))
+    bad.unlink()
+    bad.write_bytes(b"no")
+    return tmp_path / "damaged"
+
+
+def test_finished_rows_are_not_measured_again(run, monkeypatch, log_lines):
+    options = KnnEval(run=str(run))
+    expected = evaluate("knn", options)
+    (file,) = run.glob("eval_knn_*")
+    file.unlink()
+    measure = type(TASKS["knn"]).measure
+    rows = iter([None, Killed()])
+
+    def once(*args):
+        if (error := next(rows)) is not None:
+            raise error
+        return measure(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(type(TASKS["knn"]), "measure", once)
+        evaluate("knn", options)
+    read = []
+    original = ImageFolder.read
+    monkeypatch.setattr(ImageFolder, "read", lambda self, index: read.append(index) or original(self, index))
+    log_lines.clear()
+    assert evaluate("knn", options)["rows"] == expected["rows"]
+    assert len(read) == 72 + 2 * (72 + 18)  # calibration, and two rows of three
+    assert log_lines[0].startswith(BYOL_ROW) and log_lines[0].endswith("(finished before)")
+    assert log_lines[1].startswith(UNTRAINED_ROW) and "before" not in log_lines[1]
+
+
+def test_damaged_or_foreign_files_are_not_used(run, log_lines):
+    options = KnnEval(run=str(run), baselines=False)
+    expected = evaluate("knn", options)["rows"]
+    (file,) = run.glob("eval_knn_*")
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_bytes(b"no")
+    log_lines.clear()
+    assert evaluate("knn", options)["rows"] == expected
+    assert (
+        log_lines[0] == f"warning: {partial} is damaged or not a checkpoint; the evaluation starts from the beginning"
+    )
+    torch.save({"key": "another", "rows": {BYOL_ROW: {"top1": 2.0}}, "bad": {}, "stages": {}}, partial)
+    assert evaluate("knn", options)["rows"] == expected
+    assert json.loads(file.read_text())["rows"] == expected
+    assert not partial.exists()
+
+
+def test_partial_result_without_a_place_is_an_error(tmp_path):
+    partial = PartialResult(tmp_path / "gone" / "x.partial", "key")
+    partial.open()
+    with pytest.raises(RunError, match=r"^partial result .*x.partial could not be written: No such file"):
+        partial.finish_row("a", {})
+
+
+def test_ranks_with_different_files_are_an_error(tmp_path, monkeypatch):
+    partial = PartialResult(tmp_path / "x.partial", "key", World(0, 2))
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, [["BYOL"], {}]])
+    with pytest.raises(InputError, match=r"^the ranks found different files .*x.partial: results must lie on a shared"):
+        partial.open()
+
+
+def test_result_that_is_no_file_keeps_no_partial_result(run, tmp_path):
+    options = replace(KnnEval(run=str(run), baselines=False), out="/dev/null")
+    assert evaluate("knn", options)["rows"]
