@@ -304,8 +304,8 @@ class KnnConfig(Settings):
 
     PREFIX: ClassVar[str] = "knn."
     every_epochs: Annotated[int | Literal["auto"], at_least(0, "off")] = "auto"
-    """Epochs between two online kNN evaluations. 0 is off; auto keeps them to 2 % of the run's
-    time."""
+    """Epochs between two online kNN evaluations. 0 is off. auto: after the first and last epoch,
+    others within 2 % of the time."""
     k: Count = 20
     """Number of neighbors."""
     max_bank_images: Annotated[int, at_least(1)] = 50_000

@@ -4,6 +4,7 @@ On several ranks, BatchNorm statistics and gradients are averaged over processes
 """
 
 import inspect
+import itertools
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -168,32 +169,49 @@ def sync_batch_norm(model: nn.Module, config: DistributedConfig, world: World) -
         norm.reduce, norm.ranks = reduce, ranks
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Replace gradients by their mean over ranks, in one collective. Every rank must call this.
+class GradientMean:
+    """Averages gradients over ranks, all in one collective: for training too short for DDP to pay.
 
-    For training that is too short for DDP to pay. A parameter without a gradient counts as zero,
-    unless no rank has one.
+    Parameters that get no gradient in the first step, on any rank, get none later.
     """
-    if world.size == 1:
-        return
-    parameters = list(parameters)
-    device = parameters[0].device
-    used = world.maximum(torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=device))
-    chosen = [p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
-    flat = world.mean(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in chosen]))
-    for p, mean in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
-        p.grad = mean.view_as(p)
+
+    def __init__(self, parameters: Iterable[nn.Parameter], world: World) -> None:
+        self._parameters, self._world = list(parameters), world
+        self._is_first = True
+
+    def __call__(self) -> None:
+        """Replace the gradients by their means. Every rank must call this, after backward()."""
+        if self._world.size == 1:
+            return
+        if self._is_first:
+            used = [
+                any(parts)
+                for parts in zip(*self._world.gather([p.grad is not None for p in self._parameters]), strict=True)
+            ]
+            self._parameters = list(itertools.compress(self._parameters, used))
+            self._is_first = False
+        for p in self._parameters:
+            if p.grad is None:  # only other ranks had a use for it
+                p.grad = torch.zeros_like(p)
+        flat = self._world.mean(torch.cat([p.grad.flatten() for p in self._parameters]))
+        for p, mean in zip(self._parameters, flat.split([p.numel() for p in self._parameters]), strict=True):
+            p.grad.copy_(mean.view_as(p))  # keeps the memory format
 
 
-def share_of_batch(batch_size: int, world: World) -> NDArray[np.int64]:
+def share_of_batch(batch_size: int, images: int, world: World) -> NDArray[np.int64]:
     """Return this rank's positions in a batch of a network that is trained in parallel.
+
+    Args:
+        batch_size: over all ranks.
+        images: number of images of the set, to explain a batch that is the whole set.
 
     Raises:
         InputError: the ranks' parts would differ in size, and their statistics in weight.
     """
     if batch_size % world.size:
+        whole = ", all images," if batch_size == images else ""
         fitting = max(batch_size // world.size, 1) * world.size
-        raise InputError(f"batch_size={batch_size} cannot be split into {world.size} equal parts; use {fitting}")
+        raise InputError(f"batch_size={batch_size}{whole} cannot be split into {world.size} equal parts; use {fitting}")
     return world.shard(batch_size, 1)
 
 

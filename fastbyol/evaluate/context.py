@@ -89,11 +89,11 @@ class EvalContext:
 
         None if there was none.
         """
-        images, seconds = (
-            (sum(values) for values in zip(*self.extractions, strict=True)) if self.extractions else (0, 0)
-        )
+        if not self.extractions:
+            return None
+        images, seconds = map(sum, zip(*self.extractions, strict=True))
         self.extractions.clear()
-        return images / seconds if seconds else None
+        return images / seconds
 
     def skipped(self, images: ImageSet, bad: dict[int, str]) -> None:
         """Log unreadable images, each once. Warn if enough are missing to distort the results.

@@ -22,7 +22,7 @@ from fastbyol.evaluate.image_files import unlabeled_set
 from fastbyol.evaluate.options import DenseEval
 from fastbyol.evaluate.task import EvalTask
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
-from fastbyol.parallel import average_gradients, share_of_batch
+from fastbyol.parallel import GradientMean, share_of_batch
 
 T = TypeVar("T")
 _MOMENTUM, _WEIGHT_DECAY = 0.9, 1e-4
@@ -157,6 +157,7 @@ def fit(
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, options.lr, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
     warmup_steps = min(_WARMUP_STEPS, steps // 4)
+    average_gradients = GradientMean(parameters, context.world)
     batches = _batches(make_sample, images, batch_size, options, context)
     for step, batch in enumerate(context.track("training", batches, steps, unit="steps")):
         warmup = min(1.0, (step + 1) / (warmup_steps + 1))
@@ -164,7 +165,7 @@ def fit(
         loss = loss_of(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(parameters, context.world)
+        average_gradients()
         nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
         optimizer.step()
         if (step + 1) % (images // batch_size) == 0 and not all(
@@ -197,7 +198,7 @@ def _batches(
 
     A sample depends only on seed, epoch and index.
     """
-    shard = share_of_batch(batch_size, context.world)
+    shard = share_of_batch(batch_size, images, context.world)
     own = (np.arange(images // batch_size)[:, None] * batch_size + shard).reshape(-1)
     keys = (
         (epoch, int(index))

@@ -188,7 +188,7 @@ class Features:
             row = torch.searchsorted(self.position, positions).clamp_(max=len(self.position) - 1)
             own = self.position[row] == positions
             out[own] = values[row[own]]
-        return self.world.sum(out)  # one rank adds a value, all others zero
+        return self.world.sum_(out)  # one rank adds a value, all others zero
 
     def mean(self) -> Tensor:
         """Return the mean (F,) over all ranks, float32. Every rank must call this."""
@@ -299,24 +299,29 @@ def network_outputs(
         The outputs (n, F) float32 for each transform, and the images' indices (n,) in the split.
     """
     own = own_indices(len(split), context.world)
-    own_bad: dict[int, str] = {}
-    batches = center_crops(
-        split.subset(own),
-        size=context.size,
-        fraction=CENTER_FRACTION,
-        batch_size=BATCH,
-        threads=context.threads,
-        bad=own_bad,
-    )
+    batches = _center_crops(split, own, context, bad)
     if description is not None:
         batches = context.track(description, batches, len(own), each=BATCH)
-    for crops, rows in batches:
-        if len(rows):
-            indices = own[rows]
+    for crops, indices in batches:
+        if len(indices):
             images = (transform(crops, indices).to(context.device) for transform in transforms)
             with inference(network, context):
                 outputs = [network(x).float() for x in images]
             yield outputs, indices
+
+
+def _center_crops(
+    split: ImageSet, own: NDArray[np.int64], context: EvalContext, bad: dict[int, str]
+) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Yield the center crops of the images `own`, and their indices in the split.
+
+    Args:
+        bad: receives the unreadable images: index in the split -> reason.
+    """
+    own_bad: dict[int, str] = {}
+    options = {"size": context.size, "fraction": CENTER_FRACTION, "threads": context.threads}
+    for crops, rows in center_crops(split.subset(own), batch_size=BATCH, bad=own_bad, **options):
+        yield crops, own[rows]
     bad.update((int(own[k]), reason) for k, reason in own_bad.items())
 
 
@@ -410,7 +415,7 @@ def training_batches(
     world = context.world
     labels = torch.from_numpy(images.labels)
     steps_per_epoch = len(images) // batch_size
-    shard = share_of_batch(batch_size, world)
+    shard = share_of_batch(batch_size, len(images), world)
 
     def batches() -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         for epoch in epochs:
@@ -457,14 +462,7 @@ def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, context: EvalConte
     set_num_views(backbone, 1).train()
     own = np.flatnonzero(np.arange(len(split)) // BATCH % world.size == world.rank)
     bad: dict[int, str] = {}
-    batches = center_crops(
-        split.subset(own),
-        size=context.size,
-        fraction=CENTER_FRACTION,
-        batch_size=BATCH,
-        threads=context.threads,
-        bad=bad,
-    )
+    batches = _center_crops(split, own, context, bad)
     # In float64, the order of addition has no influence on the float32 result.
     sums = [[torch.zeros_like(value, dtype=torch.float64) for value in _statistics(norm)] for norm in norms]
     used = torch.zeros((), dtype=torch.int64, device=context.device)
@@ -476,7 +474,7 @@ def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, context: EvalConte
                 for norm, totals in zip(norms, sums, strict=True):
                     for total, value in zip(totals, _statistics(norm), strict=True):
                         total += value
-    bad = _merge(world.gather({int(own[k]): reason for k, reason in bad.items()}))
+    bad = _merge(world.gather(bad))
     context.skipped(split, bad)
     count = int(world.sum(used))
     if not count:
@@ -515,5 +513,5 @@ class RawPixels(nn.Module):
 
 def raw_pixels_side(images: int) -> int:
     """Return the largest of RAW_PIXELS_SIDES whose features of all images fit RAW_PIXELS_BYTES."""
-    fitting = [side for side in RAW_PIXELS_SIDES if images * (2 * 3 * side**2 + 12) <= RAW_PIXELS_BYTES]
-    return next(iter(fitting), RAW_PIXELS_SIDES[-1])
+    fitting = (side for side in RAW_PIXELS_SIDES if feature_bytes(images, 3 * side**2, World()) <= RAW_PIXELS_BYTES)
+    return next(fitting, RAW_PIXELS_SIDES[-1])

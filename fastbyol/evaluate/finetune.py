@@ -33,13 +33,17 @@ from fastbyol.evaluate.features import (
 from fastbyol.evaluate.knn import accuracies, top_hits
 from fastbyol.evaluate.options import FinetuneEval
 from fastbyol.evaluate.task import EvalTask
-from fastbyol.parallel import average_gradients, sync_batch_norm
+from fastbyol.parallel import GradientMean, sync_batch_norm
 from fastbyol.precision import autocast
 from fastbyol.runtime.logging import logger
 from fastbyol.weights.files import check_new, save_backbone
 
 _MOMENTUM = 0.9
 _HELD_OUT_FRACTION = 0.2
+
+
+class Diverged(RunError):
+    """The network became NaN or infinite: another learning rate may work."""
 
 
 class FinetuneData(NamedTuple):
@@ -75,7 +79,7 @@ def finetune(
 
     Raises:
         InputError: batches are too small for BatchNorm, or no image is readable.
-        RunError: the loss or a weight became NaN or infinite.
+        Diverged: the loss or a weight became NaN or infinite.
     """
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())
     min_batch = 2 if has_batch_norm else 1
@@ -92,6 +96,7 @@ def finetune(
     world = context.world
     network = nn.Sequential(copy.deepcopy(backbone), head).train()
     sync_batch_norm(network, DistributedConfig(), world)
+    average_gradients = GradientMean(network.parameters(), world)
     optimizer = torch.optim.SGD(network.parameters(), 1.0, momentum=_MOMENTUM, nesterov=True)
     steps = len(images) // batch_size  # per epoch
     first, loss = 0, torch.zeros((), device=context.device)
@@ -110,14 +115,14 @@ def finetune(
         with autocast(context.device, context.training_dtype):
             loss = F.cross_entropy(network(x).float(), labels)
         loss.backward()
-        average_gradients(network.parameters(), world)
+        average_gradients()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % steps == 0:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
             context.partial.save(stage, {"epoch": (step + 1) // steps} | state)
     if not all(torch.isfinite(value).all() for value in (world.mean(loss.detach()), *network.parameters())):
-        raise RunError(
+        raise Diverged(
             f"base_lrs={base_lr:g}: the network became NaN or infinite during fine-tuning; choose a lower one"
         )
     return network
@@ -143,10 +148,10 @@ def _select_base_lr(
         if (saved := context.partial.stage(stage)) is None or "top1" not in saved:
             try:
                 network = finetune(backbone, fit, context, base_lr=base_lr, stage=stage, **training)
-            except RunError as error:  # the other rates may work
+                saved = {"top1": _accuracy(network, test, context)["top1"]}
+            except Diverged as error:
                 logger.warning(str(error))
                 continue
-            saved = {"top1": _accuracy(network, test, context)["top1"]}
             context.partial.save(stage, saved)
         accuracy[base_lr] = saved["top1"]
     if not accuracy:
@@ -162,7 +167,7 @@ def _accuracy(network: nn.Module, split: ImageSet, context: EvalContext) -> dict
         totals += torch.cat((top_hits(logits, labels), logits.isfinite().logical_not_().sum()[None]))
     count, totals = len(readable_indices(split, bad, context)), context.world.sum(totals)
     if totals[2]:
-        raise RunError("the logits hold NaN or infinity: the network has diverged during fine-tuning; lower base_lrs")
+        raise Diverged("the logits hold NaN or infinity: the network has diverged during fine-tuning; lower base_lrs")
     return accuracies(totals[:2], count)
 
 
@@ -177,10 +182,8 @@ class FinetuneTask(EvalTask):
         """Return both splits, the training split reduced to the labeled fraction.
 
         Raises:
-            InputError: the fraction leaves a class without images, or the file to save to exists.
+            InputError: the fraction leaves a class without images.
         """
-        if options.save is not None and not context.partial.rows:
-            check_new(Path(options.save), "save")
         splits = open_splits(options, config)
         part = replace(
             config.data, fraction=options.fraction, images_per_class=0, file_list=None, subset_seed=options.subset_seed
@@ -190,15 +193,24 @@ class FinetuneTask(EvalTask):
     def measure(self, backbone: nn.Module, data: FinetuneData, options: FinetuneEval, context: EvalContext) -> Row:
         """Return top-1, top-5 and the learning rate used.
 
-        Saves the first network that is measured, the checkpoint's.
+        Saves the network of the first row, the checkpoint's.
+
+        Raises:
+            InputError: the file to save to exists.
         """
+        save = None if options.save is None or context.partial.rows else Path(options.save)
+        # A killed evaluation may have saved its network before its row.
+        is_resumed = context.partial.stage("final") is not None
+        if save is not None and not is_resumed:
+            check_new(save, "save")
         training = {"epochs": options.epochs, "batch_size": options.batch_size}
         base_lr, held_out = _select_base_lr(backbone, data.train, options, context, training)
         network = finetune(backbone, data.train, context, base_lr=base_lr, stage="final", **training)
-        if options.save is not None and context.world.is_main_process and not Path(options.save).exists():
+        row = _accuracy(network, data.val, context) | {"base_lr": base_lr} | held_out
+        if save is not None and context.world.is_main_process and not (is_resumed and save.exists()):
             config = data.config
-            save_backbone(Path(options.save), network[0], config.model, config.data.image_size_px, key="save")
-        return _accuracy(network, data.val, context) | {"base_lr": base_lr} | held_out
+            save_backbone(save, network[0], config.model, config.data.image_size_px, key="save")
+        return row
 
 
 FINETUNE = FinetuneTask()

@@ -5,7 +5,7 @@ for its class with weight exp(s / temperature), where s is the cosine similarity
 
 Each rank compares all queries with the training features that it stores, one block at a time, and
 keeps the k best. The result has the same bits for any number of ranks: a block's products do not
-depend on them (features.py), and of equally similar images the first ones are taken.
+depend on them (features.py), and of equally similar images of two blocks the first is taken.
 
 Memory of a rank, for N training and M validation images: (2 F + 12) N / R for its training features
 (rounded up to whole blocks), (4 F + 12) M for the validation features and their copy on all ranks,
@@ -44,10 +44,11 @@ def nearest(bank: Features, queries: Features, k: int) -> tuple[Tensor, Tensor]:
         for c, chunk in enumerate(chunks):
             values, index = (chunk.float() @ block).topk(min(k, len(position)), dim=1)
             best[c] = _largest(torch.cat((best[c], _encode(values, position[index])), 1), k)
-    own = torch.cat(best)
-    padded = torch.full((len(own), k), torch.iinfo(torch.int64).min, device=own.device)
-    padded[:, : own.shape[1]] = own  # a rank may store fewer than k images
-    return _decode(_largest(bank.world.gather_tensors(padded).permute(1, 0, 2).flatten(1), k))
+    for c, own in enumerate(best):
+        padded = torch.full((len(own), k), torch.iinfo(torch.int64).min, device=own.device)
+        padded[:, : own.shape[1]] = own  # a rank may store fewer than k images
+        best[c] = _largest(bank.world.gather_tensors(padded).permute(1, 0, 2).flatten(1), k)
+    return _decode(torch.cat(best))
 
 
 def _largest(keys: Tensor, k: int) -> Tensor:
@@ -104,7 +105,8 @@ def knn_accuracy(train: Features, val: Features, *, k: int, temperature: float) 
         labels = train.all_labels[position[rows]]
         scores = votes(similarity[rows], labels, temperature=temperature, classes=train.classes)
         hits += top_hits(scores, val.all_labels[rows])
-    return accuracies(hits, len(val.all_labels))
+    # GPUs add votes in any order: where two classes are a rounding apart, ranks may disagree.
+    return accuracies(train.world.gather_tensors(hits)[0], len(val.all_labels))
 
 
 def top_hits(scores: Tensor, labels: Tensor) -> Tensor:
@@ -137,7 +139,8 @@ class KnnTask(EvalTask):
 
     def memory(self, data: Splits, features: int, options: KnnEval, world: World) -> int:
         """See EvalTask.memory."""
-        return knn_bytes(len(data.train), len(data.val), features, options.k, world)
+        k = min(options.k, len(data.train))
+        return knn_bytes(len(data.train), len(data.val), features, k, world)
 
     def measure(self, backbone: nn.Module, data: Splits, options: KnnEval, context: EvalContext) -> Row:
         """Return top-1 and top-5 accuracy."""

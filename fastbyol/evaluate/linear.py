@@ -140,10 +140,11 @@ def train_probes(
     row_of[train.position.cpu()] = torch.arange(len(train.position))
     labels = train.labels
     for _ in track(range(epochs), epochs):
-        order = chosen[torch.randperm(len(chosen), generator=generator)]
-        for batch in order[: steps_per_epoch * batch_size].split(batch_size):
-            rows = row_of[batch]
-            rows = rows[rows >= 0].to(train.device)
+        order = chosen[torch.randperm(len(chosen), generator=generator)[: steps_per_epoch * batch_size]]
+        of_batch = row_of[order].view(steps_per_epoch, batch_size)
+        is_own = of_batch >= 0
+        counts = is_own.sum(1).tolist()
+        for rows in of_batch[is_own].to(train.device).split(counts):  # one copy per epoch: each waits for a GPU
             x, used = standardize(train.rows(rows)), torch.ones(1, len(rows), device=train.device)
             probes.step(x, labels[rows], used, batch_size=batch_size, progress=step / total)
             step += 1

@@ -258,11 +258,12 @@ class OnlineKnn(Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last and the best accuracy, and the seconds spent."""
-        return self.accuracy | {"seconds": self.seconds | {"run": self.run_seconds}}
+        """Return the accuracies, the last quality without labels, and the seconds spent."""
+        return self.accuracy | {"quality": self.quality, "seconds": self.seconds | {"run": self.run_seconds}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the result of `state_dict`."""
         self.accuracy = {key: float(state[key]) for key in ("last", "best")}
-        self.seconds |= state.get("seconds", {})  # an older version did not measure them
+        self.quality = dict(state.get("quality", {}))  # an older version did not measure it
+        self.seconds |= state.get("seconds", {})
         self._began = clock()

@@ -40,20 +40,24 @@ class PartialResult:
         """Read the file if there is one.
 
         Raises:
-            InputError: the ranks read different files.
+            InputError: the ranks evaluate different things, or read different files.
         """
-        if self._path is None:
-            return
         found: State = {}
-        if self._path.exists():
+        if self._path is not None and self._path.exists():
             try:
                 found = read_archive(self._path, f"{self._path}")
             except InputError as error:
                 logger.warning(f"{error}; the evaluation starts from the beginning")
         if found.get("key") == self._key:
             self.rows, self.bad, self._stages = found["rows"], found["bad"], found["stages"]
-        state = [list(self.rows), {name: stage.get("epoch") for name, stage in self._stages.items()}]
-        if any(other != state for other in self._world.gather(state)):
+        epochs = {name: stage.get("epoch") for name, stage in self._stages.items()}
+        keys, *states = zip(*self._world.gather((self._key, list(self.rows), epochs)), strict=True)
+        if len(set(keys)) > 1:
+            raise InputError(
+                "the ranks found different checkpoints or data: use a shared disk, and name a checkpoint file if a "
+                "training still writes to the run"
+            )
+        if any(part != parts[0] for parts in states for part in parts):
             raise InputError(f"the ranks found different files {self._path}: results must lie on a shared disk")
 
     def stage(self, name: str) -> State | None:
@@ -63,11 +67,14 @@ class PartialResult:
     def save(self, name: str, state: State) -> None:
         """Save a state of the current row, in place of the last one of this name.
 
+        Does nothing without a file.
+
         Raises:
             RunError: the file cannot be written.
         """
-        self._stages[name] = state
-        self._write()
+        if self._path is not None:
+            self._stages[name] = state
+            self._write()
 
     def finish_row(self, title: str, row: State) -> None:
         """Save a row, and drop the states that led to it.

@@ -96,7 +96,7 @@ class RobustnessTask(EvalTask):
         """See EvalTask.memory. One corruption is held at all severities at a time."""
         train, val = len(data.train), len(data.val)
         probes = probe_bytes(train, SEVERITIES * val, features, len(data.classes), options, world)
-        return probes + knn_bytes(0, val, features, options.k, world)
+        return probes + knn_bytes(0, val, features, min(options.k, train), world)
 
     def measure(self, backbone: nn.Module, data: Splits, options: RobustnessEval, context: EvalContext) -> Row:
         """Return clean accuracies, means over corruptions and severities, and curves."""

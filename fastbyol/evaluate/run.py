@@ -83,16 +83,18 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
         out = Path(options.out) if options.out else run_folder_of(path) / name
         if world.is_main_process:
             _check_result_file(out, named=options.out is not None)
-    partial = PartialResult(_partial_file(out), f"{name} {__version__}", world)
-    partial.open()
-    context = replace(eval_context(config, options, world), partial=partial, bad=partial.bad)
+    context = eval_context(config, options, world)
     data = task.open(options, config, context)
+    partial = PartialResult(_partial_file(out), _partial_key(name, path, data), world)
+    partial.open()
+    context = replace(context, partial=partial, bad=partial.bad)
     for note in (note for split in (data.train, data.val) for note in getattr(split, "notes", ())):
         logger.warning(note)
-    pixels = RawPixels(raw_pixels_side(len(data.train))) if options.baselines and task.uses_pixels else None
-    _check_memory(
-        task, [model.num_features, *([] if pixels is None else [pixels.features(context.size)])], data, options, context
-    )
+    features, pixels = [model.num_features], None
+    if options.baselines and task.uses_pixels:
+        pixels = RawPixels(raw_pixels_side(len(data.train)))
+        features.append(pixels.features(context.size))
+    _check_memory(task, features, data, options, context)
     rows: dict[str, Row] = {}
     rates: dict[str, float] = {}
     for title, backbone in _networks(task, model, config, data, context, pixels, baselines=options.baselines):
@@ -132,6 +134,13 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
 def _partial_file(out: Path) -> Path | None:
     """Return the file of the partial result; None if the result is not a regular file."""
     return None if out.exists() and not out.is_file() else out.with_name(out.name + SUFFIX)
+
+
+def _partial_key(name: str, checkpoint_file: Path, data: Any) -> str:
+    """Return what identifies an evaluation: all that its rows depend on."""
+    stat = checkpoint_file.stat()
+    file = [str(checkpoint_file.resolve()), stat.st_size, stat.st_mtime_ns]
+    return json.dumps([name, __version__, file, len(data.train), len(data.val), data.classes])
 
 
 def _check_memory(task: EvalTask, features: list[int], data: Any, options: EvalConfig, context: EvalContext) -> None:

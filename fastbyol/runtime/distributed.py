@@ -62,8 +62,12 @@ class World:
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over all ranks. Every rank must call this."""
+        return x if self.size == 1 else self.sum_(x.clone(memory_format=torch.contiguous_format))
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """As `sum`, in place; `x` is contiguous."""
         if self.size > 1:
-            dist.all_reduce(x := x.clone(memory_format=torch.contiguous_format))
+            dist.all_reduce(x)
         return x
 
     def maximum(self, x: Tensor) -> Tensor:

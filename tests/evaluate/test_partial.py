@@ -5,11 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from fastbyol.api import pretrain as train
+from fastbyol.data import open_split
 from fastbyol.data.folder import ImageFolder
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import features as extraction
+from fastbyol.evaluate import finetune as finetuning
+from fastbyol.evaluate.context import EvalContext
+from fastbyol.evaluate.finetune import finetune
 from fastbyol.evaluate.options import EVALUATIONS, KnnEval
 from fastbyol.evaluate.partial import PartialResult
 from fastbyol.evaluate.run import BYOL_ROW, TASKS, UNTRAINED_ROW, evaluate
@@ -172,11 +177,86 @@ def test_partial_result_without_a_place_is_an_error(tmp_path):
         partial.finish_row("a", {})
 
 
-def test_ranks_with_different_files_are_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        (("key", ["BYOL"], {}), "files .*x.partial: results must lie on a shared disk$"),
+        (("key", [], {"probe": 3}), "files .*x.partial: results must lie on a shared disk$"),
+        (("another", [], {}), "checkpoints or data: use a shared disk, and name a checkpoint file if "),
+    ],
+)
+def test_ranks_that_evaluate_different_things_are_an_error(tmp_path, monkeypatch, other, text):
     partial = PartialResult(tmp_path / "x.partial", "key", World(0, 2))
-    monkeypatch.setattr(World, "gather", lambda self, value: [value, [["BYOL"], {}]])
-    with pytest.raises(InputError, match=r"^the ranks found different files .*x.partial: results must lie on a shared"):
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, other])
+    with pytest.raises(InputError, match=f"^the ranks found different {text}"):
         partial.open()
+
+
+def test_rows_of_another_run_are_not_used(run, make_config, monkeypatch, tmp_path):
+    """Two runs with checkpoints of equal name and step write to the same --out."""
+    options = {"optim": {"epochs": 1, "warmup_epochs": 0}, "knn": {"every_epochs": 0}, "seed": 1}
+    other = train(make_config(name="other", **options)).folder
+    out, measured = tmp_path / "out.json", []
+    measure = type(TASKS["knn"]).measure
+    monkeypatch.setattr(type(TASKS["knn"]), "measure", lambda *args: measured.append(1) or measure(*args))
+    monkeypatch.setattr(PartialResult, "remove", lambda self: None)  # as if it had been killed
+    for folder, rows in ((run, 3), (run, 0), (other, 3)):
+        measured.clear()
+        evaluate("knn", KnnEval(run=str(folder), out=str(out)))
+        assert len(measured) == rows
+        out.unlink()
+
+
+def test_without_a_file_nothing_is_kept(photos):
+    """Trainings with the same context do not continue one another."""
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    context = EvalContext(size=32, device=torch.device("cpu"), dtype=torch.float32, threads=1)
+    options = {"epochs": 1, "batch_size": 24}
+    first, second = (
+        finetune(backbone, open_split(photos, "train"), context, base_lr=lr, **options)[1].weight for lr in (0.1, 0.9)
+    )
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("error", ["Diverged", "RunError"])
+def test_only_divergence_lets_other_rates_go_on(run, monkeypatch, error):
+    """Not a full disk or a signal, which ranks would meet at different times."""
+    original = finetuning.finetune
+
+    def failing(*args, base_lr, **options):
+        if base_lr == 0.01:
+            raise getattr(finetuning, error)("x")
+        return original(*args, base_lr=base_lr, **options)
+
+    monkeypatch.setattr(finetuning, "finetune", failing)
+    options = EVALUATIONS["finetune"](run=str(run), baselines=False, **LONG["finetune"] | {"epochs": 1})
+    if error == "Diverged":
+        assert evaluate("finetune", options)["rows"][BYOL_ROW]["base_lr"] == 0.1
+    else:
+        with pytest.raises(RunError, match="^x$"):
+            evaluate("finetune", options)
+
+
+@pytest.mark.parametrize("where", ["before the row", "after the row"])
+def test_saved_network_of_a_killed_evaluation(run, monkeypatch, tmp_path, where):
+    """Its file is kept, and never replaced by the untrained network's."""
+    file = tmp_path / "tuned.safetensors"
+    options = EVALUATIONS["finetune"](run=str(run), epochs=1, batch_size=24, save=str(file))
+    finish = PartialResult.finish_row
+
+    def killed(self, title, row):
+        if where == "after the row":
+            finish(self, title, row)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(PartialResult, "finish_row", killed)
+        evaluate("finetune", options)
+    content = file.read_bytes()
+    if where == "after the row":
+        file.rename(tmp_path / "moved")
+    evaluate("finetune", options)
+    assert not file.exists() if where == "after the row" else file.read_bytes() == content
 
 
 def test_result_that_is_no_file_keeps_no_partial_result(run, tmp_path):

@@ -69,18 +69,31 @@ def test_ranks_add_up(monkeypatch):
     ]
     for measure in (rank_me, uniformity):
         sent = []
-        monkeypatch.setattr(World, "sum", lambda self, x, sent=sent: sent.append(x.clone()) or x)
+        for name in ("sum", "sum_"):
+            monkeypatch.setattr(World, name, lambda self, x, sent=sent: sent.append(x.clone()) or x)
         measure(halves[0])
         from_first = iter(sent.copy())
-        monkeypatch.setattr(World, "sum", lambda self, x, others=from_first: x + next(others))
+        for name in ("sum", "sum_"):
+            monkeypatch.setattr(World, name, lambda self, x, others=from_first: x + next(others))
         assert measure(halves[1]) == pytest.approx(expected(measure, whole), abs=1e-6)
 
 
 def expected(measure, whole):
     """The value of one rank, whose sums are its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(World, "sum", lambda self, x: x)
+        for name in ("sum", "sum_"):
+            patch.setattr(World, name, lambda self, x: x)
         return measure(whole)
+
+
+def test_quality_survives_a_resume(make_config):
+    """A run that continues without another evaluation still has the last one in its summary."""
+    options = {"knn": {"every_epochs": 1}, "optim": {"epochs": 2, "warmup_epochs": 0}}
+    folder = train(make_config(**options)).folder
+    (folder / "summary.json").unlink()
+    train(make_config(resume="auto", **options))
+    last = [line for line in read_metrics(folder) if line["kind"] == "quality"][-1]
+    assert json.loads((folder / "summary.json").read_text())["rank_me"] == last["rank_me"]
 
 
 def test_run_without_labels_logs_quality_and_no_knn(make_config, photos, tmp_path):

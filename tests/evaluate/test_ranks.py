@@ -3,42 +3,41 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.common import HANG_S, ROOT, jpeg
-from helpers.evaluations import record_losses
+from helpers.common import jpeg
+from helpers.evaluations import options_of, record_losses
 from helpers.on_device import write_corpus
+from helpers.torchrun import torchrun as start
 from PIL import Image
 from shapes import prepare_shapes
+from torch import nn
 
 from fastbyol.api import pretrain as train
+from fastbyol.data.folder import ImageFolder
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import dense, detection
 from fastbyol.evaluate import features as extraction
 from fastbyol.evaluate import run as evaluation
-from fastbyol.evaluate.features import Features, block_images, feature_bytes, own_indices, raw_pixels_side
-from fastbyol.evaluate.knn import nearest
-from fastbyol.evaluate.options import EVALUATIONS, KnnEval
-from fastbyol.evaluate.run import UNTRAINED_ROW, evaluate
+from fastbyol.evaluate.features import Features, Splits, block_images, feature_bytes, own_indices, raw_pixels_side
+from fastbyol.evaluate.knn import _decode, _encode, knn_bytes, nearest
+from fastbyol.evaluate.options import KnnEval, RobustnessEval
+from fastbyol.evaluate.run import TASKS, UNTRAINED_ROW, evaluate
+from fastbyol.parallel import GradientMean, share_of_batch
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.signals import sigterm_raises
-
-SCRIPT = ROOT / "tests/helpers/evaluations.py"
 
 
 def torchrun(tmp_path, evaluations, *sabotage, ranks=2):
     """Run evaluations one after another on `ranks` ranks; return the finished process."""
     path = tmp_path / "evaluations.json"
     path.write_text(json.dumps(evaluations))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(SCRIPT), str(path), *map(str, sabotage)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment, check=False)
+    return start("evaluations.py", path, *sabotage, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +80,7 @@ def test_ranks_match_one_rank(run, tmp_path, ranks, one_thread):
     assert done.stdout.count("warning: skipped ") == 3 * len(CASES)
     for name, (task, options) in CASES.items():
         found = json.loads((tmp_path / f"{name}.json").read_text())
-        known = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-        expected = evaluate(task, EVALUATIONS[task](run=str(run), **known))
+        expected = evaluate(task, options_of(task, {"run": str(run)} | options))
         assert (found["ranks"], expected["ranks"]) == (ranks, 1)
         assert found["bad_images"] == expected["bad_images"] and len(found["bad_images"]) == 3
         assert found["rows"].keys() == expected["rows"].keys()
@@ -139,7 +137,7 @@ def test_dense_protocols_match_one_rank(run, tmp_path, one_thread, monkeypatch):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored afterwards
     expected = record_losses()
     for task, options in more.items():
-        rows = evaluate(task, EVALUATIONS[task](**common | options))["rows"]
+        rows = evaluate(task, options_of(task, common | options))["rows"]
         assert close(json.loads((tmp_path / f"{task}.json").read_text())["rows"], rows, 0.05), task
     assert np.shape(found) == np.shape(expected) == (4, 4)  # two tasks, two networks each; four steps
     gaps = np.abs(np.array(found) / expected - 1)
@@ -205,36 +203,48 @@ def test_ranks_share_all_images_in_whole_blocks(images, ranks):
         assert max(map(len, parts)) <= 1.05 * images / ranks
 
 
-def sharded(x, labels, ranks):
+BLOCK = 64
+
+
+def sharded(whole, ranks):
     """Features of every rank of a world whose collectives are played by the test."""
-    whole, size = Features.of(x, labels, 3), 64
-    owner = torch.arange(len(x)) // size % ranks
+    owner = torch.arange(len(whole.unit)) // BLOCK % ranks
     parts = []
     for rank in range(ranks):
         rows = (owner == rank).nonzero()[:, 0]
-        blocks = (rows // size).unique(return_counts=True)[1].tolist()
-        parts.append(Features(whole.unit[rows], whole.length[rows], rows, blocks, labels, 3, {}, World(rank, ranks)))
+        blocks = (rows // BLOCK).unique(return_counts=True)[1].tolist()
+        own = replace(whole, unit=whole.unit[rows], length=whole.length[rows], position=rows, blocks=blocks)
+        parts.append(replace(own, world=World(rank, ranks)))
     return parts
 
 
-@pytest.mark.parametrize(("count", "k"), [(400, 20), (130, 100), (10, 50)])
-def test_neighbors_are_those_of_a_full_sort_for_any_number_of_ranks(monkeypatch, count, k):
-    """Many images are equal: of equally similar ones the first are taken, whoever stores them."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-1, 2, (count, 4), generator=generator).float()
-    queries = Features.of(torch.randint(-1, 2, (70, 4), generator=generator).float(), torch.zeros(70).long(), 3)
-    labels = torch.zeros(count, dtype=torch.int64)
-    similarity = queries.unit.float() @ Features.of(x, labels, 3).unit.float().T
+@pytest.mark.parametrize(("blocks", "k"), [(6, 20), (2, 100), (1, 80)])
+def test_neighbors_are_those_of_a_full_sort_for_any_number_of_ranks(monkeypatch, blocks, k):
+    """All blocks hold the same images: of equally similar ones the first are taken."""
+    x = torch.randn(BLOCK, 12, generator=torch.Generator().manual_seed(0)).repeat(blocks, 1)
+    whole = Features.of(x, torch.zeros(len(x), dtype=torch.int64), 3)
+    queries = Features.of(torch.randn(70, 12, generator=torch.Generator().manual_seed(1)), torch.zeros(70).long(), 3)
+    similarity = torch.cat([queries.unit.float() @ block.float().T for block in whole.unit.split(BLOCK)], 1)
     expected = torch.sort(similarity, dim=1, descending=True, stable=True)
+    monkeypatch.setattr(World, "sum_", lambda self, x: x)
     for ranks in (1, 2, 3):
-        parts, keys = sharded(x, labels, ranks), []
-        monkeypatch.setattr(World, "sum", lambda self, x: x)
-        # First collect every rank's keys, then hand all of them to the first rank.
+        keys = []
+        # First collect every rank's keys, then hand all of them to the last rank.
         monkeypatch.setattr(World, "gather_tensors", lambda self, x, keys=keys: keys.append(x) or torch.stack(keys))
-        for part in parts:
+        for part in sharded(whole, ranks):
             found = nearest(part, queries, k)
         assert torch.equal(found[0], expected.values[:, :k]), ranks
         assert torch.equal(found[1], expected.indices[:, :k]), ranks
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, -1e-30, 0.7, -0.7, 1.0])
+def test_keys_order_similarities_of_any_sign(value):
+    similarity, position = torch.tensor([value, value, -1.0, 0.5]), torch.tensor([3, 2**32 - 1, 0, 7])
+    keys = _encode(similarity, position)
+    decoded = _decode(keys)
+    assert torch.equal(decoded[0], similarity) and torch.equal(decoded[1], position)
+    order = sorted(range(4), key=lambda k: (-similarity[k].item(), position[k].item()))
+    assert keys.argsort(descending=True).tolist() == order
 
 
 # --- memory ---
@@ -248,6 +258,40 @@ def test_memory_is_checked_before_the_work(run, monkeypatch, log_lines):
     ):
         evaluate("knn", KnnEval(run=str(run)))
     assert log_lines == []
+
+
+def test_more_neighbors_than_images_need_no_more_memory():
+    data = Splits(*(ImageFolder(Path("/d"), ["x"] * n, np.zeros(n, dtype=np.int64), ["a", "b"]) for n in (50, 80)))
+    for task, kind in (("knn", KnnEval), ("robustness", RobustnessEval)):
+        few, many = (TASKS[task].memory(data, 16, kind(run="x", k=k), World()) for k in (50, 10**6))
+        assert few == many, task
+    assert knn_bytes(50, 80, 16, 51, World()) > knn_bytes(50, 80, 16, 50, World())
+
+
+def test_batch_that_ranks_cannot_share_is_an_error():
+    assert share_of_batch(12, 500, World(1, 3)).tolist() == [4, 5, 6, 7]
+    with pytest.raises(InputError, match=r"^batch_size=100 cannot be split into 3 equal parts; use 99$"):
+        share_of_batch(100, 500, World(0, 3))
+    with pytest.raises(InputError, match=r"^batch_size=205, all images, cannot be split into 2 equal parts; use 204$"):
+        share_of_batch(205, 205, World(0, 2))
+
+
+def test_gradients_are_averaged_in_their_memory_format(monkeypatch):
+    """One parameter has a gradient on the other rank only, one on no rank."""
+    weight = nn.Parameter(torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last))
+    other, unused = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(7))
+    theirs = torch.cat((torch.full((96,), 4.0), torch.full((5,), 6.0)))
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, [True, True, False]])
+    monkeypatch.setattr(World, "mean", lambda self, x: (x + theirs) / 2)
+    average = GradientMean([weight, other, unused], World(0, 2))
+    for _ in range(2):
+        weight.grad = torch.full_like(weight, 2.0, memory_format=torch.channels_last)
+        other.grad = None
+        average()
+        assert torch.equal(weight.grad, torch.full_like(weight, 3.0))
+        assert weight.grad.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(other.grad, torch.full((5,), 3.0))
+        assert unused.grad is None
 
 
 def test_raw_pixels_of_large_sets_are_averaged_smaller(run, monkeypatch):

@@ -13,11 +13,11 @@ import signal
 import sys
 from pathlib import Path
 
-from fastbyol.errors import FastbyolError, PeerFailure
+from helpers.torchrun import exit_code
+
 from fastbyol.evaluate import dense, detection, features
 from fastbyol.evaluate.options import EVALUATIONS
 from fastbyol.evaluate.run import evaluate
-from fastbyol.runtime.logging import console_logging
 
 
 def record_losses() -> list[list[float]]:
@@ -55,24 +55,21 @@ def sabotage(rank: str) -> None:
     features.center_crops = watched
 
 
+def options_of(task, options):
+    """Return the options of a task from JSON values."""
+    return EVALUATIONS[task](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
 def main() -> int:
     what, value = sys.argv[2:] if len(sys.argv) > 2 else (None, None)
     if what == "kill":
         sabotage(value)
     recorded = record_losses() if what == "losses" else None
-    try:
-        with console_logging():
-            for task, options in json.loads(Path(sys.argv[1]).read_text()):
-                known = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-                evaluate(task, EVALUATIONS[task](**known))
-        if recorded is not None and os.environ["RANK"] == "0":
-            Path(value).write_text(json.dumps(recorded))
-    except PeerFailure as error:
-        return error.exit_code
-    except FastbyolError as error:
-        print(f"fastbyol: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    evaluations = json.loads(Path(sys.argv[1]).read_text())
+    code = exit_code(lambda: [evaluate(task, options_of(task, options)) for task, options in evaluations])
+    if recorded is not None and os.environ["RANK"] == "0":
+        Path(value).write_text(json.dumps(recorded))
+    return code
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import signal
 import sys
 from pathlib import Path
 
+from helpers.torchrun import exit_code
+
 from fastbyol import step as step_module
 from fastbyol.api import pretrain as train
 from fastbyol.config import Config
-from fastbyol.errors import FastbyolError, PeerFailure, RunError
-from fastbyol.runtime.logging import console_logging
+from fastbyol.errors import RunError
 
 
 def sabotage(what: str, rank: int, at: int) -> None:
@@ -41,16 +42,8 @@ def sabotage(what: str, rank: int, at: int) -> None:
 def main() -> int:
     if len(sys.argv) > 2:
         sabotage(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-    try:
-        with console_logging():
-            for values in json.loads(Path(sys.argv[1]).read_text()):
-                train(Config.from_dict(values))
-    except PeerFailure as error:
-        return error.exit_code
-    except FastbyolError as error:
-        print(f"fastbyol: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    configs = json.loads(Path(sys.argv[1]).read_text())
+    return exit_code(lambda: [train(Config.from_dict(values)) for values in configs])
 
 
 if __name__ == "__main__":

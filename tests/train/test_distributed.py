@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.common import BATCH, HANG_S, ROOT, losses
+from helpers.common import BATCH, losses
 from helpers.stopping import stop_after
+from helpers.torchrun import torchrun as start
 
 from fastbyol.api import pretrain as train
 from fastbyol.build import build_model
@@ -21,17 +20,12 @@ from fastbyol.parallel import data_parallel, sync_batch_norm
 from fastbyol.runtime import checkpoint, distributed
 from fastbyol.runtime.distributed import StopConsensus, World, world_from_environment
 
-SCRIPT = ROOT / "tests/helpers/ranks.py"
-
 
 def torchrun(tmp_path, configs, *sabotage, ranks=2, restarts=0):
     """Train the configs one after another on `ranks` ranks; return the finished process."""
     path = tmp_path / "configs.json"
     path.write_text(json.dumps([config.to_dict() for config in configs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [f"--max-restarts={restarts}", str(SCRIPT), str(path), *map(str, sabotage)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=environment, check=False)
+    return start("ranks.py", path, *sabotage, ranks=ranks, restarts=restarts)
 
 
 def options(name, **changes):
