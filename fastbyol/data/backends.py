@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from fastbyol.config import DataConfig
 from fastbyol.data.batch import Loader
 from fastbyol.data.beton import SUFFIX, BetonFile
+from fastbyol.data.crops import DecoderName
 from fastbyol.data.images import ImageSet
 from fastbyol.data.native import NativeLoader
 from fastbyol.data.views import AUGMENTATIONS
@@ -40,6 +41,14 @@ def choose_backend(config: DataConfig, images: ImageSet, device: torch.device) -
                 f"{images.root}{SUFFIX}"
             )
     return config.backend, "set by data.backend"
+
+
+def choose_decoder(config: DataConfig, device: torch.device) -> DecoderName:
+    """Return what decodes the images of evaluations.
+
+    That is DALI on a GPU, if it is installed and data.backend is not native.
+    """
+    return "dali" if device.type == "cuda" and config.backend != "native" and has_module("nvidia.dali") else "native"
 
 
 def build_loader(

@@ -1,30 +1,43 @@
-"""Crops for evaluations: one view per image, rendered in threads one batch ahead."""
+"""Crops for evaluations: one view per image, in the dtype that the network computes in.
 
-from collections import deque
+As in training, threads render one batch ahead into a ring of two batches; for a GPU the ring is
+pinned, and a stream of its own copies it. Or DALI decodes on the GPU (dali_crops.py).
+"""
+
+import itertools
 from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastbyol.data.decode import BadImage
+from fastbyol.data.device import DeviceSlots
 from fastbyol.data.images import ImageSet
-from fastbyol.data.rendering import Box, Pixels, Renderer
+from fastbyol.data.rendering import Box, Renderer, ViewFunction
+from fastbyol.data.sequence import load_readable
 from fastbyol.data.views import AUGMENTATIONS, Sampler, center_box, epoch_order
 from fastbyol.data.workers import PrefetchPool, resolve_threads
-from fastbyol.errors import first_line
-from fastbyol.kernels import augment_params
+from fastbyol.kernels import augment, augment_params
 
-# (position, height, width) -> crop box and parameters (augment_params.COLUMNS,) of the view
-ViewFunction = Callable[[int, int, int], tuple[Box, NDArray[np.float32]]]
+DecoderName = Literal["native", "dali"]
 
-
+CPU = torch.device("cpu")
 CENTER_FRACTION = 0.875  # 224/256 of the short side: the center crop of BYOL's evaluation
 
 
 def center_crops(
-    images: ImageSet, *, size: int, fraction: float, batch_size: int, threads: int, bad: dict[int, str]
+    images: ImageSet,
+    *,
+    size: int,
+    fraction: float,
+    batch_size: int,
+    threads: int,
+    bad: dict[int, str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    decoder: DecoderName = "native",
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
     """Yield all images in index order without augmentation: center crop, bicubic resize, normalize.
 
@@ -35,10 +48,13 @@ def center_crops(
         batch_size: largest number of images of a batch.
         threads: number of threads; 0 is one per core.
         bad: receives the unreadable images, which are left out: index -> reason.
+        dtype: of the crops: float32, bfloat16 or float16.
+        device: where they are delivered.
+        decoder: of the images; "dali" needs a GPU.
 
     Yields:
-        images (n, 3, S, S) float32, channels_last, normalized, and their indices (n,); n <=
-        batch_size, and 0 if none of a batch is readable.
+        images (n, 3, S, S), channels_last, normalized, and their indices (n,); n <= batch_size, and
+        0 if none of a batch is readable. The images are valid until the next batch is requested.
     """
     identity = np.zeros(augment_params.COLUMNS, dtype=np.float32)
     yield from _render(
@@ -49,6 +65,9 @@ def center_crops(
         batch_size=batch_size,
         threads=threads,
         bad=bad,
+        dtype=dtype,
+        device=device,
+        decoder=decoder,
     )
 
 
@@ -62,6 +81,9 @@ def random_crops(
     shard: NDArray[np.int64] | None = None,
     threads: int,
     bad: dict[int, str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    decoder: DecoderName = "native",
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
     """Yield one epoch of a classifier's training images, with augmentation "crop_flip".
 
@@ -89,6 +111,9 @@ def random_crops(
         batch_size=len(shard),
         threads=threads,
         bad=bad,
+        dtype=dtype,
+        device=device,
+        decoder=decoder,
         substitute=True,
     )
 
@@ -98,58 +123,80 @@ def _render(
     order: NDArray[np.int64],
     view_of: ViewFunction,
     *,
+    batch_size: int,
+    device: torch.device,
+    decoder: DecoderName,
+    **options: Any,
+) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Yield one view of each of the images `order`, in batches, without those that have none."""
+    render = _render_on_host
+    if decoder == "dali":
+        from fastbyol.data.dali_crops import render_on_gpu as render
+    for crops, indices in render(images, order, view_of, batch_size=batch_size, device=device, **options):
+        if (indices < 0).any():
+            readable = torch.from_numpy(np.flatnonzero(indices >= 0)).to(device)
+            crops, indices = crops[readable], indices[indices >= 0]
+        yield crops, indices
+
+
+def _render_on_host(
+    images: ImageSet,
+    order: NDArray[np.int64],
+    view_of: ViewFunction,
+    *,
     size: int,
     batch_size: int,
     threads: int,
     bad: dict[int, str],
+    dtype: torch.dtype,
+    device: torch.device,
     substitute: bool = False,
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Yield one view of each of the images `order`, in batches with memory of their own.
+    """Yield the views (n, 3, S, S) of each batch, and the indices (n,) of the images used, or -1.
 
     Args:
         substitute: use the next readable image of the set instead of an unreadable one.
     """
-    batches: deque[NDArray[np.float32]] = deque()  # begun, not yet yielded
+    is_cuda = device.type == "cuda"
+    ring = [torch.empty(batch_size, size, size, 3, dtype=dtype, pin_memory=is_cuda) for _ in range(2)]
+    written = [augment.as_written(batch) for batch in ring]
+    device_slots = DeviceSlots(device) if is_cuda else None
 
-    def tasks() -> Iterator[tuple[int, NDArray[np.float32]]]:
-        for start in range(0, len(order), batch_size):
-            crops = np.empty((min(batch_size, len(order) - start), size, size, 3), dtype=np.float32)
-            batches.append(crops)
-            yield from enumerate(crops, start)
+    def tasks() -> Iterator[tuple[int, NDArray[Any]]]:
+        for k in range(len(order)):
+            batch, i = divmod(k, batch_size)
+            yield k, written[batch % 2][i]
 
-    def new_worker() -> Callable[[tuple[int, NDArray[np.float32]]], int]:
+    def new_worker() -> Callable[[tuple[int, NDArray[Any]]], int]:
         renderer = Renderer(size)
 
-        def load(index: int) -> Pixels | None:
-            try:
-                return renderer.decode(images.read(index))
-            except (OSError, BadImage) as error:
-                bad[index] = first_line(error)
-                return None
-
-        def render(task: tuple[int, NDArray[np.float32]]) -> int:
+        def render(task: tuple[int, NDArray[Any]]) -> int:
             """Write the view of a position; return the index of the image used, -1 if none."""
             k, out = task
-            for offset in range(len(images) if substitute else 1):
-                index = (int(order[k]) + offset) % len(images)
-                if index not in bad and (image := load(index)) is not None:
-                    box, params = view_of(k, image.shape[0], image.shape[1])
-                    renderer.crop(image, box, bool(params[augment_params.FLIP]))
-                    renderer.augment(params, out)
-                    return index
-            return -1
+            found = load_readable(images, int(order[k]), bad, renderer.decode, substitute=substitute)
+            if found is None:
+                return -1
+            index, image = found
+            box, params = view_of(k, image.shape[0], image.shape[1])
+            renderer.crop(image, box, bool(params[augment_params.FLIP]))
+            renderer.augment(params, out)
+            return index
 
         return render
 
-    # One batch in the consumer's hands, and one ahead of it.
+    # One batch in the consumer's hands, and one ahead of it: the ring.
     pool = PrefetchPool(
         new_worker, tasks(), threads=resolve_threads(threads), window=2 * batch_size, name="fastbyol-eval"
     )
     try:
-        while rendered := pool.take(batch_size):
-            crops, indices = batches.popleft(), np.array(rendered)
-            if (indices < 0).any():
-                crops, indices = crops[indices >= 0], indices[indices >= 0]
-            yield torch.from_numpy(crops).permute(0, 3, 1, 2), indices
+        for k in itertools.count():
+            if not (rendered := pool.take(batch_size)):
+                return
+            crops = ring[k % 2]
+            if device_slots is not None:
+                (crops,) = device_slots.fill(k, [crops])
+            yield crops[: len(rendered)].permute(0, 3, 1, 2), np.array(rendered)
+            if device_slots is not None:
+                device_slots.release(k)
     finally:
         pool.close()

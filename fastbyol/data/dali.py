@@ -121,7 +121,7 @@ class DaliLoader(NativeLoader):
         return self._prepare
 
     def _prepare(self, index: int) -> Prepared:
-        used, (size, encoded, pixels) = self.load_or_substitute(index, self.fetch(index), _inspect)
+        used, (size, encoded, pixels) = self.load_or_substitute(index, self.fetch(index), inspect)
         return Prepared(used, size, encoded, pixels if pixels is None else self._pin(pixels))
 
     def _decode_on_host(self, prepared: Prepared) -> Prepared:
@@ -303,7 +303,7 @@ class Decoder:
         return pixels if self._device.type == "cpu" else pixels.to(self._device, non_blocking=True)
 
 
-def _inspect(data: StoredImage) -> tuple[tuple[int, int], NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
+def inspect(data: StoredImage) -> tuple[tuple[int, int], NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
     """Return size, bytes for DALI or None, pixels or None.
 
     Raises:

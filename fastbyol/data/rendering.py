@@ -1,6 +1,6 @@
 """Rendering in one thread: stored bytes -> decoded image -> augmented, normalized views."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from fastbyol.kernels import augment, augment_params, crop
 
 Box = Sequence[int]  # top, left, height, width in source pixels
 Pixels = NDArray[np.uint8]  # (H, W, 3)
+# (position, height, width) -> crop box and parameters (augment_params.COLUMNS,) of the view
+ViewFunction = Callable[[int, int, int], tuple[Box, NDArray[np.float32]]]
 
 
 class Slot:

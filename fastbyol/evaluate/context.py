@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from fastbyol.data.crops import DecoderName
 from fastbyol.data.images import UNLABELED, ImageSet
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import join_names
@@ -36,6 +37,8 @@ class EvalContext:
     device: torch.device
     dtype: torch.dtype  # of autocast
     threads: int  # decoder threads
+    decoder: DecoderName = "native"  # of images that are passed to a network unchanged
+    compiles: bool = False  # a network that sees COMPILE_IMAGES images
     world: World = field(default_factory=World)
     partial: PartialResult = field(default_factory=PartialResult)
     bad: dict[str, str] = field(default_factory=dict)  # path of an unreadable image -> reason

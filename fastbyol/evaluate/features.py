@@ -33,6 +33,7 @@ from fastbyol.precision import autocast
 from fastbyol.runtime.distributed import World
 
 BATCH = 256  # images that a network sees at a time
+COMPILE_IMAGES = 1 << 17  # that repay a compilation, which takes about a minute
 _MIN_BLOCKS = 256  # of a split, as long as a block has a batch
 _MAX_BATCHES_PER_BLOCK = 16
 RAW_PIXELS_SIDES = (64, 32, 16)  # larger images are averaged to the first that fits
@@ -299,19 +300,32 @@ def network_outputs(
         The outputs (n, F) float32 for each transform, and the images' indices (n,) in the split.
     """
     own = own_indices(len(split), context.world)
-    batches = _center_crops(split, own, context, bad)
+    # Transforms compute on the host in float32, and pixels are stored as they are.
+    on_host = any(transform is not unchanged for transform in transforms)
+    batches = _center_crops(
+        split,
+        own,
+        context,
+        bad,
+        dtype=torch.float32 if on_host or isinstance(network, RawPixels) else context.dtype,
+        device=torch.device("cpu") if on_host else context.device,
+    )
     if description is not None:
         batches = context.track(description, batches, len(own), each=BATCH)
+    forward = inference_function(network, context, images=len(split) * len(transforms), batch_size=BATCH)
     for crops, indices in batches:
         if len(indices):
-            images = (transform(crops, indices).to(context.device) for transform in transforms)
-            with inference(network, context):
-                outputs = [network(x).float() for x in images]
-            yield outputs, indices
+            yield [forward(transform(crops, indices).to(context.device)) for transform in transforms], indices
 
 
 def _center_crops(
-    split: ImageSet, own: NDArray[np.int64], context: EvalContext, bad: dict[int, str]
+    split: ImageSet,
+    own: NDArray[np.int64],
+    context: EvalContext,
+    bad: dict[int, str],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
     """Yield the center crops of the images `own`, and their indices in the split.
 
@@ -319,8 +333,17 @@ def _center_crops(
         bad: receives the unreadable images: index in the split -> reason.
     """
     own_bad: dict[int, str] = {}
-    options = {"size": context.size, "fraction": CENTER_FRACTION, "threads": context.threads}
-    for crops, rows in center_crops(split.subset(own), batch_size=BATCH, bad=own_bad, **options):
+    for crops, rows in center_crops(
+        split.subset(own),
+        size=context.size,
+        fraction=CENTER_FRACTION,
+        batch_size=BATCH,
+        threads=context.threads,
+        bad=own_bad,
+        dtype=dtype,
+        device=device,
+        decoder=context.decoder if device == context.device else "native",
+    ):
         yield crops, own[rows]
     bad.update((int(own[k]), reason) for k, reason in own_bad.items())
 
@@ -360,11 +383,35 @@ def check_finite(*features: Features) -> None:
         raise InputError("the features hold NaN or infinity: the network has diverged")
 
 
+def inference_function(
+    network: nn.Module, context: EvalContext, *, images: int, batch_size: int
+) -> Callable[[Tensor], Tensor]:
+    """Return a function: images (n, 3, S, S) -> the network's outputs (n, ...) float32.
+
+    It runs the network in `inference`.
+
+    Args:
+        images: how many it will see, over all ranks. If it is worth it, the network is compiled.
+        batch_size: of a whole batch. Others run eagerly: each size would be compiled again.
+    """
+    if not context.compiles or images < COMPILE_IMAGES or isinstance(network, RawPixels):
+        batch_size = 0
+    compiled = torch.compile(network, dynamic=False) if batch_size else network
+
+    def forward(x: Tensor) -> Tensor:
+        is_whole = len(x) == batch_size
+        with inference(network, context, stance="default" if is_whole else "force_eager"):
+            return (compiled if is_whole else network)(x).float()
+
+    return forward
+
+
 @contextmanager
-def inference(network: nn.Module, context: EvalContext) -> Iterator[None]:
+def inference(network: nn.Module, context: EvalContext, *, stance: str = "force_eager") -> Iterator[None]:
     """Context manager: eval mode, autocast, no gradients. Restores the mode of the network.
 
-    A network that is compiled for training runs eagerly: eval mode would compile it again.
+    By default a network that is compiled for training runs eagerly: eval mode would compile it
+    again.
     """
     training = network.training
     network.eval()
@@ -372,7 +419,7 @@ def inference(network: nn.Module, context: EvalContext) -> Iterator[None]:
         with (
             torch.no_grad(),
             autocast(context.device, context.dtype),
-            torch.compiler.set_stance("force_eager"),
+            torch.compiler.set_stance(stance),
         ):
             yield
     finally:
@@ -395,7 +442,14 @@ def feature_dim(backbone: nn.Module, context: EvalContext) -> int:
 
 
 def training_batches(
-    images: ImageSet, context: EvalContext, *, epochs: range, batch_size: int, seed: int, description: str
+    images: ImageSet,
+    context: EvalContext,
+    *,
+    epochs: range,
+    batch_size: int,
+    seed: int,
+    description: str,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield this rank's part of batches of random crops and flips.
 
@@ -404,6 +458,7 @@ def training_batches(
     Args:
         epochs: numbers of the epochs, which determine order and views.
         batch_size: over all ranks.
+        dtype: of the crops.
 
     Yields:
         Crops (n, 3, S, S) and labels (n,) on the device, and the images' indices (n,) on the CPU.
@@ -429,6 +484,9 @@ def training_batches(
                 shard=shard,
                 threads=context.threads,
                 bad=bad,
+                dtype=dtype,
+                device=context.device,
+                decoder=context.decoder,
             ):
                 if not len(indices):
                     raise no_readable_images(images, bad)
@@ -438,7 +496,7 @@ def training_batches(
 
     for crops, indices in context.track(description, batches(), len(epochs) * steps_per_epoch, unit="steps"):
         rows = torch.from_numpy(indices)
-        yield crops.to(context.device), labels[rows].to(context.device), rows
+        yield crops, labels[rows].to(context.device), rows
 
 
 def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, context: EvalContext) -> None:
@@ -462,14 +520,14 @@ def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, context: EvalConte
     set_num_views(backbone, 1).train()
     own = np.flatnonzero(np.arange(len(split)) // BATCH % world.size == world.rank)
     bad: dict[int, str] = {}
-    batches = _center_crops(split, own, context, bad)
+    batches = _center_crops(split, own, context, bad, dtype=torch.float32, device=context.device)
     # In float64, the order of addition has no influence on the float32 result.
     sums = [[torch.zeros_like(value, dtype=torch.float64) for value in _statistics(norm)] for norm in norms]
     used = torch.zeros((), dtype=torch.int64, device=context.device)
     with torch.no_grad():
         for crops, _ in context.track("BatchNorm statistics", batches, len(own), each=BATCH):
             if len(crops) > 1:  # one value per channel has no variance
-                backbone(crops.to(context.device))
+                backbone(crops)
                 used += 1
                 for norm, totals in zip(norms, sums, strict=True):
                     for total, value in zip(totals, _statistics(norm), strict=True):

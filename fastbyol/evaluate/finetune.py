@@ -106,7 +106,13 @@ def finetune(
         first = saved["epoch"]
     description = f"fine-tuning, base lr {base_lr:g}"
     batches = training_batches(
-        images, context, epochs=range(first, epochs), batch_size=batch_size, seed=seed, description=description
+        images,
+        context,
+        epochs=range(first, epochs),
+        batch_size=batch_size,
+        seed=seed,
+        description=description,
+        dtype=context.training_dtype,
     )
     for step, (x, labels, _) in enumerate(batches, start=first * steps):
         optimizer.param_groups[0]["lr"] = (

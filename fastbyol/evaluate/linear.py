@@ -29,12 +29,13 @@ from fastbyol.evaluate.context import EvalContext, Row, Track
 from fastbyol.evaluate.features import (
     BATCH,
     Features,
+    RawPixels,
     Splits,
     check_finite,
     extract_features,
     feature_bytes,
     feature_dim,
-    inference,
+    inference_function,
     training_batches,
 )
 from fastbyol.evaluate.knn import accuracies, top_hits
@@ -264,10 +265,13 @@ def augmented_accuracy(
         batch_size=batch_size,
         seed=0,
         description="linear probe, augmented",
+        dtype=torch.float32 if isinstance(backbone, RawPixels) else context.dtype,
+    )
+    forward = inference_function(
+        backbone, context, images=len(train) * epochs, batch_size=batch_size // context.world.size
     )
     for step, (images, labels, rows) in enumerate(batches, start=first * steps):
-        with inference(backbone, context):
-            x = backbone(images).float()
+        x = forward(images)
         fit = (~held_out[rows]).to(x)
         used = torch.stack((torch.ones_like(fit), fit)).repeat_interleave(len(base_lrs), 0)  # (L, B)
         probes.step(x, labels, used, batch_size=batch_size, progress=step / (epochs * steps))

@@ -14,6 +14,7 @@ from fastbyol.build import Training
 from fastbyol.callbacks import Callback
 from fastbyol.config import Config
 from fastbyol.data import Batch, ImageSet, find_images
+from fastbyol.data.backends import choose_decoder
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate.context import EvalContext, missing_images_warning
 from fastbyol.evaluate.features import check_finite, check_splits, extract_features
@@ -200,6 +201,7 @@ class OnlineKnn(Callback):
             device=training.device,
             dtype=run.step.dtype,
             threads=config.data.threads,
+            decoder=choose_decoder(config.data, training.device),
             world=run.world,
         )
         voters, backbone = training.images.subsample(config.knn.max_bank_images), training.model.online.backbone

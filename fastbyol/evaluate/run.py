@@ -16,6 +16,7 @@ from torch import nn
 from fastbyol import __version__
 from fastbyol.build import build_model
 from fastbyol.config import Config, DistributedConfig
+from fastbyol.data.backends import choose_decoder
 from fastbyol.errors import InputError
 from fastbyol.evaluate.context import EvalContext, Row
 from fastbyol.evaluate.detection import DETECTION
@@ -118,6 +119,7 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
         "rows": rows,
         "bad_images": context.bad,
         "ranks": world.size,
+        "decoder": context.decoder,
         "feature_images_per_s": rates,
         "environment": environment.describe(),
     }
@@ -207,6 +209,8 @@ def eval_context(config: Config, options: EvalConfig, world: World | None = None
         device=device,
         dtype=compute_dtype(config.precision, device),
         threads=options.threads,
+        decoder=choose_decoder(config.data, device),
+        compiles=device.type == "cuda" and config.step.mode != "eager",
         world=world,
     )
 

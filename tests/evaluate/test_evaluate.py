@@ -25,7 +25,7 @@ from fastbyol.api import pretrain as train
 from fastbyol.callbacks import Callback
 from fastbyol.config import Config
 from fastbyol.data import open_split
-from fastbyol.data.crops import random_crops
+from fastbyol.data.crops import center_crops, random_crops
 from fastbyol.data.folder import ImageFolder
 from fastbyol.data.pack import pack
 from fastbyol.data.views import apply_reference, epoch_order, sample
@@ -563,7 +563,8 @@ def test_empty_validation_split_raises(run, photos, tmp_path):
 
 def test_random_crops_match_the_reference_in_epoch_order(photos):
     images = open_split(photos, "train")
-    batches = list(random_crops(images, size=24, seed=3, epoch=2, batch_size=20, threads=2, bad={}))
+    crops = random_crops(images, size=24, seed=3, epoch=2, batch_size=20, threads=2, bad={})
+    batches = [(x.clone(), indices) for x, indices in crops]  # valid until the next
     assert [len(x) for x, _ in batches] == [20, 20, 20]  # no partial batch
     order = epoch_order(3, 2, 72)
     assert np.array_equal(np.concatenate([indices for _, indices in batches]), order[:60])
@@ -575,6 +576,15 @@ def test_random_crops_match_the_reference_in_epoch_order(photos):
     assert (batches[0][0] - apply_reference(decoded, params, 24)[0]).abs().max() < 1e-3
     assert params.flip.any()
     assert not params.jitter.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_crops_in_16_bits_are_the_rounded_ones(photos, dtype):
+    options = {"size": 24, "fraction": 0.875, "batch_size": 50, "threads": 2, "bad": {}}
+    images = open_split(photos, "train")
+    exact, short = ([x.clone() for x, _ in center_crops(images, dtype=d, **options)] for d in (torch.float32, dtype))
+    assert [len(x) for x in short] == [50, 22]
+    assert all(x.dtype == dtype and torch.equal(x, y.to(dtype)) for x, y in zip(short, exact, strict=True))
 
 
 def test_random_crops_substitute_unreadable_images(folder_of):

@@ -1,6 +1,7 @@
 """GPU batches equal CPU batches, even while the GPU runs queued work."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers.on_device import DEVICE, needs_cuda, no_synchronization, release_me
 
 from fastbyol.config import DataConfig
 from fastbyol.data import build_loader, open_split
+from fastbyol.data.crops import center_crops, random_crops
 from fastbyol.data.pack import pack
 from fastbyol.kernels.augment_params import IMAGENET_STD
 from fastbyol.runtime.environment import FFCV_COMMAND, dali_install_command, has_module
@@ -107,6 +109,29 @@ def test_dali_views_match_the_native_backend(stored, split, dtype):
     stop = 2 * EPOCH + 1
     expected = collect(make(stored, split, "native", CPU, dtype), 0, stop)
     assert_same_images_and_close_views(collect(make(stored, split, "dali", DEVICE, dtype), 0, stop), expected)
+
+
+@pytest.mark.parametrize("decoder", ["native", "dali"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_evaluation_crops_match_those_of_the_cpu(stored, decoder, dtype):
+    if decoder == "dali" and (DEVICE.type != "cuda" or not has_module("nvidia.dali")):
+        pytest.skip(f"needs a GPU and DALI: {dali_install_command()}")
+    images = open_split(stored, "train")
+    options = {"size": SIZE, "batch_size": BATCH, "threads": 2, "bad": {}, "dtype": dtype}
+    for crops in (partial(center_crops, fraction=0.875), partial(random_crops, seed=3, epoch=1)):
+        expected = [(x.clone(), indices) for x, indices in crops(images, **options)]
+        actual = []
+        for x, indices in crops(images, **options, device=DEVICE, decoder=decoder):
+            stall()
+            actual.append((x.clone(), indices))
+        assert len(actual) == len(expected)
+        for (x, indices), (y, others) in zip(actual, expected, strict=True):
+            assert indices.tolist() == others.tolist()
+            if decoder == "native":
+                assert torch.equal(x.cpu(), y)
+            else:
+                close = (x.cpu().float() - y.float()).abs() <= 3 / 255 / min(IMAGENET_STD) + y.float().abs() * 2**-7
+                assert close.float().mean() > 0.999
 
 
 @pytest.mark.skipif(not has_module("ffcv"), reason=f"FFCV is not installed: {FFCV_COMMAND}")

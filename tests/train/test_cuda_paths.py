@@ -249,6 +249,60 @@ def test_dali_readers_pin_pixels_decoded_on_the_host(photos, tmp_path, monkeypat
     assert not threads
 
 
+def test_evaluation_crops_are_copied_from_a_pinned_ring(photos, monkeypatch):
+    """Two batches, each copied as one block of the network's dtype, unreadable images included."""
+    from fastbyol.data import crops
+
+    images, sent, pinned = open_split(photos, "val"), [], []
+    options = {"size": SIZE, "fraction": 0.875, "batch_size": 4, "threads": 2, "dtype": torch.float16}
+    expected = [(x.clone(), indices) for x, indices in crops.center_crops(images, **options, bad={6: "damaged"})]
+    empty = torch.empty
+
+    class Copying(Slots):
+        def fill(self, step, tensors):
+            sent.append(tensors)
+            return [tensor.clone() for tensor in tensors]
+
+    monkeypatch.setattr(crops, "DeviceSlots", Copying)
+    monkeypatch.setattr(
+        torch, "empty", lambda *shape, pin_memory, dtype: pinned.append(pin_memory) or empty(*shape, dtype=dtype)
+    )
+    monkeypatch.setattr(Tensor, "to", lambda tensor, device: tensor)
+    actual = list(crops.center_crops(images, **options, bad={6: "damaged"}, device=CUDA))
+    assert pinned == [True, True]
+    assert all(tuple(x.shape) == (4, SIZE, SIZE, 3) and x.dtype == torch.float16 for (x,) in sent)
+    assert [x.data_ptr() for (x,) in sent[:2]] * 2 == [x.data_ptr() for (x,) in sent[:4]]
+    for (x, indices), (y, others) in zip(actual, expected, strict=True):
+        assert torch.equal(x, y) and indices.tolist() == others.tolist()
+
+
+@pytest.mark.parametrize(("least", "passes"), [(1, 1), (19, 0)])
+def test_evaluation_compiles_a_network_that_sees_many_images(photos, monkeypatch, least, passes):
+    """Once: a smaller batch, at the end or with an unreadable image, runs eagerly."""
+    torch._dynamo.reset()
+    compiled, runs = [], []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return lambda *args: runs.append(0) or graph(*args)
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = open_split(photos, "val")
+    read = type(images).read
+    monkeypatch.setattr(type(images), "read", lambda self, index: b"words" if index == 2 else read(self, index))
+    monkeypatch.setattr("fastbyol.evaluate.features.BATCH", 5)
+    monkeypatch.setattr("fastbyol.evaluate.features.COMPILE_IMAGES", least)
+    compile_network = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_network(*args, **options, backend=backend))
+    options = {"size": SIZE, "device": torch.device("cpu"), "dtype": torch.float32, "threads": 1}
+    eager = extract_features(network, images, EvalContext(**options), None)
+    features = extract_features(network, images, EvalContext(**options, compiles=True), None)
+    assert torch.equal(features.unit, eager.unit) and torch.equal(features.length, eager.length)
+    assert len(compiled) == passes
+    assert len(runs) == 2 * passes  # of the batches of 4, 5, 5 and 3 images
+    assert network.training
+
+
 def test_evaluation_does_not_compile(photos, monkeypatch):
     """Multi-rank training compiles the backbone's modules, but kNN runs them eagerly.
 
