@@ -32,7 +32,7 @@ from fastbyol.errors import (
     is_out_of_memory,
     printable,
 )
-from fastbyol.evaluate.options import EVALUATIONS
+from fastbyol.evaluate.options import EVALUATIONS, EmbedConfig
 from fastbyol.runtime import caches
 from fastbyol.runtime.console import safe_stdio
 from fastbyol.runtime.logging import console_logging, logger, muted
@@ -76,6 +76,13 @@ def _eval(call: Call) -> int:
         refresh_report(Path(call.options.run), root=call.options.root)
     except FastbyolError as error:  # the result is saved; the run's folder may be read-only
         logger.warning(str(error))
+    return 0
+
+
+def _embed(call: Call) -> int:
+    from fastbyol.evaluate.embed import embed
+
+    embed(call.options)
     return 0
 
 
@@ -170,6 +177,7 @@ COMMANDS = Group(
             "Evaluate the features of a checkpoint.",
             {name: Command(_eval, kind, takes_ranks=True) for name, kind in EVALUATIONS.items()},
         ),
+        "embed": Command(_embed, EmbedConfig, takes_ranks=True),
         "prepare": Group(
             "Create an image folder from data that is already installed.",
             {

@@ -61,6 +61,15 @@ class FeatureMaps(nn.Module):
         return self.backbone.forward_intermediates(images, indices=self.indices, intermediates_only=True)
 
 
+def check_maps(backbone: nn.Module) -> None:
+    """Raise InputError if a backbone does not expose its feature maps."""
+    if not hasattr(backbone, "forward_intermediates"):
+        raise InputError(
+            f"model.backbone: timm's {type(backbone).__name__} does not expose its feature maps "
+            "(forward_intermediates), so it cannot be used for dense tasks or patch features"
+        )
+
+
 def frozen_copy(backbone: nn.Module, size: int) -> nn.Module:
     """Return a frozen copy in eval mode for images of S x S pixels.
 
@@ -86,11 +95,7 @@ def map_shapes(backbone: nn.Module, size: int, *, extra_width: int = 0) -> list[
     Raises:
         InputError: the backbone has no maps, or does not support the size.
     """
-    if not hasattr(backbone, "forward_intermediates"):
-        raise InputError(
-            f"model.backbone: timm's {type(backbone).__name__} does not expose its feature maps "
-            "(forward_intermediates), so it cannot be evaluated on dense tasks"
-        )
+    check_maps(backbone)
     images = torch.zeros(1, 3, size, size + extra_width, device=next(backbone.parameters()).device)
     with _size_errors(backbone, size, extra_width), torch.no_grad():
         maps = backbone.forward_intermediates(images, intermediates_only=True)

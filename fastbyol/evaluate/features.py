@@ -288,6 +288,8 @@ def network_outputs(
     transforms: Sequence[Transform],
     description: str | None,
     bad: dict[int, str],
+    *,
+    images: int | None = None,
 ) -> Iterator[tuple[list[Tensor], NDArray[np.int64]]]:
     """Yield the outputs of a network in eval mode for this rank's images, in index order.
 
@@ -295,6 +297,7 @@ def network_outputs(
         transforms: of the center crops.
         description: of the progress bar; None shows none.
         bad: receives this rank's unreadable images, which are left out: index -> reason.
+        images: that the network sees in all; default: the split's, under each transform.
 
     Yields:
         The outputs (n, F) float32 for each transform, and the images' indices (n,) in the split.
@@ -312,7 +315,8 @@ def network_outputs(
     )
     if description is not None:
         batches = context.track(description, batches, len(own), each=BATCH)
-    forward = inference_function(network, context, images=len(split) * len(transforms), batch_size=BATCH)
+    images = images or len(split) * len(transforms)
+    forward = inference_function(network, context, images=images, batch_size=BATCH)
     for crops, indices in batches:
         if len(indices):
             yield [forward(transform(crops, indices).to(context.device)) for transform in transforms], indices

@@ -188,6 +188,28 @@ class DetectionEval(DenseEval):
     """Number of the backbone's last stages to train; 0 freezes it."""
 
 
+@dataclass(kw_only=True)
+class EmbedConfig(Settings):
+    """Write the features of all images of a folder or .beton file."""
+
+    run: ExpandedPath
+    """Run folder (its newest valid checkpoint is used) or checkpoint file."""
+    images: ExpandedPath
+    """A folder of class folders or of images, or a .beton file."""
+    out: ExpandedPath
+    """Folder to write. If it holds a part of the same features, the rest is added."""
+    features: Literal["pooled", "patches"] = "pooled"
+    """pooled: one vector per image; patches: the backbone's last feature map."""
+    format: Literal["npy", "parquet"] = "npy"
+    """Format of the files. parquet needs pyarrow."""
+    shard_images: Annotated[int, interval(0, MAX_COUNT)] = 0
+    """Images per file; 0: the power of two up to 65,536 that keeps a file within 512 MiB."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto uses the GPU if there is one."""
+    threads: Threads = 0
+    """Decoder threads; 0: one per CPU core."""
+
+
 EVALUATIONS: dict[str, type[EvalConfig]] = {
     "knn": KnnEval,
     "linear": LinearEval,

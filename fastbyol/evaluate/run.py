@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fastbyol.evaluate.fewshot import FEWSHOT
 from fastbyol.evaluate.finetune import FINETUNE
 from fastbyol.evaluate.knn import KNN
 from fastbyol.evaluate.linear import LINEAR
-from fastbyol.evaluate.options import EvalConfig
+from fastbyol.evaluate.options import EmbedConfig, EvalConfig
 from fastbyol.evaluate.partial import SUFFIX, PartialResult
 from fastbyol.evaluate.robustness import ROBUSTNESS
 from fastbyol.evaluate.segmentation import SEGMENTATION
@@ -66,14 +66,24 @@ def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
         InputError: the checkpoint or data set cannot be used, or `options.out` cannot be written.
         RunError: writing the result failed.
     """
+    with evaluation_ranks(options.device, remedy="start the evaluation again") as world:
+        return _evaluate(TASKS[name], options, world)
+
+
+@contextmanager
+def evaluation_ranks(device: str, *, remedy: str) -> Iterator[World]:
+    """Context manager: the process group of a command that may run under torchrun.
+
+    Args:
+        device: as in EvalConfig.
+        remedy: what to do if a rank fails.
+    """
     cores.respect_quota()
     world = world_from_environment()
-    device = choose_device(options.device, world.local_rank)
-    remedy = "start the evaluation again"
-    group = ProcessGroup(world, DistributedConfig(), device, remedy=remedy)
+    group = ProcessGroup(world, DistributedConfig(), choose_device(device, world.local_rank), remedy=remedy)
     ended = sigterm_raises(f"received SIGTERM: another rank failed, or the job was stopped; {remedy}")
     with group, muted(not world.is_main_process), ended if world.size > 1 else nullcontext():
-        return _evaluate(TASKS[name], options, world)
+        yield world
 
 
 def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, Any]:
@@ -199,7 +209,7 @@ def _result_name(name: str, checkpoint_file: Path, step: int, options: EvalConfi
     return f"{PREFIX}{name}_{digest}.json"
 
 
-def eval_context(config: Config, options: EvalConfig, world: World | None = None) -> EvalContext:
+def eval_context(config: Config, options: EvalConfig | EmbedConfig, world: World | None = None) -> EvalContext:
     """Return the context for a run's network. Also sets torch's float32 precision to the run's."""
     world = world or World()
     device = choose_device(options.device, world.local_rank)

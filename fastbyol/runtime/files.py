@@ -176,13 +176,14 @@ class FolderLock:
     Args:
         folder: created if missing.
         wait_s: seconds to wait for another process to leave.
+        option: that names the folder, for messages; default: those of a run.
 
     Raises (on entering):
         InputError: another process is inside, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, *, wait_s: float = 0.0) -> None:
-        self._folder, self._wait_s = folder, wait_s
+    def __init__(self, folder: Path, *, wait_s: float = 0.0, option: str = "") -> None:
+        self._folder, self._wait_s, self._option = folder, wait_s, option
         self._handle: int | None = None
         self._created: list[Path] = []
 
@@ -199,12 +200,14 @@ class FolderLock:
                 if time.monotonic() >= deadline:
                     owner = _read_owner(self._folder / LOCK)
                     raise InputError(
-                        f"{self._folder}: another run writes into it ({owner}): wait until it ends, or choose another --name"
+                        f"{self._folder}: another run writes into it ({owner}): wait until it ends, or choose another "
+                        f"{self._option or '--name'}"
                     )
                 time.sleep(0.2)
         except OSError as error:
             raise InputError(
-                f"{self._folder}: cannot be written: {error_reason(error)}; choose another --runs or --name"
+                f"{self._folder}: cannot be written: {error_reason(error)}; choose another "
+                f"{self._option or '--runs or --name'}"
             ) from None
         self._handle = handle
         return self

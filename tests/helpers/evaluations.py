@@ -1,7 +1,7 @@
-"""Script for the ranks of test_ranks.py.
+"""Script for the ranks of test_ranks.py and test_embed.py.
 
 Usage: `torchrun ... evaluations.py EVALUATIONS.json [kill RANK|losses FILE]`. Runs all evaluations
-of a JSON list of [task, options].
+of a JSON list of [task, options]; task "embed" is fastbyol embed.
 
 - `kill`: RANK sends itself SIGKILL after its first batch of images.
 - `losses`: rank 0 writes the losses of all training steps of dense protocols, a list per network.
@@ -16,7 +16,8 @@ from pathlib import Path
 from helpers.torchrun import exit_code
 
 from fastbyol.evaluate import dense, detection, features
-from fastbyol.evaluate.options import EVALUATIONS
+from fastbyol.evaluate.embed import embed
+from fastbyol.evaluate.options import EVALUATIONS, EmbedConfig
 from fastbyol.evaluate.run import evaluate
 
 
@@ -60,13 +61,18 @@ def options_of(task, options):
     return EVALUATIONS[task](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
 
+def run_task(task, options):
+    """Run a task with options from JSON."""
+    return embed(EmbedConfig(**options)) if task == "embed" else evaluate(task, options_of(task, options))
+
+
 def main() -> int:
     what, value = sys.argv[2:] if len(sys.argv) > 2 else (None, None)
     if what == "kill":
         sabotage(value)
     recorded = record_losses() if what == "losses" else None
     evaluations = json.loads(Path(sys.argv[1]).read_text())
-    code = exit_code(lambda: [evaluate(task, options_of(task, options)) for task, options in evaluations])
+    code = exit_code(lambda: [run_task(*evaluation) for evaluation in evaluations])
     if recorded is not None and os.environ["RANK"] == "0":
         Path(value).write_text(json.dumps(recorded))
     return code

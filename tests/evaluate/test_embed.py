@@ -1,0 +1,230 @@
+"""fastbyol embed: features of any images in files."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers.common import jpeg
+from helpers.torchrun import torchrun
+from pyarrow import parquet
+from torch import nn
+
+from fastbyol.api import pretrain as train
+from fastbyol.cli import main
+from fastbyol.data import open_split
+from fastbyol.data.pack import pack
+from fastbyol.errors import InputError, RunError
+from fastbyol.evaluate import embed as embedding
+from fastbyol.evaluate.context import EvalContext
+from fastbyol.evaluate.embed import embed
+from fastbyol.evaluate.features import extract_features
+from fastbyol.evaluate.options import EmbedConfig
+from fastbyol.runtime.files import FolderLock
+from fastbyol.weights.load import load_checkpoint_model
+
+SHARD = 7
+BAD = {4, 15}  # of 20 images: one in the first shard, one in the last
+
+
+@pytest.fixture
+def run(make_config):
+    config = make_config(optim={"epochs": 1, "warmup_epochs": 0}, knn={"every_epochs": 0}, precision="fp32")
+    return train(config).folder
+
+
+@pytest.fixture
+def images(folder_of):
+    """20 images of two classes, two of them damaged."""
+    files = {f"{'ab'[i // 10]}/{i:02d}.jpg": b"no" if i in BAD else jpeg(i) for i in range(20)}
+    return folder_of(files)
+
+
+def options(run, images, out, **changes):
+    return EmbedConfig(run=str(run), images=str(images), out=str(out), shard_images=SHARD, **changes)
+
+
+def read(out):
+    """Return the features of all shards, and the rows of their tables."""
+    files = sorted(out.glob("features-*.npy"))
+    tables = [(out / f"images-{file.stem[-5:]}.csv").read_text(encoding="utf-8") for file in files]
+    rows = [row for text in tables for row in csv.DictReader(text.splitlines())]
+    return np.concatenate([np.load(file) for file in files]), rows
+
+
+def test_features_of_a_folder(run, images, tmp_path, log_lines):
+    out = embed(options(run, images, tmp_path / "out"))
+    features, rows = read(out)
+    _, _, model, step = load_checkpoint_model(run)
+    context = EvalContext(size=32, device=torch.device("cpu"), dtype=torch.float32, threads=1)
+    expected = extract_features(model.online.backbone, open_split(images, "."), context, None)
+    good = [i for i in range(20) if i not in BAD]
+    assert features.dtype == np.float16 and features.shape == (18, model.num_features)
+    assert np.abs(features - expected.rows(slice(None)).numpy()).max() < 2e-3 * np.abs(features).max()
+    assert [(int(r["index"]), r["name"], r["class"]) for r in rows] == [
+        (i, f"{'ab'[i // 10]}/{i:02d}.jpg", "ab"[i // 10]) for i in good
+    ]
+    assert [len(np.load(file)) for file in sorted(out.glob("*.npy"))] == [6, 7, 5]
+    assert (out / "skipped-00000.csv").read_text().startswith("index,name,reason\n4,a/04.jpg,")
+    assert not (out / "skipped-00001.csv").exists()
+    assert (out / "skipped-00002.csv").read_text().startswith("index,name,reason\n15,b/15.jpg,")
+    assert sum(line.startswith("warning: skipped ") for line in log_lines) == 2
+    meta = json.loads((out / "meta.json").read_text())
+    assert (meta["step"], meta["count"], meta["shape"]) == (step, 20, [model.num_features])
+
+
+def test_features_do_not_depend_on_storage_and_format(run, images, tmp_path):
+    expected, rows = read(embed(options(run, images, tmp_path / "folder")))
+    pack(open_split(images, "."), tmp_path / "images.beton", mode="jpg", skip_bad=True)
+    packed, _ = read(embed(options(run, tmp_path / "images.beton", tmp_path / "packed")))
+    out = embed(options(run, images, tmp_path / "parquet", format="parquet"))
+    tables = [parquet.read_table(path) for path in sorted(out.glob("*.parquet"))]
+    assert packed.shape == expected.shape
+    # Batches of other sizes are rounded otherwise.
+    assert np.abs(packed - expected).max() < 2e-3 * np.abs(expected).max()
+    assert np.array_equal(np.concatenate([np.stack(t["features"].to_numpy()) for t in tables]), expected)
+    columns = [{"index": str(i), "name": n, "class": c} for t in tables for i, n, c in zip(*t.columns[:3], strict=True)]
+    assert [{k: str(v) for k, v in row.items()} for row in columns] == rows
+
+
+def test_patches_average_to_the_pooled_features(run, images, tmp_path):
+    pooled, rows = read(embed(options(run, images, tmp_path / "pooled")))
+    patches, same = read(embed(options(run, images, tmp_path / "patches", features="patches")))
+    assert patches.shape == (*pooled.shape, 1, 1) and same == rows
+    assert np.abs(patches[..., 0, 0] - pooled).max() < 2e-3 * np.abs(pooled).max()
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224"])
+def test_patches_are_the_grid_before_pooling(backbone):
+    import timm
+
+    network = timm.create_model(backbone, num_classes=0).eval()
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        patches, pooled = embedding.Patches(network)(x), network(x)
+        if backbone == "resnet18":
+            assert torch.allclose(patches.mean((2, 3)), pooled, atol=1e-5)
+        else:
+            tokens = network.forward_features(x)[:, 1:]  # after the final norm, without the class token
+            assert torch.allclose(patches.flatten(2).mT, tokens, atol=1e-5)
+
+
+def test_an_ended_command_continues(run, images, tmp_path, monkeypatch):
+    expected, rows = read(embed(options(run, images, tmp_path / "whole")))
+    out, write = tmp_path / "out", embedding.np.save
+    saved = []
+
+    def end_at_the_third(file, features):
+        if len(saved) == 2:
+            file.write(b"half")
+            raise KeyboardInterrupt
+        saved.append(features)
+        write(file, features)
+
+    monkeypatch.setattr(embedding.np, "save", end_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        embed(options(run, images, out))
+    monkeypatch.undo()
+    assert sorted(path.name for path in out.glob("features-*")) == ["features-00000.npy", "features-00001.npy"]
+    (out / ".half.partial").write_bytes(b"left by SIGKILL")
+    times = {path: path.stat().st_mtime_ns for path in out.glob("features-*")}
+    shutil.move(images, tmp_path / "moved")  # the same run and images, found elsewhere
+    shutil.copytree(run, tmp_path / "copy")
+    embed(options(tmp_path / "copy", tmp_path / "moved", out))
+    features, table = read(out)
+    assert np.array_equal(features, expected) and table == rows
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+    assert not list(out.glob(".*.partial"))
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
+    embed(options(run, tmp_path / "moved", out))
+    assert all(path.stat().st_mtime_ns == value for path, value in before.items())
+
+
+def test_a_folder_of_other_features_is_left_alone(run, images, tmp_path, folder_of):
+    out = embed(options(run, images, tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    shutil.copytree(images, tmp_path / "changed")
+    (tmp_path / "changed" / "a" / "00.jpg").write_bytes(jpeg(99))
+    checkpoint = max((run / "checkpoints").glob("step_*.pt"))
+    state = torch.load(checkpoint, weights_only=False)
+    name = next(key for key in state["model"] if key.startswith("online.backbone") and key.endswith("weight"))
+    state["model"][name] += 1
+    torch.save(state, tmp_path / "other.pt")
+    for changes, message in (
+        ({"features": "patches"}, "features is pooled, not patches"),
+        ({"format": "parquet"}, "format is npy, not parquet"),
+        ({"images": str(tmp_path / "changed")}, "images is .*files, not .*changed"),
+        ({"run": str(tmp_path / "other.pt")}, "checkpoint is .*step_.*, not .*other.pt"),
+    ):
+        with pytest.raises(InputError, match=f"out: holds other features: {message}; name another folder"):
+            embed(EmbedConfig(**vars(options(run, images, out)) | changes))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="foreign: is neither empty nor written by fastbyol embed"):
+        embed(options(run, images, foreign))
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+    with FolderLock(out), pytest.raises(InputError, match="another run writes into it .* choose another --out"):
+        embed(options(run, images, out))
+
+
+def test_mistakes_are_one_line(run, images, tmp_path, monkeypatch, capsys):
+    words = ["--run", str(run), "--images", str(images), "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "has_module", lambda name: False)
+        assert main(["embed", *words, "--format", "parquet"]) == 2
+    assert capsys.readouterr().err == (
+        "fastbyol: error: --format parquet: pyarrow is not installed: pip install pyarrow\n"
+    )
+    assert main(["embed", *words[:2], "--images", str(tmp_path / "none"), *words[4:]]) == 2
+    assert "--images=" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # nothing was written
+
+
+def test_features_that_are_not_finite_raise(run, images, tmp_path, monkeypatch):
+    class Large(nn.Module):
+        def forward(self, x):
+            return torch.stack([torch.full((len(x),), 7e4), torch.ones(len(x))], 1)
+
+    outputs = embedding.network_outputs
+    monkeypatch.setattr(embedding, "network_outputs", lambda network, *args, **kw: outputs(Large(), *args, **kw))
+    monkeypatch.setattr(embedding, "_shape", lambda *args: (2,))
+    with pytest.raises(RunError, match=r"a/00.jpg: the features hold NaN, infinity or values too large for float16"):
+        embed(options(run, images, tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("features-*"))
+
+
+def test_a_shard_of_unreadable_images_is_empty(run, folder_of, tmp_path):
+    images = folder_of({f"{i}.jpg": b"no" if i < SHARD else jpeg(i) for i in range(9)})
+    for form in ("npy", "parquet"):
+        embed(options(run, images, tmp_path / form, format=form))
+    features, rows = read(tmp_path / "npy")
+    assert len(features) == 2 and [row["class"] for row in rows] == ["", ""]  # the images have no classes
+    assert np.load(tmp_path / "npy" / "features-00000.npy").shape == (0, features.shape[1])
+    assert parquet.read_table(tmp_path / "parquet" / "features-00000.parquet").num_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "images"), [((2048,), 65_536), ((2048, 7, 7), 2048), ((768, 64, 64), 256), ((512,), 65_536)]
+)
+def test_shards_keep_to_a_size(shape, images):
+    assert embedding._shard_images(shape) == images
+
+
+@pytest.mark.slow
+def test_ranks_write_what_one_rank_writes(run, images, tmp_path):
+    """Also if one of them was killed before."""
+    expected, rows = read(embed(options(run, images, tmp_path / "one")))
+    evaluations = tmp_path / "evaluations.json"
+    evaluations.write_text(json.dumps([["embed", vars(options(run, images, tmp_path / "two"))]]))
+    killed = torchrun("evaluations.py", evaluations, "kill", 1, ranks=2)
+    assert killed.returncode
+    assert not (tmp_path / "two" / "features-00001.npy").exists()
+    done = torchrun("evaluations.py", evaluations, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    features, table = read(tmp_path / "two")
+    assert np.array_equal(features, expected) and table == rows
