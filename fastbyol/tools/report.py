@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config import Config
-from fastbyol.data import find_images
+from fastbyol.data import ImageSet, find_images
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluate.features import check_splits
@@ -20,7 +20,7 @@ from fastbyol.runtime.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT
 from fastbyol.runtime.run_log import read_metrics
 from fastbyol.tools.pages import write_page
 from fastbyol.tools.preview import draw_views
-from fastbyol.tools.report_figures import draw_curves, draw_neighbors
+from fastbyol.tools.report_figures import draw_curves, draw_map, draw_neighbors
 from fastbyol.weights.load import load_checkpoint_model
 
 _MAX_SKIPPED_IMAGES = 50
@@ -161,17 +161,33 @@ def _read_picture(path: Path) -> bytes | None:
 
 
 def _images(config: Config, model: BYOL, root: str | None) -> dict[str, bytes | None]:
-    """Draw augmented views and nearest neighbors. Without the data set, the report lacks them."""
-    images: dict[str, bytes | None] = {"views": None, "neighbors": None}
+    """Draw augmented views, a map of the features and nearest neighbors.
+
+    The map is that of the validation images, or else of the training images. Without the data set,
+    the report lacks all of them.
+    """
+    images: dict[str, bytes | None] = {"views": None, "map": None, "neighbors": None}
     try:
         train = find_images(config.data, "train", root=root)
         images["views"] = draw_views(config, train)
-        val = find_images(config.data, "val", root=root)
-        check_splits(train, val)
-        images["neighbors"] = draw_neighbors(config, model, train, val)
+        val = _open_val(config, train, root)
+        images["map"] = draw_map(config, model, train if val is None else val)
+        if val is not None:
+            images["neighbors"] = draw_neighbors(config, model, train, val)
     except InputError as error:
         logger.warning(f"the report lacks images: {error}")
     return images
+
+
+def _open_val(config: Config, train: ImageSet, root: str | None) -> ImageSet | None:
+    """Return the validation split. Without one of the same classes, log why and return None."""
+    try:
+        val = find_images(config.data, "val", root=root)
+        check_splits(train, val)
+    except InputError as error:
+        logger.warning(f"the report lacks nearest neighbors: {error}")
+        return None
+    return val
 
 
 def _settings(config: Config) -> list[tuple[str, list[tuple[str, str]]]]:

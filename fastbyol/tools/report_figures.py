@@ -1,5 +1,6 @@
-"""Figures of the report: training curves and nearest neighbors."""
+"""Figures of the report: training curves, a map of the features, and nearest neighbors."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -8,23 +9,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+from sklearn.decomposition import PCA
 
 from fastbyol.config import Config
 from fastbyol.data import ImageSet
 from fastbyol.data.crops import CENTER_FRACTION, center_crops
 from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.features import Features, extract_features
+from fastbyol.evaluate.features import Features, check_finite, extract_features
 from fastbyol.evaluate.knn import nearest
 from fastbyol.model import BYOL
 from fastbyol.precision import compute_dtype
+from fastbyol.runtime import environment
 from fastbyol.runtime.device import choose_device
 from fastbyol.runtime.logging import logger
-from fastbyol.tools.plots import ACCENT, BAD, GOOD, image_title, to_png
+from fastbyol.tools.plots import ACCENT, BAD, GOOD, MUTED, image_title, to_png
 from fastbyol.tools.preview import to_pixels
 
 _COLUMNS = 2  # of the grid of curves
 _MAX_MARKERS = 40  # curves of fewer points show each of them
 _QUERIES, _NEIGHBORS = 8, 5
+_MAP_IMAGES = 2000
+_MAP_CLASSES = 10  # with a color of their own
+_MIN_UMAP_IMAGES = 50  # UMAP's own defaults look at 15 neighbors
 
 _CURVES = (  # kind of line in metrics.jsonl, key, title, unit
     ("train", "loss", "Loss", ""),
@@ -84,6 +90,60 @@ def _draw_collapse_levels(axis: Axes, config: Config) -> None:
     axis.axhline(uniform, color=GOOD, linestyle=":", label="uniform on the sphere")
     axis.axhline(config.log.collapse_threshold * uniform, color=BAD, linestyle=":", label="collapse warning")
     axis.legend(fontsize=8, frameon=False)
+
+
+def draw_map(config: Config, model: BYOL, images: ImageSet) -> bytes | None:
+    """Plot the unit features of up to 2000 images in two dimensions, colored by class.
+
+    By their first two principal components and, if umap-learn is installed, by UMAP (McInnes et al.
+    2018) with cosine distance.
+
+    Returns:
+        The figure as PNG; None if fewer than three images can be read.
+
+    Raises:
+        InputError: No image can be read, or a feature is not finite.
+    """
+    images = images.subsample(_MAP_IMAGES)
+    features = _extract(config, model, images)
+    check_finite(features)
+    x = features.unit.float().cpu().numpy()
+    if len(x) < 3:
+        return None
+    pca = PCA(2, random_state=0)
+    xy = pca.fit_transform(x)
+    points = {f"PCA: {pca.explained_variance_ratio_.sum():.0%} of the variance": xy}
+    if len(x) >= _MIN_UMAP_IMAGES and environment.installed("umap-learn"):
+        points["UMAP"] = _umap(x)
+    figure = Figure(figsize=(5.4 * len(points) + 1.6, 5), layout="constrained")
+    for axis, (title, xy) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
+        _scatter(axis, xy, features.labels.cpu().numpy(), images.classes)
+        axis.set_title(title, fontsize=10, loc="left")
+    if images.classes:
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    return to_png(figure)
+
+
+def _umap(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a seed allows one thread only
+        import umap
+
+        return umap.UMAP(metric="cosine", random_state=0).fit_transform(x)
+
+
+def _scatter(axis: Axes, xy: NDArray[np.float32], labels: NDArray[np.int64], classes: list[str]) -> None:
+    """Plot points (n, 2). The largest classes have colors, the other points are gray."""
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    shown = np.sort(np.argsort(-counts, kind="stable")[:_MAP_CLASSES])
+    others = ~np.isin(labels, shown)
+    style = {"s": np.clip(8000 / len(xy), 6, 40), "linewidths": 0}
+    if others.any():
+        axis.scatter(*xy[others].T, color=MUTED, alpha=0.35, label="other classes", **style)
+    for k, label in enumerate(shown):
+        axis.scatter(*xy[labels == label].T, color=f"C{k}", label=image_title(classes[label]), **style)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet) -> bytes:

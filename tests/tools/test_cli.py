@@ -531,6 +531,7 @@ def test_prepare_train_eval_and_report(capsys, tmp_path):
         "kNN",
         "Linear probe",
         "untrained network",
+        "Map of the features",
         "Nearest neighbors",
         "Augmented views",
         "Settings",
@@ -538,7 +539,7 @@ def test_prepare_train_eval_and_report(capsys, tmp_path):
     ):
         assert part in page
     pictures = re.findall(r"data:image/png;base64,([^\"]+)", page)
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     for picture in pictures:
         with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
             ink = np.mean(np.asarray(image.convert("L")) < 250)

@@ -6,24 +6,28 @@ import json
 import os
 import re
 import shutil
+import sys
 import tomllib
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from helpers.common import ROOT, jpeg
 from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 from PIL import Image
 
 from fastbyol.api import pretrain as train
+from fastbyol.build import build_model
 from fastbyol.cli import main
-from fastbyol.data import find_images
+from fastbyol.data import find_images, open_split
 from fastbyol.errors import InputError
 from fastbyol.evaluate.options import KnnEval
 from fastbyol.evaluate.run import evaluate
 from fastbyol.runtime.results import read_results
-from fastbyol.tools import plots
+from fastbyol.tools import plots, report_figures
 from fastbyol.tools.pages import TEMPLATES
 from fastbyol.tools.preview import draw_views
 from fastbyol.tools.report import refresh_report, write_report
@@ -37,7 +41,8 @@ def fail(line):
 
 @pytest.fixture
 def no_neighbors(monkeypatch):
-    monkeypatch.setattr("fastbyol.tools.report.draw_neighbors", lambda *args: None)
+    for name in ("draw_map", "draw_neighbors"):
+        monkeypatch.setattr(f"fastbyol.tools.report.{name}", lambda *args: None)
 
 
 # --- pages ---
@@ -148,7 +153,7 @@ def test_evaluations_of_best_checkpoints_of_different_steps_are_kept(make_config
         best.hardlink_to(folder / "checkpoints" / f"step_{step:08d}.pt")
         evaluate("knn", KnnEval(run=str(best), baselines=False))
     assert len(list(folder.glob("eval_knn_*.json"))) == 2
-    monkeypatch.setattr("fastbyol.tools.report._images", lambda *args: {"views": None, "neighbors": None})
+    monkeypatch.setattr("fastbyol.tools.report._images", lambda *args: {"views": None, "map": None, "neighbors": None})
     page = write_report(folder).read_text()
     assert "checkpoint best.pt, step 4<" in page
     assert "checkpoint best.pt, step 8<" in page
@@ -241,6 +246,99 @@ def test_a_moved_data_set_is_found_by_its_new_root(make_config, photos, tmp_path
 
 
 # --- figures ---
+
+
+@pytest.fixture
+def draw(make_config, monkeypatch):
+    """Return a function that draws the map of an image set; it returns the figure's axes."""
+    config = make_config()
+    model = build_model(config.model, config.data.image_size_px, 0)
+    monkeypatch.setattr(report_figures, "to_png", lambda figure: figure)
+
+    def drawn(root, split="."):
+        figure = report_figures.draw_map(config, model, open_split(root, split))
+        return figure and [axis for axis in figure.axes if axis.collections]
+
+    drawn.features = lambda root: report_figures._extract(config, model, open_split(root, ".")).unit.float()
+    return drawn
+
+
+@pytest.fixture
+def no_umap(monkeypatch):
+    monkeypatch.setattr(report_figures.environment, "installed", lambda name: None)
+
+
+def points(axis):
+    """Return the points of each label of the legend."""
+    return {collection.get_label(): np.asarray(collection.get_offsets()) for collection in axis.collections}
+
+
+@pytest.fixture
+def six_classes(folder_of):
+    return folder_of({f"{k}/{i}.jpg": jpeg(9 * k + i) for k in range(6) for i in range(9)})
+
+
+def test_the_map_shows_principal_components_by_class(draw, six_classes, no_umap):
+    (axis,) = draw(six_classes)
+    images = open_split(six_classes, ".")
+    x = draw.features(six_classes)
+    u, s, _ = torch.linalg.svd((x - x.mean(0)).double(), full_matrices=False)
+    expected, share = (u[:, :2] * s[:2]).numpy(), float(s[:2].square().sum() / s.square().sum())
+    assert axis.get_title("left") == f"PCA: {share:.0%} of the variance"
+    assert list(points(axis)) == images.classes
+    for label, name in enumerate(images.classes):
+        assert np.allclose(np.abs(points(axis)[name]), np.abs(expected[images.labels == label]), atol=1e-4)
+
+
+def test_the_map_colors_the_largest_classes(draw, folder_of, no_umap):
+    files = {f"{k:02d}/{i}.jpg": jpeg(20 * k + i) for k in range(12) for i in range(1 if k in (3, 7) else 2)}
+    (axis,) = draw(folder_of(files | {"05/9.jpg": b"no"}))
+    counts = {label: len(xy) for label, xy in points(axis).items()}
+    assert counts == {"other classes": 2} | {f"{k:02d}": 2 for k in range(12) if k not in (3, 7)}
+
+
+def test_the_map_of_images_without_classes(draw, folder_of, no_umap):
+    (axis,) = draw(folder_of({f"{i}.jpg": jpeg(i) for i in range(4)}))
+    assert {label: len(xy) for label, xy in points(axis).items()} == {"other classes": 4}
+    assert not axis.figure.legends
+
+
+def test_two_images_have_no_map(draw, folder_of, no_umap):
+    assert draw(folder_of({f"{i}.jpg": jpeg(i) for i in range(2)})) is None
+
+
+def test_the_map_shows_umap_where_it_is_installed(draw, six_classes, photos, monkeypatch):
+    asked = []
+
+    class UMAP:
+        def __init__(self, **options):
+            asked.append(options)
+
+        def fit_transform(self, x):
+            assert np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-3)
+            return np.stack([np.arange(len(x)), np.zeros(len(x))], 1)
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=UMAP))
+    monkeypatch.setattr(report_figures.environment, "installed", lambda name: "0.5" if name == "umap-learn" else None)
+    _, axis = draw(six_classes)
+    assert axis.get_title("left") == "UMAP"
+    assert asked == [{"metric": "cosine", "random_state": 0}]
+    labels = open_split(six_classes, ".").labels
+    for label, xy in enumerate(points(axis).values()):
+        assert xy[:, 0].tolist() == np.flatnonzero(labels == label).tolist()
+    assert len(draw(photos, "val")) == 1  # too few images
+
+
+def test_a_run_without_validation_images_has_a_map(make_config, photos, tmp_path, log_lines):
+    shutil.copytree(photos / "train", tmp_path / "data" / "train")
+    folder = train(make_config(data={"root": str(tmp_path / "data")}, **SHORT)).folder
+    log_lines.clear()
+    page = write_report(folder).read_text()
+    assert "<h2>Map of the features</h2>" in page
+    assert "<h2>Nearest neighbors</h2>" not in page
+    (line,) = log_lines
+    assert line.startswith("warning: the report lacks nearest neighbors: ")
+
 
 NAMES = ["a$b_$", "$x^{", "<b>&amp;", "[red]x", ":smile:", "中文", "tab\there", "new\nline", "x" * 200]
 
