@@ -34,7 +34,7 @@ from fastbyol.runtime.distributed import World
 
 BATCH = 256  # images that a network sees at a time
 COMPILE_IMAGES = 1 << 17  # that repay a compilation, which takes about a minute
-_MIN_BLOCKS = 256  # of a split, as long as a block has a batch
+_MAX_SMALL_BLOCKS = 64  # of a split whose blocks are not the largest; smaller blocks slow down the kNN
 _MAX_BATCHES_PER_BLOCK = 16
 RAW_PIXELS_SIDES = (64, 32, 16)  # larger images are averaged to the first that fits
 RAW_PIXELS_BYTES = 8 << 30  # 64 px up to 349,354 images, 32 px up to 1,395,375
@@ -116,7 +116,7 @@ def block_images(images: int) -> int:
     It depends on the number of images alone, so that batches and matrix products, and with them
     every bit of the result, are the same for any number of ranks.
     """
-    return BATCH * min(max(images // (_MIN_BLOCKS * BATCH), 1), _MAX_BATCHES_PER_BLOCK)
+    return BATCH * min(max(-(-images // (_MAX_SMALL_BLOCKS * BATCH)), 1), _MAX_BATCHES_PER_BLOCK)
 
 
 def own_indices(images: int, world: World) -> NDArray[np.int64]:
@@ -164,7 +164,7 @@ class Features:
 
     def rows(self, rows: Tensor | slice) -> Tensor:
         """Return the features of some rows in float32, (B, F)."""
-        return self.unit[rows].float() * self.length[rows, None]
+        return self.unit[rows].float().mul_(self.length[rows, None])
 
     def slices(self, most: int = BATCH) -> Iterator[slice]:
         """Yield slices of at most `most` rows that together are all rows."""

@@ -67,7 +67,7 @@ class Probes:
         self._base_lrs = torch.tensor(base_lrs, device=device)[:, None]
         self._world = world or World()
 
-    def step(self, x: Tensor, labels: Tensor, used: Tensor, *, batch_size: int, progress: float) -> None:
+    def step(self, x: Tensor, labels: Tensor, *, batch_size: int, progress: float, used: Tensor | None = None) -> None:
         """Take a step of SGD with Nesterov momentum on the mean of the cross-entropy.
 
         Every rank must call this, with its part of the batch.
@@ -75,17 +75,21 @@ class Probes:
         Args:
             x: (B, F); B may be 0 on some ranks.
             labels: (B,).
-            used: (L or 1, B) float32, 1 for images that the classifier learns from, otherwise 0.
-            batch_size: the learning rate is base_lr * batch_size / 256.
+            batch_size: of all ranks; the learning rate is base_lr * batch_size / 256.
             progress: fraction of the training that is done, in [0, 1).
+            used: (B, L) float32, 1 for images that the classifier learns from, otherwise 0. None is
+                all of them.
         """
         lr = self._base_lrs * (batch_size / 256 * (1 + math.cos(math.pi * progress)) / 2)
-        # Gradient of the cross-entropy with respect to the logits: softmax - one-hot, (L, B, C).
+        # Gradient of the cross-entropy with respect to the logits: softmax - one-hot, (B, L, C).
         residual = self.scores(x).softmax(2)
-        residual[:, torch.arange(len(labels), device=labels.device), labels] -= 1
-        residual *= used[..., None]
-        count = self._world.sum(used.sum(1)).clamp(min=1)  # (L or 1,)
-        gradients = torch.einsum("lbc,bf->lcf", residual, x), residual.sum(1)
+        at_label = labels[:, None, None].expand(-1, len(self.weight), 1)
+        residual.scatter_add_(2, at_label, residual.new_full((), -1).expand(at_label.shape))
+        count = torch.full_like(self._base_lrs[:, 0], batch_size)
+        if used is not None:
+            residual *= used[..., None]
+            count = self._world.sum(used.sum(0)).clamp(min=1)
+        gradients = (residual.flatten(1).T @ x).view_as(self.weight), residual.sum(0)
         for parameter, buffer, gradient in zip(
             (self.weight, self.bias), self._momentum_buffers, gradients, strict=True
         ):
@@ -111,8 +115,8 @@ class Probes:
                 raise RunError(f"base_lrs={base_lr:g}: the classifier became NaN or infinite; choose lower ones")
 
     def scores(self, x: Tensor) -> Tensor:
-        """Return the logits of features: (B, F) -> (L, B, C)."""
-        return torch.einsum("bf,lcf->lbc", x, self.weight) + self.bias[:, None]
+        """Return the logits of features: (B, F) -> (B, L, C)."""
+        return F.linear(x, self.weight.flatten(0, 1), self.bias.flatten()).view(len(x), *self.bias.shape)
 
 
 def train_probes(
@@ -146,8 +150,7 @@ def train_probes(
         is_own = of_batch >= 0
         counts = is_own.sum(1).tolist()
         for rows in of_batch[is_own].to(train.device).split(counts):  # one copy per epoch: each waits for a GPU
-            x, used = standardize(train.rows(rows)), torch.ones(1, len(rows), device=train.device)
-            probes.step(x, labels[rows], used, batch_size=batch_size, progress=step / total)
+            probes.step(standardize(train.rows(rows)), labels[rows], batch_size=batch_size, progress=step / total)
             step += 1
     return probes
 
@@ -167,7 +170,7 @@ class Standardization(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, F) -> (B, F)."""
-        return (x - self.mean) / self.std
+        return (x - self.mean).div_(self.std)
 
 
 class LinearClassifier(NamedTuple):
@@ -273,8 +276,8 @@ def augmented_accuracy(
     for step, (images, labels, rows) in enumerate(batches, start=first * steps):
         x = forward(images)
         fit = (~held_out[rows]).to(x)
-        used = torch.stack((torch.ones_like(fit), fit)).repeat_interleave(len(base_lrs), 0)  # (L, B)
-        probes.step(x, labels, used, batch_size=batch_size, progress=step / (epochs * steps))
+        used = torch.stack((torch.ones_like(fit), fit), 1).repeat_interleave(len(base_lrs), 1)  # (B, L)
+        probes.step(x, labels, batch_size=batch_size, progress=step / (epochs * steps), used=used)
         if (step + 1) % steps == 0:
             context.partial.save("probe", {"epoch": (step + 1) // steps, "probes": probes.state_dict()})
     test = extract_features(backbone, train.subset(held_out.nonzero()[:, 0].numpy()), context)
@@ -306,7 +309,7 @@ def _score(
     if chosen is not None:
         rows = rows[chosen.to(features.device)[features.position]]
     for part in rows.split(BATCH):
-        scores = probes.scores(transform(features.rows(part)))  # (L, B, C)
+        scores = probes.scores(transform(features.rows(part))).transpose(0, 1)  # (L, B, C)
         hits += top_hits(scores, labels[part])
         losses += torch.stack([F.cross_entropy(logits, labels[part], reduction="sum") for logits in scores]).double()
     return features.world.sum(hits), features.world.sum(losses)

@@ -606,11 +606,11 @@ def test_probes_ignore_images_of_weight_zero():
     data = blobs(64, 3, 5, 1.0)
     two = Probes((0.1, 0.1), 3, 5, torch.device("cpu"))
     keep = torch.arange(64) % 4 != 0
-    used, x = torch.stack((torch.ones(64), keep.float())), values(data)
+    used, x = torch.stack((torch.ones(64), keep.float()), 1), values(data)
     one = Probes((0.1,), 3, 5, torch.device("cpu"))
     for k in range(5):
-        two.step(x, data.labels, used, batch_size=64, progress=k / 5)
-        one.step(x[keep], data.labels[keep], torch.ones(1, 48), batch_size=64, progress=k / 5)
+        two.step(x, data.labels, batch_size=64, progress=k / 5, used=used)
+        one.step(x[keep], data.labels[keep], batch_size=64, progress=k / 5, used=torch.ones(48, 1))
     assert (two.weight[1] - one.weight[0]).abs().max() < 1e-6
     assert (two.weight[0] - one.weight[0]).abs().max() > 1e-4
 
