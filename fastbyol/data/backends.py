@@ -46,9 +46,10 @@ def choose_backend(config: DataConfig, images: ImageSet, device: torch.device) -
 def choose_decoder(config: DataConfig, device: torch.device) -> DecoderName:
     """Return what decodes the images of evaluations.
 
-    That is DALI on a GPU, if it is installed and data.backend is not native.
+    That is DALI on a GPU where it decodes for training too.
     """
-    return "dali" if device.type == "cuda" and config.backend != "native" and has_module("nvidia.dali") else "native"
+    is_dali = device.type == "cuda" and config.backend in ("auto", "dali") and has_module("nvidia.dali")
+    return "dali" if is_dali else "native"
 
 
 def build_loader(

@@ -158,7 +158,8 @@ def _render_on_host(
         substitute: use the next readable image of the set instead of an unreadable one.
     """
     is_cuda = device.type == "cuda"
-    ring = [torch.empty(batch_size, size, size, 3, dtype=dtype, pin_memory=is_cuda) for _ in range(2)]
+    shape = (min(batch_size, len(order)), size, size, 3)
+    ring = [torch.empty(*shape, dtype=dtype, pin_memory=is_cuda) for _ in range(2)]
     written = [augment.as_written(batch) for batch in ring]
     device_slots = DeviceSlots(device) if is_cuda else None
 

@@ -259,22 +259,30 @@ class Decoder:
         return [p.encoded for p in batch if p.encoded is not None] or [_EMPTY_JPEG]
 
     def batches(self) -> Iterator[tuple[list[Prepared], list[Any]]]:
-        """Yield each batch with its images, uint8 (H, W, 3): GPU tensors or CPU arrays."""
+        """Yield each batch with its images, uint8 (H, W, 3): GPU tensors or CPU arrays.
+
+        Call it once: the pipeline ends with it.
+        """
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        self._pipe.schedule_run()
-        while True:
-            try:
-                (decoded,) = self._pipe.share_outputs(stream)
-            except StopIteration:
-                return
-            except RuntimeError as error:  # DALI cannot decode a file; this pipeline is unusable now
-                yield self._replace_pipeline(error)
-                continue
-            batch = self._in_flight.popleft()
-            images = iter(self._unpack(decoded))
-            yield batch, [next(images) if p.pixels is None else self._to_device(p.pixels) for p in batch]
-            self._pipe.release_outputs()
+        try:
             self._pipe.schedule_run()
+            while True:
+                try:
+                    (decoded,) = self._pipe.share_outputs(stream)
+                except StopIteration:
+                    return
+                except RuntimeError as error:  # DALI cannot decode a file; this pipeline is unusable now
+                    yield self._replace_pipeline(error)
+                    continue
+                batch = self._in_flight.popleft()
+                images = iter(self._unpack(decoded))
+                yield batch, [next(images) if p.pixels is None else self._to_device(p.pixels) for p in batch]
+                self._pipe.release_outputs()
+                self._pipe.schedule_run()
+        finally:
+            # The pipeline refers to this object through its callback: without this line, its
+            # threads and buffers would live until the garbage collector runs.
+            self._pipe = None
 
     def _replace_pipeline(self, error: RuntimeError) -> tuple[list[Prepared], list[Any]]:
         """Decode the oldest batch on the host, and give the others to a new pipeline.

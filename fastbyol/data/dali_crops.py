@@ -16,6 +16,8 @@ from fastbyol.data.workers import PrefetchPool, resolve_threads
 from fastbyol.kernels import augment_params
 
 _BATCHES_IN_FLIGHT = 2  # held by DALI: one being decoded, one waiting
+_PIXELS = 1 << 26  # of the images that DALI decodes at a time, 201 MB; 256 photographs of a phone have 3 * 2^30
+_READAHEAD = 64  # prepared images; those that the host decodes are in pinned memory
 
 
 def render_on_gpu(
@@ -31,15 +33,20 @@ def render_on_gpu(
     device: torch.device,
     substitute: bool = False,
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """As `crops._render_on_host`. Each batch is a tensor of its own."""
+    """As `crops._render_on_host`. Each batch is a tensor of its own.
+
+    DALI decodes a batch in parts if its images are large.
+    """
     from fastbyol.kernels.triton.augment import augment_views
     from fastbyol.kernels.triton.crop import crop_views
+
+    is_cuda = device.type == "cuda"
 
     def prepare(index: int, function: Callable[[StoredImage], tuple] = inspect) -> Prepared:
         """Return an image or its substitute; a black one of index -1 if there is none."""
         found = load_readable(images, index, bad, function, substitute=substitute)
         used, (shape, encoded, pixels) = found or (-1, _decoded(np.zeros((8, 8, 3), dtype=np.uint8)))
-        if pixels is not None and device.type == "cuda":
+        if pixels is not None and is_cuda:
             pixels = torch.from_numpy(pixels).pin_memory()
         return Prepared(used, shape, encoded, pixels)
 
@@ -50,31 +57,52 @@ def render_on_gpu(
 
     threads = resolve_threads(threads)
     readers = PrefetchPool(
-        lambda: prepare, order.tolist(), threads=threads, window=2 * batch_size, name="fastbyol-eval-reader"
+        lambda: prepare, order.tolist(), threads=threads, window=_READAHEAD, name="fastbyol-eval-reader"
     )
-    decoder = Decoder(
-        iter(lambda: readers.take(batch_size), []),
-        decode_on_host,
-        batch=batch_size,
-        in_flight=_BATCHES_IN_FLIGHT,
-        threads=threads,
-        device=device,
-        hints={},
-    )
-    decoded, k = decoder.batches(), 0
+
+    def parts() -> Iterator[list[Prepared]]:
+        """Yield the images of each batch in parts of about _PIXELS."""
+        part: list[Prepared] = []
+        pixels = 0
+        for k, prepared in enumerate(readers, start=1):
+            part.append(prepared)
+            pixels += prepared.size[0] * prepared.size[1]
+            if k % batch_size == 0 or pixels >= _PIXELS:
+                yield part
+                part, pixels = [], 0
+        if part:
+            yield part
+
+    def crop(first: int, prepared: list[Prepared], pixels: list[Tensor]) -> Tensor:
+        """Return the views of the images from position `first` on."""
+        boxes, rows = zip(*(view_of(first + i, *p.size) for i, p in enumerate(prepared)), strict=True)
+        params = np.stack(rows)
+        flips = params[:, None, augment_params.FLIP].astype(bool)
+        crops = crop_views(pixels, np.array(boxes, dtype=np.int32)[:, None], flips, size)
+        table = torch.from_numpy(params)
+        return augment_views(crops, table.pin_memory().to(device, non_blocking=True) if is_cuda else table, dtype)
+
+    views: list[Tensor] = []
+    indices: list[int] = []
+    done = 0
     try:
-        for prepared, pixels in decoded:
-            views = [view_of(k + i, *p.size) for i, p in enumerate(prepared)]
-            boxes = np.array([box for box, _ in views], dtype=np.int32)
-            rows = np.stack([params for _, params in views])
-            flips = rows[:, augment_params.FLIP].astype(bool)
-            crops = crop_views(pixels, boxes[:, None], flips[:, None], size)
-            rows = torch.from_numpy(rows)
-            rows = rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
-            yield augment_views(crops, rows, dtype), np.array([p.index for p in prepared])
-            k += len(prepared)
+        decoder = Decoder(
+            parts(),
+            decode_on_host,
+            batch=batch_size,
+            in_flight=_BATCHES_IN_FLIGHT,
+            threads=threads,
+            device=device,
+            hints={},
+        )
+        for prepared, pixels in decoder.batches():
+            views.append(crop(done, prepared, pixels))
+            indices += [p.index for p in prepared]
+            done += len(prepared)
+            if done % batch_size == 0 or done == len(order):
+                yield torch.cat(views) if len(views) > 1 else views[0], np.array(indices)
+                views, indices = [], []
     finally:
-        decoded.close()
         readers.close()
 
 

@@ -24,13 +24,14 @@ from fastbyol.config import Config
 from fastbyol.data import find_images
 from fastbyol.data.crops import CENTER_FRACTION, center_crops, random_crops
 from fastbyol.data.images import ImageSet
-from fastbyol.errors import InputError, join_names
+from fastbyol.errors import InputError, first_line, join_names
 from fastbyol.evaluate.context import EvalContext
 from fastbyol.evaluate.options import EvalConfig
 from fastbyol.layers import set_num_views
 from fastbyol.parallel import share_of_batch
 from fastbyol.precision import autocast
 from fastbyol.runtime.distributed import World
+from fastbyol.runtime.logging import logger
 
 BATCH = 256  # images that a network sees at a time
 COMPILE_IMAGES = 1 << 17  # that repay a compilation, which takes about a minute
@@ -395,17 +396,24 @@ def inference_function(
     It runs the network in `inference`.
 
     Args:
-        images: how many it will see, over all ranks. If it is worth it, the network is compiled.
+        images: how many it will see, over all ranks. If it is worth it, the network is compiled. If
+            that fails, a warning is logged and the network runs eagerly.
         batch_size: of a whole batch. Others run eagerly: each size would be compiled again.
     """
-    if not context.compiles or images < COMPILE_IMAGES or isinstance(network, RawPixels):
-        batch_size = 0
-    compiled = torch.compile(network, dynamic=False) if batch_size else network
+    is_worth_it = context.compiles and images >= COMPILE_IMAGES and not isinstance(network, RawPixels)
+    compiled = torch.compile(network, dynamic=False) if is_worth_it else None
 
     def forward(x: Tensor) -> Tensor:
-        is_whole = len(x) == batch_size
-        with inference(network, context, stance="default" if is_whole else "force_eager"):
-            return (compiled if is_whole else network)(x).float()
+        nonlocal compiled
+        if compiled is not None and len(x) == batch_size:
+            try:
+                with inference(network, context, stance="default"):
+                    return compiled(x).float()
+            except torch._dynamo.exc.TorchDynamoException as error:
+                logger.warning(f"the network does not compile here, so it runs eagerly: {first_line(error)}")
+                compiled = None
+        with inference(network, context):
+            return network(x).float()
 
     return forward
 

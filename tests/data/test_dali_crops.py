@@ -1,5 +1,10 @@
 """The crops of evaluations on a GPU, with DALI's CPU decoder and Triton's interpreter."""
 
+import gc
+import itertools
+import threading
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -62,7 +67,12 @@ def assert_same(crops, images):
     return expected, bad
 
 
-def test_center_crops(flawed, log_lines):
+@pytest.mark.parametrize("pixels", [1 << 26, 5000])
+def test_center_crops(flawed, log_lines, monkeypatch, pixels):
+    """In one part per batch, and in parts of two images."""
+    from fastbyol.data import dali_crops
+
+    monkeypatch.setattr(dali_crops, "_PIXELS", pixels)
     images = open_split(flawed, "train")
     batches, bad = assert_same(lambda *a, **k: center_crops(*a, fraction=0.875, **k, **OPTIONS), images)
     assert set(bad) == BAD
@@ -93,10 +103,38 @@ def test_a_set_without_a_readable_image(folder_of):
         assert not any(len(i) for _, i in batches) and len(bad) == 9
 
 
-def test_leaving_early_ends_the_readers(flawed):
-    import threading
+@pytest.mark.parametrize("batches", [1, 100])
+def test_nothing_is_left_of_a_pass(flawed, monkeypatch, batches):
+    """Neither threads nor the pipeline, which the garbage collector alone would find late."""
+    from fastbyol.data import dali
 
-    batches = center_crops(open_split(flawed, "train"), fraction=0.875, bad={}, decoder="dali", **OPTIONS)
-    next(batches)
-    batches.close()
+    pipelines, build = [], dali.Decoder._build
+
+    def recorded(self):
+        pipelines.append(weakref.ref(pipe := build(self)))
+        return pipe
+
+    monkeypatch.setattr(dali.Decoder, "_build", recorded)
+    gc.collect()
+    gc.disable()
+    try:
+        crops = center_crops(open_split(flawed, "train"), fraction=0.875, bad={}, decoder="dali", **OPTIONS)
+        assert len(list(itertools.islice(crops, batches))) == min(batches, 4)
+        crops.close()
+        assert pipelines
+        assert [pipe() for pipe in pipelines] == [None] * len(pipelines)
+        assert not [t for t in threading.enumerate() if t.name.startswith("fastbyol-eval")]
+    finally:
+        gc.enable()
+
+
+def test_a_decoder_that_cannot_be_built_leaves_no_readers(flawed, monkeypatch):
+    from fastbyol.data import dali_crops
+
+    def fail(*args, **options):
+        raise RuntimeError("no decoder")
+
+    monkeypatch.setattr(dali_crops, "Decoder", fail)
+    with pytest.raises(RuntimeError, match="no decoder"):
+        next(center_crops(open_split(flawed, "train"), fraction=0.875, bad={}, decoder="dali", **OPTIONS))
     assert not [t for t in threading.enumerate() if t.name.startswith("fastbyol-eval")]

@@ -303,6 +303,27 @@ def test_evaluation_compiles_a_network_that_sees_many_images(photos, monkeypatch
     assert network.training
 
 
+def test_a_network_that_does_not_compile_is_evaluated_eagerly(photos, monkeypatch, log_lines):
+    torch._dynamo.reset()
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = open_split(photos, "val")
+    options = {"size": SIZE, "device": torch.device("cpu"), "dtype": torch.float32, "threads": 1}
+    expected = extract_features(network, images, EvalContext(**options), None)
+    monkeypatch.setattr("fastbyol.evaluate.features.BATCH", 6)
+    monkeypatch.setattr("fastbyol.evaluate.features.COMPILE_IMAGES", 1)
+    compile_network = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_network(*args, **options, backend=backend))
+    found = extract_features(network, images, EvalContext(**options, compiles=True), None)
+    assert (found.unit - expected.unit).abs().max() < 1e-3
+    (line,) = log_lines
+    assert line.startswith("warning: the network does not compile here, so it runs eagerly: ")
+    assert "no compiler" in line
+
+
 def test_evaluation_does_not_compile(photos, monkeypatch):
     """Multi-rank training compiles the backbone's modules, but kNN runs them eagerly.
 
