@@ -14,6 +14,7 @@ from sklearn.decomposition import PCA
 from fastbyol.config import Config
 from fastbyol.data import ImageSet
 from fastbyol.data.crops import CENTER_FRACTION, center_crops
+from fastbyol.errors import first_line
 from fastbyol.evaluate.context import EvalContext
 from fastbyol.evaluate.features import Features, check_finite, extract_features
 from fastbyol.evaluate.knn import nearest
@@ -111,10 +112,12 @@ def draw_map(config: Config, model: BYOL, images: ImageSet) -> bytes | None:
     if len(x) < 3:
         return None
     pca = PCA(2, random_state=0)
-    xy = pca.fit_transform(x)
-    points = {f"PCA: {pca.explained_variance_ratio_.sum():.0%} of the variance": xy}
-    if len(x) >= _MIN_UMAP_IMAGES and environment.installed("umap-learn"):
-        points["UMAP"] = _umap(x)
+    with np.errstate(invalid="ignore"):  # the features of a collapsed network are all equal
+        xy = pca.fit_transform(x)
+    share = float(np.nan_to_num(pca.explained_variance_ratio_).sum())
+    points = {f"PCA: {share:.0%} of the variance": xy}
+    if len(x) >= _MIN_UMAP_IMAGES and (embedded := _umap(x)) is not None:
+        points["UMAP"] = embedded
     figure = Figure(figsize=(5.4 * len(points) + 1.6, 5), layout="constrained")
     for axis, (title, xy) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
         _scatter(axis, xy, features.labels.cpu().numpy(), images.classes)
@@ -124,12 +127,24 @@ def draw_map(config: Config, model: BYOL, images: ImageSet) -> bytes | None:
     return to_png(figure)
 
 
-def _umap(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a seed allows one thread only
-        import umap
+def _umap(x: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    """Return the positions (n, 2) by UMAP; None if umap-learn is not installed, or fails."""
+    if environment.installed("umap-learn") is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a seed allows one thread only
+            import umap
 
-        return umap.UMAP(metric="cosine", random_state=0).fit_transform(x)
+            return umap.UMAP(metric="cosine", random_state=0).fit_transform(x)
+    except Exception as error:  # any: the package is optional, and so is its picture
+        logger.warning(f"the report lacks UMAP: {type(error).__name__}: {first_line(error)}")
+        return None
+
+
+def _legend(name: str) -> str:
+    """Return a class name for the legend, which leaves out names that begin with _."""
+    return image_title(f" {name}" if name.startswith("_") else name)
 
 
 def _scatter(axis: Axes, xy: NDArray[np.float32], labels: NDArray[np.int64], classes: list[str]) -> None:
@@ -141,7 +156,7 @@ def _scatter(axis: Axes, xy: NDArray[np.float32], labels: NDArray[np.int64], cla
     if others.any():
         axis.scatter(*xy[others].T, color=MUTED, alpha=0.35, label="other classes", **style)
     for k, label in enumerate(shown):
-        axis.scatter(*xy[labels == label].T, color=f"C{k}", label=image_title(classes[label]), **style)
+        axis.scatter(*xy[labels == label].T, color=f"C{k}", label=_legend(classes[label]), **style)
     axis.set(xticks=[], yticks=[])
     axis.spines[["top", "right"]].set_visible(False)
 

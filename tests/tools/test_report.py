@@ -329,6 +329,36 @@ def test_the_map_shows_umap_where_it_is_installed(draw, six_classes, photos, mon
     assert len(draw(photos, "val")) == 1  # too few images
 
 
+def test_a_umap_that_fails_leaves_the_principal_components(draw, six_classes, monkeypatch, log_lines):
+    def fail(**options):
+        raise TypeError("numba")
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=fail))
+    monkeypatch.setattr(report_figures.environment, "installed", lambda name: "0.5")
+    (axis,) = draw(six_classes)
+    assert axis.get_title("left").startswith("PCA")
+    assert log_lines == ["warning: the report lacks UMAP: TypeError: numba"]
+
+
+def test_the_map_of_a_collapsed_network(draw, six_classes, monkeypatch, no_umap):
+    extract = report_figures._extract
+
+    def collapsed(*args):
+        features = extract(*args)
+        features.unit[:] = features.unit[:1].clone()
+        return features
+
+    monkeypatch.setattr(report_figures, "_extract", collapsed)
+    with warnings.catch_warnings(action="error"):
+        (axis,) = draw(six_classes)
+    assert axis.get_title("left") == "PCA: 0% of the variance"
+
+
+def test_a_class_whose_name_begins_with_an_underscore_is_in_the_legend(draw, folder_of, no_umap):
+    (axis,) = draw(folder_of({f"{name}/{i}.jpg": jpeg(i) for name in ("_b_", "c") for i in range(3)}))
+    assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == [" _b_", "c"]
+
+
 def test_a_run_without_validation_images_has_a_map(make_config, photos, tmp_path, log_lines):
     shutil.copytree(photos / "train", tmp_path / "data" / "train")
     folder = train(make_config(data={"root": str(tmp_path / "data")}, **SHORT)).folder
