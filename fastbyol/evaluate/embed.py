@@ -20,7 +20,7 @@ import io
 import json
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,22 +33,25 @@ from torch import Tensor, nn
 from fastbyol.data import open_split
 from fastbyol.data.images import ImageSet
 from fastbyol.errors import InputError, RunError, error_reason
-from fastbyol.evaluate.context import EvalContext
+from fastbyol.evaluate.context import MAX_UNREADABLE_FRACTION, EvalContext
 from fastbyol.evaluate.dense import check_maps
-from fastbyol.evaluate.features import inference, network_outputs, unchanged
+from fastbyol.evaluate.features import inference, network_outputs, no_readable_images, unchanged
 from fastbyol.evaluate.options import EmbedConfig
 from fastbyol.evaluate.run import eval_context, evaluation_ranks
 from fastbyol.layers import set_num_views
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.environment import has_module
-from fastbyol.runtime.files import LOCK, FolderLock, atomic_write, json_text, read_json, write_output
+from fastbyol.runtime.files import LOCK, FolderLock, atomic_write, json_text, read_json, write_file, write_output
 from fastbyol.runtime.logging import logger
 from fastbyol.weights.load import load_checkpoint_model
 
 META = "meta.json"
 _LOCATIONS = {"checkpoint", "step", "images"}  # where they were found, not what they are
-_SHARD_BYTES = 1 << 29  # limit of a shard with --shard_images 0
-_MOST_IMAGES, _FEWEST_IMAGES = 1 << 16, 1 << 8  # of such a shard
+# Of a shard with --shard_images 0.
+_SHARD_BYTES = 1 << 29
+_MIN_SHARDS = 32  # for several ranks to share
+_MOST_IMAGES, _FEWEST_IMAGES = 1 << 16, 1 << 8
+_TIMEOUT_S = 7 * 86400.0  # a rank without a shard waits for all others; torchrun notices one that dies
 
 Table = list[tuple[int, str, str]]  # index, name and class of each image
 
@@ -71,11 +74,12 @@ def embed(options: EmbedConfig) -> Path:
 
     Raises:
         InputError: the checkpoint or the images cannot be used, or the folder holds something else.
-        RunError: a file cannot be written, or a feature is not a finite float16 number.
+        RunError: a file cannot be written, a feature is not a finite float16 number, or too many
+            files of a shard cannot be read.
     """
-    out = Path(options.out)
+    out, remedy = Path(options.out), "start it again: complete shards are kept"
     with (
-        evaluation_ranks(options.device, remedy="start it again: complete shards are kept") as world,
+        evaluation_ranks(options.device, remedy=remedy, timeout_s=_TIMEOUT_S) as world,
         ExitStack() as stack,
     ):
         with world.sync_errors():
@@ -99,6 +103,7 @@ def _embed(options: EmbedConfig, out: Path, world: World) -> None:
             check_maps(network)
             network = Patches(network)
         shape = _shape(network, context)
+        size = options.shard_images or _shard_images(len(images), shape)
         meta = {
             "checkpoint": str(path.resolve()),
             "step": step,
@@ -111,14 +116,17 @@ def _embed(options: EmbedConfig, out: Path, world: World) -> None:
             "features": options.features,
             "shape": list(shape),
             "format": options.format,
-            "shard_images": options.shard_images or _shard_images(shape),
+            "shard_images": size,
+            "computed_in": str(context.dtype).removeprefix("torch."),
+            "decoder": context.decoder,
         }
         if world.is_main_process:
             for note in images.notes:
                 logger.warning(note)
             _prepare(out, meta)
-    shards = -(-len(images) // meta["shard_images"])
+    _check_ranks(out, meta, world)
     # Rank 0 looks, before any rank writes.
+    shards = -(-len(images) // size)
     missing = world.gather([k for k in range(shards) if not _shard_file(out, k, options.format).exists()])[0]
     logger.info(
         f"{len(images)} images, {'x'.join(map(str, shape))} values each: {len(missing)} of {shards} shards to write"
@@ -126,17 +134,35 @@ def _embed(options: EmbedConfig, out: Path, world: World) -> None:
     began, done = time.perf_counter(), 0
     bad: dict[int, str] = {}
     for shard in missing[world.rank :: world.size]:
-        first = shard * meta["shard_images"]
-        rows = np.arange(first, min(first + meta["shard_images"], len(images)))
-        bad |= _write_shard(out, shard, rows, network, images, shape, options, context)
+        rows = np.arange(shard * size, min((shard + 1) * size, len(images)))
+        description = f"shard {shard} of {shards}" if world.is_main_process else None
+        bad |= _write_shard(out, shard, rows, network, images, shape, options, context, description)
         done += len(rows)
-    parts = world.gather((done, bad))
-    seconds = time.perf_counter() - began
-    all_bad = {index: reason for _, part in parts for index, reason in sorted(part.items())}
+    counts, parts = zip(*world.gather((done, bad)), strict=True)
+    seconds, total = time.perf_counter() - began, sum(counts)
+    all_bad = dict(sorted(item for part in parts for item in part.items()))
+    if len(all_bad) == len(images):
+        raise no_readable_images(images, all_bad)
     context.skipped(images, all_bad)
-    total = sum(done for done, _ in parts)
     rate = f"{total} images in {seconds:.0f} s ({total / seconds:.0f} images/s), {len(all_bad)} of them unreadable"
     logger.info(f"wrote {out}: {rate if missing else 'it was complete'}")
+
+
+def _check_ranks(out: Path, meta: dict[str, Any], world: World) -> None:
+    """Check that all ranks compute the same, into the same folder. Every rank must call this.
+
+    Raises:
+        InputError: they do not.
+    """
+    own = {key: value for key, value in meta.items() if key not in _LOCATIONS}
+    metas, sees_it = zip(*world.gather((own, (out / META).is_file())), strict=True)
+    if any(other != metas[0] for other in metas):
+        raise InputError(
+            "the ranks found different checkpoints or images: use a shared disk, and name a checkpoint file if a "
+            "training still writes to the run"
+        )
+    if not all(sees_it):
+        raise InputError(f"--out {out}: not all ranks see this folder: it must lie on a shared disk")
 
 
 def _shape(network: nn.Module, context: EvalContext) -> tuple[int, ...]:
@@ -146,10 +172,13 @@ def _shape(network: nn.Module, context: EvalContext) -> tuple[int, ...]:
         return tuple(network(image).shape[1:])
 
 
-def _shard_images(shape: tuple[int, ...]) -> int:
-    """Return the images of a shard of at most _SHARD_BYTES: a power of two."""
-    fitting = _SHARD_BYTES // (2 * int(np.prod(shape)))
-    return min(max(1 << fitting.bit_length() - 1, _FEWEST_IMAGES), _MOST_IMAGES)
+def _shard_images(images: int, shape: tuple[int, ...]) -> int:
+    """Return the default number of images of a shard, a power of two.
+
+    It does not depend on the number of ranks, which may change before the rest is written.
+    """
+    most = min(_SHARD_BYTES // (2 * int(np.prod(shape))), images // _MIN_SHARDS, _MOST_IMAGES)
+    return max(1 << max(most, 1).bit_length() - 1, _FEWEST_IMAGES)
 
 
 def _content(images: ImageSet) -> str:
@@ -173,14 +202,19 @@ def _check_folder(out: Path) -> None:
         names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     except OSError as error:
         raise InputError(f"--out {out}: cannot be read: {error_reason(error)}") from None
-    if META not in names and any(name != LOCK and not name.endswith(".partial") for name in names):
+    if META not in names and any(name != LOCK and not _is_unfinished(name) for name in names):
         raise InputError(f"--out {out}: is neither empty nor written by fastbyol embed; name another folder")
+
+
+def _is_unfinished(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".partial")  # of atomic_write
 
 
 def _prepare(out: Path, meta: dict[str, Any]) -> None:
     """Write meta.json, or check that the folder holds a part of the same features."""
     for leftover in out.glob(".*.partial"):  # of a process that was killed; the folder is locked
-        leftover.unlink(missing_ok=True)
+        with suppress(OSError):
+            leftover.unlink()
     existing = read_json(out / META)
     if not existing:
         write_output(out / META, json_text(meta), f"--out {out}")
@@ -188,7 +222,8 @@ def _prepare(out: Path, meta: dict[str, Any]) -> None:
     for key, value in meta.items():
         if key not in _LOCATIONS and existing.get(key) != value:
             shown = {"weights": "checkpoint", "content": "images"}.get(key, key)
-            values = f" is {existing.get(shown)}, not {meta[shown]}" if shown != "classes" else " differ"
+            was, now = existing.get(shown), meta[shown]
+            values = " differ" if shown == "classes" else f" {was} changed" if was == now else f" is {was}, not {now}"
             raise InputError(f"--out {out}: holds other features: {shown}{values}; name another folder")
 
 
@@ -205,19 +240,19 @@ def _write_shard(
     shape: tuple[int, ...],
     options: EmbedConfig,
     context: EvalContext,
+    description: str | None,
 ) -> dict[int, str]:
     """Write the features of the images `rows`; return the unreadable ones: index -> reason."""
     part = images.subset(rows)
     features = np.empty((len(rows), *shape), dtype=np.float16)
     bad_rows: dict[int, str] = {}
     kept, done = [np.empty(0, dtype=np.int64)], 0
-    for (x,), found in network_outputs(
-        network, part, context, [unchanged], f"shard {shard}", bad_rows, images=len(images)
-    ):
+    for (x,), found in network_outputs(network, part, context, [unchanged], description, bad_rows, images=len(images)):
         features[done : done + len(found)] = x.half().cpu().numpy()
         kept.append(found)
         done += len(found)
     features, used = features[:done], np.concatenate(kept)
+    _check_files(part, bad_rows)
     if not np.isfinite(features).all():
         first = int(used[np.argmin(np.isfinite(features).reshape(done, -1).all(1))])
         raise RunError(f"{part.location(first)}: the features hold NaN, infinity or values too large for float16")
@@ -227,18 +262,40 @@ def _write_shard(
     try:
         skipped.unlink(missing_ok=True)
         if bad:
-            _write_csv(skipped, ("index", "name", "reason"), ((k, _text(images.name(k)), bad[k]) for k in bad))
+            _write_csv(skipped, ("index", "name", "reason"), ((k, _text(images.name(k)), _text(bad[k])) for k in bad))
         # The file of the features is the last one: it marks the shard as complete.
         with atomic_write(_shard_file(out, shard, options.format)) as temporary:
             if options.format == "parquet":
                 _write_parquet(temporary, features, table)
             else:
                 _write_csv(out / f"images-{shard:05d}.csv", ("index", "name", "class"), table)
-                with open(temporary, "wb") as file:
-                    np.save(file, features)
+                _write_npy(temporary, features)
     except OSError as error:
         raise RunError(f"--out {out}: shard {shard} cannot be written: {error_reason(error)}") from None
     return bad
+
+
+def _check_files(part: ImageSet, bad: dict[int, str]) -> None:
+    """Check that the files of a shard can be read, whatever they hold.
+
+    A shard is not written again once it exists, so it must not lack what a disk withheld for a
+    while.
+
+    Raises:
+        RunError: more than MAX_UNREADABLE_FRACTION of them cannot.
+    """
+    lost = {}
+    for row in bad:
+        try:
+            part.read(row)
+        except OSError as error:
+            lost[row] = error_reason(error)
+    if len(lost) > MAX_UNREADABLE_FRACTION * len(part):
+        row = min(lost)
+        raise RunError(
+            f"{part.location(row)}: {lost[row]}; {len(lost)} of {len(part)} files of this shard cannot be read: start it "
+            "again when they can, complete shards are kept"
+        )
 
 
 def _table(images: ImageSet, indices: NDArray[np.int64]) -> Table:
@@ -253,11 +310,18 @@ def _text(name: str) -> str:
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text)
     writer.writerow(header)
     writer.writerows(rows)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(text.getvalue().encode())
+    write_file(path, text.getvalue())
+
+
+def _write_npy(path: Path, features: NDArray[np.float16]) -> None:
+    """Write as np.save does, whose OSError on a full disk would not say so."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(features))
+        if features.size:
+            file.write(memoryview(features).cast("B"))
 
 
 def _write_parquet(path: Path, features: NDArray[np.float16], table: Table) -> None:

@@ -71,16 +71,18 @@ def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def evaluation_ranks(device: str, *, remedy: str) -> Iterator[World]:
+def evaluation_ranks(device: str, *, remedy: str, timeout_s: float | None = None) -> Iterator[World]:
     """Context manager: the process group of a command that may run under torchrun.
 
     Args:
         device: as in EvalConfig.
         remedy: what to do if a rank fails.
+        timeout_s: longest time that a rank waits for another; default: that of a training.
     """
     cores.respect_quota()
     world = world_from_environment()
-    group = ProcessGroup(world, DistributedConfig(), choose_device(device, world.local_rank), remedy=remedy)
+    config = DistributedConfig() if timeout_s is None else DistributedConfig(timeout_s=timeout_s)
+    group = ProcessGroup(world, config, choose_device(device, world.local_rank), remedy=remedy)
     ended = sigterm_raises(f"received SIGTERM: another rank failed, or the job was stopped; {remedy}")
     with group, muted(not world.is_main_process), ended if world.size > 1 else nullcontext():
         yield world
@@ -96,7 +98,7 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
             _check_result_file(out, named=options.out is not None)
     context = eval_context(config, options, world)
     data = task.open(options, config, context)
-    partial = PartialResult(_partial_file(out), _partial_key(name, path, data), world)
+    partial = PartialResult(_partial_file(out), _partial_key(name, path, data, context), world)
     partial.open()
     context = replace(context, partial=partial, bad=partial.bad)
     for note in (note for split in (data.train, data.val) for note in getattr(split, "notes", ())):
@@ -148,11 +150,12 @@ def _partial_file(out: Path) -> Path | None:
     return None if out.exists() and not out.is_file() else out.with_name(out.name + SUFFIX)
 
 
-def _partial_key(name: str, checkpoint_file: Path, data: Any) -> str:
+def _partial_key(name: str, checkpoint_file: Path, data: Any, context: EvalContext) -> str:
     """Return what identifies an evaluation: all that its rows depend on."""
     stat = checkpoint_file.stat()
     file = [str(checkpoint_file.resolve()), stat.st_size, stat.st_mtime_ns]
-    return json.dumps([name, __version__, file, len(data.train), len(data.val), data.classes])
+    how = [__version__, str(context.dtype), context.decoder]
+    return json.dumps([name, how, file, len(data.train), len(data.val), data.classes])
 
 
 def _check_memory(task: EvalTask, features: list[int], data: Any, options: EvalConfig, context: EvalContext) -> None:

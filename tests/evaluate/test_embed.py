@@ -1,8 +1,11 @@
 """fastbyol embed: features of any images in files."""
 
 import csv
+import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from torch import nn
 from fastbyol.api import pretrain as train
 from fastbyol.cli import main
 from fastbyol.data import open_split
+from fastbyol.data.folder import ImageFolder
 from fastbyol.data.pack import pack
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import embed as embedding
@@ -22,6 +26,7 @@ from fastbyol.evaluate.context import EvalContext
 from fastbyol.evaluate.embed import embed
 from fastbyol.evaluate.features import extract_features
 from fastbyol.evaluate.options import EmbedConfig
+from fastbyol.runtime.distributed import World
 from fastbyol.runtime.files import FolderLock
 from fastbyol.weights.load import load_checkpoint_model
 
@@ -113,17 +118,17 @@ def test_patches_are_the_grid_before_pooling(backbone):
 
 def test_an_ended_command_continues(run, images, tmp_path, monkeypatch):
     expected, rows = read(embed(options(run, images, tmp_path / "whole")))
-    out, write = tmp_path / "out", embedding.np.save
+    out, write = tmp_path / "out", embedding._write_npy
     saved = []
 
-    def end_at_the_third(file, features):
+    def end_at_the_third(path, features):
         if len(saved) == 2:
-            file.write(b"half")
+            path.write_bytes(b"half")
             raise KeyboardInterrupt
         saved.append(features)
-        write(file, features)
+        write(path, features)
 
-    monkeypatch.setattr(embedding.np, "save", end_at_the_third)
+    monkeypatch.setattr(embedding, "_write_npy", end_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         embed(options(run, images, out))
     monkeypatch.undo()
@@ -207,11 +212,85 @@ def test_a_shard_of_unreadable_images_is_empty(run, folder_of, tmp_path):
     assert parquet.read_table(tmp_path / "parquet" / "features-00000.parquet").num_rows == 0
 
 
+def test_a_set_without_a_readable_image_raises(run, folder_of, tmp_path):
+    images = folder_of({f"{i}.jpg": b"no" for i in range(9)})
+    with pytest.raises(InputError, match="none of the 9 images can be read, for example .*0.jpg"):
+        embed(options(run, images, tmp_path / "out"))
+
+
+def test_a_shard_whose_files_cannot_be_read_is_not_written(run, images, tmp_path, monkeypatch):
+    """A disk that comes back must not leave a hole."""
+    expected, rows = read(embed(options(run, images, tmp_path / "whole")))
+    read_image = ImageFolder.read
+
+    def lost(self, index):
+        if self.name(index).startswith("b/"):
+            raise OSError(errno.EIO, "Input/output error")
+        return read_image(self, index)
+
+    content = embedding._content
+    monkeypatch.setattr(
+        embedding, "_content", lambda images: [content(images), monkeypatch.setattr(ImageFolder, "read", lost)][0]
+    )
+    with pytest.raises(RunError, match="b/10.jpg: Input/output error; 4 of 7 files of this shard cannot be read"):
+        embed(options(run, images, tmp_path / "out"))
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "out").glob("features-*")] == ["features-00000.npy"]
+    embed(options(run, images, tmp_path / "out"))
+    found, table = read(tmp_path / "out")
+    assert np.array_equal(found, expected) and table == rows
+
+
+def test_a_full_disk_is_one_line(run, images, tmp_path):
+    """No file may have more than 1500 bytes: those of meta.json and the table fit."""
+    code = """
+import resource, signal, sys
+from fastbyol.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+sys.exit(main(sys.argv[1:]))
+"""
+    words = ["embed", "--run", str(run), "--images", str(images), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"fastbyol: error: --out {tmp_path / 'out'}: shard 0 cannot be written: File too large\n"
+    assert not list((tmp_path / "out").glob("features-*")) and not list((tmp_path / "out").glob(".*.partial"))
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(run, images, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file is not a folder; choose another --out"):
+        embed(options(run, images, tmp_path / "file" / "out"))
+
+
 @pytest.mark.parametrize(
-    ("shape", "images"), [((2048,), 65_536), ((2048, 7, 7), 2048), ((768, 64, 64), 256), ((512,), 65_536)]
+    ("count", "shape", "images"),
+    [
+        (10, (2048,), 256),
+        (50_000, (2048,), 1024),
+        (1_281_167, (2048,), 32_768),
+        (10**7, (2048,), 65_536),
+        (10**7, (2048, 7, 7), 2048),
+        (10**7, (768, 64, 64), 256),
+    ],
 )
-def test_shards_keep_to_a_size(shape, images):
-    assert embedding._shard_images(shape) == images
+def test_shards_keep_to_a_size(count, shape, images):
+    assert embedding._shard_images(count, shape) == images
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_ranks_that_see_other_files_are_told(tmp_path, k):
+    """The collective is played by the test."""
+    other = ({"weights": "y"}, True) if k == 0 else ({"weights": "x"}, False)
+
+    class Two(World):
+        def gather(self, value):
+            return [value, other]
+
+    (tmp_path / "meta.json").write_text("{}")
+    message = ("the ranks found different checkpoints or images", "not all ranks see this folder")[k]
+    with pytest.raises(InputError, match=message):
+        embedding._check_ranks(tmp_path, {"weights": "x", "checkpoint": "a"}, Two())
 
 
 @pytest.mark.slow
@@ -223,8 +302,23 @@ def test_ranks_write_what_one_rank_writes(run, images, tmp_path):
     killed = torchrun("evaluations.py", evaluations, "kill", 1, ranks=2)
     assert killed.returncode
     assert not (tmp_path / "two" / "features-00001.npy").exists()
+    for _ in range(2):  # at last there is nothing to do
+        done = torchrun("evaluations.py", evaluations, ranks=2)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote ") == 1
+        features, table = read(tmp_path / "two")
+        assert np.array_equal(features, expected) and table == rows
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_one_line(run, images, tmp_path):
+    for i in range(14, 20):  # of the third shard
+        (images / "b" / f"{i}.jpg").unlink()
+        (images / "b" / f"{i}.jpg").symlink_to(tmp_path / "loop")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    evaluations = tmp_path / "evaluations.json"
+    evaluations.write_text(json.dumps([["embed", vars(options(run, images, tmp_path / "two"))]]))
     done = torchrun("evaluations.py", evaluations, ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote ") == 1
-    features, table = read(tmp_path / "two")
-    assert np.array_equal(features, expected) and table == rows
+    assert done.returncode
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fastbyol: error: ")]
+    assert len(lines) == 1 and "cannot be read" in lines[0], done.stderr
