@@ -16,9 +16,9 @@ continues with the parts that are not ok yet. --out DIR (default: --work) receiv
 output of all parts, and the result files, which are rewritten after every measurement.
 FASTBYOL_COMMIT sets the commit of the results if .git is missing.
 
-Expected times were measured on one H100 with cold caches. Those of the tests, the profile, whole
-runs, the kernel report and slow augmenters are estimates. The exit code is 0 if all parts are ok. A
-part is ok if its exit code is 0 and, for tests, at least one test ran.
+Expected times were measured on one H100 with cold caches. Those of the tests, the features, the
+profile, whole runs, the kernel report and slow augmenters are estimates. The exit code is 0 if all
+parts are ok. A part is ok if its exit code is 0 and, for tests, at least one test ran.
 """
 
 import argparse
@@ -144,6 +144,10 @@ def parts(work: Path, out: Path) -> dict[str, list[Part]]:
         on_gpu(
             "bench_loader", "loader_cuda.csv", "--set", "loader_cuda", "--seconds", "4", expected_s=30, limit_s=240,
             title="loaders",
+        ),
+        on_gpu(
+            "bench_features", "features_cuda.csv", "--device", "cuda", "--images", "10000", expected_s=150, limit_s=300,
+            title="features",
         ),
         Part(name="profile R50", command=fastbyol("profile", *profile), expected_s=330, limit_s=500),
         small,

@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -31,8 +32,12 @@ from fastbyol.config import (
     OptimConfig,
     StepConfig,
 )
+from fastbyol.data import open_split
 from fastbyol.errors import RunError
-from fastbyol.evaluate.options import KnnEval, LinearEval
+from fastbyol.evaluate import features as extraction
+from fastbyol.evaluate.context import EvalContext
+from fastbyol.evaluate.embed import embed
+from fastbyol.evaluate.options import EmbedConfig, KnnEval, LinearEval
 from fastbyol.evaluate.run import BYOL_ROW, evaluate
 from fastbyol.layers import set_num_views
 from fastbyol.runtime.distributed import World
@@ -102,6 +107,29 @@ def test_evaluation_matches_the_cpu(trained, tmp_path, name, kind, options):
         accuracy[device] = evaluate(name, kind(run=str(trained.folder), **options))["rows"][BYOL_ROW]["top1"]
     assert accuracy[DEVICE.type] > 0.5
     assert abs(accuracy[DEVICE.type] - accuracy["cpu"]) <= 2 / VAL_IMAGES + 1e-6
+
+
+def test_features_match_those_of_the_cpu(trained, photos, tmp_path, monkeypatch):
+    """From a compiled network, with a short last batch, and from `fastbyol embed`.
+
+    Convolutions in TF32 change a unit vector by about 1e-3.
+    """
+    monkeypatch.setattr(extraction, "COMPILE_IMAGES", 1)
+    monkeypatch.setattr(extraction, "BATCH", 20)  # of 48 images
+    found = {}
+    for device, compiles in ((torch.device("cpu"), False), (DEVICE, False), (DEVICE, True)):
+        backbone = set_num_views(load_checkpoint_model(trained.folder).model.online.backbone, 1)
+        context = EvalContext(size=SIZE, device=device, dtype=torch.float32, threads=2, compiles=compiles)
+        backbone = backbone.to(device, memory_format=torch.channels_last)
+        features = extraction.extract_features(backbone, open_split(photos, "val"), context, None)
+        found[device.type, compiles] = features.unit.float().cpu()
+    expected = found.pop(("cpu", False), None)
+    for key, unit in found.items():
+        assert (unit - expected).abs().max() < 1e-2, key
+    options = {"run": str(trained.folder), "images": str(photos / "val"), "device": DEVICE.type, "threads": 2}
+    out = embed(EmbedConfig(**options, out=str(tmp_path / "out"), shard_images=20))
+    written = torch.from_numpy(np.concatenate([np.load(path) for path in sorted(out.glob("*.npy"))])).float()
+    assert (torch.nn.functional.normalize(written) - expected).abs().max() < 1e-2
 
 
 @torch.no_grad()
