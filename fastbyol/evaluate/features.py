@@ -35,7 +35,7 @@ from fastbyol.runtime.logging import logger
 
 BATCH = 256  # images that a network sees at a time
 COMPILE_IMAGES = 1 << 17  # that repay a compilation, which takes about a minute
-_MAX_SMALL_BLOCKS = 64  # of a split whose blocks are not the largest; smaller blocks slow down the kNN
+_MAX_SMALL_BLOCKS = 32  # of a split whose blocks are not the largest; smaller blocks slow down the kNN
 _MAX_BATCHES_PER_BLOCK = 16
 RAW_PIXELS_SIDES = (64, 32, 16)  # larger images are averaged to the first that fits
 RAW_PIXELS_BYTES = 8 << 30  # 64 px up to 349,354 images, 32 px up to 1,395,375
@@ -165,7 +165,11 @@ class Features:
 
     def rows(self, rows: Tensor | slice) -> Tensor:
         """Return the features of some rows in float32, (B, F)."""
-        return self.unit[rows].float().mul_(self.length[rows, None])
+        if isinstance(rows, slice):
+            return self.unit[rows].float().mul_(self.length[rows, None])
+        # Twice as fast as indexing.
+        unit, length = (values.index_select(0, rows) for values in (self.unit, self.length))
+        return unit.float().mul_(length[:, None])
 
     def slices(self, most: int = BATCH) -> Iterator[slice]:
         """Yield slices of at most `most` rows that together are all rows."""

@@ -158,19 +158,20 @@ def train_probes(
 class Standardization(NamedTuple):
     """Shift and scale of every feature, from the training split's mean and standard deviation."""
 
-    mean: Tensor  # (F,)
-    std: Tensor  # (F,)
+    shift: Tensor  # (F,)
+    scale: Tensor  # (F,)
 
     @classmethod
     def of(cls, train: Features) -> "Standardization":
         """Measure the training split, over all ranks."""
         mean = train.mean()
         std = train.std(mean)
-        return cls(mean, torch.where(std > 1e-6, std, 1.0))
+        scale = torch.where(std > 1e-6, std, 1.0).reciprocal()
+        return cls(-mean * scale, scale)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, F) -> (B, F)."""
-        return (x - self.mean).div_(self.std)
+        return torch.addcmul(self.shift, x, self.scale)
 
 
 class LinearClassifier(NamedTuple):
