@@ -82,6 +82,30 @@ def dense() -> str:
     return markdown_table(["", *(f"seed {seed}" for seed in _unique(rows, "seed")), "mean"], lines, note)
 
 
+def evaluation() -> str:
+    """Time and memory of the evaluation protocols on CIFAR-10, with two source trees."""
+    rows = read("evaluation_trees")
+    lines = []
+    for name in _unique(rows, "protocol"):
+        own = {row["tree"]: row for row in rows if row["protocol"] == name}
+        before, after = own["before"], own["after"]
+        ratio = float(after["seconds"]) / float(before["seconds"])
+        cells = [
+            f"{float(row[key]):{form}}"
+            for key, form in (("seconds", ".0f"), ("peak_gb", ".1f"))
+            for row in (before, after)
+        ]
+        lines.append([name, before["images"], cells[0], cells[1], f"{ratio:.2f}", cells[2], cells[3]])
+    trees = {tree: commits([row for row in rows if row["tree"] == tree]) for tree in ("before", "after")}
+    first = rows[0]
+    note = (
+        f"n = 1; {first['cpu']}; torch {first['torch']}; before: commit {trees['before']}, after: {trees['after']}. Source: "
+        "benchmarks/results/evaluation_trees.csv (`benchmarks/compare_evaluations.py`)."
+    )
+    header = ["protocol", "images", "s before", "s after", "after / before", "GB before", "GB after"]
+    return markdown_table(header, lines, note)
+
+
 def loader() -> str:
     """Throughput of the loader and its peers on the CPU."""
     pairs = [("fastbyol", other) for other in ("decode only", "lightly", "torchvision v2", "DALI CPU")]
@@ -441,6 +465,7 @@ TABLES = {
     "variant_commands": variant_commands,
     "accuracy": accuracy,
     "dense": dense,
+    "evaluation": evaluation,
     "kernels": kernels,
     "dct_scaling": dct_scaling,
     "demo_seeds": demo_seeds,
