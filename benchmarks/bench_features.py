@@ -36,15 +36,19 @@ from fastbyol.runtime.device import choose_device
 from fastbyol.runtime.environment import describe, has_module
 
 
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    options.add_argument("--backbone", default="resnet50")
+    options.add_argument("--size", type=int, default=224, help="side of the crops in pixels")
+    options.add_argument("--images", type=int, default=20_000)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--out", type=Path)
+    return options
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--size", type=int, default=224, help="side of the crops in pixels")
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser().parse_args()
     device = choose_device(options.device, 0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     bench_loader.prepare_corpus()

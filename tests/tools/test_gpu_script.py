@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import against
+import bench_features
 import bench_loader
 import bench_step
 import bench_train
@@ -22,6 +23,7 @@ from fastbyol.runtime import environment
 from fastbyol.settings.command_line import parse_command_line
 
 PARSERS = {
+    "bench_features": bench_features,
     "bench_step": bench_step,
     "bench_train": bench_train,
     "bench_loader": bench_loader,
