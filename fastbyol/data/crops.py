@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fastbyol.data.device import DeviceSlots
 from fastbyol.data.images import ImageSet
-from fastbyol.data.rendering import Box, Renderer, ViewFunction
-from fastbyol.data.sequence import load_readable
+from fastbyol.data.rendering import Box, CropPlan, Renderer
 from fastbyol.data.views import AUGMENTATIONS, Sampler, center_box, epoch_order
 from fastbyol.data.workers import PrefetchPool, resolve_threads
 from fastbyol.kernels import augment, augment_params
@@ -57,18 +56,18 @@ def center_crops(
         0 if none of a batch is readable. The images are valid until the next batch is requested.
     """
     identity = np.zeros(augment_params.COLUMNS, dtype=np.float32)
-    yield from _render(
-        images,
-        np.arange(len(images)),
-        lambda k, height, width: (center_box(height, width, fraction), identity),
+    plan = CropPlan(
+        images=images,
+        order=np.arange(len(images)),
+        view_of=lambda k, height, width: (center_box(height, width, fraction), identity),
         size=size,
         batch_size=batch_size,
         threads=threads,
         bad=bad,
         dtype=dtype,
         device=device,
-        decoder=decoder,
     )
+    yield from _render(plan, decoder)
 
 
 def random_crops(
@@ -102,83 +101,57 @@ def random_crops(
         return sampler.boxes(slice(k, k + 1), [(height, width)])[0, 0].tolist(), params[k]
 
     positions = (np.arange(len(images) // batch_size)[:, None] * batch_size + shard).reshape(-1)
-    order = epoch_order(seed, epoch, len(images))[positions]
-    yield from _render(
-        images,
-        order,
-        lambda k, height, width: view_of(int(positions[k]), height, width),
+    plan = CropPlan(
+        images=images,
+        order=epoch_order(seed, epoch, len(images))[positions],
+        view_of=lambda k, height, width: view_of(int(positions[k]), height, width),
         size=size,
         batch_size=len(shard),
         threads=threads,
         bad=bad,
         dtype=dtype,
         device=device,
-        decoder=decoder,
         substitute=True,
     )
+    yield from _render(plan, decoder)
 
 
-def _render(
-    images: ImageSet,
-    order: NDArray[np.int64],
-    view_of: ViewFunction,
-    *,
-    batch_size: int,
-    device: torch.device,
-    decoder: DecoderName,
-    **options: Any,
-) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Yield one view of each of the images `order`, in batches, without those that have none."""
+def _render(plan: CropPlan, decoder: DecoderName) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Yield the crops of a plan and their images' indices, without positions that have no image."""
     render = _render_on_host
     if decoder == "dali":
         from fastbyol.data.dali_crops import render_on_gpu as render
-    for crops, indices in render(images, order, view_of, batch_size=batch_size, device=device, **options):
+    for crops, indices in render(plan):
         if (indices < 0).any():
-            readable = torch.from_numpy(np.flatnonzero(indices >= 0)).to(device)
+            readable = torch.from_numpy(np.flatnonzero(indices >= 0)).to(plan.device)
             crops, indices = crops[readable], indices[indices >= 0]
         yield crops, indices
 
 
-def _render_on_host(
-    images: ImageSet,
-    order: NDArray[np.int64],
-    view_of: ViewFunction,
-    *,
-    size: int,
-    batch_size: int,
-    threads: int,
-    bad: dict[int, str],
-    dtype: torch.dtype,
-    device: torch.device,
-    substitute: bool = False,
-) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Yield the views (n, 3, S, S) of each batch, and the indices (n,) of the images used, or -1.
-
-    Args:
-        substitute: use the next readable image of the set instead of an unreadable one.
-    """
-    is_cuda = device.type == "cuda"
-    shape = (min(batch_size, len(order)), size, size, 3)
-    ring = [torch.empty(*shape, dtype=dtype, pin_memory=is_cuda) for _ in range(2)]
+def _render_on_host(plan: CropPlan) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Yield the views (n, 3, S, S) of each batch, and the images' indices (n,), -1 for none."""
+    is_cuda = plan.device.type == "cuda"
+    shape = (min(plan.batch_size, len(plan.order)), plan.size, plan.size, 3)
+    ring = [torch.empty(*shape, dtype=plan.dtype, pin_memory=is_cuda) for _ in range(2)]
     written = [augment.as_written(batch) for batch in ring]
-    device_slots = DeviceSlots(device) if is_cuda else None
+    device_slots = DeviceSlots(plan.device) if is_cuda else None
 
     def tasks() -> Iterator[tuple[int, NDArray[Any]]]:
-        for k in range(len(order)):
-            batch, i = divmod(k, batch_size)
+        for k in range(len(plan.order)):
+            batch, i = divmod(k, plan.batch_size)
             yield k, written[batch % 2][i]
 
     def new_worker() -> Callable[[tuple[int, NDArray[Any]]], int]:
-        renderer = Renderer(size)
+        renderer = Renderer(plan.size)
 
         def render(task: tuple[int, NDArray[Any]]) -> int:
             """Write the view of a position; return the index of the image used, -1 if none."""
             k, out = task
-            found = load_readable(images, int(order[k]), bad, renderer.decode, substitute=substitute)
+            found = plan.load(int(plan.order[k]), renderer.decode)
             if found is None:
                 return -1
             index, image = found
-            box, params = view_of(k, image.shape[0], image.shape[1])
+            box, params = plan.view_of(k, image.shape[0], image.shape[1])
             renderer.crop(image, box, bool(params[augment_params.FLIP]))
             renderer.augment(params, out)
             return index
@@ -187,11 +160,11 @@ def _render_on_host(
 
     # One batch in the consumer's hands, and one ahead of it: the ring.
     pool = PrefetchPool(
-        new_worker, tasks(), threads=resolve_threads(threads), window=2 * batch_size, name="fastbyol-eval"
+        new_worker, tasks(), threads=resolve_threads(plan.threads), window=2 * plan.batch_size, name="fastbyol-eval"
     )
     try:
         for k in itertools.count():
-            if not (rendered := pool.take(batch_size)):
+            if not (rendered := pool.take(plan.batch_size)):
                 return
             crops = ring[k % 2]
             if device_slots is not None:

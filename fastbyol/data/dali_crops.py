@@ -9,9 +9,8 @@ from torch import Tensor
 
 from fastbyol.data.dali import Decoder, Prepared, inspect
 from fastbyol.data.decode import decode
-from fastbyol.data.images import ImageSet
-from fastbyol.data.rendering import Pixels, ViewFunction
-from fastbyol.data.sequence import StoredImage, load_readable
+from fastbyol.data.rendering import CropPlan, Pixels
+from fastbyol.data.sequence import StoredImage
 from fastbyol.data.workers import PrefetchPool, resolve_threads
 from fastbyol.kernels import augment_params
 
@@ -20,19 +19,7 @@ _PIXELS = 1 << 26  # of the images that DALI decodes at a time, 201 MB; 256 phot
 _READAHEAD = 64  # prepared images; those that the host decodes are in pinned memory
 
 
-def render_on_gpu(
-    images: ImageSet,
-    order: NDArray[np.int64],
-    view_of: ViewFunction,
-    *,
-    size: int,
-    batch_size: int,
-    threads: int,
-    bad: dict[int, str],
-    dtype: torch.dtype,
-    device: torch.device,
-    substitute: bool = False,
-) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+def render_on_gpu(plan: CropPlan) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
     """As `crops._render_on_host`. Each batch is a tensor of its own.
 
     DALI decodes a batch in parts if its images are large.
@@ -40,11 +27,11 @@ def render_on_gpu(
     from fastbyol.kernels.triton.augment import augment_views
     from fastbyol.kernels.triton.crop import crop_views
 
-    is_cuda = device.type == "cuda"
+    is_cuda = plan.device.type == "cuda"
 
     def prepare(index: int, function: Callable[[StoredImage], tuple] = inspect) -> Prepared:
         """Return an image or its substitute; a black one of index -1 if there is none."""
-        found = load_readable(images, index, bad, function, substitute=substitute)
+        found = plan.load(index, function)
         used, (shape, encoded, pixels) = found or (-1, _decoded(np.zeros((8, 8, 3), dtype=np.uint8)))
         if pixels is not None and is_cuda:
             pixels = torch.from_numpy(pixels).pin_memory()
@@ -55,9 +42,9 @@ def render_on_gpu(
             return prepared
         return prepare(prepared.index, lambda data: _decoded(decode(data)))
 
-    threads = resolve_threads(threads)
+    threads = resolve_threads(plan.threads)
     readers = PrefetchPool(
-        lambda: prepare, order.tolist(), threads=threads, window=_READAHEAD, name="fastbyol-eval-reader"
+        lambda: prepare, plan.order.tolist(), threads=threads, window=_READAHEAD, name="fastbyol-eval-reader"
     )
 
     def parts() -> Iterator[list[Prepared]]:
@@ -67,7 +54,7 @@ def render_on_gpu(
         for k, prepared in enumerate(readers, start=1):
             part.append(prepared)
             pixels += prepared.size[0] * prepared.size[1]
-            if k % batch_size == 0 or pixels >= _PIXELS:
+            if k % plan.batch_size == 0 or pixels >= _PIXELS:
                 yield part
                 part, pixels = [], 0
         if part:
@@ -75,12 +62,14 @@ def render_on_gpu(
 
     def crop(first: int, prepared: list[Prepared], pixels: list[Tensor]) -> Tensor:
         """Return the views of the images from position `first` on."""
-        boxes, rows = zip(*(view_of(first + i, *p.size) for i, p in enumerate(prepared)), strict=True)
+        boxes, rows = zip(*(plan.view_of(first + i, *p.size) for i, p in enumerate(prepared)), strict=True)
         params = np.stack(rows)
         flips = params[:, None, augment_params.FLIP].astype(bool)
-        crops = crop_views(pixels, np.array(boxes, dtype=np.int32)[:, None], flips, size)
+        crops = crop_views(pixels, np.array(boxes, dtype=np.int32)[:, None], flips, plan.size)
         table = torch.from_numpy(params)
-        return augment_views(crops, table.pin_memory().to(device, non_blocking=True) if is_cuda else table, dtype)
+        return augment_views(
+            crops, table.pin_memory().to(plan.device, non_blocking=True) if is_cuda else table, plan.dtype
+        )
 
     views: list[Tensor] = []
     indices: list[int] = []
@@ -89,17 +78,17 @@ def render_on_gpu(
         decoder = Decoder(
             parts(),
             decode_on_host,
-            batch=batch_size,
+            batch=plan.batch_size,
             in_flight=_BATCHES_IN_FLIGHT,
             threads=threads,
-            device=device,
+            device=plan.device,
             hints={},
         )
         for prepared, pixels in decoder.batches():
             views.append(crop(done, prepared, pixels))
             indices += [p.index for p in prepared]
             done += len(prepared)
-            if done % batch_size == 0 or done == len(order):
+            if done % plan.batch_size == 0 or done == len(plan.order):
                 yield torch.cat(views) if len(views) > 1 else views[0], np.array(indices)
                 views, indices = [], []
     finally:

@@ -1,21 +1,58 @@
 """Rendering in one thread: stored bytes -> decoded image -> augmented, normalized views."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastbyol.data.decode import DecodeBuffer, decode, decode_reduced, jpeg_size
-from fastbyol.data.sequence import DeterministicLoader
+from fastbyol.data.decode import BadImage, DecodeBuffer, decode, decode_reduced, jpeg_size
+from fastbyol.data.images import ImageSet
+from fastbyol.data.sequence import DeterministicLoader, StoredImage
 from fastbyol.data.views import VIEWS, Sampler
+from fastbyol.errors import first_line
 from fastbyol.kernels import augment, augment_params, crop
 
+T = TypeVar("T")
 Box = Sequence[int]  # top, left, height, width in source pixels
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 # (position, height, width) -> crop box and parameters (augment_params.COLUMNS,) of the view
 ViewFunction = Callable[[int, int, int], tuple[Box, NDArray[np.float32]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropPlan:
+    """The crops of an evaluation: one view of each of the images `order`, in batches."""
+
+    images: ImageSet
+    order: NDArray[np.int64]  # indices, by position
+    view_of: ViewFunction
+    size: int  # S, side of a crop in pixels
+    batch_size: int
+    threads: int  # 0 is one per core
+    bad: dict[int, str]  # receives the unreadable images: index -> reason
+    dtype: torch.dtype
+    device: torch.device
+    substitute: bool = False  # use the next readable image instead of an unreadable one
+
+    def load(self, index: int, decode: Callable[[StoredImage], T]) -> tuple[int, T] | None:
+        """Return the index of the image used, and decode(image); None if there is none.
+
+        Args:
+            index: the wanted image.
+            decode: raises BadImage.
+        """
+        for offset in range(len(self.images) if self.substitute else 1):
+            candidate = (index + offset) % len(self.images)
+            if candidate in self.bad:
+                continue
+            try:
+                return candidate, decode(self.images.read(candidate))
+            except (OSError, BadImage) as error:
+                self.bad[candidate] = first_line(error)
+        return None
 
 
 class Slot:

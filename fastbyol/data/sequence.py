@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastbyol.data.decode import BadImage
 from fastbyol.data.images import ImageSet
 from fastbyol.data.views import Augmentation, Sampler, epoch_order
-from fastbyol.errors import LoaderTimeout, RunError, error_reason, first_line
+from fastbyol.errors import LoaderTimeout, RunError, error_reason
 
 T = TypeVar("T")
 StoredImage = bytes | NDArray[np.uint8]  # an encoded file, or pixels (H, W, 3)
@@ -141,30 +141,6 @@ class DeterministicLoader:
                 f"{count} of {self._image_count} images cannot be read, more than data.max_bad_fraction="
                 f"{self.max_bad_fraction} allows; the last one: {self.images.location(index)}: {reason}"
             )
-
-
-def load_readable(
-    images: ImageSet, index: int, bad: dict[int, str], decode: Callable[[StoredImage], T], *, substitute: bool
-) -> tuple[int, T] | None:
-    """Decode image `index`; if it is unreadable, the next readable one or none.
-
-    Args:
-        bad: receives the unreadable images: index -> reason.
-        decode: raises BadImage.
-        substitute: use the next readable image.
-
-    Returns:
-        The index of the image used, and what `decode` returned.
-    """
-    for offset in range(len(images) if substitute else 1):
-        candidate = (index + offset) % len(images)
-        if candidate in bad:
-            continue
-        try:
-            return candidate, decode(images.read(candidate))
-        except (OSError, BadImage) as error:
-            bad[candidate] = first_line(error)
-    return None
 
 
 def timeout_error(loader: DeterministicLoader) -> LoaderTimeout:

@@ -35,7 +35,7 @@ from fastbyol.data.images import ImageSet
 from fastbyol.errors import InputError, RunError, error_reason
 from fastbyol.evaluate.context import MAX_UNREADABLE_FRACTION, EvalContext
 from fastbyol.evaluate.dense import check_maps
-from fastbyol.evaluate.features import inference, network_outputs, no_readable_images, unchanged
+from fastbyol.evaluate.features import network_outputs, no_readable_images, output_shape, unchanged
 from fastbyol.evaluate.options import EmbedConfig
 from fastbyol.evaluate.run import eval_context, evaluation_ranks
 from fastbyol.layers import set_num_views
@@ -102,7 +102,7 @@ def _embed(options: EmbedConfig, out: Path, world: World) -> None:
         if options.features == "patches":
             check_maps(network)
             network = Patches(network)
-        shape = _shape(network, context)
+        shape = output_shape(network, context)
         size = options.shard_images or _shard_images(len(images), shape)
         meta = {
             "checkpoint": str(path.resolve()),
@@ -163,13 +163,6 @@ def _check_ranks(out: Path, meta: dict[str, Any], world: World) -> None:
         )
     if not all(sees_it):
         raise InputError(f"--out {out}: not all ranks see this folder: it must lie on a shared disk")
-
-
-def _shape(network: nn.Module, context: EvalContext) -> tuple[int, ...]:
-    """Return the shape of an image's features."""
-    image = torch.zeros(1, 3, context.size, context.size, device=context.device)
-    with inference(network, context):
-        return tuple(network(image).shape[1:])
 
 
 def _shard_images(images: int, shape: tuple[int, ...]) -> int:

@@ -308,14 +308,14 @@ def network_outputs(
         The outputs (n, F) float32 for each transform, and the images' indices (n,) in the split.
     """
     own = own_indices(len(split), context.world)
-    # Transforms compute on the host in float32, and pixels are stored as they are.
+    # Transforms compute on the host, in float32.
     on_host = any(transform is not unchanged for transform in transforms)
     batches = _center_crops(
         split,
         own,
         context,
         bad,
-        dtype=torch.float32 if on_host or isinstance(network, RawPixels) else context.dtype,
+        dtype=torch.float32 if on_host else crop_dtype(network, context),
         device=torch.device("cpu") if on_host else context.device,
     )
     if description is not None:
@@ -452,9 +452,19 @@ def no_readable_images(images: ImageSet, bad: dict[int, str]) -> InputError:
 
 def feature_dim(backbone: nn.Module, context: EvalContext) -> int:
     """Return F, the number of features of an image of the context's size."""
+    return output_shape(backbone, context)[0]
+
+
+def output_shape(network: nn.Module, context: EvalContext) -> tuple[int, ...]:
+    """Return the shape of the outputs for one image of the context's size."""
     image = torch.zeros(1, 3, context.size, context.size, device=context.device)
-    with inference(backbone, context):
-        return backbone(image).shape[1]
+    with inference(network, context):
+        return tuple(network(image).shape[1:])
+
+
+def crop_dtype(network: nn.Module, context: EvalContext) -> torch.dtype:
+    """Return the dtype of a network's crops: that of autocast, but pixels keep float32."""
+    return torch.float32 if isinstance(network, RawPixels) else context.dtype
 
 
 def training_batches(

@@ -29,9 +29,9 @@ from fastbyol.evaluate.context import EvalContext, Row, Track
 from fastbyol.evaluate.features import (
     BATCH,
     Features,
-    RawPixels,
     Splits,
     check_finite,
+    crop_dtype,
     extract_features,
     feature_bytes,
     feature_dim,
@@ -269,7 +269,7 @@ def augmented_accuracy(
         batch_size=batch_size,
         seed=0,
         description="linear probe, augmented",
-        dtype=torch.float32 if isinstance(backbone, RawPixels) else context.dtype,
+        dtype=crop_dtype(backbone, context),
     )
     forward = inference_function(
         backbone, context, images=len(train) * epochs, batch_size=batch_size // context.world.size

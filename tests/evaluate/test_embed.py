@@ -196,7 +196,7 @@ def test_features_that_are_not_finite_raise(run, images, tmp_path, monkeypatch):
 
     outputs = embedding.network_outputs
     monkeypatch.setattr(embedding, "network_outputs", lambda network, *args, **kw: outputs(Large(), *args, **kw))
-    monkeypatch.setattr(embedding, "_shape", lambda *args: (2,))
+    monkeypatch.setattr(embedding, "output_shape", lambda *args: (2,))
     with pytest.raises(RunError, match=r"a/00.jpg: the features hold NaN, infinity or values too large for float16"):
         embed(options(run, images, tmp_path / "out"))
     assert not list((tmp_path / "out").glob("features-*"))
