@@ -233,9 +233,10 @@ def test_an_unlistable_folder_raises_input_error(folder_of, monkeypatch):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(InputError, match="cannot list .*/train/b/x: Permission denied"):
-        open_split(root, "train")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", denied)
+        with pytest.raises(InputError, match="cannot list .*/train/b/x: Permission denied"):
+            open_split(root, "train")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import against
+import numpy as np
 import pytest
 import readme_tables
 import results_csv
@@ -270,6 +271,9 @@ def test_python_examples_run(page, photos, tmp_path):
         return
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "photos").symlink_to(photos)
+    (tmp_path / "features").mkdir()  # as `fastbyol embed` writes them
+    for part in range(2):
+        np.save(tmp_path / "features" / f"features-{part:05d}.npy", np.zeros((3, 8), np.float16))
     for block in blocks:
         ast.parse(block)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
