@@ -45,6 +45,7 @@ _NUMBA_THREADS = re.compile(r"\s*\+?0*[1-9][0-9]{0,5}\s*")
 _WAIT_FOR_TORCHRUN_S = 10
 _PRINT_ONLY = ("doctor", "plan", "bench", "help")  # commands whose only result is what they print
 _SAVE_MEMORY = "lower data.batch_size, data.image_size_px, data.threads, the model's width or other large settings"
+_SAVE_MEMORY_IN_EVALUATION = "lower --threads and other large options, or use more GPUs with torchrun"
 
 
 def _train(call: Call) -> int:
@@ -256,7 +257,8 @@ def _run(words: Sequence[str]) -> int:
     except (MemoryError, RuntimeError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
-        return _fail(str(RunError(f"out of memory or threads: {first_line(error)}; {_SAVE_MEMORY}")), 1)
+        remedy = _SAVE_MEMORY_IN_EVALUATION if words and words[0] in ("eval", "embed") else _SAVE_MEMORY
+        return _fail(str(RunError(f"out of memory or threads: {first_line(error)}; {remedy}")), 1)
     except OSError as error:
         path = f"{format_value(error.filename)}: " if error.filename is not None else ""
         return _fail(str(RunError(f"{path}{error_reason(error)}")), 1)

@@ -268,8 +268,7 @@ class DistributedConfig(Settings):
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"
     """Data type of the gradient all-reduce. bf16 halves the traffic."""
     timeout_s: Seconds = 1800
-    """Seconds that a rank waits for the others before the run ends. Must exceed the duration of an
-    online kNN evaluation."""
+    """Seconds that a rank waits for the others before the run ends."""
 
 
 @dataclass(kw_only=True)

@@ -211,7 +211,8 @@ def share_of_batch(batch_size: int, images: int, world: World) -> NDArray[np.int
     if batch_size % world.size:
         whole = ", all images," if batch_size == images else ""
         fitting = max(batch_size // world.size, 1) * world.size
-        raise InputError(f"batch_size={batch_size}{whole} cannot be split into {world.size} equal parts; use {fitting}")
+        remedy = f"use {fitting}" if fitting <= images else f"start at most {images} processes"
+        raise InputError(f"batch_size={batch_size}{whole} cannot be split into {world.size} equal parts; {remedy}")
     return world.shard(batch_size, 1)
 
 

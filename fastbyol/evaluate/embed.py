@@ -15,9 +15,12 @@ Shapes: n readable images of a shard, F features; patches are (n, C, h, w).
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
+import os
+import re
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
@@ -31,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastbyol.data import open_split
+from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.images import ImageSet
 from fastbyol.errors import InputError, RunError, error_reason
 from fastbyol.evaluate.context import MAX_UNREADABLE_FRACTION, EvalContext
@@ -41,17 +45,28 @@ from fastbyol.evaluate.run import eval_context, evaluation_ranks
 from fastbyol.layers import set_num_views
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.environment import has_module
-from fastbyol.runtime.files import LOCK, FolderLock, atomic_write, json_text, read_json, write_file, write_output
+from fastbyol.runtime.files import (
+    LOCK,
+    FolderLock,
+    atomic_write,
+    json_text,
+    read_json,
+    read_json_or,
+    write_file,
+    write_output,
+)
 from fastbyol.runtime.logging import logger
 from fastbyol.weights.load import load_checkpoint_model
 
 META = "meta.json"
 _LOCATIONS = {"checkpoint", "step", "images"}  # where they were found, not what they are
+_READS = 3  # of an image that the disk gives only at times
+# Errors that waiting does not cure, if the file's name is still in its folder.
+_LASTING = (errno.ENOENT, errno.ELOOP, errno.EACCES)
 # Of a shard with --shard_images 0.
 _SHARD_BYTES = 1 << 29
 _MIN_SHARDS = 32  # for several ranks to share
 _MOST_IMAGES, _FEWEST_IMAGES = 1 << 16, 1 << 8
-_TIMEOUT_S = 7 * 86400.0  # a rank without a shard waits for all others; torchrun notices one that dies
 
 Table = list[tuple[int, str, str]]  # index, name and class of each image
 
@@ -79,7 +94,7 @@ def embed(options: EmbedConfig) -> Path:
     """
     out, remedy = Path(options.out), "start it again: complete shards are kept"
     with (
-        evaluation_ranks(options.device, remedy=remedy, timeout_s=_TIMEOUT_S) as world,
+        evaluation_ranks(options.device, remedy=remedy) as world,
         ExitStack() as stack,
     ):
         with world.sync_errors():
@@ -154,9 +169,8 @@ def _check_ranks(out: Path, meta: dict[str, Any], world: World) -> None:
     Raises:
         InputError: they do not.
     """
-    own = {key: value for key, value in meta.items() if key not in _LOCATIONS}
-    metas, sees_it = zip(*world.gather((own, (out / META).is_file())), strict=True)
-    if any(other != metas[0] for other in metas):
+    metas, sees_it = zip(*world.gather((meta, (out / META).is_file())), strict=True)
+    if any(_differences(other, metas[0]) for other in metas):
         raise InputError(
             "the ranks found different checkpoints or images: use a shared disk, and name a checkpoint file if a "
             "training still writes to the run"
@@ -174,10 +188,21 @@ def _shard_images(images: int, shape: tuple[int, ...]) -> int:
     return max(1 << max(most, 1).bit_length() - 1, _FEWEST_IMAGES)
 
 
-def _content(images: ImageSet) -> str:
-    """Return a hash of the images' names and of the bytes of some of them."""
-    identity = [images.fingerprint(), images.content_hashes()]
-    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
+def _content(images: ImageSet) -> dict[str, Any]:
+    """Return a hash of the images' names, and hashes of the bytes of some of them."""
+    names = json.dumps(images.fingerprint(), sort_keys=True).encode()
+    return {"names": hashlib.blake2b(names, digest_size=8).hexdigest(), "samples": images.content_hashes()}
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Return the keys in which two contents of meta.json describe different features.
+
+    A sample that one of them could not read counts as equal.
+    """
+    keys = [key for key in a if key not in {*_LOCATIONS, "content"} and a[key] != b.get(key)]
+    x, y = a["content"], b["content"]
+    samples = zip(x["samples"], y["samples"], strict=False) if x["names"] == y["names"] else [("x", "y")]
+    return keys + ["content"] * any(p != q and p and q for p, q in samples)
 
 
 def _weights(network: nn.Module) -> str:
@@ -195,29 +220,31 @@ def _check_folder(out: Path) -> None:
         names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     except OSError as error:
         raise InputError(f"--out {out}: cannot be read: {error_reason(error)}") from None
-    if META not in names and any(name != LOCK and not _is_unfinished(name) for name in names):
+    # An older version's "content" was a text.
+    content = read_json_or(out / META, lambda text: None).get("content") if META in names else None
+    is_ours = isinstance(content, dict) and content.keys() == {"names", "samples"}
+    if not is_ours and any(name != LOCK and not _is_unfinished(name) for name in names):
         raise InputError(f"--out {out}: is neither empty nor written by fastbyol embed; name another folder")
 
 
 def _is_unfinished(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".partial")  # of atomic_write
+    return re.fullmatch(r"\.\w{8}\.partial", name) is not None  # of atomic_write
 
 
 def _prepare(out: Path, meta: dict[str, Any]) -> None:
     """Write meta.json, or check that the folder holds a part of the same features."""
-    for leftover in out.glob(".*.partial"):  # of a process that was killed; the folder is locked
-        with suppress(OSError):
-            leftover.unlink()
     existing = read_json(out / META)
-    if not existing:
+    for key in _differences(meta, existing) if existing else ():
+        shown = {"weights": "checkpoint", "content": "images"}.get(key, key)
+        was, now = existing.get(shown), meta[shown]
+        values = " differ" if shown == "classes" else f" {was} changed" if was == now else f" is {was}, not {now}"
+        raise InputError(f"--out {out}: holds other features: {shown}{values}; name another folder")
+    if existing:
+        for leftover in filter(lambda path: _is_unfinished(path.name), out.iterdir()):
+            with suppress(OSError):  # of a process that was killed; the folder is locked
+                leftover.unlink()
+    else:
         write_output(out / META, json_text(meta), f"--out {out}")
-        return
-    for key, value in meta.items():
-        if key not in _LOCATIONS and existing.get(key) != value:
-            shown = {"weights": "checkpoint", "content": "images"}.get(key, key)
-            was, now = existing.get(shown), meta[shown]
-            values = " differ" if shown == "classes" else f" {was} changed" if was == now else f" is {was}, not {now}"
-            raise InputError(f"--out {out}: holds other features: {shown}{values}; name another folder")
 
 
 def _shard_file(out: Path, shard: int, suffix: str) -> Path:
@@ -238,20 +265,30 @@ def _write_shard(
     """Write the features of the images `rows`; return the unreadable ones: index -> reason."""
     part = images.subset(rows)
     features = np.empty((len(rows), *shape), dtype=np.float16)
-    bad_rows: dict[int, str] = {}
-    kept, done = [np.empty(0, dtype=np.int64)], 0
-    for (x,), found in network_outputs(network, part, context, [unchanged], description, bad_rows, images=len(images)):
-        features[done : done + len(found)] = x.half().cpu().numpy()
-        kept.append(found)
-        done += len(found)
-    features, used = features[:done], np.concatenate(kept)
-    _check_files(part, bad_rows)
+    found = np.zeros(len(rows), dtype=bool)
+    bad: dict[int, str] = {}
+    pending = np.arange(len(rows))
+    for _ in range(_READS):
+        bad_rows: dict[int, str] = {}
+        outputs = network_outputs(
+            network, part.subset(pending), context, [unchanged], description, bad_rows, images=len(images)
+        )
+        for (x,), k in outputs:
+            features[pending[k]] = x.half().cpu().numpy()
+            found[pending[k]] = True
+        bad |= {int(pending[k]): reason for k, reason in bad_rows.items()}
+        lost = {row: why for row in np.flatnonzero(~found) if (why := _withheld(part, row)) is not None}
+        pending = np.array([row for row, why in lost.items() if not why], dtype=np.int64)
+        if not len(pending):
+            break
+    _check_lost(part, lost)
+    bad = {int(rows[row]): bad[row] for row in np.flatnonzero(~found)}
+    features, used = features[found] if bad else features, np.flatnonzero(found)
     if not np.isfinite(features).all():
-        first = int(used[np.argmin(np.isfinite(features).reshape(done, -1).all(1))])
+        first = int(used[np.argmin(np.isfinite(features).reshape(len(used), -1).all(1))])
         raise RunError(f"{part.location(first)}: the features hold NaN, infinity or values too large for float16")
     table = _table(images, rows[used])
     skipped = out / f"skipped-{shard:05d}.csv"
-    bad = {int(rows[row]): reason for row, reason in sorted(bad_rows.items())}
     try:
         skipped.unlink(missing_ok=True)
         if bad:
@@ -268,26 +305,35 @@ def _write_shard(
     return bad
 
 
-def _check_files(part: ImageSet, bad: dict[int, str]) -> None:
-    """Check that the files of a shard can be read, whatever they hold.
+def _withheld(part: ImageSet, row: int) -> str | None:
+    """Return why an image that was left out is not known to be damaged or missing.
 
-    A shard is not written again once it exists, so it must not lack what a disk withheld for a
-    while.
+    None if it is, and an empty text if it can be read now.
+    """
+    try:
+        decode(part.read(row))
+    except BadImage:
+        return None
+    except OSError as error:
+        lasts = error.errno in _LASTING and error.filename is not None and os.path.lexists(error.filename)
+        return None if lasts else error_reason(error)
+    return ""
+
+
+def _check_lost(part: ImageSet, lost: dict[int, str]) -> None:
+    """Check that a shard does not lack what a disk withholds for a while.
+
+    It is never written again.
 
     Raises:
-        RunError: more than MAX_UNREADABLE_FRACTION of them cannot.
+        RunError: images can be read at times, or more than MAX_UNREADABLE_FRACTION, and more than
+            one, cannot be read.
     """
-    lost = {}
-    for row in bad:
-        try:
-            part.read(row)
-        except OSError as error:
-            lost[row] = error_reason(error)
-    if len(lost) > MAX_UNREADABLE_FRACTION * len(part):
+    if not all(lost.values()) or len(lost) > max(MAX_UNREADABLE_FRACTION * len(part), 1):
         row = min(lost)
         raise RunError(
-            f"{part.location(row)}: {lost[row]}; {len(lost)} of {len(part)} files of this shard cannot be read: start it "
-            "again when they can, complete shards are kept"
+            f"{part.location(row)}: {lost[row] or 'can be read only at times'}; {len(lost)} of {len(part)} files of this "
+            "shard cannot be read: start it again when they can, complete shards are kept"
         )
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ BATCH = 256  # images that a network sees at a time
 COMPILE_IMAGES = 1 << 17  # that repay a compilation, which takes about a minute
 _MAX_SMALL_BLOCKS = 32  # of a split whose blocks are not the largest; smaller blocks slow down the kNN
 _MAX_BATCHES_PER_BLOCK = 16
+_GATHERED_ROWS = 1 << 12  # at a time, which bounds the copies
+_NOT_COMPILABLE: WeakSet[nn.Module] = WeakSet()  # networks whose compilation failed
 RAW_PIXELS_SIDES = (64, 32, 16)  # larger images are averaged to the first that fits
 RAW_PIXELS_BYTES = 8 << 30  # 64 px up to 349,354 images, 32 px up to 1,395,375
 
@@ -129,7 +132,7 @@ def own_indices(images: int, world: World) -> NDArray[np.int64]:
 class Features:
     """Features of this rank's images of a split: unit vectors in 16 bits, and their lengths.
 
-    A value has a relative error of 2^-11 of the largest one. M images of the split are readable.
+    Rounding changes a value by at most 2^-11 of itself. M images of the split are readable.
     """
 
     unit: Tensor  # (n, F) float16, on the device; zero where the length is
@@ -140,13 +143,6 @@ class Features:
     classes: int
     bad: dict[int, str]  # index of an unreadable image of any rank -> reason
     world: World = field(default_factory=World)
-
-    @classmethod
-    def of(cls, x: Tensor, labels: Tensor, classes: int) -> "Features":
-        """Return the features x (M, F) of M images, on one rank."""
-        length = _length(x)
-        rows = torch.arange(len(x), device=x.device)
-        return cls(_unit(x, length).half(), length, rows, [len(x)], labels, classes, {})
 
     @property
     def labels(self) -> Tensor:
@@ -190,10 +186,11 @@ class Features:
     def _gather(self, values: Tensor, positions: Tensor) -> Tensor:
         """Return the rows of `values` (n, ...) of all ranks at `positions`."""
         out = values.new_zeros(len(positions), *values.shape[1:])
-        if len(self.position):
-            row = torch.searchsorted(self.position, positions).clamp_(max=len(self.position) - 1)
-            own = self.position[row] == positions
-            out[own] = values[row[own]]
+        for rows in range(0, len(positions) if len(self.position) else 0, _GATHERED_ROWS):
+            wanted = positions[rows : rows + _GATHERED_ROWS]
+            row = torch.searchsorted(self.position, wanted).clamp_(max=len(self.position) - 1)
+            own = self.position[row] == wanted
+            out[rows : rows + _GATHERED_ROWS][own] = values[row[own]]
         return self.world.sum_(out)  # one rank adds a value, all others zero
 
     def mean(self) -> Tensor:
@@ -400,12 +397,13 @@ def inference_function(
     It runs the network in `inference`.
 
     Args:
-        images: how many it will see, over all ranks. If it is worth it, the network is compiled. If
-            that fails, a warning is logged and the network runs eagerly.
+        images: how many it will see, over all ranks, so that results do not depend on the number of
+            ranks. If it is worth it, the network is compiled. If that fails, a warning is logged
+            and the network runs eagerly from then on.
         batch_size: of a whole batch. Others run eagerly: each size would be compiled again.
     """
     is_worth_it = context.compiles and images >= COMPILE_IMAGES and not isinstance(network, RawPixels)
-    compiled = torch.compile(network, dynamic=False) if is_worth_it else None
+    compiled = torch.compile(network, dynamic=False) if is_worth_it and network not in _NOT_COMPILABLE else None
 
     def forward(x: Tensor) -> Tensor:
         nonlocal compiled
@@ -415,6 +413,7 @@ def inference_function(
                     return compiled(x).float()
             except torch._dynamo.exc.TorchDynamoException as error:
                 logger.warning(f"the network does not compile here, so it runs eagerly: {first_line(error)}")
+                _NOT_COMPILABLE.add(network)
                 compiled = None
         with inference(network, context):
             return network(x).float()

@@ -124,7 +124,8 @@ class OnlineKnn(Callback):
         self.quality: dict[str, float] = {}  # of the last evaluation
         self._began = clock()
         self._val: ImageSet | None = None
-        self._last_step: tuple[Batch, BYOLOutput] | None = None
+        self._steps = 0  # of this attempt
+        self._last_step: tuple[Batch, BYOLOutput] | None = None  # of an epoch
         self._bad: dict[str, str] = {}  # images left out: location -> reason
 
     def on_build(self, training: Training) -> None:
@@ -143,8 +144,10 @@ class OnlineKnn(Callback):
         self._val = val
 
     def on_step(self, run: Run, batch: Batch, output: BYOLOutput) -> None:
-        """Keep the batch: it is valid until the next one."""
-        self._last_step = batch, output
+        """Keep the last batch of an epoch. Others would take memory during the next step."""
+        self._steps += 1
+        if run.config.knn.every_epochs != 0 and run.step.schedule.ends_epoch(run.start + self._steps):
+            self._last_step = batch, output
 
     @property
     def run_seconds(self) -> float:
@@ -156,6 +159,8 @@ class OnlineKnn(Callback):
         epoch, every = run.step.schedule.epoch(done), run.config.knn.every_epochs
         if every == 0:
             return False
+        last_step, self._last_step = self._last_step, None
+        assert last_step is not None
         due = epoch == run.config.optim.epochs or (self._is_affordable() if every == "auto" else epoch % every == 0)
         # Clocks differ, and a rank may not find the split: rank 0 decides, all must be able to.
         plans = run.world.gather((due, self._val is not None))
@@ -166,7 +171,7 @@ class OnlineKnn(Callback):
         run.check_finite()
         before = clock()
         with run.log.pause():
-            quality, accuracy = self._measure(run)
+            quality, accuracy = self._measure(run, *last_step)
         self.seconds["last"] = clock() - before
         self.seconds["all"] += self.seconds["last"]
         cost = {"seconds": self.seconds["last"], "time_share": self._time_share()}
@@ -189,11 +194,16 @@ class OnlineKnn(Callback):
     def _time_share(self) -> float:
         return self.seconds["all"] / self.run_seconds
 
-    def _measure(self, run: Run) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    def _measure(
+        self, run: Run, batch: Batch, output: BYOLOutput
+    ) -> tuple[dict[str, float] | None, dict[str, float] | None]:
         """Return the quality without labels, and top-1 and top-5 accuracy of the kNN.
 
-        Both use at most knn.max_bank_images training images. If no image of a split can be read,
-        log why and return None; if it is the validation split, do without kNN from then on.
+        Both use at most knn.max_bank_images training images. If none of these can be read, log why
+        and return None. If no validation image can be read, do without kNN from then on.
+
+        Args:
+            batch, output: of the last step.
         """
         config, training = run.config, run.training
         context = EvalContext(
@@ -205,21 +215,22 @@ class OnlineKnn(Callback):
             world=run.world,
         )
         voters, backbone = training.images.subsample(config.knn.max_bank_images), training.model.online.backbone
-        val = self._val
+        val, queries = self._val, None
         try:
             bank = extract_features(backbone, voters, context, None)
+        except InputError as error:
+            logger.warning(f"no online evaluation of this epoch: {error}")
+            return None, None
+        try:
             queries = None if val is None else extract_features(backbone, val, context, None)
         except InputError as error:
             logger.warning(f"no online kNN from here on: {error}")
             self._val = None
-            return None, None
         self._log_left_out(run, voters, bank.bad, val, {} if queries is None else queries.bad)
         try:
             check_finite(*(part for part in (bank, queries) if part is not None))
         except InputError as error:
             raise RunError(f"online kNN: {error}; {run.folder.last_good()}") from None
-        assert self._last_step is not None
-        batch, output = self._last_step
         quality = {
             "rank_me": rank_me(bank),
             "alignment": alignment(backbone, batch.views, context),

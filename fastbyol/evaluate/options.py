@@ -78,7 +78,7 @@ class ProbeTraining(EvalConfig):
     epochs: Count = 80
     """Linear probe: passes over the training images."""
     batch_size: Annotated[int | Literal["auto"], at_least(1), at_most(MAX_COUNT)] = "auto"
-    """Linear probe: images per step. auto is 256, and 1024 from 100,090 training images on, as in
+    """Linear probe: images per step. auto is 256, and 1024 from 100,086 training images on, as in
     the paper; with cached features at most 1/16 of the images."""
     base_lrs: Annotated[tuple[float, ...], above(0)] = ()
     """Linear probe: learning rates per 256 images, selected on held-out images; default: five."""

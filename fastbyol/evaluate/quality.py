@@ -15,16 +15,17 @@ _UNIFORMITY_IMAGES = 4096
 
 
 def rank_me(features: Features) -> float:
-    """Return the effective rank, between 1 and min(M, F). Every rank must call this.
+    """Return the effective rank, between 1 and K = min(M, F). Every rank must call this.
 
-    It is the exponential of the entropy of the normalized singular values of the feature matrix
+    It is the exponential of the entropy of the K normalized singular values of the feature matrix
     (M, F). Source: Garrido et al. 2023, "RankMe" (arXiv 2210.02885), equation 1.
     """
     gram = torch.zeros(features.dim, features.dim, dtype=torch.float64, device=features.device)
     for rows in features.slices(16 * BATCH):
         x = features.rows(rows).double()
         gram += x.T @ x
-    singular = torch.linalg.eigvalsh(features.world.sum(gram)).clamp(min=0).sqrt()
+    count = min(len(features.all_labels), features.dim)
+    singular = torch.linalg.eigvalsh(features.world.sum(gram))[-count:].clamp(min=0).sqrt()
     share = singular / singular.sum().clamp(min=torch.finfo(torch.float64).tiny) + _EPSILON
     return (-(share * share.log()).sum()).exp().item()
 
@@ -32,13 +33,16 @@ def rank_me(features: Features) -> float:
 def uniformity(features: Features) -> float:
     """Return log E exp(-2 |u - v|^2) over pairs of unit vectors: 0 if all are equal, else lower.
 
+    A vector of zeros stays one; all of them are equal.
+
     Takes at most 4096 images, evenly spaced. Every rank must call this. Source: Wang & Isola 2020
     (arXiv 2005.10242), equation 4.
     """
     count = len(features.all_labels)
     chosen = torch.linspace(0, count - 1, min(count, _UNIFORMITY_IMAGES), device=features.device).long()
     x = nn.functional.normalize(features.gather(chosen), dim=1)
-    pairs = 2 * _TEMPERATURE * ((x @ x.T).double() - 1)  # -t |u - v|^2
+    squares = x.square().sum(1).round()  # 1, or 0 for a vector of zeros
+    pairs = _TEMPERATURE * (2 * (x @ x.T).double() - squares - squares[:, None])  # -t |u - v|^2
     others = pairs.flatten()[1:].view(len(x) - 1, -1)[:, :-1] if len(x) > 1 else pairs  # without the diagonal
     return (others.logsumexp((0, 1)) - torch.tensor(float(others.numel())).log()).item()
 

@@ -9,6 +9,7 @@ Shapes: n images, S = side in pixels; images are (n, 3, S, S) in [0, 1].
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -107,7 +108,9 @@ class RobustnessTask(EvalTask):
             epochs=options.epochs,
             batch_size=probe_batch_size(options.batch_size, len(data.train)),
         )
-        clean = _accuracies(train, probe, extract_features(backbone, data.val, context), options)
+        # Images are corrupted on the host; the same decoder reads the clean ones.
+        clean_val = extract_features(backbone, data.val, replace(context, decoder="native"))
+        clean = _accuracies(train, probe, clean_val, options)
         curves: dict[str, dict[str, list[float]]] = {}
         for name in CORRUPTIONS:  # one pass each: the features of all could fill a GPU
             transforms = [partial(corrupt, name=name, severity=k, seed=options.seed) for k in range(SEVERITIES)]

@@ -3,7 +3,8 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,9 @@ TASKS: dict[str, EvalTask] = {
 }
 
 
+_TIMEOUT_S = 7 * 86400.0  # ranks meet once per pass over a split, and torchrun notices one that dies
+
+
 def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
     """Run a task on a checkpoint and write the result as JSON. Logs one line per row.
 
@@ -71,18 +75,18 @@ def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def evaluation_ranks(device: str, *, remedy: str, timeout_s: float | None = None) -> Iterator[World]:
+def evaluation_ranks(device: str, *, remedy: str) -> Iterator[World]:
     """Context manager: the process group of a command that may run under torchrun.
 
     Args:
         device: as in EvalConfig.
         remedy: what to do if a rank fails.
-        timeout_s: longest time that a rank waits for another; default: that of a training.
     """
     cores.respect_quota()
     world = world_from_environment()
-    config = DistributedConfig() if timeout_s is None else DistributedConfig(timeout_s=timeout_s)
-    group = ProcessGroup(world, config, choose_device(device, world.local_rank), remedy=remedy)
+    group = ProcessGroup(
+        world, DistributedConfig(timeout_s=_TIMEOUT_S), choose_device(device, world.local_rank), remedy=remedy
+    )
     ended = sigterm_raises(f"received SIGTERM: another rank failed, or the job was stopped; {remedy}")
     with group, muted(not world.is_main_process), ended if world.size > 1 else nullcontext():
         yield world
@@ -97,8 +101,10 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
         if world.is_main_process:
             _check_result_file(out, named=options.out is not None)
     context = eval_context(config, options, world)
+    if not task.uses_loader:
+        context = replace(context, decoder="native")
     data = task.open(options, config, context)
-    partial = PartialResult(_partial_file(out), _partial_key(name, path, data, context), world)
+    partial = PartialResult(_partial_file(out), _partial_key(task, name, path, data, context), world)
     partial.open()
     context = replace(context, partial=partial, bad=partial.bad)
     for note in (note for split in (data.train, data.val) for note in getattr(split, "notes", ())):
@@ -109,15 +115,12 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
         features.append(pixels.features(context.size))
     _check_memory(task, features, data, options, context)
     rows: dict[str, Row] = {}
-    rates: dict[str, float] = {}
-    for title, backbone in _networks(task, model, config, data, context, pixels, baselines=options.baselines):
+    for title, network in _networks(task, model, config, data, context, pixels, baselines=options.baselines):
         is_finished = title in partial.rows
-        rows[title] = partial.rows[title] if is_finished else task.measure(backbone, data, options, context)
+        rows[title] = partial.rows[title] if is_finished else task.measure(network(), data, options, context)
         logger.info(f"{title:<18} {task.format_row(rows[title])}{' (finished before)' if is_finished else ''}")
         if not is_finished:
-            partial.finish_row(title, rows[title])
-        if (rate := context.images_per_s()) is not None:
-            rates[title] = rate
+            partial.finish_row(title, rows[title], context.images_per_s())
     result = {
         "protocol": task.name,
         "checkpoint": str(path),
@@ -132,7 +135,7 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
         "bad_images": context.bad,
         "ranks": world.size,
         "decoder": context.decoder,
-        "feature_images_per_s": rates,
+        "feature_images_per_s": partial.rates,
         "environment": environment.describe(),
     }
     if world.is_main_process:
@@ -146,16 +149,24 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
 
 
 def _partial_file(out: Path) -> Path | None:
-    """Return the file of the partial result; None if the result is not a regular file."""
-    return None if out.exists() and not out.is_file() else out.with_name(out.name + SUFFIX)
+    """Return the file of the partial result; None if the result is not a regular file.
+
+    It lies beside the target of a link, in the folder that the result is written to.
+    """
+    return None if out.exists() and not out.is_file() else Path(os.path.realpath(out) + SUFFIX)
 
 
-def _partial_key(name: str, checkpoint_file: Path, data: Any, context: EvalContext) -> str:
-    """Return what identifies an evaluation: all that its rows depend on."""
+def _partial_key(task: EvalTask, name: str, checkpoint_file: Path, data: Any, context: EvalContext) -> str:
+    """Return what identifies an evaluation: all that its rows depend on.
+
+    Every rank must call this.
+    """
     stat = checkpoint_file.stat()
     file = [str(checkpoint_file.resolve()), stat.st_size, stat.st_mtime_ns]
     how = [__version__, str(context.dtype), context.decoder]
-    return json.dumps([name, how, file, len(data.train), len(data.val), data.classes])
+    # The ranks read different caches and meet different errors: rank 0 identifies the images.
+    images = context.world.gather(task.identity(data) if context.world.is_main_process else None)[0]
+    return json.dumps([name, how, file, len(data.train), len(data.val), data.classes, images])
 
 
 def _check_memory(task: EvalTask, features: list[int], data: Any, options: EvalConfig, context: EvalContext) -> None:
@@ -237,21 +248,24 @@ def _networks(
     pixels: RawPixels | None,
     *,
     baselines: bool,
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yield row titles and backbones, on the device."""
+) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield row titles, and functions that return the backbones, on the device."""
 
     def prepare(backbone: nn.Module) -> nn.Module:
         return set_num_views(backbone, 1).to(device=context.device, memory_format=torch.channels_last)
 
-    yield BYOL_ROW, prepare(model.online.backbone)
+    def untrained() -> nn.Module:
+        network = prepare(build_model(config.model, context.size, config.seed).online.backbone)
+        calibrate_batchnorm(network, task.calibration_images(data).subsample(config.knn.max_bank_images), context)
+        return network
+
+    yield BYOL_ROW, lambda: prepare(model.online.backbone)
     if not baselines:
         return
-    untrained = prepare(build_model(config.model, context.size, config.seed).online.backbone)
-    calibrate_batchnorm(untrained, task.calibration_images(data).subsample(config.knn.max_bank_images), context)
     yield UNTRAINED_ROW, untrained
     if pixels is not None:
         reduced = pixels.side < min(RAW_PIXELS_SIDES[0], context.size)
-        yield f"{PIXELS_ROW}, {pixels.side} px" if reduced else PIXELS_ROW, pixels
+        yield f"{PIXELS_ROW}, {pixels.side} px" if reduced else PIXELS_ROW, lambda: pixels
 
 
 def _to_png(figure: Figure) -> bytes:

@@ -22,6 +22,7 @@ class EvalTask(ABC):
     name: ClassVar[str]  # of `fastbyol eval NAME` and eval_NAME_KEY.json
     title: ClassVar[str]  # in the report
     uses_pixels: ClassVar[bool] = True  # True if raw pixels may stand for features
+    uses_loader: ClassVar[bool] = True  # False if it decodes images by itself, on the CPU
     has_figure: ClassVar[bool] = False
 
     def open(self, options: Any, config: Config, context: EvalContext) -> Any:
@@ -39,6 +40,10 @@ class EvalTask(ABC):
     def calibration_images(self, data: Any) -> ImageSet:
         """Return the images that give an untrained network its BatchNorm statistics."""
         return data.train
+
+    def identity(self, data: Any) -> Any:
+        """Return JSON values that identify the images and their labels, without reading all."""
+        return [(split.fingerprint(), split.content_hashes()) for split in (data.train, data.val)]
 
     def memory(self, data: Any, features: int, options: Any, world: World) -> int:
         """Return the bytes that `measure` keeps on a rank's device beside the network; 0 if few.

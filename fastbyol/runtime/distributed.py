@@ -113,7 +113,7 @@ def world_from_environment() -> World:
     Raises:
         InputError: a variable is missing or not a number.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1" and "LOCAL_RANK" not in os.environ:
         return World()
     try:
         rank, size, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -121,7 +121,7 @@ def world_from_environment() -> World:
     except (KeyError, ValueError) as error:
         raise InputError(
             f"WORLD_SIZE is set but RANK, WORLD_SIZE and LOCAL_RANK are not all numbers ({error}): start with "
-            "`torchrun --nproc-per-node N -m fastbyol train ...`, or unset WORLD_SIZE"
+            "`torchrun --nproc-per-node N -m fastbyol ...`, or unset WORLD_SIZE"
         ) from None
     if not 0 <= rank < size:
         raise InputError(

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_an_ended_command_continues(run, images, tmp_path, monkeypatch):
         embed(options(run, images, out))
     monkeypatch.undo()
     assert sorted(path.name for path in out.glob("features-*")) == ["features-00000.npy", "features-00001.npy"]
-    (out / ".half.partial").write_bytes(b"left by SIGKILL")
+    (out / ".a1b2c3d4.partial").write_bytes(b"left by SIGKILL")
     times = {path: path.stat().st_mtime_ns for path in out.glob("features-*")}
     shutil.move(images, tmp_path / "moved")  # the same run and images, found elsewhere
     shutil.copytree(run, tmp_path / "copy")
@@ -172,6 +173,12 @@ def test_a_folder_of_other_features_is_left_alone(run, images, tmp_path, folder_
     with pytest.raises(InputError, match="foreign: is neither empty nor written by fastbyol embed"):
         embed(options(run, images, foreign))
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+    (foreign / "thesis.tex").rename(foreign / ".film.partial")
+    for content in ('{"format": "of another program"}', '{"content": {}}', "no JSON"):
+        (foreign / "meta.json").write_text(content)
+        with pytest.raises(InputError, match="foreign: is neither empty nor written by fastbyol embed"):
+            embed(options(run, images, foreign))
+        assert sorted(path.name for path in foreign.iterdir()) == [".film.partial", "meta.json"]
     with FolderLock(out), pytest.raises(InputError, match="another run writes into it .* choose another --out"):
         embed(options(run, images, out))
 
@@ -241,6 +248,59 @@ def test_a_shard_whose_files_cannot_be_read_is_not_written(run, images, tmp_path
     assert np.array_equal(found, expected) and table == rows
 
 
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_disk_that_fails_for_a_moment_leaves_no_hole(run, images, tmp_path, monkeypatch, failures):
+    """Files that can be read later are read again, up to two times."""
+    expected, rows = read(embed(options(run, images, tmp_path / "whole")))
+    original, reads = ImageFolder.read, Counter()
+
+    def failing(self, index):
+        name = self.name(index)
+        reads[name] += 1
+        # The features and a check read an image in turn; the check succeeds.
+        if name in {"a/01.jpg", "a/02.jpg"} and reads[name] in range(1, 2 * failures, 2):
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, index)
+
+    content = embedding._content
+    monkeypatch.setattr(
+        embedding, "_content", lambda images: [content(images), monkeypatch.setattr(ImageFolder, "read", failing)][0]
+    )
+    if failures == 3:
+        with pytest.raises(RunError, match=r"a/01.jpg: can be read only at times; 2 of 7 files of this shard cannot"):
+            embed(options(run, images, tmp_path / "out"))
+        return
+    found, table = read(embed(options(run, images, tmp_path / "out")))
+    assert table == rows and np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
+
+
+def test_a_link_to_nothing_is_skipped(run, images, tmp_path):
+    """Waiting does not bring it back."""
+    for name in ("00", "01"):
+        (images / "a" / f"{name}.jpg").unlink()
+        (images / "a" / f"{name}.jpg").symlink_to(tmp_path / "gone")
+    features, rows = read(embed(options(run, images, tmp_path / "out")))
+    assert len(features) == 16 and rows[0]["name"] == "a/02.jpg"
+    skipped = (tmp_path / "out" / "skipped-00000.csv").read_text()
+    assert skipped.startswith("index,name,reason\n0,a/00.jpg,") and "No such file" in skipped
+
+
+def test_repaired_files_continue_the_features(run, images, tmp_path, monkeypatch):
+    """The samples that identify the images were partly unreadable at the first start."""
+    original = ImageFolder.read
+
+    def lost(self, index):
+        if self.name(index).startswith("b/"):
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, index)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="start it again when they can"):
+        patch.setattr(ImageFolder, "read", lost)
+        embed(options(run, images, tmp_path / "out"))
+    features, _ = read(embed(options(run, images, tmp_path / "out")))
+    assert len(features) == 18
+
+
 def test_a_full_disk_is_one_line(run, images, tmp_path):
     """No file may have more than 1500 bytes: those of meta.json and the table fit."""
     code = """
@@ -281,7 +341,11 @@ def test_shards_keep_to_a_size(count, shape, images):
 @pytest.mark.parametrize("k", [0, 1])
 def test_ranks_that_see_other_files_are_told(tmp_path, k):
     """The collective is played by the test."""
-    other = ({"weights": "y"}, True) if k == 0 else ({"weights": "x"}, False)
+    meta = {"weights": "x", "checkpoint": "a", "content": {"names": "n", "samples": ["s", ""]}}
+    # A sample that a rank could not read for a while counts as equal.
+    other = (
+        (meta | {"weights": "y"}, True) if k == 0 else (meta | {"content": {"names": "n", "samples": ["", "t"]}}, False)
+    )
 
     class Two(World):
         def gather(self, value):
@@ -290,7 +354,7 @@ def test_ranks_that_see_other_files_are_told(tmp_path, k):
     (tmp_path / "meta.json").write_text("{}")
     message = ("the ranks found different checkpoints or images", "not all ranks see this folder")[k]
     with pytest.raises(InputError, match=message):
-        embedding._check_ranks(tmp_path, {"weights": "x", "checkpoint": "a"}, Two())
+        embedding._check_ranks(tmp_path, meta, Two())
 
 
 @pytest.mark.slow

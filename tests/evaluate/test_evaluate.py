@@ -11,6 +11,7 @@ import pytest
 import simplejpeg
 import torch
 from helpers.common import jpeg
+from helpers.evaluations import features_of
 from helpers.stopping import stop_after
 from rich.console import Console
 from shapes import prepare_shapes
@@ -34,7 +35,7 @@ from fastbyol.evaluate import context as contexts
 from fastbyol.evaluate import features as extraction
 from fastbyol.evaluate import online
 from fastbyol.evaluate.context import EvalContext, missing_images_warning
-from fastbyol.evaluate.features import Features, RawPixels, Splits, calibrate_batchnorm, extract_features
+from fastbyol.evaluate.features import RawPixels, Splits, calibrate_batchnorm, extract_features
 from fastbyol.evaluate.fewshot import episode_accuracies, nearest_mean_scores
 from fastbyol.evaluate.finetune import finetune
 from fastbyol.evaluate.knn import knn_accuracy, nearest, votes
@@ -75,7 +76,7 @@ def blobs(n, classes, features, spread, seed=0):
     centers = np.random.default_rng(99).normal(size=(classes, features))
     labels = rng.integers(0, classes, n)
     x = centers[labels] + spread * rng.normal(size=(n, features))
-    return Features.of(torch.tensor(x, dtype=torch.float32), torch.tensor(labels), classes)
+    return features_of(torch.tensor(x, dtype=torch.float32), torch.tensor(labels), classes)
 
 
 def values(features):
@@ -125,7 +126,7 @@ def test_linear_probe_matches_logistic_regression_on_900_digits():
     for seed in range(4):
         order = np.random.default_rng(seed).permutation(len(digits.target))
         train_set, val = (
-            Features.of(torch.tensor(digits.data[rows], dtype=torch.float32), torch.tensor(digits.target[rows]), 10)
+            features_of(torch.tensor(digits.data[rows], dtype=torch.float32), torch.tensor(digits.target[rows]), 10)
             for rows in (order[:900], order[900:])
         )
         scaler = StandardScaler().fit(values(train_set))
@@ -179,7 +180,7 @@ def test_learning_rate_is_selected_on_held_out_training_images():
     result = linear_accuracy(train_set, val, base_lrs=(1e-9, 0.1), epochs=20)
     assert result["base_lr"] == 0.1
     # Shuffled validation labels change the accuracy but not the selection.
-    shuffled = Features.of(values(val), val.labels.roll(1), 4)
+    shuffled = features_of(values(val), val.labels.roll(1), 4)
     other = linear_accuracy(train_set, shuffled, base_lrs=(1e-9, 0.1), epochs=20)
     assert (other["base_lr"], other["held_out_top1"]) == (result["base_lr"], result["held_out_top1"])
     assert other["top1"] < 0.5 < result["top1"]
@@ -189,7 +190,7 @@ def test_non_finite_features_raise():
     data = blobs(50, 3, 4, 1.0)
     x = values(data)
     x[3, 2] = float("nan")
-    data = Features.of(x, data.labels, 3)
+    data = features_of(x, data.labels, 3)
     with pytest.raises(InputError, match="diverged"):
         knn_accuracy(data, data, k=5, temperature=0.07)
     with pytest.raises(InputError, match="diverged"):
@@ -371,6 +372,29 @@ def test_unreadable_validation_split_disables_online_knn_but_not_the_run(photos,
     (line,) = (line for line in lines if "no online kNN from here on" in line)
     assert "half/val: none of the 18 images can be read, for example" in line
     assert not any("nan" in line for line in lines)
+    kinds = Counter(line["kind"] for line in read_metrics(results[0].folder))
+    assert (kinds["quality"], kinds["knn"]) == (2, 0)
+
+
+def test_online_knn_keeps_no_batch_during_a_step(make_config):
+    """With DALI every batch is a tensor of its own: two would take memory at a step's peak."""
+    kept = []
+
+    class Watch(Callback):
+        def on_step(self, run, batch, output):
+            (knn,) = (callback for callback in run.callbacks if isinstance(callback, OnlineKnn))
+            kept.append(knn._last_step is not None)
+
+        def on_epoch_end(self, run, done):
+            (knn,) = (callback for callback in run.callbacks if isinstance(callback, OnlineKnn))
+            kept.append(knn._last_step is not None)
+            return False
+
+    optim = {"epochs": 2, "warmup_epochs": 0}
+    for every in (1, 0):
+        kept.clear()
+        train(make_config(optim=optim, knn={"every_epochs": every}, name=f"every{every}"), [Watch()])
+        assert kept == 2 * ([False] * 3 + [every == 1, False])  # 4 steps and the end of an epoch, twice
 
 
 def test_report_logs_images_missing_from_neighbors(run, damaged, log_lines):
@@ -488,7 +512,7 @@ def test_diverged_finetuning_names_the_rates(run, task, options, text):
 
 def test_diverged_classifier_names_the_rate():
     x = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
-    train = Features.of(x, torch.arange(4096) % 2, 2)
+    train = features_of(x, torch.arange(4096) % 2, 2)
     with pytest.raises(RunError, match=r"base_lrs=3e\+38: the classifier became NaN or infinite; choose lower ones"):
         fit_linear(train, base_lrs=(3e38,), epochs=3, batch_size=256)
 
@@ -526,8 +550,8 @@ def test_knn_scores_at_extreme_temperatures(temperature):
     equally.
     """
     bank, labels = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [0.0, 1.0]]), torch.tensor([2, 1, 1, 0])
-    query = Features.of(torch.tensor([[0.9, 0.3]]), torch.tensor([2]), 3)
-    similarity, position = nearest(Features.of(bank, labels, 3), query, 3)
+    query = features_of(torch.tensor([[0.9, 0.3]]), torch.tensor([2]), 3)
+    similarity, position = nearest(features_of(bank, labels, 3), query, 3)
     scores = votes(similarity, labels[position], temperature=temperature, classes=3)
     assert torch.isfinite(scores).all()
     assert scores.argmax().item() == (1 if temperature > 1 else 2)
@@ -716,7 +740,7 @@ def test_episode_accuracies():
     options = FewshotEval(run="run", ways=5, queries=10, episodes=60)
     assert episode_accuracies(train_set, val, options, shots=3).min() == 1.0
     rng = np.random.default_rng(0)
-    shuffled = Features.of(values(val), val.labels[torch.from_numpy(rng.permutation(400))], 8)
+    shuffled = features_of(values(val), val.labels[torch.from_numpy(rng.permutation(400))], 8)
     assert episode_accuracies(train_set, shuffled, options, shots=3).mean() == pytest.approx(0.2, abs=0.02)
     noisy = blobs(400, 8, 16, 3.0), blobs(400, 8, 16, 3.0, seed=1)
     few, many = (episode_accuracies(*noisy, options, shots=k).mean() for k in (1, 20))
@@ -832,6 +856,7 @@ def test_robustness_decodes_once_for_all_severities(run, photos, monkeypatch):
     monkeypatch.setattr(
         ImageFolder, "read", lambda self, index: read.append(self.location(index)) or original(self, index)
     )
+    monkeypatch.setattr(ImageFolder, "content_hashes", lambda self: [])
     evaluate("robustness", RobustnessEval(run=str(run), epochs=1, baselines=False))
     counts = Counter(read)
     assert {counts[name] for name in counts if "/val/" in name} == {1 + len(CORRUPTIONS)}
@@ -893,9 +918,9 @@ class Elapsed(Callback):
         monkeypatch.setattr(online, "clock", lambda: self.now)
         measure = OnlineKnn._measure
 
-        def measured(callback, run):
+        def measured(callback, run, *last_step):
             self.now += 10
-            return measure(callback, run)
+            return measure(callback, run, *last_step)
 
         monkeypatch.setattr(OnlineKnn, "_measure", measured)
 

@@ -5,14 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.common import jpeg
+from shapes import prepare_shapes
 from torch import nn
 
 from fastbyol.api import pretrain as train
+from fastbyol.config import Config
 from fastbyol.data import open_split
 from fastbyol.data.folder import ImageFolder
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import features as extraction
 from fastbyol.evaluate import finetune as finetuning
+from fastbyol.evaluate import run as evaluation
 from fastbyol.evaluate.context import EvalContext
 from fastbyol.evaluate.finetune import finetune
 from fastbyol.evaluate.options import EVALUATIONS, KnnEval
@@ -128,6 +132,7 @@ def damaged_train(photos, tmp_path):
 
 
 def test_finished_rows_are_not_measured_again(run, monkeypatch, log_lines):
+    monkeypatch.setattr(type(TASKS["knn"]), "identity", lambda self, data: [])  # would read images
     options = KnnEval(run=str(run))
     expected = evaluate("knn", options)
     (file,) = run.glob("eval_knn_*")
@@ -147,10 +152,90 @@ def test_finished_rows_are_not_measured_again(run, monkeypatch, log_lines):
     original = ImageFolder.read
     monkeypatch.setattr(ImageFolder, "read", lambda self, index: read.append(index) or original(self, index))
     log_lines.clear()
-    assert evaluate("knn", options)["rows"] == expected["rows"]
+    result = evaluate("knn", options)
+    assert result["rows"] == expected["rows"]
+    assert result["feature_images_per_s"].keys() == expected["feature_images_per_s"].keys()
     assert len(read) == 72 + 2 * (72 + 18)  # calibration, and two rows of three
     assert log_lines[0].startswith(BYOL_ROW) and log_lines[0].endswith("(finished before)")
     assert log_lines[1].startswith(UNTRAINED_ROW) and "before" not in log_lines[1]
+
+
+def killed_in_last_row(monkeypatch, task, options):
+    """Run an evaluation whose last row, the raw pixels, kills it."""
+    measure = type(TASKS[task]).measure
+
+    def measured(self, backbone, *args):
+        if isinstance(backbone, extraction.RawPixels):
+            raise Killed
+        return measure(self, backbone, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(type(TASKS[task]), "measure", measured)
+        evaluate(task, options)
+
+
+def test_network_of_a_finished_row_is_not_built_again(run, monkeypatch):
+    options = KnnEval(run=str(run))
+    killed_in_last_row(monkeypatch, "knn", options)
+    monkeypatch.setattr(evaluation, "build_model", None)
+    rows = evaluate("knn", options)["rows"]
+    assert list(rows) == [BYOL_ROW, UNTRAINED_ROW, "raw pixels"]
+
+
+@pytest.mark.parametrize("change", ["repaired", "replaced", "none"])
+def test_rows_of_other_images_are_not_used(run, monkeypatch, damaged_train, change, log_lines):
+    """All rows of a result must come from the same images."""
+    monkeypatch.setattr("fastbyol.data.images._HASHED_IMAGES", 1000)
+    options = KnnEval(run=str(run), root=str(damaged_train))
+    killed_in_last_row(monkeypatch, "knn", options)
+    files = sorted((damaged_train / "train").rglob("*.jpg"))
+    (bad,) = (file for file in files if not file.is_symlink())
+    good = next(file for file in files if file.is_symlink())
+    if change != "none":
+        content = good.read_bytes() if change == "repaired" else b"other"
+        bad.write_bytes(content)
+    log_lines.clear()
+    result = evaluate("knn", options)
+    assert sum(line.endswith("(finished before)") for line in log_lines) == (2 if change == "none" else 0)
+    assert len(result["bad_images"]) == (change != "repaired")
+
+
+def test_skipped_images_that_can_be_read_again_start_the_evaluation_over(tmp_path, log_lines):
+    image = tmp_path / "x.jpg"
+    partial = PartialResult(tmp_path / "x.partial", "key")
+    partial.bad[str(image)] = "Input/output error"
+    partial.finish_row("a", {"top1": 0.5}, 100.0)
+    again = PartialResult(tmp_path / "x.partial", "key")
+    again.open()
+    assert (again.rows, again.rates) == ({"a": {"top1": 0.5}}, {"a": 100.0})
+    image.write_bytes(jpeg(0))
+    again = PartialResult(tmp_path / "x.partial", "key")
+    again.open()
+    assert (again.rows, again.rates, again.bad) == ({}, {}, {})
+    assert "x.jpg was skipped before and can be read now: the evaluation starts" in log_lines[-1]
+
+
+def test_partial_result_lies_beside_the_target_of_a_link(run, monkeypatch, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "out.json").symlink_to(tmp_path / "results" / "knn.json")
+    killed_in_last_row(monkeypatch, "knn", KnnEval(run=str(run), out=str(tmp_path / "out.json")))
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["knn.json.partial"]
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_annotated_images_have_an_identity(task, tmp_path):
+    prepare_shapes(tmp_path / "shapes", images=8, size=64)
+    context = EvalContext(size=32, device=torch.device("cpu"), dtype=torch.float32, threads=1)
+
+    def identity():
+        options = EVALUATIONS[task](run="x", root=str(tmp_path / "shapes"))
+        return TASKS[task].identity(TASKS[task].open(options, Config(), context))
+
+    first = identity()
+    assert identity() == first
+    image = next((tmp_path / "shapes" / "JPEGImages").iterdir())
+    image.write_bytes(image.read_bytes() + b"\0")
+    assert identity() != first
 
 
 def test_damaged_or_foreign_files_are_not_used(run, log_lines):
@@ -244,9 +329,9 @@ def test_saved_network_of_a_killed_evaluation(run, monkeypatch, tmp_path, where)
     options = EVALUATIONS["finetune"](run=str(run), epochs=1, batch_size=24, save=str(file))
     finish = PartialResult.finish_row
 
-    def killed(self, title, row):
+    def killed(self, title, row, rate):
         if where == "after the row":
-            finish(self, title, row)
+            finish(self, title, row, rate)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):

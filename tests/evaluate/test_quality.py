@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers.evaluations import features_of
 from torch import nn
 
 from fastbyol.api import pretrain as train
@@ -20,7 +21,7 @@ CPU = EvalContext(size=8, device=torch.device("cpu"), dtype=torch.float32, threa
 
 
 def features(x):
-    return Features.of(x, torch.full((len(x),), -1), 0)
+    return features_of(x, torch.full((len(x),), -1), 0)
 
 
 def random(*shape, seed=0):
@@ -39,6 +40,8 @@ def test_rank_me_counts_equal_directions(rank):
     basis, _ = torch.linalg.qr(random(10, 10))
     x = torch.eye(rank).repeat(40, 1) @ basis[:rank]
     assert rank_me(features(x)) == pytest.approx(rank, rel=1e-3)
+    few = torch.eye(rank, 2048)  # fewer images than values
+    assert rank_me(features(few)) == pytest.approx(rank, rel=1e-5)
 
 
 def test_uniformity_is_the_mean_over_pairs():
@@ -49,6 +52,8 @@ def test_uniformity_is_the_mean_over_pairs():
     assert uniformity(features(torch.ones(50, 6))) == pytest.approx(0, abs=1e-5)
     assert uniformity(features(random(9000, 64))) == pytest.approx(-4, abs=0.15)  # far apart: |u - v|^2 is about 2
     assert uniformity(features(torch.ones(1, 6))) == pytest.approx(0, abs=1e-5)
+    assert uniformity(features(torch.zeros(50, 6))) == pytest.approx(0, abs=1e-5)  # collapsed, after a ReLU
+    assert uniformity(features(torch.eye(2, 6) * torch.tensor([[1.0], [0.0]]))) == pytest.approx(-2)
 
 
 def test_alignment_is_the_distance_of_unit_features():

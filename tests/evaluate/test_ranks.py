@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.common import jpeg
-from helpers.evaluations import options_of, record_losses
+from helpers.evaluations import features_of, options_of, record_losses
 from helpers.on_device import write_corpus
 from helpers.torchrun import torchrun as start
 from PIL import Image
@@ -24,7 +27,7 @@ from fastbyol.errors import InputError, RunError
 from fastbyol.evaluate import dense, detection
 from fastbyol.evaluate import features as extraction
 from fastbyol.evaluate import run as evaluation
-from fastbyol.evaluate.features import Features, Splits, block_images, feature_bytes, own_indices, raw_pixels_side
+from fastbyol.evaluate.features import Splits, block_images, feature_bytes, own_indices, raw_pixels_side
 from fastbyol.evaluate.knn import _decode, _encode, knn_bytes, nearest
 from fastbyol.evaluate.options import KnnEval, RobustnessEval
 from fastbyol.evaluate.run import TASKS, UNTRAINED_ROW, evaluate
@@ -158,7 +161,7 @@ def test_killed_rank_ends_all_with_one_line(run, tmp_path):
     assert not list(run.glob("eval_knn_*"))
 
 
-def test_first_sigterm_is_an_error_and_later_ones_are_ignored():
+def test_first_sigterm_is_an_error_and_the_next_is_ignored():
     before = signal.getsignal(signal.SIGTERM)
     try:
         with sigterm_raises("x"):
@@ -167,8 +170,34 @@ def test_first_sigterm_is_an_error_and_later_ones_are_ignored():
         with pytest.raises(RunError, match="^x$"), sigterm_raises("x"):
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == before
     finally:
         signal.signal(signal.SIGTERM, before)
+    assert not any(thread.name == "fastbyol-sigterm" for thread in threading.enumerate())
+
+
+def test_sigterm_ends_a_process_that_waits_where_no_python_code_runs():
+    """As in a collective, whose wait no signal interrupts."""
+    code = """
+import ctypes, sys
+from fastbyol.runtime import signals
+signals._GRACE_S = 0.1
+mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+libc.pthread_mutex_lock(mutex)
+while True:  # a signal may come before the process waits
+    try:
+        with signals.sigterm_raises("received SIGTERM"):
+            print("waits", flush=True)
+            libc.pthread_mutex_lock(mutex)
+    except signals.RunError:
+        pass
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and process.stdout.readline():
+            time.sleep(0.5)
+            process.terminate()
+        assert process.stderr.read() == b"fastbyol: error: received SIGTERM\n"
+    assert process.returncode == 1
 
 
 @pytest.mark.slow
@@ -222,11 +251,12 @@ def sharded(whole, ranks):
 def test_neighbors_are_those_of_a_full_sort_for_any_number_of_ranks(monkeypatch, blocks, k):
     """All blocks hold the same images: of equally similar ones the first are taken."""
     x = torch.randn(BLOCK, 12, generator=torch.Generator().manual_seed(0)).repeat(blocks, 1)
-    whole = Features.of(x, torch.zeros(len(x), dtype=torch.int64), 3)
-    queries = Features.of(torch.randn(70, 12, generator=torch.Generator().manual_seed(1)), torch.zeros(70).long(), 3)
+    whole = features_of(x, torch.zeros(len(x), dtype=torch.int64), 3)
+    queries = features_of(torch.randn(70, 12, generator=torch.Generator().manual_seed(1)), torch.zeros(70).long(), 3)
     similarity = torch.cat([queries.unit.float() @ block.float().T for block in whole.unit.split(BLOCK)], 1)
     expected = torch.sort(similarity, dim=1, descending=True, stable=True)
     monkeypatch.setattr(World, "sum_", lambda self, x: x)
+    monkeypatch.setattr(extraction, "_GATHERED_ROWS", 16)
     for ranks in (1, 2, 3):
         keys = []
         # First collect every rank's keys, then hand all of them to the last rank.
@@ -274,6 +304,10 @@ def test_batch_that_ranks_cannot_share_is_an_error():
         share_of_batch(100, 500, World(0, 3))
     with pytest.raises(InputError, match=r"^batch_size=205, all images, cannot be split into 2 equal parts; use 204$"):
         share_of_batch(205, 205, World(0, 2))
+    with pytest.raises(
+        InputError, match=r"^batch_size=5, all images, cannot be .* 8 equal parts; start at most 5 proc"
+    ):
+        share_of_batch(5, 5, World(0, 8))
 
 
 def test_gradients_are_averaged_in_their_memory_format(monkeypatch):

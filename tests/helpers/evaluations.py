@@ -13,12 +13,20 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 from helpers.torchrun import exit_code
 
 from fastbyol.evaluate import dense, detection, features
 from fastbyol.evaluate.embed import embed
 from fastbyol.evaluate.options import EVALUATIONS, EmbedConfig
 from fastbyol.evaluate.run import evaluate
+
+
+def features_of(x, labels, classes):
+    """Return the features x (M, F) of M images, on one rank."""
+    length = torch.linalg.vector_norm(x, dim=1)
+    unit = torch.nn.functional.normalize(x, dim=1, eps=torch.finfo(torch.float32).tiny).half()
+    return features.Features(unit, length, torch.arange(len(x)), [len(x)], labels, classes, {})
 
 
 def record_losses() -> list[list[float]]:

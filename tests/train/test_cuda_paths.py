@@ -317,7 +317,8 @@ def test_a_network_that_does_not_compile_is_evaluated_eagerly(photos, monkeypatc
     monkeypatch.setattr("fastbyol.evaluate.features.COMPILE_IMAGES", 1)
     compile_network = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_network(*args, **options, backend=backend))
-    found = extract_features(network, images, EvalContext(**options, compiles=True), None)
+    for _ in range(2):  # the second pass does not try again
+        found = extract_features(network, images, EvalContext(**options, compiles=True), None)
     assert (found.unit - expected.unit).abs().max() < 1e-3
     (line,) = log_lines
     assert line.startswith("warning: the network does not compile here, so it runs eagerly: ")

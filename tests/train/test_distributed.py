@@ -215,6 +215,10 @@ def test_world_from_environment(monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(key, raising=False)
     assert world_from_environment() == World()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # some clusters set it, and RANK, without torchrun
+    monkeypatch.setenv("RANK", "0")
+    assert world_from_environment() == World()
+    monkeypatch.delenv("RANK")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(InputError, match="WORLD_SIZE is set but .*torchrun"):
         world_from_environment()
