@@ -61,8 +61,8 @@ from fastbyol.weights.load import load_checkpoint_model
 META = "meta.json"
 _LOCATIONS = {"checkpoint", "step", "images"}  # where they were found, not what they are
 _READS = 3  # of an image that the disk gives only at times
-# Errors that waiting does not cure, if the file's name is still in its folder.
-_LASTING = (errno.ENOENT, errno.ELOOP, errno.EACCES)
+# Errors of links to nothing, which waiting does not cure, if the link itself is still there.
+_LASTING = (errno.ENOENT, errno.ELOOP)
 # Of a shard with --shard_images 0.
 _SHARD_BYTES = 1 << 29
 _MIN_SHARDS = 32  # for several ranks to share
@@ -142,21 +142,24 @@ def _embed(options: EmbedConfig, out: Path, world: World) -> None:
     _check_ranks(out, meta, world)
     # Rank 0 looks, before any rank writes.
     shards = -(-len(images) // size)
-    missing = world.gather([k for k in range(shards) if not _shard_file(out, k, options.format).exists()])[0]
+    missing = world.gather([k for k in range(shards) if not _is_complete(out, k, options.format)])[0]
     logger.info(
         f"{len(images)} images, {'x'.join(map(str, shape))} values each: {len(missing)} of {shards} shards to write"
     )
     began, done = time.perf_counter(), 0
     bad: dict[int, str] = {}
-    for shard in missing[world.rank :: world.size]:
-        rows = np.arange(shard * size, min((shard + 1) * size, len(images)))
-        description = f"shard {shard} of {shards}" if world.is_main_process else None
-        bad |= _write_shard(out, shard, rows, network, images, shape, options, context, description)
+    own = missing[world.rank :: world.size]
+    own_rows = [np.arange(shard * size, min((shard + 1) * size, len(images))) for shard in own]
+    tracked = context.track("features", own, sum(map(len, own_rows)), each=size) if world.is_main_process else own
+    for shard, rows in zip(tracked, own_rows, strict=True):
+        bad |= _write_shard(out, shard, rows, network, images, shape, options, context)
         done += len(rows)
     counts, parts = zip(*world.gather((done, bad)), strict=True)
     seconds, total = time.perf_counter() - began, sum(counts)
     all_bad = dict(sorted(item for part in parts for item in part.items()))
     if len(all_bad) == len(images):
+        for shard in own:  # the next start must not find them complete
+            _shard_file(out, shard, options.format).unlink(missing_ok=True)
         raise no_readable_images(images, all_bad)
     context.skipped(images, all_bad)
     rate = f"{total} images in {seconds:.0f} s ({total / seconds:.0f} images/s), {len(all_bad)} of them unreadable"
@@ -224,7 +227,9 @@ def _check_folder(out: Path) -> None:
     content = read_json_or(out / META, lambda text: None).get("content") if META in names else None
     is_ours = isinstance(content, dict) and content.keys() == {"names", "samples"}
     if not is_ours and any(name != LOCK and not _is_unfinished(name) for name in names):
-        raise InputError(f"--out {out}: is neither empty nor written by fastbyol embed; name another folder")
+        raise InputError(
+            f"--out {out}: is neither empty nor written by this version of fastbyol embed; name another folder"
+        )
 
 
 def _is_unfinished(name: str) -> bool:
@@ -251,6 +256,16 @@ def _shard_file(out: Path, shard: int, suffix: str) -> Path:
     return out / f"features-{shard:05d}.{suffix}"
 
 
+def _table_file(out: Path, shard: int) -> Path:
+    return out / f"images-{shard:05d}.csv"
+
+
+def _is_complete(out: Path, shard: int, suffix: str) -> bool:
+    """Return True if the files of a shard are there. Each appears when it is complete."""
+    files = [_shard_file(out, shard, suffix)] + [_table_file(out, shard)] * (suffix == "npy")
+    return all(path.is_file() and path.stat().st_size for path in files)
+
+
 def _write_shard(
     out: Path,
     shard: int,
@@ -260,7 +275,6 @@ def _write_shard(
     shape: tuple[int, ...],
     options: EmbedConfig,
     context: EvalContext,
-    description: str | None,
 ) -> dict[int, str]:
     """Write the features of the images `rows`; return the unreadable ones: index -> reason."""
     part = images.subset(rows)
@@ -271,7 +285,7 @@ def _write_shard(
     for _ in range(_READS):
         bad_rows: dict[int, str] = {}
         outputs = network_outputs(
-            network, part.subset(pending), context, [unchanged], description, bad_rows, images=len(images)
+            network, part.subset(pending), context, [unchanged], None, bad_rows, images=len(images)
         )
         for (x,), k in outputs:
             features[pending[k]] = x.half().cpu().numpy()
@@ -298,7 +312,7 @@ def _write_shard(
             if options.format == "parquet":
                 _write_parquet(temporary, features, table)
             else:
-                _write_csv(out / f"images-{shard:05d}.csv", ("index", "name", "class"), table)
+                _write_csv(_table_file(out, shard), ("index", "name", "class"), table)
                 _write_npy(temporary, features)
     except OSError as error:
         raise RunError(f"--out {out}: shard {shard} cannot be written: {error_reason(error)}") from None

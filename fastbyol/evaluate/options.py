@@ -203,8 +203,8 @@ class EmbedConfig(Settings):
     format: Literal["npy", "parquet"] = "npy"
     """Format of the files. parquet needs pyarrow."""
     shard_images: Annotated[int, interval(0, MAX_COUNT)] = 0
-    """Images per file; 0: for 32 files or more, of 256 to 65,536 images and at most about 512 MiB
-    each."""
+    """Images per file; 0: at least 32 files from 8,192 images on, of 256 to 65,536 images and up to
+    about 512 MiB each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses the GPU if there is one."""
     threads: Threads = 0

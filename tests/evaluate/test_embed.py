@@ -2,7 +2,9 @@
 
 import csv
 import errno
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -170,13 +172,13 @@ def test_a_folder_of_other_features_is_left_alone(run, images, tmp_path, folder_
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="foreign: is neither empty nor written by fastbyol embed"):
+    with pytest.raises(InputError, match="foreign: is neither empty nor written by this version of fastbyol embed"):
         embed(options(run, images, foreign))
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
     (foreign / "thesis.tex").rename(foreign / ".film.partial")
     for content in ('{"format": "of another program"}', '{"content": {}}', "no JSON"):
         (foreign / "meta.json").write_text(content)
-        with pytest.raises(InputError, match="foreign: is neither empty nor written by fastbyol embed"):
+        with pytest.raises(InputError, match="foreign: is neither empty nor written by this version of fastbyol embed"):
             embed(options(run, images, foreign))
         assert sorted(path.name for path in foreign.iterdir()) == [".film.partial", "meta.json"]
     with FolderLock(out), pytest.raises(InputError, match="another run writes into it .* choose another --out"):
@@ -221,25 +223,42 @@ def test_a_shard_of_unreadable_images_is_empty(run, folder_of, tmp_path):
 
 def test_a_set_without_a_readable_image_raises(run, folder_of, tmp_path):
     images = folder_of({f"{i}.jpg": b"no" for i in range(9)})
-    with pytest.raises(InputError, match="none of the 9 images can be read, for example .*0.jpg"):
-        embed(options(run, images, tmp_path / "out"))
+    for _ in range(2):
+        with pytest.raises(InputError, match="none of the 9 images can be read, for example .*0.jpg"):
+            embed(options(run, images, tmp_path / "out"))
 
 
-def test_a_shard_whose_files_cannot_be_read_is_not_written(run, images, tmp_path, monkeypatch):
+def test_files_that_are_lost_or_empty_are_written_again(run, images, tmp_path):
+    expected, rows = read(embed(options(run, images, tmp_path / "out")))
+    (tmp_path / "out" / "images-00000.csv").unlink()
+    (tmp_path / "out" / "features-00001.npy").write_bytes(b"")
+    (tmp_path / "out" / "features-00002.npy").unlink()
+    features, table = read(embed(options(run, images, tmp_path / "out")))
+    assert np.array_equal(features, expected) and table == rows
+
+
+def test_progress_covers_all_shards(run, images, tmp_path, monkeypatch, log_lines):
+    monkeypatch.setattr("fastbyol.evaluate.context.clock", itertools.count(0, 6).__next__)
+    embed(options(run, images, tmp_path / "out"))
+    assert [line for line in log_lines if "left" in line] == ["features: 14 of 20 images, 5 s left"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_shard_whose_files_cannot_be_read_is_not_written(run, images, tmp_path, monkeypatch, code):
     """A disk that comes back must not leave a hole."""
     expected, rows = read(embed(options(run, images, tmp_path / "whole")))
     read_image = ImageFolder.read
 
     def lost(self, index):
         if self.name(index).startswith("b/"):
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(code, os.strerror(code), self.location(index))
         return read_image(self, index)
 
     content = embedding._content
     monkeypatch.setattr(
         embedding, "_content", lambda images: [content(images), monkeypatch.setattr(ImageFolder, "read", lost)][0]
     )
-    with pytest.raises(RunError, match="b/10.jpg: Input/output error; 4 of 7 files of this shard cannot be read"):
+    with pytest.raises(RunError, match=f"b/10.jpg: {os.strerror(code)}; 4 of 7 files of this shard cannot be read"):
         embed(options(run, images, tmp_path / "out"))
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "out").glob("features-*")] == ["features-00000.npy"]
