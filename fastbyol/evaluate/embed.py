@@ -39,7 +39,7 @@ from fastbyol.data.images import ImageSet
 from fastbyol.errors import InputError, RunError, error_reason
 from fastbyol.evaluate.context import MAX_UNREADABLE_FRACTION, EvalContext
 from fastbyol.evaluate.dense import check_maps
-from fastbyol.evaluate.features import network_outputs, no_readable_images, output_shape, unchanged
+from fastbyol.evaluate.features import merge_ranks, network_outputs, no_readable_images, output_shape, unchanged
 from fastbyol.evaluate.options import EmbedConfig
 from fastbyol.evaluate.run import eval_context, evaluation_ranks
 from fastbyol.layers import set_num_views
@@ -156,7 +156,7 @@ def _embed(options: EmbedConfig, out: Path, world: World) -> None:
         done += len(rows)
     counts, parts = zip(*world.gather((done, bad)), strict=True)
     seconds, total = time.perf_counter() - began, sum(counts)
-    all_bad = dict(sorted(item for part in parts for item in part.items()))
+    all_bad = merge_ranks(list(parts))
     if len(all_bad) == len(images):
         for shard in own:  # the next start must not find them complete
             _shard_file(out, shard, options.format).unlink(missing_ok=True)
@@ -204,8 +204,10 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """
     keys = [key for key in a if key not in {*_LOCATIONS, "content"} and a[key] != b.get(key)]
     x, y = a["content"], b["content"]
-    samples = zip(x["samples"], y["samples"], strict=False) if x["names"] == y["names"] else [("x", "y")]
-    return keys + ["content"] * any(p != q and p and q for p, q in samples)
+    samples = zip(x["samples"], y["samples"], strict=False)
+    if x["names"] != y["names"] or any(p != q and p and q for p, q in samples):
+        keys.append("content")
+    return keys
 
 
 def _weights(network: nn.Module) -> str:
@@ -277,30 +279,8 @@ def _write_shard(
     context: EvalContext,
 ) -> dict[int, str]:
     """Write the features of the images `rows`; return the unreadable ones: index -> reason."""
-    part = images.subset(rows)
-    features = np.empty((len(rows), *shape), dtype=np.float16)
-    found = np.zeros(len(rows), dtype=bool)
-    bad: dict[int, str] = {}
-    pending = np.arange(len(rows))
-    for _ in range(_READS):
-        bad_rows: dict[int, str] = {}
-        outputs = network_outputs(
-            network, part.subset(pending), context, [unchanged], None, bad_rows, images=len(images)
-        )
-        for (x,), k in outputs:
-            features[pending[k]] = x.half().cpu().numpy()
-            found[pending[k]] = True
-        bad |= {int(pending[k]): reason for k, reason in bad_rows.items()}
-        lost = {row: why for row in np.flatnonzero(~found) if (why := _withheld(part, row)) is not None}
-        pending = np.array([row for row, why in lost.items() if not why], dtype=np.int64)
-        if not len(pending):
-            break
-    _check_lost(part, lost)
-    bad = {int(rows[row]): bad[row] for row in np.flatnonzero(~found)}
-    features, used = features[found] if bad else features, np.flatnonzero(found)
-    if not np.isfinite(features).all():
-        first = int(used[np.argmin(np.isfinite(features).reshape(len(used), -1).all(1))])
-        raise RunError(f"{part.location(first)}: the features hold NaN, infinity or values too large for float16")
+    features, used, bad_rows = _features_of(images.subset(rows), network, shape, context, len(images))
+    bad = {int(rows[row]): reason for row, reason in bad_rows.items()}
     table = _table(images, rows[used])
     skipped = out / f"skipped-{shard:05d}.csv"
     try:
@@ -317,6 +297,44 @@ def _write_shard(
     except OSError as error:
         raise RunError(f"--out {out}: shard {shard} cannot be written: {error_reason(error)}") from None
     return bad
+
+
+def _features_of(
+    part: ImageSet, network: nn.Module, shape: tuple[int, ...], context: EvalContext, total: int
+) -> tuple[NDArray[np.float16], NDArray[np.int64], dict[int, str]]:
+    """Return the features of the n readable images of a shard.
+
+    Images that the disk gives only at times are read up to _READS times.
+
+    Args:
+        total: number of images of all shards.
+
+    Returns:
+        The features (n, ...), the rows (n,) that they belong to, and the others: row -> reason.
+    """
+    features = np.empty((len(part), *shape), dtype=np.float16)
+    found = np.zeros(len(part), dtype=bool)
+    reasons: dict[int, str] = {}
+    pending = np.arange(len(part))
+    for _ in range(_READS):
+        bad: dict[int, str] = {}
+        subset = part.subset(pending)
+        for (x,), k in network_outputs(network, subset, context, [unchanged], None, bad, images=total):
+            features[pending[k]] = x.half().cpu().numpy()
+            found[pending[k]] = True
+        reasons |= {int(pending[k]): reason for k, reason in bad.items()}
+        missing = np.flatnonzero(~found).tolist()
+        lost = {row: why for row in missing if (why := _withheld(part, row)) is not None}
+        pending = np.array([row for row, why in lost.items() if not why], dtype=np.int64)
+        if not len(pending):
+            break
+    _check_lost(part, lost)
+    features, used = features[found] if missing else features, np.flatnonzero(found)
+    finite = np.isfinite(features).all(axis=tuple(range(1, features.ndim)))
+    if not finite.all():
+        first = int(used[np.argmin(finite)])
+        raise RunError(f"{part.location(first)}: the features hold NaN, infinity or values too large for float16")
+    return features, used, {row: reasons[row] for row in missing}
 
 
 def _withheld(part: ImageSet, row: int) -> str | None:

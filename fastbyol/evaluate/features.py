@@ -367,7 +367,7 @@ def readable_indices(
     Raises:
         InputError: there is none.
     """
-    merged = _merge(context.world.gather(bad))
+    merged = merge_ranks(context.world.gather(bad))
     bad.clear()
     bad.update(merged)
     if len(bad) == len(split):
@@ -377,7 +377,7 @@ def readable_indices(
     return np.delete(np.arange(len(split)), list(bad))
 
 
-def _merge(parts: list[dict[int, str]]) -> dict[int, str]:
+def merge_ranks(parts: list[dict[int, str]]) -> dict[int, str]:
     """Return the items of all ranks, sorted."""
     return dict(sorted(item for part in parts for item in part.items()))
 
@@ -516,7 +516,7 @@ def training_batches(
                 if not len(indices):
                     raise no_readable_images(images, bad)
                 yield crops, indices
-            bad = _merge(world.gather(bad))
+            bad = merge_ranks(world.gather(bad))
             context.skipped(images, bad)
 
     for crops, indices in context.track(description, batches(), len(epochs) * steps_per_epoch, unit="steps"):
@@ -557,7 +557,7 @@ def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, context: EvalConte
                 for norm, totals in zip(norms, sums, strict=True):
                     for total, value in zip(totals, _statistics(norm), strict=True):
                         total += value
-    bad = _merge(world.gather(bad))
+    bad = merge_ranks(world.gather(bad))
     context.skipped(split, bad)
     count = int(world.sum(used))
     if not count:

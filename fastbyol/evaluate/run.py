@@ -45,13 +45,11 @@ from fastbyol.runtime.results import PREFIX, is_result
 from fastbyol.runtime.signals import sigterm_raises
 from fastbyol.weights.load import load_checkpoint_model
 
+_TIMEOUT_S = 7 * 86400.0  # ranks meet once per pass over a split, and torchrun notices one that dies
 BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
 TASKS: dict[str, EvalTask] = {
     task.name: task for task in (KNN, LINEAR, FINETUNE, FEWSHOT, ROBUSTNESS, SEGMENTATION, DETECTION)
 }
-
-
-_TIMEOUT_S = 7 * 86400.0  # ranks meet once per pass over a split, and torchrun notices one that dies
 
 
 def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
