@@ -19,10 +19,10 @@ from typing import Any
 import results_csv
 import torch
 
-from fastbyol.evaluate.features import Features, block_images
-from fastbyol.evaluate.knn import knn_accuracy, knn_bytes, nearest
-from fastbyol.evaluate.linear import CACHED_BASE_LRS, Standardization, probe_bytes, train_probes
-from fastbyol.evaluate.options import LinearEval
+from fastbyol.evaluation.features import Features, block_images
+from fastbyol.evaluation.knn import knn_accuracy, knn_bytes, nearest
+from fastbyol.evaluation.linear import CACHED_BASE_LRS, Standardization, probe_bytes, train_probes
+from fastbyol.evaluation.options import LinearEval
 from fastbyol.runtime import environment
 from fastbyol.runtime.distributed import World
 

@@ -28,9 +28,9 @@ from fastbyol.build import build_model
 from fastbyol.config import ModelConfig
 from fastbyol.data import open_split
 from fastbyol.data.crops import CENTER_FRACTION, center_crops
-from fastbyol.evaluate import features
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.features import BATCH, extract_features, inference_function
+from fastbyol.evaluation import features
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.features import BATCH, extract_features, inference_function
 from fastbyol.layers import set_num_views
 from fastbyol.runtime.device import choose_device
 from fastbyol.runtime.environment import describe, has_module

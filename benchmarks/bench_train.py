@@ -9,7 +9,7 @@ workers, compilation, prefetching) are not timed. On a GPU, the queue is synchro
 after timing.
 
 Contenders:
-    fastbyol             data/native.py and step.py with their defaults: the loop of train.py
+    fastbyol             data/native.py and step.py with their defaults: the loop of loop.py
                          without logging and evaluation
     lightly              BYOLTransform in a DataLoader with one worker process per core, and the
                          step in bench_step.py: float32, NCHW
@@ -50,7 +50,7 @@ Loop = tuple[Iterator[Any], Callable[[Any], object]]  # infinite batches, and th
 
 
 def fastbyol(work: Work, device: torch.device) -> Loop:
-    """Build loader and step as in train.py."""
+    """Build loader and step as in loop.py."""
     from fastbyol.config import DataConfig
     from fastbyol.data import build_loader, open_split
     from fastbyol.kernels.cpu import jit_cache

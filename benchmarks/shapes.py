@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import FastbyolError, InputError
-from fastbyol.evaluate.voc import LABELS_FILE, VOID
+from fastbyol.evaluation.voc import LABELS_FILE, VOID
 from fastbyol.tools import corpora
 
 CLASSES = ["brick", "cell", "clock_motion", "coins", "grass", "gravel", "hubble_deep_field", "moon"]

@@ -44,9 +44,9 @@ from fastbyol.build import build_backbone, build_training
 from fastbyol.cli import train_config
 from fastbyol.config import Config
 from fastbyol.data import find_images, open_split
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.features import extract_features
-from fastbyol.evaluate.knn import knn_accuracy
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.features import extract_features
+from fastbyol.evaluation.knn import knn_accuracy
 from fastbyol.layers import set_num_views
 from fastbyol.runtime import environment
 from fastbyol.runtime.distributed import World

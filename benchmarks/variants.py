@@ -27,10 +27,10 @@ import torch
 from fastbyol import cli
 from fastbyol.build import build_model
 from fastbyol.config import Config
-from fastbyol.evaluate.features import open_splits
-from fastbyol.evaluate.finetune import finetune
-from fastbyol.evaluate.options import KnnEval, LinearEval
-from fastbyol.evaluate.run import TASKS, UNTRAINED_ROW, eval_context
+from fastbyol.evaluation.features import open_splits
+from fastbyol.evaluation.finetune import finetune
+from fastbyol.evaluation.options import KnnEval, LinearEval
+from fastbyol.evaluation.run import TASKS, UNTRAINED_ROW, eval_context
 from fastbyol.layers import set_num_views
 from fastbyol.runtime import environment
 from fastbyol.weights.files import save_backbone

@@ -1,7 +1,51 @@
-"""fastbyol: BYOL (Bootstrap Your Own Latent, arXiv 2006.07733) pre-training of vision backbones."""
+"""fastbyol: BYOL (Bootstrap Your Own Latent, arXiv 2006.07733) pre-training of vision backbones.
+
+The names below are the public API. They load on first use, so `import fastbyol` imports no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from fastbyol.runtime import caches
 
+if TYPE_CHECKING:
+    from fastbyol.api import train as train
+    from fastbyol.callbacks import Callback as Callback
+    from fastbyol.config import Config as Config
+    from fastbyol.errors import FastbyolError as FastbyolError
+    from fastbyol.errors import InputError as InputError
+    from fastbyol.errors import RunError as RunError
+    from fastbyol.loop import RunResult as RunResult
+    from fastbyol.model import BYOL as BYOL
+    from fastbyol.optim import LARS as LARS
+
 __version__ = "0.1.0"
 
+_PUBLIC = {
+    "BYOL": "model",
+    "Callback": "callbacks",
+    "Config": "config",
+    "FastbyolError": "errors",
+    "InputError": "errors",
+    "LARS": "optim",
+    "RunError": "errors",
+    "RunResult": "loop",
+    "train": "api",
+}
+"""Name -> module below fastbyol."""
+
+__all__ = [*_PUBLIC]
+
 caches.prepare()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fastbyol' has no attribute {name!r}")
+    value = getattr(import_module(f"fastbyol.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -32,7 +32,7 @@ from fastbyol.errors import (
     is_out_of_memory,
     printable,
 )
-from fastbyol.evaluate.options import EVALUATIONS, EmbedConfig
+from fastbyol.evaluation.options import EVALUATIONS, EmbedConfig
 from fastbyol.runtime import caches
 from fastbyol.runtime.console import safe_stdio
 from fastbyol.runtime.logging import console_logging, logger, muted
@@ -49,10 +49,10 @@ _SAVE_MEMORY_IN_EVALUATION = "lower --threads and other large options, or use mo
 
 
 def _train(call: Call) -> int:
-    from fastbyol.api import pretrain
+    from fastbyol.api import train
     from fastbyol.tools.report import write_report
 
-    result = pretrain(call.config)
+    result = train(call.config)
     if result.already_finished:
         return 0
     if result.stopped_by is not None:
@@ -66,7 +66,7 @@ def _train(call: Call) -> int:
 
 
 def _eval(call: Call) -> int:
-    from fastbyol.evaluate.run import evaluate
+    from fastbyol.evaluation.run import evaluate
     from fastbyol.runtime.distributed import world_from_environment
     from fastbyol.tools.report import refresh_report
 
@@ -81,7 +81,7 @@ def _eval(call: Call) -> int:
 
 
 def _embed(call: Call) -> int:
-    from fastbyol.evaluate.embed import embed
+    from fastbyol.evaluation.embed import embed
 
     embed(call.options)
     return 0

@@ -1,4 +1,4 @@
-"""A run in progress: what it logs, checks, saves and summarizes. train.py has the loop."""
+"""A run in progress: what it logs, checks, saves and summarizes. loop.py has the loop."""
 
 import dataclasses
 import math

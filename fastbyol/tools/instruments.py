@@ -52,7 +52,7 @@ def open_training(config: Config, check: Callable[[], None]) -> Iterator[Trainin
 
 
 class Loop:
-    """The loop of train.py without logs and evaluation, on endless data."""
+    """The loop of loop.py without logs and evaluation, on endless data."""
 
     def __init__(self, training: Training) -> None:
         self.training, self._done = training, 0

@@ -9,9 +9,9 @@ from fastbyol.config import Config
 from fastbyol.data import ImageSet, find_images
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError, first_line
-from fastbyol.evaluate.features import check_splits
-from fastbyol.evaluate.run import TASKS
-from fastbyol.evaluate.task import SELECTION
+from fastbyol.evaluation.features import check_splits
+from fastbyol.evaluation.run import TASKS
+from fastbyol.evaluation.task import SELECTION
 from fastbyol.model import BYOL
 from fastbyol.runtime.files import check_output, read_json_or
 from fastbyol.runtime.logging import logger

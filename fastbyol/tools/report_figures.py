@@ -15,9 +15,9 @@ from fastbyol.config import Config
 from fastbyol.data import ImageSet
 from fastbyol.data.crops import CENTER_FRACTION, center_crops
 from fastbyol.errors import first_line
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.features import Features, check_finite, extract_features
-from fastbyol.evaluate.knn import nearest
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.features import Features, check_finite, extract_features
+from fastbyol.evaluation.knn import nearest
 from fastbyol.model import BYOL
 from fastbyol.precision import compute_dtype
 from fastbyol.runtime import environment

@@ -17,14 +17,14 @@ from helpers.common import HANG_S, jpeg, losses
 from helpers.ffcv_files import write_with_ffcv
 from helpers.loaders import collect, same
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.config import DataConfig
 from fastbyol.data import build_loader, choose_backend, open_split, views
 from fastbyol.data.decode import decode
 from fastbyol.data.pack import pack
 from fastbyol.errors import InputError, LoaderTimeout, RunError
-from fastbyol.evaluate.options import KnnEval
-from fastbyol.evaluate.run import evaluate
+from fastbyol.evaluation.options import KnnEval
+from fastbyol.evaluation.run import evaluate
 
 SIZE, BATCH = 40, 8
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from helpers.common import jpeg
 from helpers.mutations import HEIGHT, WIDTH, exif, mutations, picture, saved, seeds
 from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.config import DataConfig
 from fastbyol.data import build_loader, metadata, open_split
 from fastbyol.data import decode as module
@@ -25,7 +25,7 @@ from fastbyol.data.decode import BadImage, as_stored, decode, decode_reduced, jp
 from fastbyol.data.metadata import without_metadata
 from fastbyol.data.pack import pack
 from fastbyol.errors import InputError
-from fastbyol.evaluate import image_files, voc
+from fastbyol.evaluation import image_files, voc
 from fastbyol.tools.preview import write_preview
 
 UPRIGHT = np.asarray(picture())

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from helpers.common import jpeg
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.cli import COMMANDS, main
 from fastbyol.config import Config, DataConfig
 from fastbyol.data import find_images, open_split
 from fastbyol.data.folder import index_folder
 from fastbyol.data.pack import pack
 from fastbyol.errors import InputError
-from fastbyol.evaluate.features import check_splits, open_splits
-from fastbyol.evaluate.options import EVALUATIONS, FinetuneEval, KnnEval
-from fastbyol.evaluate.run import evaluate
+from fastbyol.evaluation.features import check_splits, open_splits
+from fastbyol.evaluation.options import EVALUATIONS, FinetuneEval, KnnEval
+from fastbyol.evaluation.run import evaluate
 from fastbyol.settings.command_line import parse_command_line
 from fastbyol.settings.types import expand_path
 from fastbyol.tools.preview import write_preview

@@ -19,14 +19,14 @@ from fastbyol.config import ModelConfig
 from fastbyol.data import open_split
 from fastbyol.data.decode import decode
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate import dense, image_files
-from fastbyol.evaluate.coco import CocoImage
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.detection import DETECTION, _sample, build_detector, evaluate_detector
-from fastbyol.evaluate.features import calibrate_batchnorm
-from fastbyol.evaluate.options import DetectionEval, SegmentationEval
-from fastbyol.evaluate.segmentation import SEGMENTATION, _training_sample, build_segmenter, evaluate_segmenter
-from fastbyol.evaluate.voc import VOC_CLASSES, VOID, read_mask
+from fastbyol.evaluation import dense, image_files
+from fastbyol.evaluation.coco import CocoImage
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.detection import DETECTION, _sample, build_detector, evaluate_detector
+from fastbyol.evaluation.features import calibrate_batchnorm
+from fastbyol.evaluation.options import DetectionEval, SegmentationEval
+from fastbyol.evaluation.segmentation import SEGMENTATION, _training_sample, build_segmenter, evaluate_segmenter
+from fastbyol.evaluation.voc import VOC_CLASSES, VOID, read_mask
 from fastbyol.layers import batch_norms, fuse_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,7 +160,7 @@ def test_detector_learns_and_leaves_the_backbone_unchanged(folder, monkeypatch):
         seen.append({name: value.clone() for name, value in detector.backbone.maps.backbone.state_dict().items()})
         return evaluate_detector(detector, *args, **options)
 
-    monkeypatch.setattr("fastbyol.evaluate.detection.evaluate_detector", spy)
+    monkeypatch.setattr("fastbyol.evaluation.detection.evaluate_detector", spy)
     rows = []
     for changes in ({"epochs": 1}, {"epochs": 40}, {"epochs": 1, "trainable_stages": 1}):
         options = detection(folder, image_size_px=64, batch_size=4, lr=0.05, **changes)

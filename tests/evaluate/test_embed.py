@@ -18,17 +18,17 @@ from helpers.torchrun import torchrun
 from pyarrow import parquet
 from torch import nn
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.cli import main
 from fastbyol.data import open_split
 from fastbyol.data.folder import ImageFolder
 from fastbyol.data.pack import pack
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate import embed as embedding
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.embed import embed
-from fastbyol.evaluate.features import extract_features
-from fastbyol.evaluate.options import EmbedConfig
+from fastbyol.evaluation import embed as embedding
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.embed import embed
+from fastbyol.evaluation.features import extract_features
+from fastbyol.evaluation.options import EmbedConfig
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.files import FolderLock
 from fastbyol.weights.load import load_checkpoint_model
@@ -238,7 +238,7 @@ def test_files_that_are_lost_or_empty_are_written_again(run, images, tmp_path):
 
 
 def test_progress_covers_all_shards(run, images, tmp_path, monkeypatch, log_lines):
-    monkeypatch.setattr("fastbyol.evaluate.context.clock", itertools.count(0, 6).__next__)
+    monkeypatch.setattr("fastbyol.evaluation.context.clock", itertools.count(0, 6).__next__)
     embed(options(run, images, tmp_path / "out"))
     assert [line for line in log_lines if "left" in line] == ["features: 14 of 20 images, 5 s left"]
 

@@ -22,7 +22,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.callbacks import Callback
 from fastbyol.config import Config
 from fastbyol.data import open_split
@@ -31,15 +31,15 @@ from fastbyol.data.folder import ImageFolder
 from fastbyol.data.pack import pack
 from fastbyol.data.views import apply_reference, epoch_order, sample
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate import context as contexts
-from fastbyol.evaluate import features as extraction
-from fastbyol.evaluate import online
-from fastbyol.evaluate.context import EvalContext, missing_images_warning
-from fastbyol.evaluate.features import RawPixels, Splits, calibrate_batchnorm, extract_features
-from fastbyol.evaluate.fewshot import episode_accuracies, nearest_mean_scores
-from fastbyol.evaluate.finetune import finetune
-from fastbyol.evaluate.knn import knn_accuracy, nearest, votes
-from fastbyol.evaluate.linear import (
+from fastbyol.evaluation import context as contexts
+from fastbyol.evaluation import features as extraction
+from fastbyol.evaluation import online
+from fastbyol.evaluation.context import EvalContext, missing_images_warning
+from fastbyol.evaluation.features import RawPixels, Splits, calibrate_batchnorm, extract_features
+from fastbyol.evaluation.fewshot import episode_accuracies, nearest_mean_scores
+from fastbyol.evaluation.finetune import finetune
+from fastbyol.evaluation.knn import knn_accuracy, nearest, votes
+from fastbyol.evaluation.linear import (
     CACHED_BASE_LRS,
     Probes,
     Standardization,
@@ -50,10 +50,10 @@ from fastbyol.evaluate.linear import (
     probe_batch_size,
     train_probes,
 )
-from fastbyol.evaluate.online import OnlineKnn
-from fastbyol.evaluate.options import EVALUATIONS, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
-from fastbyol.evaluate.robustness import CORRUPTIONS, SEVERITIES, corrupt
-from fastbyol.evaluate.run import BYOL_ROW, PIXELS_ROW, TASKS, UNTRAINED_ROW, eval_context, evaluate
+from fastbyol.evaluation.online import OnlineKnn
+from fastbyol.evaluation.options import EVALUATIONS, FewshotEval, FinetuneEval, KnnEval, RobustnessEval
+from fastbyol.evaluation.robustness import CORRUPTIONS, SEVERITIES, corrupt
+from fastbyol.evaluation.run import BYOL_ROW, PIXELS_ROW, TASKS, UNTRAINED_ROW, eval_context, evaluate
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime.results import TASK_ORDER, read_results
 from fastbyol.runtime.run_log import read_metrics
@@ -706,8 +706,8 @@ def test_finetuning_rate_is_selected_on_held_out_labels(run, monkeypatch):
         tested.append({split.location(k) for k in range(len(split))})
         return {"top1": accuracies[base_lr], "top5": 1.0}
 
-    monkeypatch.setattr("fastbyol.evaluate.finetune.finetune", train_on)
-    monkeypatch.setattr("fastbyol.evaluate.finetune._accuracy", accuracy)
+    monkeypatch.setattr("fastbyol.evaluation.finetune.finetune", train_on)
+    monkeypatch.setattr("fastbyol.evaluation.finetune._accuracy", accuracy)
     options = FinetuneEval(run=str(run), base_lrs=tuple(accuracies), baselines=False)
     row = evaluate("finetune", options)["rows"][BYOL_ROW]
     assert row == {"top1": 0.5, "top5": 1.0, "base_lr": 1.0, "held_out_top1": 0.5}

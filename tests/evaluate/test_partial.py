@@ -9,19 +9,19 @@ from helpers.common import jpeg
 from shapes import prepare_shapes
 from torch import nn
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.config import Config
 from fastbyol.data import open_split
 from fastbyol.data.folder import ImageFolder
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate import features as extraction
-from fastbyol.evaluate import finetune as finetuning
-from fastbyol.evaluate import run as evaluation
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.finetune import finetune
-from fastbyol.evaluate.options import EVALUATIONS, KnnEval
-from fastbyol.evaluate.partial import PartialResult
-from fastbyol.evaluate.run import BYOL_ROW, TASKS, UNTRAINED_ROW, evaluate
+from fastbyol.evaluation import features as extraction
+from fastbyol.evaluation import finetune as finetuning
+from fastbyol.evaluation import run as evaluation
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.finetune import finetune
+from fastbyol.evaluation.options import EVALUATIONS, KnnEval
+from fastbyol.evaluation.partial import PartialResult
+from fastbyol.evaluation.run import BYOL_ROW, TASKS, UNTRAINED_ROW, evaluate
 from fastbyol.runtime.distributed import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")

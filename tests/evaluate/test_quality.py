@@ -10,10 +10,10 @@ import torch
 from helpers.evaluations import features_of
 from torch import nn
 
-from fastbyol.api import pretrain as train
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.features import Features
-from fastbyol.evaluate.quality import alignment, rank_me, uniformity
+from fastbyol.api import train
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.features import Features
+from fastbyol.evaluation.quality import alignment, rank_me, uniformity
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.run_log import read_metrics
 

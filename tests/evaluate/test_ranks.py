@@ -21,16 +21,16 @@ from PIL import Image
 from shapes import prepare_shapes
 from torch import nn
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.data.folder import ImageFolder
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate import dense, detection
-from fastbyol.evaluate import features as extraction
-from fastbyol.evaluate import run as evaluation
-from fastbyol.evaluate.features import Splits, block_images, feature_bytes, own_indices, raw_pixels_side
-from fastbyol.evaluate.knn import _decode, _encode, knn_bytes, nearest
-from fastbyol.evaluate.options import KnnEval, RobustnessEval
-from fastbyol.evaluate.run import TASKS, UNTRAINED_ROW, evaluate
+from fastbyol.evaluation import dense, detection
+from fastbyol.evaluation import features as extraction
+from fastbyol.evaluation import run as evaluation
+from fastbyol.evaluation.features import Splits, block_images, feature_bytes, own_indices, raw_pixels_side
+from fastbyol.evaluation.knn import _decode, _encode, knn_bytes, nearest
+from fastbyol.evaluation.options import KnnEval, RobustnessEval
+from fastbyol.evaluation.run import TASKS, UNTRAINED_ROW, evaluate
 from fastbyol.parallel import GradientMean, share_of_batch
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.signals import sigterm_raises

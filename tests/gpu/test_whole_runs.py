@@ -20,7 +20,7 @@ from helpers.on_device import (
 )
 
 from fastbyol import batch_size
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.build import build_model
 from fastbyol.config import (
     CheckpointConfig,
@@ -34,11 +34,11 @@ from fastbyol.config import (
 )
 from fastbyol.data import open_split
 from fastbyol.errors import RunError
-from fastbyol.evaluate import features as extraction
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.embed import embed
-from fastbyol.evaluate.options import EmbedConfig, KnnEval, LinearEval
-from fastbyol.evaluate.run import BYOL_ROW, evaluate
+from fastbyol.evaluation import features as extraction
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.embed import embed
+from fastbyol.evaluation.options import EmbedConfig, KnnEval, LinearEval
+from fastbyol.evaluation.run import BYOL_ROW, evaluate
 from fastbyol.layers import set_num_views
 from fastbyol.runtime.distributed import World
 from fastbyol.spans import BACKWARD, COPY, ONLINE, TARGET, WAIT

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from helpers.torchrun import exit_code
 
-from fastbyol.evaluate import dense, detection, features
-from fastbyol.evaluate.embed import embed
-from fastbyol.evaluate.options import EVALUATIONS, EmbedConfig
-from fastbyol.evaluate.run import evaluate
+from fastbyol.evaluation import dense, detection, features
+from fastbyol.evaluation.embed import embed
+from fastbyol.evaluation.options import EVALUATIONS, EmbedConfig
+from fastbyol.evaluation.run import evaluate
 
 
 def features_of(x, labels, classes):

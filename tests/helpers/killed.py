@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.config import Config
 from fastbyol.runtime import checkpoint
 from fastbyol.runtime.run_folder import CHECKPOINTS

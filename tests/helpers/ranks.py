@@ -18,7 +18,7 @@ from pathlib import Path
 from helpers.torchrun import exit_code
 
 from fastbyol import step as step_module
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.config import Config
 from fastbyol.errors import RunError
 

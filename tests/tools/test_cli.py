@@ -16,14 +16,14 @@ from PIL import Image
 
 import fastbyol
 from fastbyol import cli
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.cli import main, train_config
 from fastbyol.config import Config
 from fastbyol.errors import InputError, LoaderTimeout, RunError
-from fastbyol.evaluate.options import EVALUATIONS
+from fastbyol.evaluation.options import EVALUATIONS
+from fastbyol.loop import RunResult
 from fastbyol.settings.base import leaves
 from fastbyol.settings.commands import options_of
-from fastbyol.train import RunResult
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -584,7 +584,7 @@ def test_pack_writes_one_file_and_reports_errors(photos, tmp_path, capsys):
 @pytest.mark.parametrize("words", [["--shots", "1,2"], ["--shots=1,2"], ["--shots", "[1, 2]"]])
 def test_list_spellings(capsys, words, monkeypatch):
     found = {}
-    monkeypatch.setattr("fastbyol.evaluate.run.evaluate", lambda name, options, *rest: found.update({name: options}))
+    monkeypatch.setattr("fastbyol.evaluation.run.evaluate", lambda name, options, *rest: found.update({name: options}))
     assert run(capsys, "eval", "fewshot", "--run", "x", *words)[0] == 0
     assert found["fewshot"].shots == (1, 2)
 
@@ -623,7 +623,7 @@ def test_unwritable_output_is_reported_before_the_work(capsys, monkeypatch, phot
         "export": ["export", "r", "--format", "timm"],
     }[command]
     monkeypatch.setattr(
-        "fastbyol.evaluate.run.load_checkpoint_model", lambda run, *rest: (tmp_path / "c.pt", Config(), None, 3)
+        "fastbyol.evaluation.run.load_checkpoint_model", lambda run, *rest: (tmp_path / "c.pt", Config(), None, 3)
     )
     monkeypatch.setattr(
         "fastbyol.weights.export.load_checkpoint_model", lambda *args: pytest.fail("the work has started")
@@ -690,7 +690,7 @@ def test_only_local_rank_0_reports_input_errors(capsys, torchrun, words):
 
 
 def test_only_local_rank_0_logs_warnings_of_the_command_line(capsys, torchrun, monkeypatch):
-    monkeypatch.setattr("fastbyol.api.pretrain", lambda config: RunResult(Path("x"), 3, 3, False, None))
+    monkeypatch.setattr("fastbyol.api.train", lambda config: RunResult(Path("x"), 3, 3, False, None))
     for local, warnings in [(0, 1), (1, 0)]:
         torchrun(local)
         code, out, err = run(capsys, "train", "--data.recipe=none")
@@ -772,7 +772,7 @@ def test_failed_report_is_a_warning_after_eval_and_exit_code_1_after_training(ca
     def fails(*args, **options):
         raise RunError("report.html: cannot be written: it is full")
 
-    monkeypatch.setattr("fastbyol.evaluate.run.evaluate", lambda *args: None)
+    monkeypatch.setattr("fastbyol.evaluation.run.evaluate", lambda *args: None)
     monkeypatch.setattr("fastbyol.tools.report.refresh_report", fails)  # after the result is saved
     code, out, err = run(capsys, "eval", "knn", "--run", "x")
     assert (code, out, err) == (0, "warning: report.html: cannot be written: it is full\n", "")
@@ -780,7 +780,7 @@ def test_failed_report_is_a_warning_after_eval_and_exit_code_1_after_training(ca
     def refuses(*args):
         raise InputError("report.html is a folder")
 
-    monkeypatch.setattr("fastbyol.api.pretrain", lambda config: RunResult(tmp_path, 3, 3, True, None))
+    monkeypatch.setattr("fastbyol.api.train", lambda config: RunResult(tmp_path, 3, 3, True, None))
     monkeypatch.setattr("fastbyol.tools.report.write_report", refuses)
     assert run(capsys, "train")[0] == 1
 

@@ -26,7 +26,7 @@ CORE = (
         "cuda_graph",
         "step",
     ),
-    *("batch_size", "build", "callbacks", "resume", "run", "train"),
+    *("batch_size", "build", "callbacks", "resume", "run", "loop"),
 )
 LAYERS = [  # lowest first: a module may import its own layer and those below
     {"kernels"},
@@ -34,7 +34,7 @@ LAYERS = [  # lowest first: a module may import its own layer and those below
     {"data"},
     set(CORE),
     {"weights"},
-    {"evaluate"},
+    {"evaluation"},
     {"api"},
     {"tools"},
     {"cli"},

@@ -19,13 +19,13 @@ from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.build import build_model
 from fastbyol.cli import main
 from fastbyol.data import find_images, open_split
 from fastbyol.errors import InputError
-from fastbyol.evaluate.options import KnnEval
-from fastbyol.evaluate.run import evaluate
+from fastbyol.evaluation.options import KnnEval
+from fastbyol.evaluation.run import evaluate
 from fastbyol.runtime.results import read_results
 from fastbyol.tools import plots, report_figures
 from fastbyol.tools.pages import TEMPLATES

@@ -12,7 +12,7 @@ from fastbyol.cli import train_config
 from fastbyol.config import RENAMED, Config, DataConfig, OptimConfig
 from fastbyol.data.workers import map_in_order, resolve_threads
 from fastbyol.errors import InputError
-from fastbyol.evaluate.options import FewshotEval, KnnEval
+from fastbyol.evaluation.options import FewshotEval, KnnEval
 from fastbyol.settings.base import Settings, leaves
 from fastbyol.settings.command_line import HelpRequested
 from fastbyol.settings.limits import above, absolute_path, at_least, at_most, interval

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from shapes import CLASSES, SHAPES, VISIBLE_SHARE, annotation, compose, polygons, prepare_shapes
 
 from fastbyol.errors import InputError
-from fastbyol.evaluate.voc import VOID
+from fastbyol.evaluation.voc import VOID
 from fastbyol.tools import corpora
 
 # pycocotools 2.0 implements __array__ without NumPy 2's argument `copy`.

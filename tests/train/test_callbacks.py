@@ -7,8 +7,8 @@ import torch
 
 from fastbyol import resume
 from fastbyol.callbacks import Callback
+from fastbyol.loop import train_loop as train
 from fastbyol.tools.report import write_report
-from fastbyol.train import train
 
 
 class Counter(Callback):

@@ -19,8 +19,8 @@ from fastbyol.cuda_graph import CapturedStep
 from fastbyol.data import build_loader, open_split
 from fastbyol.data.device import deliver
 from fastbyol.data.pack import pack
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.features import extract_features
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.features import extract_features
 from fastbyol.kernels.batch_norm import batch_norm
 from fastbyol.optim import build_optimizer
 
@@ -290,8 +290,8 @@ def test_evaluation_compiles_a_network_that_sees_many_images(photos, monkeypatch
     images = open_split(photos, "val")
     read = type(images).read
     monkeypatch.setattr(type(images), "read", lambda self, index: b"words" if index == 2 else read(self, index))
-    monkeypatch.setattr("fastbyol.evaluate.features.BATCH", 5)
-    monkeypatch.setattr("fastbyol.evaluate.features.COMPILE_IMAGES", least)
+    monkeypatch.setattr("fastbyol.evaluation.features.BATCH", 5)
+    monkeypatch.setattr("fastbyol.evaluation.features.COMPILE_IMAGES", least)
     compile_network = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_network(*args, **options, backend=backend))
     options = {"size": SIZE, "device": torch.device("cpu"), "dtype": torch.float32, "threads": 1}
@@ -313,8 +313,8 @@ def test_a_network_that_does_not_compile_is_evaluated_eagerly(photos, monkeypatc
     images = open_split(photos, "val")
     options = {"size": SIZE, "device": torch.device("cpu"), "dtype": torch.float32, "threads": 1}
     expected = extract_features(network, images, EvalContext(**options), None)
-    monkeypatch.setattr("fastbyol.evaluate.features.BATCH", 6)
-    monkeypatch.setattr("fastbyol.evaluate.features.COMPILE_IMAGES", 1)
+    monkeypatch.setattr("fastbyol.evaluation.features.BATCH", 6)
+    monkeypatch.setattr("fastbyol.evaluation.features.COMPILE_IMAGES", 1)
     compile_network = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_network(*args, **options, backend=backend))
     for _ in range(2):  # the second pass does not try again
@@ -346,7 +346,7 @@ def test_evaluation_does_not_compile(photos, monkeypatch):
     backbone(torch.randn(4, 3, SIZE, SIZE))
     assert len(compiled) == 1
     context = EvalContext(size=SIZE, device=torch.device("cpu"), dtype=torch.float32, threads=1)
-    monkeypatch.setattr("fastbyol.evaluate.features.BATCH", 7)
+    monkeypatch.setattr("fastbyol.evaluation.features.BATCH", 7)
     features = extract_features(backbone, open_split(photos, "val"), context, None)
     assert features.unit.shape == (18, 4)
     assert len(compiled) == 1

@@ -11,7 +11,7 @@ from helpers.common import BATCH, losses
 from helpers.stopping import stop_after
 from helpers.torchrun import torchrun as start
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.build import build_model
 from fastbyol.config import DistributedConfig, ProbeConfig
 from fastbyol.data import build_loader, open_split

@@ -15,7 +15,7 @@ import torch
 from helpers.common import HANG_S, ROOT, losses
 
 from fastbyol import step
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.data.folder import ImageFolder
 from fastbyol.errors import RunError
 from fastbyol.runtime import checkpoint
@@ -154,7 +154,7 @@ import json, os, signal
 from fastbyol import step
 from fastbyol.config import Config
 from fastbyol.errors import RunError
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 
 def lost(self, number, batch):
     raise RunError("lost")

@@ -59,7 +59,7 @@ def test_import_does_not_configure_logging():
     """Importing the package adds no handler; Python's last-resort handler prints warnings."""
     code = """
 import logging
-import fastbyol.train
+import fastbyol.loop
 from fastbyol.runtime.logging import logger
 assert logger.handlers == [] and logger.filters == [] and logger.propagate and logger.level == logging.NOTSET
 assert logging.getLogger().handlers == []

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastbyol import batch_size
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.batch_size import batch_bytes, find_batch_size
 from fastbyol.build import build_model
 from fastbyol.config import ModelConfig

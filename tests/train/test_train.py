@@ -21,7 +21,7 @@ from helpers.stopping import stop_after
 from PIL import Image
 
 from fastbyol import step
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.config import Config, DataConfig, OptimConfig
 from fastbyol.data import find_images, open_split
 from fastbyol.data.pack import pack
@@ -674,7 +674,7 @@ def test_restarted_workers_resume_from_their_own_checkpoints(make_config, monkey
     early = str(first.folder / "checkpoints" / "step_00000004.pt")
     config = make_config(name="other", resume=early, **SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
     train(config)
-    monkeypatch.setattr("fastbyol.train.world_from_environment", lambda: World(restarts=1))
+    monkeypatch.setattr("fastbyol.loop.world_from_environment", lambda: World(restarts=1))
     third = train(dataclasses.replace(config, optim=OptimConfig(epochs=3, warmup_epochs=0)))
     assert json.loads((third.folder / "summary.json").read_text())["steps"] == 12
     assert [m["step"] for m in read_metrics(third.folder) if m["kind"] == "train"][:1] == [5]  # from its first attempt

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers.common import losses
 from torch import nn
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.build import build_model
 from fastbyol.config import Config, DataConfig, ModelConfig, ProbeConfig
 from fastbyol.data.views import center_box, sample

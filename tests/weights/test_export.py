@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
 
-from fastbyol.api import pretrain as train
+from fastbyol.api import train
 from fastbyol.build import build_backbone, build_model
 from fastbyol.cli import main
 from fastbyol.config import Config, DataConfig, ModelConfig

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from fastbyol.data.images import ImageSet
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError, RunError, first_line
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.image_files import unlabeled_set
-from fastbyol.evaluate.options import DenseEval
-from fastbyol.evaluate.task import EvalTask
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.image_files import unlabeled_set
+from fastbyol.evaluation.options import DenseEval
+from fastbyol.evaluation.task import EvalTask
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.parallel import GradientMean, share_of_batch
 

@@ -16,10 +16,10 @@ from fastbyol.config import Config
 from fastbyol.data import Batch, ImageSet, find_images
 from fastbyol.data.backends import choose_decoder
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate.context import EvalContext, missing_images_warning
-from fastbyol.evaluate.features import check_finite, check_splits, extract_features
-from fastbyol.evaluate.knn import knn_accuracy
-from fastbyol.evaluate.quality import alignment, rank_me, uniformity
+from fastbyol.evaluation.context import EvalContext, missing_images_warning
+from fastbyol.evaluation.features import check_finite, check_splits, extract_features
+from fastbyol.evaluation.knn import knn_accuracy
+from fastbyol.evaluation.quality import alignment, rank_me, uniformity
 from fastbyol.model import BYOLOutput
 from fastbyol.run import Run
 from fastbyol.runtime.logging import logger

@@ -29,11 +29,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from fastbyol.config import Config, DistributedConfig
 from fastbyol.errors import InputError
-from fastbyol.evaluate import dense
-from fastbyol.evaluate.context import EvalContext, Row
-from fastbyol.evaluate.image_files import read_pixels, resize
-from fastbyol.evaluate.options import SegmentationEval
-from fastbyol.evaluate.voc import VOID, VocFolder, VocImage, open_voc, read_mask
+from fastbyol.evaluation import dense
+from fastbyol.evaluation.context import EvalContext, Row
+from fastbyol.evaluation.image_files import read_pixels, resize
+from fastbyol.evaluation.options import SegmentationEval
+from fastbyol.evaluation.voc import VOID, VocFolder, VocImage, open_voc, read_mask
 from fastbyol.kernels.augment_params import IMAGENET_MEAN
 from fastbyol.layers import BatchNorm
 from fastbyol.parallel import sync_batch_norm

@@ -14,7 +14,7 @@ from fastbyol.data.crops import DecoderName
 from fastbyol.data.images import UNLABELED, ImageSet
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import join_names
-from fastbyol.evaluate.partial import PartialResult
+from fastbyol.evaluation.partial import PartialResult
 from fastbyol.runtime.console import SECONDS_BETWEEN_LINES
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.logging import logger

@@ -35,7 +35,7 @@ class RunResult:
     already_finished: bool = False  # there was nothing to do
 
 
-def train(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
+def train_loop(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
     """Pre-train a backbone. Everything is written under config.runs/config.name.
 
     Under torchrun, every rank calls this; rank 0 writes and logs.

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from fastbyol.evaluate.context import EvalContext, Row
-from fastbyol.evaluate.features import Features, Splits, extract_each, extract_features
-from fastbyol.evaluate.knn import knn_accuracy, knn_bytes
-from fastbyol.evaluate.linear import CACHED_BASE_LRS, LinearClassifier, fit_linear, probe_batch_size, probe_bytes
-from fastbyol.evaluate.options import RobustnessEval
-from fastbyol.evaluate.task import EvalTask
+from fastbyol.evaluation.context import EvalContext, Row
+from fastbyol.evaluation.features import Features, Splits, extract_each, extract_features
+from fastbyol.evaluation.knn import knn_accuracy, knn_bytes
+from fastbyol.evaluation.linear import CACHED_BASE_LRS, LinearClassifier, fit_linear, probe_batch_size, probe_bytes
+from fastbyol.evaluation.options import RobustnessEval
+from fastbyol.evaluation.task import EvalTask
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.runtime.distributed import World
 

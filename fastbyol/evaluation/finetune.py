@@ -21,8 +21,8 @@ from fastbyol.config import Config, DistributedConfig
 from fastbyol.data.images import ImageSet
 from fastbyol.data.subset import select_training_images
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate.context import EvalContext, Row
-from fastbyol.evaluate.features import (
+from fastbyol.evaluation.context import EvalContext, Row
+from fastbyol.evaluation.features import (
     feature_dim,
     network_outputs,
     open_splits,
@@ -30,9 +30,9 @@ from fastbyol.evaluate.features import (
     training_batches,
     unchanged,
 )
-from fastbyol.evaluate.knn import accuracies, top_hits
-from fastbyol.evaluate.options import FinetuneEval
-from fastbyol.evaluate.task import EvalTask
+from fastbyol.evaluation.knn import accuracies, top_hits
+from fastbyol.evaluation.options import FinetuneEval
+from fastbyol.evaluation.task import EvalTask
 from fastbyol.parallel import GradientMean, sync_batch_norm
 from fastbyol.precision import autocast
 from fastbyol.runtime.logging import logger

@@ -6,8 +6,8 @@ Shapes: n images of this rank, M of all ranks, F features, B images of a batch.
 import torch
 from torch import Tensor, nn
 
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.features import BATCH, Features, inference
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.features import BATCH, Features, inference
 
 _EPSILON = 1e-7  # of RankMe
 _TEMPERATURE = 2.0  # t of the uniformity

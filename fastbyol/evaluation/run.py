@@ -19,18 +19,18 @@ from fastbyol.build import build_model
 from fastbyol.config import Config, DistributedConfig
 from fastbyol.data.backends import choose_decoder
 from fastbyol.errors import InputError
-from fastbyol.evaluate.context import EvalContext, Row
-from fastbyol.evaluate.detection import DETECTION
-from fastbyol.evaluate.features import RAW_PIXELS_SIDES, RawPixels, calibrate_batchnorm, raw_pixels_side
-from fastbyol.evaluate.fewshot import FEWSHOT
-from fastbyol.evaluate.finetune import FINETUNE
-from fastbyol.evaluate.knn import KNN
-from fastbyol.evaluate.linear import LINEAR
-from fastbyol.evaluate.options import EmbedConfig, EvalConfig
-from fastbyol.evaluate.partial import SUFFIX, PartialResult
-from fastbyol.evaluate.robustness import ROBUSTNESS
-from fastbyol.evaluate.segmentation import SEGMENTATION
-from fastbyol.evaluate.task import EvalTask
+from fastbyol.evaluation.context import EvalContext, Row
+from fastbyol.evaluation.detection import DETECTION
+from fastbyol.evaluation.features import RAW_PIXELS_SIDES, RawPixels, calibrate_batchnorm, raw_pixels_side
+from fastbyol.evaluation.fewshot import FEWSHOT
+from fastbyol.evaluation.finetune import FINETUNE
+from fastbyol.evaluation.knn import KNN
+from fastbyol.evaluation.linear import LINEAR
+from fastbyol.evaluation.options import EmbedConfig, EvalConfig
+from fastbyol.evaluation.partial import SUFFIX, PartialResult
+from fastbyol.evaluation.robustness import ROBUSTNESS
+from fastbyol.evaluation.segmentation import SEGMENTATION
+from fastbyol.evaluation.task import EvalTask
 from fastbyol.layers import set_num_views
 from fastbyol.model import BYOL
 from fastbyol.precision import compute_dtype, set_float32_precision

@@ -8,8 +8,8 @@ from torch import nn
 
 from fastbyol.config import Config
 from fastbyol.data.images import ImageSet
-from fastbyol.evaluate.context import EvalContext, Row
-from fastbyol.evaluate.features import open_splits
+from fastbyol.evaluation.context import EvalContext, Row
+from fastbyol.evaluation.features import open_splits
 from fastbyol.runtime.distributed import World
 
 _METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "map": "mAP", "pixel_accuracy": "pixel accuracy"}

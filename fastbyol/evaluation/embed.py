@@ -37,11 +37,11 @@ from fastbyol.data import open_split
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.images import ImageSet
 from fastbyol.errors import InputError, RunError, error_reason
-from fastbyol.evaluate.context import MAX_UNREADABLE_FRACTION, EvalContext
-from fastbyol.evaluate.dense import check_maps
-from fastbyol.evaluate.features import merge_ranks, network_outputs, no_readable_images, output_shape, unchanged
-from fastbyol.evaluate.options import EmbedConfig
-from fastbyol.evaluate.run import eval_context, evaluation_ranks
+from fastbyol.evaluation.context import MAX_UNREADABLE_FRACTION, EvalContext
+from fastbyol.evaluation.dense import check_maps
+from fastbyol.evaluation.features import merge_ranks, network_outputs, no_readable_images, output_shape, unchanged
+from fastbyol.evaluation.options import EmbedConfig
+from fastbyol.evaluation.run import eval_context, evaluation_ranks
 from fastbyol.layers import set_num_views
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.environment import has_module

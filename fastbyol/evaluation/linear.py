@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbyol.errors import InputError, RunError
-from fastbyol.evaluate.context import EvalContext, Row, Track
-from fastbyol.evaluate.features import (
+from fastbyol.evaluation.context import EvalContext, Row, Track
+from fastbyol.evaluation.features import (
     BATCH,
     Features,
     Splits,
@@ -38,9 +38,9 @@ from fastbyol.evaluate.features import (
     inference_function,
     training_batches,
 )
-from fastbyol.evaluate.knn import accuracies, top_hits
-from fastbyol.evaluate.options import LinearEval, ProbeTraining
-from fastbyol.evaluate.task import EvalTask
+from fastbyol.evaluation.knn import accuracies, top_hits
+from fastbyol.evaluation.options import LinearEval, ProbeTraining
+from fastbyol.evaluation.task import EvalTask
 from fastbyol.runtime.distributed import World
 
 CACHED_BASE_LRS = (0.003, 0.01, 0.03, 0.1, 0.3)  # for standardized features

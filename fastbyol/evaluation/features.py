@@ -26,8 +26,8 @@ from fastbyol.data import find_images
 from fastbyol.data.crops import CENTER_FRACTION, center_crops, random_crops
 from fastbyol.data.images import ImageSet
 from fastbyol.errors import InputError, first_line, join_names
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.options import EvalConfig
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.options import EvalConfig
 from fastbyol.layers import set_num_views
 from fastbyol.parallel import share_of_batch
 from fastbyol.precision import autocast

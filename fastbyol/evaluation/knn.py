@@ -17,10 +17,10 @@ Shapes: N training images, M validation images, F features, C classes, k neighbo
 import torch
 from torch import Tensor, nn
 
-from fastbyol.evaluate.context import EvalContext, Row
-from fastbyol.evaluate.features import Features, Splits, check_finite, extract_features, feature_bytes
-from fastbyol.evaluate.options import KnnEval
-from fastbyol.evaluate.task import EvalTask
+from fastbyol.evaluation.context import EvalContext, Row
+from fastbyol.evaluation.features import Features, Splits, check_finite, extract_features, feature_bytes
+from fastbyol.evaluation.options import KnnEval
+from fastbyol.evaluation.task import EvalTask
 from fastbyol.runtime.distributed import World
 
 _QUERY_CHUNK = 2048

@@ -39,11 +39,11 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fastbyol.config import Config
 from fastbyol.errors import InputError
-from fastbyol.evaluate import dense
-from fastbyol.evaluate.coco import CocoFolder, CocoImage, open_coco
-from fastbyol.evaluate.context import EvalContext, Row
-from fastbyol.evaluate.image_files import read_pixels, resize
-from fastbyol.evaluate.options import DetectionEval
+from fastbyol.evaluation import dense
+from fastbyol.evaluation.coco import CocoFolder, CocoImage, open_coco
+from fastbyol.evaluation.context import EvalContext, Row
+from fastbyol.evaluation.image_files import read_pixels, resize
+from fastbyol.evaluation.options import DetectionEval
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
 from fastbyol.precision import autocast
 from fastbyol.runtime.device import seeded

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fastbyol.config import Config
 from fastbyol.errors import InputError
-from fastbyol.evaluate.context import EvalContext, Row, Track
-from fastbyol.evaluate.features import Features, Splits, extract_features, feature_bytes, open_splits
-from fastbyol.evaluate.options import FewshotEval
-from fastbyol.evaluate.task import EvalTask
+from fastbyol.evaluation.context import EvalContext, Row, Track
+from fastbyol.evaluation.features import Features, Splits, extract_features, feature_bytes, open_splits
+from fastbyol.evaluation.options import FewshotEval
+from fastbyol.evaluation.task import EvalTask
 from fastbyol.runtime.distributed import World
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fastbyol.data.decode import EXTENSIONS, BadImage, as_stored
 from fastbyol.errors import InputError, error_reason
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.image_files import image_size, path_spellings, read_text, warn_absent_classes
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.image_files import image_size, path_spellings, read_text, warn_absent_classes
 
 VOID = 255  # mask value of pixels that do not count
 LABELS_FILE = "labels.txt"  # names of the classes 1 .. K, one per line; not part of VOC itself

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.errors import InputError, first_line
-from fastbyol.evaluate.context import EvalContext
-from fastbyol.evaluate.image_files import image_size, path_spellings, read_text, warn_absent_classes
+from fastbyol.evaluation.context import EvalContext
+from fastbyol.evaluation.image_files import image_size, path_spellings, read_text, warn_absent_classes
 from fastbyol.runtime.logging import logger
 
 _SPLITS = ("train", "val")
