@@ -3,7 +3,7 @@
 import torch
 
 from fastbyol.config import Config
-from fastbyol.data import ImageSet
+from fastbyol.data import Images
 from fastbyol.data.views import VIEWS
 from fastbyol.errors import InputError
 from fastbyol.layers import activation_checkpointing
@@ -52,7 +52,7 @@ def find_batch_size(config: Config, device: torch.device, world: World, model: B
     return size
 
 
-def global_batch_size(fits: int, images: ImageSet, config: Config, world: World) -> int:
+def global_batch_size(fits: int, images: Images, config: Config, world: World) -> int:
     """Return the batch size over all ranks if this rank can hold `fits` images.
 
     Every rank must call this.

@@ -13,7 +13,7 @@ from torch import nn
 from fastbyol.backbones import create_backbone
 from fastbyol.batch_size import find_batch_size, global_batch_size
 from fastbyol.config import Config, ModelConfig
-from fastbyol.data import Batch, ImageSet, Loader, build_loader, choose_backend, find_images
+from fastbyol.data import Batch, Images, Loader, build_loader, choose_backend, find_images
 from fastbyol.errors import InputError, first_line
 from fastbyol.kernels.cpu.jit_cache import compile_cpu_kernels
 from fastbyol.layers import fuse_layers
@@ -34,7 +34,7 @@ class Training:
     config: Config
     world: World
     device: torch.device
-    images: ImageSet
+    images: Images
     model: BYOL
     step: TrainStep
     loader: Loader
@@ -61,7 +61,7 @@ class Training:
 
 
 def build_training(
-    config: Config, world: World, device: torch.device, images: ImageSet, on_model: Callable[[BYOL], None] | None = None
+    config: Config, world: World, device: torch.device, images: Images, on_model: Callable[[BYOL], None] | None = None
 ) -> Training:
     """Build model, training step and loader. Every rank must call this.
 
@@ -92,7 +92,7 @@ def build_training(
     return Training(config, world, device, images, model, step, loader)
 
 
-def find_training_images(config: Config, world: World) -> ImageSet:
+def find_training_images(config: Config, world: World) -> Images:
     """Return the training split. Every rank must call this.
 
     Raises:
@@ -102,7 +102,7 @@ def find_training_images(config: Config, world: World) -> ImageSet:
         return find_images(config.data, "train")
 
 
-def with_batch_size(config: Config, images: ImageSet, device: torch.device, world: World) -> Config:
+def with_batch_size(config: Config, images: Images, device: torch.device, world: World) -> Config:
     """Return the config with the batch size that data.batch_size=auto means.
 
     Every rank must call this.

@@ -50,11 +50,12 @@ class DataConfig(Settings):
 
     PREFIX: ClassVar[str] = "data."
     root: AbsolutePath | None = None
-    """Folder of the data set, with ROOT/train/CLASS/x.jpg or ROOT/train.beton. Or the training
-    split itself: a folder or .beton file."""
+    """Folder or URL of the data set, e.g. with ROOT/train/CLASS/x.jpg. Or the training split
+    itself: a folder, file or pattern. Other files: train.beton, train-*.tar, train-*.parquet,
+    train.csv, train.npz."""
     train_split: ExpandedPath = "train"
-    """Training split: a sub-folder or .beton file of `root`, a path elsewhere, or '.' for `root`
-    itself."""
+    """Training split: a sub-folder or file of `root`, a path or pattern elsewhere, or '.' for
+    `root` itself."""
     val_split: ExpandedPath = "val"
     """Validation split, likewise. Evaluation is skipped if it does not exist."""
     backend: Literal["auto", "native", "dali", "ffcv"] = "auto"
@@ -87,10 +88,14 @@ class DataConfig(Settings):
     prefetch_batches: Annotated[int, at_least(1), at_most(1000)] = 3
     """Batches to prefetch. Memory: (prefetch_batches + 1) * batch_size * 2 views * image_size_px^2
     * 3 * bytes per value."""
-    readers: Annotated[int, at_least(1), at_most(MAX_THREADS)] = 4
-    """Threads that read files ahead of the decoders. Increase it for a slow disk."""
+    readers: Annotated[int, at_least(0, "auto"), at_most(MAX_THREADS)] = 0
+    """Threads that read files ahead of the decoders. 0 uses 4 for a disk and 32 for a URL."""
     readahead_images: Count = 256
     """Files to read ahead. Their bytes stay in memory until they are decoded."""
+    cache_gb: NonNegative = 50.0
+    """Largest size of the disk cache of remote data sets, in GB. 0 is off."""
+    cache_dir: AbsolutePath | None = None
+    """Folder of that cache. By default it lies in the user's cache folder."""
     dct_scaling: bool = False
     """Decode JPEGs at 1/2, 1/4 or 1/8 of their size if both crops still have image_size_px pixels.
     Faster, slightly different pixels."""

@@ -40,6 +40,10 @@ class PeerFailure(FastbyolError):
     """Another rank has reported the error that ends the run. Nothing is printed."""
 
 
+class StorageError(RunError):
+    """A remote storage does not answer, or no longer admits the user."""
+
+
 class LoaderTimeout(RunError):
     """No batch arrived within data.timeout_s.
 

@@ -10,7 +10,7 @@ import torch
 from fastbyol.build import Training
 from fastbyol.callbacks import Callback
 from fastbyol.config import Config, OptimConfig
-from fastbyol.data import ImageSet
+from fastbyol.data import Images
 from fastbyol.errors import InputError, first_line
 from fastbyol.runtime import checkpoint
 from fastbyol.runtime.logging import logger
@@ -35,7 +35,7 @@ _MUST_NOT_CHANGE = ("optim.name", "data.batch_size", "data.image_size_px")
 # Settings that change nothing of what is computed; they change silently.
 _MAY_CHANGE = (
     *("resume", "runs", "name", "device", "init"),
-    *("data.threads", "data.prefetch_batches", "data.timeout_s"),
+    *("data.threads", "data.prefetch_batches", "data.timeout_s", "data.readers", "data.cache_dir", "data.cache_gb"),
     *("step.", "distributed.", "log.", "knn.", "probe.", "checkpoint."),
 )
 
@@ -43,7 +43,7 @@ _MAY_CHANGE = (
 class ImageIdentity:
     """Fingerprint of an image set: tells it from other sets without reading all of it."""
 
-    def __init__(self, images: ImageSet) -> None:
+    def __init__(self, images: Images) -> None:
         self.root, self.count = images.root, len(images)
         self.files, self.sample = images.fingerprint(), images.content_hashes()
 

@@ -17,7 +17,15 @@ from fastbyol.callbacks import Callback
 from fastbyol.config import DEFAULT_WARMUP_EPOCHS, Config
 from fastbyol.data import Batch, choose_backend
 from fastbyol.data.workers import resolve_threads
-from fastbyol.errors import InputError, LoaderTimeout, RunError, error_reason, first_line, is_out_of_memory
+from fastbyol.errors import (
+    InputError,
+    LoaderTimeout,
+    RunError,
+    StorageError,
+    error_reason,
+    first_line,
+    is_out_of_memory,
+)
 from fastbyol.kernels import describe
 from fastbyol.kernels.cpu.jit_cache import compile_cpu_kernels
 from fastbyol.model import BYOL, BYOLOutput
@@ -243,6 +251,8 @@ class Run:
             path = folder.path / (STACKS if self.world.is_main_process else f"rank{self.world.rank}_{STACKS}")
             write_file(path, error.stacks)
             raise RunError(f"{error}; {path} has the stacks of all threads; {folder.last_good()}") from None
+        except StorageError as error:
+            raise StorageError(f"{error}; {folder.last_good()}") from None
         except torch.OutOfMemoryError as error:
             parts = f" ({self.memory})" if self.memory is not None else ""
             raise RunError(

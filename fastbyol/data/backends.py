@@ -10,15 +10,18 @@ from fastbyol.config import DataConfig
 from fastbyol.data.batch import Loader
 from fastbyol.data.beton import SUFFIX, BetonFile
 from fastbyol.data.crops import DecoderName
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import Images
 from fastbyol.data.native import NativeLoader
+from fastbyol.data.remote import READERS
 from fastbyol.data.views import AUGMENTATIONS
 from fastbyol.data.workers import preserve_torch_threads
 from fastbyol.errors import InputError
 from fastbyol.runtime.environment import FFCV_COMMAND, dali_install_command, has_module
 
+_DISK_READERS = 4
 
-def choose_backend(config: DataConfig, images: ImageSet, device: torch.device) -> tuple[str, str]:
+
+def choose_backend(config: DataConfig, images: Images, device: torch.device) -> tuple[str, str]:
     """Return the backend, "native", "dali" or "ffcv", and the reason for it.
 
     Raises:
@@ -37,8 +40,8 @@ def choose_backend(config: DataConfig, images: ImageSet, device: torch.device) -
             raise InputError(f"data.backend=ffcv: FFCV is not installed: {FFCV_COMMAND}")
         if not isinstance(images, BetonFile):
             raise InputError(
-                f"data.backend=ffcv reads .beton files only, {images.root} is a folder: fastbyol pack {images.root} "
-                f"{images.root}{SUFFIX}"
+                f"data.backend=ffcv reads .beton files only, {images.root} is none: fastbyol pack {images.root} "
+                f"{str(images.root).rpartition('/')[2]}{SUFFIX}"
             )
     return config.backend, "set by data.backend"
 
@@ -54,7 +57,7 @@ def choose_decoder(config: DataConfig, device: torch.device) -> DecoderName:
 
 def build_loader(
     config: DataConfig,
-    images: ImageSet,
+    images: Images,
     *,
     seed: int,
     device: torch.device,
@@ -99,7 +102,8 @@ def build_loader(
             from fastbyol.data.ffcv import FfcvLoader
 
             return FfcvLoader(**options)
-    options |= {"readers": config.readers, "readahead_images": config.readahead_images}
+    readers = config.readers or (READERS if images.is_remote else _DISK_READERS)
+    options |= {"readers": readers, "readahead_images": config.readahead_images}
     if backend == "dali":
         from fastbyol.data.dali import DaliLoader
 

@@ -28,7 +28,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data.images import UNLABELED, ImageSet, number_classes
+from fastbyol.data.images import MAX_CLASSES, UNLABELED, Images, number_classes
 from fastbyol.errors import InputError, error_reason
 
 SUFFIX = ".beton"
@@ -42,7 +42,6 @@ _BYTES = np.dtype([("start", "<u8"), ("size", "<u8")])
 # Type of a field -> dtype of its column: float, integer, image, bytes, array, JSON, tensor.
 COLUMN_TYPES = {0: "<f8", INTEGER_TYPE: "<i8", IMAGE_TYPE: IMAGE, 3: _BYTES, 4: "<u8", 5: _BYTES, 6: "<u8"}
 JPEG, RAW = 0, 1
-MAX_CLASSES = 10_000_000  # a larger label is no class number, and one name per class would exhaust the memory
 CLASS_NAMES = np.dtype([("magic", "S16"), ("start", "<u8"), ("size", "<u8")])  # in the label's arguments
 CLASS_NAMES_MAGIC = b"fastbyol classes"
 
@@ -52,7 +51,7 @@ class BadBeton(InputError, ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class BetonFile(ImageSet):
+class BetonFile(Images):
     """The N images of an open .beton file."""
 
     root: Path

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbyol.data.device import DeviceSlots
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import Images
 from fastbyol.data.rendering import Box, CropPlan, Renderer
 from fastbyol.data.views import AUGMENTATIONS, Sampler, center_box, epoch_order
 from fastbyol.data.workers import PrefetchPool, resolve_threads
@@ -27,7 +27,7 @@ CENTER_FRACTION = 0.875  # 224/256 of the short side: the center crop of BYOL's 
 
 
 def center_crops(
-    images: ImageSet,
+    images: Images,
     *,
     size: int,
     fraction: float,
@@ -71,7 +71,7 @@ def center_crops(
 
 
 def random_crops(
-    images: ImageSet,
+    images: Images,
     *,
     size: int,
     seed: int,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.decode import EXTENSIONS
-from fastbyol.data.images import UNLABELED, ImageSet, number_classes
+from fastbyol.data.images import UNLABELED, Images, number_classes, pack_names
 from fastbyol.errors import InputError, join_names, printable
 from fastbyol.runtime.caches import own_folder
 from fastbyol.runtime.files import atomic_write
@@ -36,7 +36,7 @@ _SPLIT_NAME = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?)(\W|_)*(set|
 
 
 @dataclass(frozen=True, eq=False)
-class ImageFolder(ImageSet):
+class ImageFolder(Images):
     """The N files of a split in sorted order, each with a class index."""
 
     root: Path
@@ -76,7 +76,7 @@ class ImageFolder(ImageSet):
         return replace(self, labels=labels, classes=classes)
 
     def _identity(self, members: NDArray[np.int64]) -> bytes:
-        return _pack_names([self.paths[i] for i in members.tolist()])
+        return pack_names([self.paths[i] for i in members.tolist()])
 
 
 def index_folder(base: Path, *, key: str = "data.root") -> ImageFolder:
@@ -274,13 +274,8 @@ def _modification_times(base: Path, folders: list[str]) -> Iterator[int]:
         yield (base / name).stat().st_mtime_ns
 
 
-def _pack_names(names: Iterable[str]) -> bytes:
-    """Join names, each terminated by a zero, so that no names and one empty name differ."""
-    return os.fsencode("\0".join([*names, ""]))
-
-
 def _pack_array(names: Iterable[str]) -> NDArray[np.uint8]:
-    return np.frombuffer(_pack_names(names), dtype=np.uint8)
+    return np.frombuffer(pack_names(names), dtype=np.uint8)
 
 
 def _unpack_names(packed: NDArray[np.uint8]) -> list[str]:

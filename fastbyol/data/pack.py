@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastbyol.data import beton
 from fastbyol.data.decode import BadImage, decode, is_complete_jpeg, jpeg_size
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import Images
 from fastbyol.data.metadata import without_metadata
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError, RunError, error_reason
@@ -37,7 +37,7 @@ class Sample(NamedTuple):
 
 
 def pack(
-    images: ImageSet,
+    images: Images,
     out: Path,
     *,
     mode: Mode = "auto",

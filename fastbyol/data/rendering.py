@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastbyol.data.decode import BadImage, DecodeBuffer, decode, decode_reduced, jpeg_size
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import Images
 from fastbyol.data.sequence import DeterministicLoader, StoredImage
 from fastbyol.data.views import VIEWS, Sampler
 from fastbyol.errors import first_line
@@ -26,7 +26,7 @@ ViewFunction = Callable[[int, int, int], tuple[Box, NDArray[np.float32]]]
 class CropPlan:
     """The crops of an evaluation: one view of each of the images `order`, in batches."""
 
-    images: ImageSet
+    images: Images
     order: NDArray[np.int64]  # indices, by position
     view_of: ViewFunction
     size: int  # S, side of a crop in pixels

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastbyol.data.decode import BadImage
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import Images
 from fastbyol.data.views import Augmentation, Sampler, epoch_order
 from fastbyol.errors import LoaderTimeout, RunError, error_reason
 
@@ -40,7 +40,7 @@ class DeterministicLoader:
     def __init__(
         self,
         *,
-        images: ImageSet,
+        images: Images,
         batch_size: int,
         shard: NDArray[np.int64],
         size: int,

@@ -2,68 +2,99 @@
 
 import difflib
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastbyol.config import DataConfig
-from fastbyol.data.beton import SUFFIX, open_beton
+from fastbyol.data.beton import SUFFIX
 from fastbyol.data.folder import index_folder, is_split_name
-from fastbyol.data.images import ImageSet
+from fastbyol.data.formats import (
+    FILES,
+    NoImages,
+    find_shards,
+    is_archive,
+    open_file,
+    open_paths,
+    open_pattern,
+    open_url,
+    shards_in,
+    split_of,
+)
+from fastbyol.data.images import Images
+from fastbyol.data.objects import as_images
+from fastbyol.data.remote import CacheOptions
+from fastbyol.data.storage import is_pattern, is_url
 from fastbyol.data.subset import select_classes, select_training_images
-from fastbyol.errors import InputError, printable
+from fastbyol.errors import InputError
 
 
-def open_split(root: str | Path | None, split: str, *, key: str = "data.root", option: str = "") -> ImageSet:
-    """Open all images of a split: the folder ROOT/SPLIT or the file ROOT/SPLIT[.beton].
+def open_split(
+    root: str | Path | None, split: str, *, key: str = "data.root", option: str = "", cache: CacheOptions | None = None
+) -> Images:
+    """Open all images of a split: a folder, a file or shards (see formats.py).
 
     If ROOT is a file, SPLIT is looked for in ROOT's folder.
 
     Args:
-        root: folder of the data set.
-        split: name of the split; '.' is `root` itself, which may then be a .beton file.
+        root: folder or URL of the data set.
+        split: name of the split; '.' is `root` itself, which may then be a file or a pattern.
         key: config key of `root`, for error messages.
         option: config key of `split`, for error messages.
+        cache: of remote files; None is the default one.
 
     Raises:
         InputError: the split is missing, damaged or holds no images.
+        StorageError: a remote storage does not answer.
     """
+    cache = cache or CacheOptions()
     if root is None:
         raise InputError(f"{key} is not set: name the folder that holds {split}/ or {split}{SUFFIX}")
+    if is_url(root) or is_url(split):
+        return open_url(str(root), split, cache, key)
     try:
         base = _split_path(Path(root), split)
+        if is_pattern(base):
+            return open_pattern(str(base), f"{key}={root}")
         if base.is_dir():
-            return index_folder(base, key=f"{key}={root}")
-        for file in (base, Path(f"{base}{SUFFIX}")):
-            if file.suffix == SUFFIX and file.is_file():
-                return open_beton(file)
+            shards = shards_in(base)
+            return open_paths(base, shards) if shards else index_folder(base, key=f"{key}={root}")
+        for file in (base, *(Path(f"{base}{suffix}") for suffix in FILES)):
+            if file.suffix.lower() in FILES and file.is_file():
+                return open_file(file, split, cache)
+        if split != "." and (shards := find_shards(Path(root), split)):
+            return open_paths(Path(root), shards)
         raise InputError(f"{key}={root}: {_explain_missing(Path(root), split, option)}")
     except OSError as error:
         raise InputError(f"{key}={root}: cannot access {error.filename}: {error.strerror}") from None
 
 
 def find_images(
-    config: DataConfig, split: Literal["train", "val"], *, root: str | Path | None = None, key: str = "data.root"
-) -> ImageSet:
+    config: DataConfig, split: Literal["train", "val"], *, root: Any = None, key: str = "data.root"
+) -> Images:
     """Open the images of a split that a run uses, as selected by data.classes, data.fraction etc.
 
     Args:
         config: the data section of the config.
         split: "train" or "val".
-        root: folder of the data set; None is data.root.
+        root: folder or URL of the data set, or the images of the split (see `as_images`); None is
+            data.root.
         key: config key of `root`, for error messages.
 
     Raises:
-        InputError: as `open_split`; data.classes or another selection does not fit the data set.
+        InputError: as `open_split` or `as_images`; data.classes or another selection does not fit
+            the data set.
     """
-    images = _find_split(config, split, config.root if root is None else root, key)
+    if root is None or isinstance(root, str | os.PathLike):
+        images = _find_split(config, split, config.root if root is None else os.fspath(root), key)
+    else:
+        images = as_images(root)
     if config.classes:
         images = select_classes(images, config.classes)
     return select_training_images(images, config) if split == "train" else images
 
 
-def _find_split(config: DataConfig, split: Literal["train", "val"], root: str | Path | None, key: str) -> ImageSet:
-    """Open ROOT/SPLIT, or `root` itself if it is a .beton file or a folder without splits.
+def _find_split(config: DataConfig, split: Literal["train", "val"], root: str | None, key: str) -> Images:
+    """Open ROOT/SPLIT, or `root` itself if it is a file, a pattern or a folder without splits.
 
     Raises:
         InputError: as `open_split`; `root` is one split and the other is wanted.
@@ -71,22 +102,31 @@ def _find_split(config: DataConfig, split: Literal["train", "val"], root: str | 
     name = config.train_split if split == "train" else config.val_split
     is_default = name == getattr(DataConfig, f"{split}_split")
     option = f"{key.removesuffix('root')}{split}_split"
-    if root is None or not is_default:
-        return open_split(root, name, key=key, option=option)
+    cache = CacheOptions(config.cache_dir, round(config.cache_gb * 1e9))
+    is_single = root is not None and (is_pattern(root) or (is_url(root) and root.lower().endswith(FILES)))
     try:
-        is_file = Path(root).is_file()
-        is_split = is_file or (split == "train" and _holds_no_splits(Path(root), config))
+        is_single = is_single or (root is not None and not is_url(root) and Path(root).is_file())
+        is_split = is_single or (
+            split == "train" and root is not None and not is_url(root) and _holds_no_splits(Path(root), config)
+        )
     except OSError as error:
         raise InputError(f"{key}={root}: cannot access {error.filename}: {error.strerror}") from None
-    if not is_split:
-        return open_split(root, name, key=key, option=option)
+    if is_single and is_default and root is not None and root.lower().endswith(".npz"):  # it may hold all splits
+        return open_file(Path(root), name, cache)
+    if root is None or not is_default or not is_split:
+        try:
+            return open_split(root, name, key=key, option=option, cache=cache)
+        except NoImages:  # of a URL
+            if split == "val" or not is_default or root is None:
+                raise
+            return _as_split(open_split(root, ".", key=key, cache=cache), root, f", since it has no {name}/", key)
     if split == "val":
         raise InputError(f"{key}={root} is one file, the training split; {option} names another for validation")
     try:
-        images = open_split(root, ".", key=key)
+        images = open_split(root, ".", key=key, cache=cache)
     except InputError as error:
         raise (
-            error if is_file else InputError(f"{error} (it has no folder {name}/ and no file {name}{SUFFIX})")
+            error if is_single else InputError(f"{error} (it has no folder {name}/ and no file {name}{SUFFIX})")
         ) from None
     nested = [path for path in getattr(images, "paths", ()) if any(map(is_split_name, path.split("/")[1:-1]))]
     if nested:
@@ -94,37 +134,48 @@ def _find_split(config: DataConfig, split: Literal["train", "val"], root: str | 
             f"{key}={root}: there is no folder {Path(root) / name}, but {nested[0]} lies in a split: name the folder that holds "
             f"the splits; {option}=. takes all of {root}"
         )
-    why = "" if is_file else f", since it has no {name}/"
-    return replace(images, notes=(printable(f"{key}={root} is the training split itself{why}"), *images.notes))
+    return _as_split(images, root, "" if is_single else f", since it has no {name}/", key)
+
+
+def _as_split(images: Images, root: str, why: str, key: str) -> Images:
+    """Return the images with a note that `root` is the training split."""
+    images.add_note(f"{key}={root} is the training split itself{why}")
+    return images
 
 
 def _holds_no_splits(root: Path, config: DataConfig) -> bool:
     """Return True if a folder holds neither the config's splits nor anything like a split."""
-    if not root.is_dir() or _list_splits(root):
+    if not root.is_dir() or _list_splits(root) or find_shards(root, config.train_split):
         return False
     named = [root / name for name in (config.train_split, config.val_split)]
     return not any(path.exists() and path.resolve().is_relative_to(root.resolve()) for path in named)
 
 
 def _list_splits(root: Path) -> list[str]:
-    """Return what looks like a split in a folder: folders with a split's name, and .beton files."""
+    """Return what looks like a split in a folder: folders with a split's name, .beton files, and
+    the names of the splits of other files.
+    """
     with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.name.endswith(SUFFIX) or (is_split_name(e.name) and e.is_dir()))
+        found = {
+            split_of(e.name) if e.is_file() else e.name if is_split_name(e.name) and e.is_dir() else "" for e in entries
+        }
+    return sorted(found - {""})
 
 
 def _split_path(root: Path, split: str) -> Path:
-    """Return the path of a split: below `root`, or next to it if `root` is a file."""
-    return root.parent / split if split != "." and root.is_file() else root / split
+    """Return the path of a split: below `root`, or next to it if `root` is a file or a pattern."""
+    return root.parent / split if split != "." and (root.is_file() or is_pattern(root)) else root / split
 
 
 def _explain_missing(root: Path, split: str, option: str) -> str:
     """Return why there is no such split, and which splits there are."""
     base = _split_path(root, split)
-    if root.is_file() and root.suffix == SUFFIX:
+    if root.is_file() and root.suffix.lower() in FILES:
         itself = f"; {option}=. is the file itself" if option.endswith("train_split") else ""
         return f"this file is one split, and there is no {base} next to it{itself}"
     if root.is_file():
-        return f"this is a file, not a folder or a {SUFFIX} file; if it is an archive, unpack it"
+        remedy = "unpack it" if is_archive(root) else f"fastbyol reads folders and {', '.join(FILES)} files"
+        return f"this is a file, not a folder or a file of images: {remedy}"
     text = f"there is no folder {base}" + (f" or file {base}{SUFFIX}" if base.suffix != SUFFIX else "")
     available = _list_splits(root) if root.is_dir() else []
     stems = {name.removesuffix(SUFFIX).casefold(): name for name in available}

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config import DataConfig
-from fastbyol.data.images import ImageSet, normalize_name
+from fastbyol.data.images import Images, normalize_name
 from fastbyol.errors import InputError
 
 _LONGEST_QUOTE = 300  # characters of a list's line in a message
 
 
-def select_classes(images: ImageSet, names: list[str], *, key: str = "data.classes") -> ImageSet:
+def select_classes(images: Images, names: list[str], *, key: str = "data.classes") -> Images:
     """Return the images of the classes `names`, renumbered from 0 in the set's order of classes.
 
     Raises:
@@ -39,7 +39,7 @@ def select_classes(images: ImageSet, names: list[str], *, key: str = "data.class
     return selected.with_labels(new_label[selected.labels], [images.classes[k] for k in wanted])
 
 
-def select_training_images(images: ImageSet, data: DataConfig, *, prefix: str = "data.") -> ImageSet:
+def select_training_images(images: Images, data: DataConfig, *, prefix: str = "data.") -> Images:
     """Return the images selected by data.fraction, images_per_class or file_list, in order.
 
     The selection depends only on data.subset_seed and the number of images, and selections are
@@ -82,7 +82,7 @@ def _smallest_fraction(count: int) -> str:
     return f"{np.ceil(0.5001 / max(count, 1) * 1e4) / 1e4:g}" if count else "a class that has images"
 
 
-def _read_file_list(images: ImageSet, path: Path, root: str | None) -> NDArray[np.int64]:
+def _read_file_list(images: Images, path: Path, root: str | None) -> NDArray[np.int64]:
     """Return the sorted indices of the images that a text file names, one per line.
 
     A line is a path or a unique file name; for a .beton file, the sample's number. A path may be
@@ -157,7 +157,7 @@ class _ImageLookup:
         list_folder: folder of the file list.
     """
 
-    def __init__(self, images: ImageSet, root: str | None, list_folder: Path) -> None:
+    def __init__(self, images: Images, root: str | None, list_folder: Path) -> None:
         names = [images.name(i) for i in range(len(images))]
         self._exact = {name: i for i, name in enumerate(names)}
         self._paths, self._files = dict[str, int](), dict[str, int]()

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fastbyol.data.crops import DecoderName
-from fastbyol.data.images import UNLABELED, ImageSet
+from fastbyol.data.images import UNLABELED, Images
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import join_names
 from fastbyol.evaluation.partial import PartialResult
@@ -98,7 +98,7 @@ class EvalContext:
         self.extractions.clear()
         return images / seconds
 
-    def skipped(self, images: ImageSet, bad: dict[int, str]) -> None:
+    def skipped(self, images: Images, bad: dict[int, str]) -> None:
         """Log unreadable images, each once. Warn if enough are missing to distort the results.
 
         Args:
@@ -112,7 +112,7 @@ class EvalContext:
             logger.warning(text)
 
 
-def missing_images_warning(images: ImageSet, bad: Iterable[int]) -> str | None:
+def missing_images_warning(images: Images, bad: Iterable[int]) -> str | None:
     """Return a warning if more than 1 % of the images, or all images of a class, are unreadable.
 
     Args:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import Images
 from fastbyol.data.workers import map_in_order
 from fastbyol.errors import InputError, RunError, first_line
 from fastbyol.evaluation.context import EvalContext
@@ -50,7 +50,7 @@ class DenseTask(EvalTask):
                     digest.update(value.tobytes())
         return digest.hexdigest()
 
-    def calibration_images(self, data: Any) -> ImageSet:
+    def calibration_images(self, data: Any) -> Images:
         """Return the training images, which have a `file` each."""
         return unlabeled_set([image.file for image in data.train])
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from fastbyol.data import open_split
 from fastbyol.data.decode import BadImage, decode
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import Images
 from fastbyol.errors import InputError, RunError, error_reason
 from fastbyol.evaluation.context import MAX_UNREADABLE_FRACTION, EvalContext
 from fastbyol.evaluation.dense import check_maps
@@ -191,7 +191,7 @@ def _shard_images(images: int, shape: tuple[int, ...]) -> int:
     return max(1 << max(most, 1).bit_length() - 1, _FEWEST_IMAGES)
 
 
-def _content(images: ImageSet) -> dict[str, Any]:
+def _content(images: Images) -> dict[str, Any]:
     """Return a hash of the images' names, and hashes of the bytes of some of them."""
     names = json.dumps(images.fingerprint(), sort_keys=True).encode()
     return {"names": hashlib.blake2b(names, digest_size=8).hexdigest(), "samples": images.content_hashes()}
@@ -273,7 +273,7 @@ def _write_shard(
     shard: int,
     rows: NDArray[np.int64],
     network: nn.Module,
-    images: ImageSet,
+    images: Images,
     shape: tuple[int, ...],
     options: EmbedConfig,
     context: EvalContext,
@@ -300,7 +300,7 @@ def _write_shard(
 
 
 def _features_of(
-    part: ImageSet, network: nn.Module, shape: tuple[int, ...], context: EvalContext, total: int
+    part: Images, network: nn.Module, shape: tuple[int, ...], context: EvalContext, total: int
 ) -> tuple[NDArray[np.float16], NDArray[np.int64], dict[int, str]]:
     """Return the features of the n readable images of a shard.
 
@@ -337,7 +337,7 @@ def _features_of(
     return features, used, {row: reasons[row] for row in missing}
 
 
-def _withheld(part: ImageSet, row: int) -> str | None:
+def _withheld(part: Images, row: int) -> str | None:
     """Return why an image that was left out is not known to be damaged or missing.
 
     None if it is, and an empty text if it can be read now.
@@ -352,7 +352,7 @@ def _withheld(part: ImageSet, row: int) -> str | None:
     return ""
 
 
-def _check_lost(part: ImageSet, lost: dict[int, str]) -> None:
+def _check_lost(part: Images, lost: dict[int, str]) -> None:
     """Check that a shard does not lack what a disk withholds for a while.
 
     It is never written again.
@@ -369,7 +369,7 @@ def _check_lost(part: ImageSet, lost: dict[int, str]) -> None:
         )
 
 
-def _table(images: ImageSet, indices: NDArray[np.int64]) -> Table:
+def _table(images: Images, indices: NDArray[np.int64]) -> Table:
     classes = [_text(images.classes[label]) if label >= 0 else "" for label in images.labels[indices]]
     return [(int(k), _text(images.name(int(k))), name) for k, name in zip(indices, classes, strict=True)]
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastbyol.config import Config
 from fastbyol.data import find_images
 from fastbyol.data.crops import CENTER_FRACTION, center_crops, random_crops
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import Images
 from fastbyol.errors import InputError, first_line, join_names
 from fastbyol.evaluation.context import EvalContext
 from fastbyol.evaluation.options import EvalConfig
@@ -47,8 +47,8 @@ RAW_PIXELS_BYTES = 8 << 30  # 64 px up to 349,354 images, 32 px up to 1,395,375
 class Splits(NamedTuple):
     """The labeled images of a data set."""
 
-    train: ImageSet
-    val: ImageSet
+    train: Images
+    val: Images
 
     @property
     def classes(self) -> list[str]:
@@ -80,7 +80,7 @@ def open_splits(options: EvalConfig, config: Config) -> Splits:
     return splits
 
 
-def check_splits(train: ImageSet, val: ImageSet) -> None:
+def check_splits(train: Images, val: Images) -> None:
     """Check that a classifier can be trained on one split and evaluated on the other.
 
     Raises:
@@ -97,7 +97,7 @@ def check_splits(train: ImageSet, val: ImageSet) -> None:
         raise InputError(f"{train.root} and {val.root} have different classes: {'; '.join(differences) or order}")
 
 
-def _extra_classes(a: ImageSet, b: ImageSet) -> str:
+def _extra_classes(a: Images, b: Images) -> str:
     """Describe the classes of `a` that `b` does not have; empty if there are none."""
     known = set(b.classes)
     names = [name for name in a.classes if name not in known]
@@ -223,7 +223,7 @@ def _unit(x: Tensor, length: Tensor) -> Tensor:
 
 
 def extract_features(
-    backbone: nn.Module, split: ImageSet, context: EvalContext, description: str | None = "features"
+    backbone: nn.Module, split: Images, context: EvalContext, description: str | None = "features"
 ) -> Features:
     """Return the features of a split. Arguments and errors are those of `extract_each`."""
     return extract_each(backbone, split, context, [unchanged], description)[0]
@@ -236,7 +236,7 @@ def unchanged(crops: Tensor, indices: NDArray[np.int64]) -> Tensor:
 
 def extract_each(
     backbone: nn.Module,
-    split: ImageSet,
+    split: Images,
     context: EvalContext,
     transforms: Sequence[Transform],
     description: str | None,
@@ -285,7 +285,7 @@ def extract_each(
 
 def network_outputs(
     network: nn.Module,
-    split: ImageSet,
+    split: Images,
     context: EvalContext,
     transforms: Sequence[Transform],
     description: str | None,
@@ -325,7 +325,7 @@ def network_outputs(
 
 
 def _center_crops(
-    split: ImageSet,
+    split: Images,
     own: NDArray[np.int64],
     context: EvalContext,
     bad: dict[int, str],
@@ -355,7 +355,7 @@ def _center_crops(
 
 
 def readable_indices(
-    split: ImageSet, bad: dict[int, str], context: EvalContext, *, quiet: bool = False
+    split: Images, bad: dict[int, str], context: EvalContext, *, quiet: bool = False
 ) -> NDArray[np.int64]:
     """Return the indices of the images that all ranks could read. Every rank must call this.
 
@@ -441,7 +441,7 @@ def inference(network: nn.Module, context: EvalContext, *, stance: str = "force_
         network.train(training)
 
 
-def no_readable_images(images: ImageSet, bad: dict[int, str]) -> InputError:
+def no_readable_images(images: Images, bad: dict[int, str]) -> InputError:
     """Return the error for a set in which no image is readable."""
     first = min(bad)
     return InputError(
@@ -467,7 +467,7 @@ def crop_dtype(network: nn.Module, context: EvalContext) -> torch.dtype:
 
 
 def training_batches(
-    images: ImageSet,
+    images: Images,
     context: EvalContext,
     *,
     epochs: range,
@@ -524,7 +524,7 @@ def training_batches(
         yield crops, labels[rows].to(context.device), rows
 
 
-def calibrate_batchnorm(backbone: nn.Module, split: ImageSet, context: EvalContext) -> None:
+def calibrate_batchnorm(backbone: nn.Module, split: Images, context: EvalContext) -> None:
     """Set BatchNorm's running statistics to their average over the batches of a split, in float32.
 
     Every rank must call this; each runs its share of the batches.

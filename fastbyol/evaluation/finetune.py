@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastbyol.config import Config, DistributedConfig
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import Images
 from fastbyol.data.subset import select_training_images
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluation.context import EvalContext, Row
@@ -49,8 +49,8 @@ class Diverged(RunError):
 class FinetuneData(NamedTuple):
     """The labeled part of the training split, the validation split and the run's config."""
 
-    train: ImageSet
-    val: ImageSet
+    train: Images
+    val: Images
     config: Config
 
     @property
@@ -61,7 +61,7 @@ class FinetuneData(NamedTuple):
 
 def finetune(
     backbone: nn.Module,
-    images: ImageSet,
+    images: Images,
     context: EvalContext,
     *,
     base_lr: float,
@@ -135,7 +135,7 @@ def finetune(
 
 
 def _select_base_lr(
-    backbone: nn.Module, images: ImageSet, options: FinetuneEval, context: EvalContext, training: dict[str, Any]
+    backbone: nn.Module, images: Images, options: FinetuneEval, context: EvalContext, training: dict[str, Any]
 ) -> tuple[float, dict[str, float]]:
     """Return the best learning rate on held-out images, and {"held_out_top1": its accuracy}."""
     if len(options.base_lrs) == 1:
@@ -166,7 +166,7 @@ def _select_base_lr(
     return best, {"held_out_top1": accuracy[best]}
 
 
-def _accuracy(network: nn.Module, split: ImageSet, context: EvalContext) -> dict[str, float]:
+def _accuracy(network: nn.Module, split: Images, context: EvalContext) -> dict[str, float]:
     totals, bad = torch.zeros(3, dtype=torch.int64, device=context.device), dict[int, str]()
     for (logits,), indices in network_outputs(network, split, context, [unchanged], "validation", bad):
         labels = torch.from_numpy(split.labels[indices]).to(context.device)

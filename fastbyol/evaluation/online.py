@@ -13,7 +13,7 @@ from torch import nn
 from fastbyol.build import Training
 from fastbyol.callbacks import Callback
 from fastbyol.config import Config
-from fastbyol.data import Batch, ImageSet, find_images
+from fastbyol.data import Batch, Images, find_images
 from fastbyol.data.backends import choose_decoder
 from fastbyol.errors import InputError, RunError
 from fastbyol.evaluation.context import EvalContext, missing_images_warning
@@ -123,7 +123,7 @@ class OnlineKnn(Callback):
         """Of all evaluations, of the last one, and of the run before this attempt."""
         self.quality: dict[str, float] = {}  # of the last evaluation
         self._began = clock()
-        self._val: ImageSet | None = None
+        self._val: Images | None = None
         self._steps = 0  # of this attempt
         self._last_step: tuple[Batch, BYOLOutput] | None = None  # of an epoch
         self._bad: dict[str, str] = {}  # images left out: location -> reason
@@ -242,7 +242,7 @@ class OnlineKnn(Callback):
         return quality, knn_accuracy(bank, queries, k=config.knn.k, temperature=config.knn.temperature)
 
     def _log_left_out(
-        self, run: Run, voters: ImageSet, bad_voters: dict[int, str], val: ImageSet | None, bad_val: dict[int, str]
+        self, run: Run, voters: Images, bad_voters: dict[int, str], val: Images | None, bad_val: dict[int, str]
     ) -> None:
         """Log unreadable images once, and not again if the training has already logged them."""
         positions = run.training.images.subsample_indices(len(voters))

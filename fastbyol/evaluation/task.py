@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from fastbyol.config import Config
-from fastbyol.data.images import ImageSet
+from fastbyol.data.images import Images
 from fastbyol.evaluation.context import EvalContext, Row
 from fastbyol.evaluation.features import open_splits
 from fastbyol.runtime.distributed import World
@@ -37,7 +37,7 @@ class EvalTask(ABC):
         """
         return open_splits(options, config)
 
-    def calibration_images(self, data: Any) -> ImageSet:
+    def calibration_images(self, data: Any) -> Images:
         """Return the images that give an untrained network its BatchNorm statistics."""
         return data.train
 

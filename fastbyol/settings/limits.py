@@ -4,6 +4,7 @@ A limit is any callable (value, key) -> value that raises BadSetting. Settings a
 a field, in order, after its type has been checked; None is not limited.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 from fastbyol.settings.messages import BadSetting, require
 from fastbyol.settings.types import expand_path, union_members
+
+URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 
 def apply_limits(kind: Any, value: Any, key: str) -> Any:
@@ -77,11 +80,14 @@ def interval(low: float, high: float, *, open_low: bool = False, open_high: bool
 
 
 def absolute_path(path: str, key: str) -> str:
-    """Return an absolute path, with ~ expanded. '..' stays, since links change its meaning.
+    """Return an absolute path, with ~ expanded. '..' stays, since links change its meaning. URLs
+    are returned unchanged.
 
     Raises:
         BadSetting: as `expand_path`; or the working directory is gone.
     """
+    if URL.match(path):
+        return path
     try:
         return str(Path(expand_path(path, key)).absolute())
     except FileNotFoundError:

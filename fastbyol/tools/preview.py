@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastbyol.config import Config
-from fastbyol.data import ImageSet, find_images, views
+from fastbyol.data import Images, find_images, views
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
@@ -54,7 +54,7 @@ def _is_png_or_empty(path: Path) -> bool:
         return file.read(len(_PNG_SIGNATURE)) in (b"", _PNG_SIGNATURE)
 
 
-def draw_views(config: Config, images: ImageSet) -> bytes:
+def draw_views(config: Config, images: Images) -> bytes:
     """Draw the grid of images and views.
 
     Returns:
@@ -86,7 +86,7 @@ def draw_views(config: Config, images: ImageSet) -> bytes:
     return to_png(figure)
 
 
-def _first_readable(images: ImageSet, order: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.uint8]]]:
+def _first_readable(images: Images, order: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.uint8]]]:
     """Return the first readable images: positions in `order`, and pixels.
 
     Training skips unreadable images too.

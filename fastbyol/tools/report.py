@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config import Config
-from fastbyol.data import ImageSet, find_images
+from fastbyol.data import Images, find_images
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluation.features import check_splits
@@ -179,7 +179,7 @@ def _images(config: Config, model: BYOL, root: str | None) -> dict[str, bytes | 
     return images
 
 
-def _open_val(config: Config, train: ImageSet, root: str | None) -> ImageSet | None:
+def _open_val(config: Config, train: Images, root: str | None) -> Images | None:
     """Return the validation split. Without one of the same classes, log why and return None."""
     try:
         val = find_images(config.data, "val", root=root)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 from fastbyol.config import Config
-from fastbyol.data import ImageSet
+from fastbyol.data import Images
 from fastbyol.data.crops import CENTER_FRACTION, center_crops
 from fastbyol.errors import first_line
 from fastbyol.evaluation.context import EvalContext
@@ -93,7 +93,7 @@ def _draw_collapse_levels(axis: Axes, config: Config) -> None:
     axis.legend(fontsize=8, frameon=False)
 
 
-def draw_map(config: Config, model: BYOL, images: ImageSet) -> bytes | None:
+def draw_map(config: Config, model: BYOL, images: Images) -> bytes | None:
     """Plot the unit features of up to 2000 images in two dimensions, colored by class.
 
     By their first two principal components and, if umap-learn is installed, by UMAP (McInnes et al.
@@ -161,7 +161,7 @@ def _scatter(axis: Axes, xy: NDArray[np.float32], labels: NDArray[np.int64], cla
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def draw_neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet) -> bytes:
+def draw_neighbors(config: Config, model: BYOL, train: Images, val: Images) -> bytes:
     """Draw validation images and their nearest training images by cosine similarity of features.
 
     Unreadable images are logged as warnings and left out.
@@ -196,7 +196,7 @@ def draw_neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet) 
     return to_png(figure)
 
 
-def _extract(config: Config, model: BYOL, images: ImageSet) -> Features:
+def _extract(config: Config, model: BYOL, images: Images) -> Features:
     device = choose_device("auto")
     dtype, threads = compute_dtype(config.precision, device), config.data.threads
     context = EvalContext(size=config.data.image_size_px, device=device, dtype=dtype, threads=threads)
@@ -209,14 +209,14 @@ def _draw_frame(axis: Axes, color: str) -> None:
     axis.add_patch(frame)
 
 
-def _readable(images: ImageSet, features: Features) -> list[int]:
+def _readable(images: Images, features: Features) -> list[int]:
     """Return the indices of the images that have features, in the order of the features."""
     for index, reason in sorted(features.bad.items()):
         logger.warning(f"the report's neighbors lack {images.location(index)}: {reason}")
     return [index for index in range(len(images)) if index not in features.bad]
 
 
-def _center_crop(images: ImageSet, index: int, size: int) -> NDArray[np.uint8]:
+def _center_crop(images: Images, index: int, size: int) -> NDArray[np.uint8]:
     """Return the (S, S, 3) crop of an image that the backbone sees."""
     image = images.subset(np.array([index]))
     crops, _ = next(center_crops(image, size=size, fraction=CENTER_FRACTION, batch_size=1, threads=1, bad={}))

@@ -338,9 +338,7 @@ def test_choose_backend(stored, monkeypatch):
     assert choose_backend(DataConfig(), folder, CPU) == ("native", "the device is the CPU")
     assert choose_backend(DataConfig(), folder, torch.device("cuda")) == ("dali", "the GPU decodes")
     assert choose_backend(DataConfig(backend="ffcv"), packed, CPU)[0] == "ffcv"
-    with pytest.raises(
-        InputError, match=r"data.backend=ffcv reads .beton files only, .*train is a folder: fastbyol pack"
-    ):
+    with pytest.raises(InputError, match=r"data.backend=ffcv reads .beton files only, .*train is none: fastbyol pack"):
         choose_backend(DataConfig(backend="ffcv"), folder, CPU)
     monkeypatch.setattr(backends, "has_module", lambda name: False)
     name, why = choose_backend(DataConfig(), folder, torch.device("cuda"))

@@ -214,11 +214,11 @@ def test_folders_next_to_the_images_of_a_flat_folder(folder_of):
 
 
 def test_a_folder_without_images_reports_its_contents(folder_of):
-    root = folder_of({"heic/a/1.heic": b"", "heic/a/2.heic": b"", "heic/x.txt": b"", "tar/1.tar": b""})
+    root = folder_of({"heic/a/1.heic": b"", "heic/a/2.heic": b"", "heic/x.txt": b"", "zip/1.zip": b""})
     (root / "none").mkdir()
     for split, text in [
         ("heic", "they hold 2 .heic, 1 .txt; fastbyol reads JPEG, PNG, .*: convert them"),
-        ("tar", "they hold 1 .tar; .* unpack the archives"),
+        ("zip", "they hold 1 .zip; .* unpack the archives"),
         ("none", "they hold no files; name the folder that holds the images"),
     ]:
         with pytest.raises(InputError, match=f"no images in .*{split} or its folders: {text}"):

@@ -1,0 +1,200 @@
+"""Disk cache of remote files, bounded, shared by the processes of a machine.
+
+    FOLDER/SET/           one folder per data set, named after its URL and the machine's boot
+        x.data, x.map     ranges of a large file: a sparse copy, and a byte per block that is there
+        x.file            a small file as a whole
+
+Images are read in a new random order every epoch. Under such an order, dropping what was used least
+recently keeps nothing that is needed soon. So a full cache keeps what it has, and serves that share
+of every epoch; only other data sets make room, the least recently used first.
+
+Blocks count after the data is written, so a killed process leaves a valid cache. After a crash of
+the machine the order of both is unknown: another boot is another cache.
+"""
+
+import hashlib
+import mmap
+import os
+import re
+import shutil
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from fastbyol.runtime.caches import own_folder
+from fastbyol.runtime.logging import logger
+
+BLOCK = 1 << 12
+_SPARE_SHARE, _SPARE_BYTES = 0.05, 2 << 30  # of the disk, that stay free
+_CHECK_EVERY = 1 << 28  # bytes written between two looks at the disk
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class DiskCache:
+    """Cache of one data set.
+
+    A cache that cannot be written is off, with one warning.
+
+    Args:
+        url: of the data set.
+        limit: largest size in bytes of all data sets together; 0 is off.
+        folder: None is below the user's cache folder.
+        processes: that share the limit.
+    """
+
+    def __init__(self, url: str, limit: int, *, folder: Path | None = None, processes: int = 1) -> None:
+        own = own_folder()
+        parent = folder or (own and own / "remote")
+        self._lock = threading.Lock()
+        self._left = self._unchecked = 0  # bytes this process may still write; since the last look at the disk
+        self.folder: Path | None = None
+        if parent is None or not limit:
+            return
+        boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+        name = re.sub(r"[^\w.-]+", "_", url.split("://")[-1])[-60:]
+        self.folder = parent / f"{name}-{hashlib.sha256(f'{boot} {url}'.encode()).hexdigest()[:12]}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            os.utime(self.folder)
+            self._left = max(self._room(limit), 0) // processes
+        except OSError as error:
+            self._turn_off(error)
+
+    def _room(self, limit: int) -> int:
+        """Make room for half of the limit; return how many bytes may be written."""
+        assert self.folder is not None
+        sizes = {folder: _size(folder) for folder in self.folder.parent.iterdir() if folder.is_dir()}
+        others = sorted((f for f in sizes if f != self.folder), key=lambda folder: folder.stat().st_mtime)
+        used = sum(sizes.values())
+        for folder in others:
+            if used <= limit // 2:
+                break
+            shutil.rmtree(folder, ignore_errors=True)  # a process that uses it reads again what it misses
+            used -= sizes[folder]
+        return limit - used
+
+    def reserve(self, size: int) -> bool:
+        """Return True if `size` bytes may be written."""
+        with self._lock:
+            if self._left < size or self.folder is None:
+                return False
+            self._unchecked -= size
+            if self._unchecked <= 0:
+                disk = shutil.disk_usage(self.folder)
+                if disk.free - size < max(_SPARE_SHARE * disk.total, min(_SPARE_BYTES, disk.total // 4)):
+                    self._left = 0
+                    logger.info(f"the cache of remote images in {self.folder} stops growing: the disk is nearly full")
+                    return False
+                self._unchecked = _CHECK_EVERY
+            self._left -= size
+            return True
+
+    def open_ranges(self, key: str, size: int) -> "CachedRanges | None":
+        """Return the cache of a file of `size` bytes; None if the cache is off.
+
+        Args:
+            key: identifies the file and its version.
+        """
+        if self.folder is None:
+            return None
+        try:
+            return CachedRanges(self, self._path(key), size)
+        except OSError as error:
+            self._turn_off(error)
+            return None
+
+    def get(self, key: str) -> bytes | None:
+        """Return a small file, None if it is not there."""
+        if self.folder is None:
+            return None
+        try:
+            return Path(f"{self._path(key)}.file").read_bytes()
+        except OSError:
+            return None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep a small file if there is room."""
+        if not self.reserve(-(-len(data) // BLOCK) * BLOCK):
+            return
+        path = Path(f"{self._path(key)}.file")
+        partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(data)
+            partial.rename(path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            self._turn_off(error)
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+        return self.folder / digest[:2] / digest[2:26]
+
+    def _turn_off(self, error: OSError) -> None:
+        with self._lock:
+            if self._left or self.folder is not None:
+                logger.warning(f"remote images are not cached any more: {self.folder}: {error.strerror or error}")
+            self._left = 0
+
+
+class CachedRanges:
+    """Blocks of one file."""
+
+    def __init__(self, cache: DiskCache, path: Path, size: int) -> None:
+        self._cache, self._size = cache, size
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blocks = max(-(-size // BLOCK), 1)
+        self._data = os.open(f"{path}.data", os.O_RDWR | os.O_CREAT, 0o600)
+        handle = os.open(f"{path}.map", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if os.fstat(handle).st_size < blocks:
+                os.posix_fallocate(handle, 0, blocks)  # a full disk must not become a SIGBUS
+            self._map = mmap.mmap(handle, blocks)
+        finally:
+            os.close(handle)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):
+            os.close(self._data)
+
+    def get(self, start: int, size: int) -> bytes | None:
+        """Return a range, None if a block of it is not there."""
+        first, last = start // BLOCK, -(-(start + size) // BLOCK)
+        if self._map.find(b"\0", first, last) >= 0:
+            return None
+        try:
+            data = os.pread(self._data, size, start)
+        except OSError:
+            return None
+        return data if len(data) == size else None
+
+    def aligned(self, start: int, size: int) -> tuple[int, int]:
+        """Return the range of whole blocks around a range."""
+        low = start // BLOCK * BLOCK
+        return low, min(-(-(start + size) // BLOCK) * BLOCK, self._size) - low
+
+    def put(self, start: int, data: bytes) -> None:
+        """Keep whole blocks if there is room."""
+        first, last = start // BLOCK, -(-(start + len(data)) // BLOCK)
+        missing = (last - first) - self._map[first:last].count(1)
+        if not missing or not self._cache.reserve(missing * BLOCK):
+            return
+        try:
+            if os.pwrite(self._data, data, start) != len(data):
+                return
+        except OSError as error:
+            self._cache._turn_off(error)
+            return
+        self._map[first:last] = b"\1" * (last - first)
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes that a folder takes on the disk."""
+    total = 0
+    for base, _, files in os.walk(folder):
+        for name in files:
+            with suppress(OSError):
+                total += os.stat(f"{base}/{name}").st_blocks * 512  # noqa: PTH116
+    return total
