@@ -19,25 +19,37 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from fastbyol.config import STEM_CHANNELS, ModelConfig
-from fastbyol.errors import InputError
+from fastbyol.errors import InputError, first_line
+from fastbyol.plugins import Factory, backbone_factory
 
 BYOL_RESNETS = {"byol_resnet18": "resnet18", "byol_resnet34": "resnet34"}
 """The authors' ResNets of basic blocks -> timm's."""
 
 
+_UNSAFE_ARGS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+_OWN_ARGS = ("num_classes", "features_only", "in_chans")
+
+
 def create_backbone(config: ModelConfig) -> nn.Module:
-    """Return a backbone without classifier, of timm's modules, with weights from torch's generator.
+    """Return a backbone without classifier, with weights from torch's generator.
+
+    It is of timm's modules, or what another package or the user provides (plugins.py).
 
     Raises:
         InputError: There is no such network, or a setting of `config` does not suit it.
     """
     name = config.backbone
-    backbone = _create_timm(BYOL_RESNETS.get(name, name), config)
+    timm_name = BYOL_RESNETS.get(name, name)
+    is_timm = timm.is_model(timm_name)
+    factory = None if is_timm else backbone_factory(name)
+    backbone = _create_timm(timm_name, config) if factory is None else _create_other(factory, config)
     resnet = backbone if _is_plain(backbone) else None
+    if config.width != 1 and factory is not None:
+        _require(None, f"model.width={config.width}", "model.width=1", name)
     if config.stem_channels:
         _require(resnet, f"model.stem_channels={config.stem_channels}", "model.stem_channels=0", name)
     channels = config.stem_channels or int(STEM_CHANNELS * config.width)
-    if resnet is not None and channels != resnet.conv1.out_channels:
+    if factory is None and resnet is not None and channels != resnet.conv1.out_channels:
         _widen_stem(resnet, channels)
     if resnet is not None and name in BYOL_RESNETS:
         _project_first_shortcut(resnet)
@@ -57,6 +69,10 @@ def _create_timm(name: str, config: ModelConfig) -> nn.Module:
         near = difflib.get_close_matches(config.backbone, [*BYOL_RESNETS, *timm.list_models()], n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; `timm.list_models()` lists all models"
         raise InputError(f"model.backbone={config.backbone!r}: timm has no such model{hint}")
+    args = config.backbone_args
+    if refused := [key for key in args if key in (*_UNSAFE_ARGS, *_OWN_ARGS)]:
+        remedy = "--init loads weights" if refused[0] in _UNSAFE_ARGS else "fastbyol sets it"
+        raise InputError(f"model.backbone_args.{refused[0]}: is not accepted: {remedy}")
     options = {}
     if config.width != 1:
         widths = [float(STEM_CHANNELS) * config.width * 2**k for k in range(4)]
@@ -64,11 +80,33 @@ def _create_timm(name: str, config: ModelConfig) -> nn.Module:
             raise InputError(f"model.width={config.width}: 64 * width must be a whole number of channels")
         options["channels"] = tuple(int(w) for w in widths)
     try:
-        return timm.create_model(name, num_classes=0, **options)
-    except TypeError:
+        return timm.create_model(name, num_classes=0, **args, **options)
+    except TypeError as error:
+        if options and not args:
+            raise InputError(
+                f"model.width={config.width}: {config.backbone} has no width multiplier; set model.width=1"
+            ) from None
+        raise InputError(f"model.backbone_args={args}: {config.backbone}: {first_line(error)}") from None
+    except (ValueError, RuntimeError, AssertionError, KeyError, AttributeError) as error:
+        if not args:
+            raise
+        raise InputError(f"model.backbone_args={args}: {config.backbone}: {first_line(error)}") from None
+
+
+def _create_other(factory: Factory, config: ModelConfig) -> nn.Module:
+    """Call a user's or a package's factory."""
+    try:
+        backbone = factory(**config.backbone_args)
+    except InputError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"model.backbone={config.backbone}: its function raised {text}") from error
+    if not isinstance(backbone, nn.Module):
         raise InputError(
-            f"model.width={config.width}: {config.backbone} has no width multiplier; set model.width=1"
-        ) from None
+            f"model.backbone={config.backbone}: its function returned a {type(backbone).__name__}, not a torch.nn.Module"
+        )
+    return backbone
 
 
 def _is_plain(backbone: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from fastbyol.backbones import create_backbone
 from fastbyol.batch_size import find_batch_size, global_batch_size
 from fastbyol.config import Config, ModelConfig
-from fastbyol.data import Batch, Images, Loader, build_loader, choose_backend, find_images
+from fastbyol.data import Batch, Images, Loader, Sources, build_loader, choose_backend, find_images
 from fastbyol.errors import InputError, first_line
 from fastbyol.kernels.cpu.jit_cache import compile_cpu_kernels
 from fastbyol.layers import fuse_layers
@@ -38,6 +39,8 @@ class Training:
     model: BYOL
     step: TrainStep
     loader: Loader
+    sources: Sources = Sources()  # noqa: RUF009 - immutable
+    """Images that were given as objects."""
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         """Yield (step, batch) for steps start .. stop - 1.
@@ -92,14 +95,23 @@ def build_training(
     return Training(config, world, device, images, model, step, loader)
 
 
-def find_training_images(config: Config, world: World) -> Images:
+def find_training_images(config: Config, world: World, source: Any = None) -> Images:
     """Return the training split. Every rank must call this.
+
+    Args:
+        source: replaces data.root, see `Sources`.
 
     Raises:
         InputError: see `find_images`.
     """
-    with world.sync_errors():
-        return find_images(config.data, "train")
+    images: Images | None = None
+    # One rank of a machine makes the passes that an index needs, and the others read its cache.
+    for own_turn in (world.local_rank == 0, world.local_rank != 0):
+        with world.sync_errors():
+            if own_turn:
+                images = find_images(config.data, "train", root=source, key="data.root" if source is None else "images")
+    assert images is not None
+    return images
 
 
 def with_batch_size(config: Config, images: Images, device: torch.device, world: World) -> Config:
@@ -152,12 +164,17 @@ def build_backbone(config: ModelConfig, image_size: int) -> tuple[nn.Module, int
     modify_layers(backbone, config, "backbone")
     try:
         with torch.no_grad():
-            features = backbone.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
-    except (RuntimeError, AssertionError) as error:
+            output = backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:  # RuntimeError, AssertionError, and whatever a user's network raises
         raise InputError(
             f"model.backbone={config.backbone} does not accept data.image_size_px={image_size}: {first_line(error)}"
         ) from None
-    return backbone.train(), features
+    if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != 1:
+        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise InputError(
+            f"model.backbone={config.backbone}: returns {shape} for one image; it must return features (1, F)"
+        )
+    return backbone.train(), output.shape[1]
 
 
 def _build_encoder(config: ModelConfig, image_size: int) -> Encoder:

@@ -176,9 +176,9 @@ COMMANDS = Group(
         "train": Command(_train, text="Pre-train a backbone.", takes_config=True, takes_ranks=True),
         "eval": Group(
             "Evaluate the features of a checkpoint.",
-            {name: Command(_eval, kind, takes_ranks=True) for name, kind in EVALUATIONS.items()},
+            {name: Command(_eval, kind, takes_ranks=True, builds_networks=True) for name, kind in EVALUATIONS.items()},
         ),
-        "embed": Command(_embed, EmbedConfig, takes_ranks=True),
+        "embed": Command(_embed, EmbedConfig, takes_ranks=True, builds_networks=True),
         "prepare": Group(
             "Create an image folder from data that is already installed.",
             {
@@ -196,8 +196,8 @@ COMMANDS = Group(
             takes_config=True,
         ),
         "plan": Command(_plan, options.PlanOptions, takes_config=True),
-        "report": Command(_report, options.ReportOptions),
-        "export": Command(_export, options.ExportOptions),
+        "report": Command(_report, options.ReportOptions, builds_networks=True),
+        "export": Command(_export, options.ExportOptions, builds_networks=True),
         "doctor": Command(
             _doctor, text="Check what works on this machine and how to fix what does not.", takes_ranks=True
         ),
@@ -271,6 +271,11 @@ def _parse_and_run(words: Sequence[str]) -> int:
     with _one_error_per_machine(), muted(local_rank() != 0):
         call = parse_command_line(words, COMMANDS)
         _check_environment(call)
+        if call.modules:
+            from fastbyol.plugins import import_module
+
+            for module in call.modules:
+                import_module(module)
     return call.command.run(call)
 
 

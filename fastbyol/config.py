@@ -127,7 +127,9 @@ class ModelConfig(Settings):
     PREFIX: ClassVar[str] = "model."
     backbone: str = "resnet50"
     """Name of a timm model, e.g. resnet50; or byol_resnet18 or byol_resnet34, which are the
-    authors'."""
+    authors'. Or MODULE:FACTORY of a module named with --import."""
+    backbone_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the backbone's constructor, e.g. {img_size: 64}."""
     width: Annotated[float, above(0), at_most(256)] = 1.0
     """Width multiplier of a ResNet's stem and stages. The paper uses 1, 2 and 4."""
     stem: Literal["imagenet", "small"] = "imagenet"

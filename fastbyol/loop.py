@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastbyol.callbacks import Callback
 from fastbyol.config import Config
+from fastbyol.data import Sources
 from fastbyol.run import build_run
 from fastbyol.runtime.cores import respect_quota
 from fastbyol.runtime.device import choose_device
@@ -35,13 +36,14 @@ class RunResult:
     already_finished: bool = False  # there was nothing to do
 
 
-def train_loop(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
+def train_loop(config: Config, callbacks: Sequence[Callback] = (), sources: Sources = Sources()) -> RunResult:  # noqa: B008
     """Pre-train a backbone. Everything is written under config.runs/config.name.
 
     Under torchrun, every rank calls this; rank 0 writes and logs.
 
     Args:
         callbacks: hooks, called in this order.
+        sources: images that replace the splits of data.root.
 
     Raises:
         InputError: the config does not fit the data, the machine or the checkpoint. Nothing was
@@ -62,7 +64,7 @@ def train_loop(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
         if (done := world.gather(finished)[0]) is not None:  # as rank 0 sees it: all ranks leave or none
             folder.log_finished(config)
             return RunResult(folder.path, done, done, world.is_main_process, None, already_finished=True)
-        run = build_run(config, world, device, folder, callbacks)
+        run = build_run(config, world, device, folder, callbacks, sources)
         stop = stack.enter_context(StopSignals())
         done, total = run.start, run.step.total_steps
         with (

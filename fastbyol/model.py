@@ -6,6 +6,7 @@ google-deepmind/deepmind-research. What departs from BYOL is in variants.py.
 Shapes: B images, S pixels, F features of the backbone, D = projection_dim.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbyol.data.views import VIEWS
-from fastbyol.layers import fork_between_stages, set_num_views
+from fastbyol.layers import fork_between_stages, fuse_layers, set_num_views
 from fastbyol.loss import byol_loss
 from fastbyol.spans import ONLINE, TARGET, span
 
@@ -56,6 +57,25 @@ class BYOL(nn.Module):
         """Whether the output holds the features of view 1."""
         set_num_views(self, VIEWS)
         fork_between_stages(self)  # nobody else reads the outputs of its stages
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: nn.Module, num_features: int, *, hidden_dim: int = 4096, projection_dim: int = 256
+    ) -> "BYOL":
+        """Return the pair for a backbone, with the paper's heads; the target starts as a copy.
+
+        Args:
+            backbone: (B, 3, S, S) -> (B, F). Its BatchNorm layers are replaced by layers that keep
+                the statistics of the two views apart.
+            num_features: F.
+            hidden_dim: hidden units of projector and predictor.
+            projection_dim: D.
+
+        Raises:
+            InputError: a BatchNorm of an unsupported type.
+        """
+        online = fuse_layers(Encoder(backbone, mlp(num_features, hidden_dim, projection_dim)))
+        return cls(online, copy.deepcopy(online), fuse_layers(mlp(projection_dim, hidden_dim, projection_dim)))
 
     def forward(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
         """Return the loss of two views (B, 3, S, S) of the same images.

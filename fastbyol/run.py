@@ -15,7 +15,7 @@ from fastbyol.batch_size import batch_bytes
 from fastbyol.build import Training, build_training, find_training_images, with_batch_size
 from fastbyol.callbacks import Callback
 from fastbyol.config import DEFAULT_WARMUP_EPOCHS, Config
-from fastbyol.data import Batch, choose_backend
+from fastbyol.data import Batch, Sources, choose_backend
 from fastbyol.data.workers import resolve_threads
 from fastbyol.errors import (
     InputError,
@@ -39,7 +39,12 @@ from fastbyol.runtime.run_log import EarlyRecords, RunLog, read_metrics
 
 
 def build_run(
-    config: Config, world: World, device: torch.device, folder: RunFolder, callbacks: Sequence[Callback]
+    config: Config,
+    world: World,
+    device: torch.device,
+    folder: RunFolder,
+    callbacks: Sequence[Callback],
+    sources: Sources = Sources(),  # noqa: B008 - immutable
 ) -> "Run":
     """Build a training, or continue the one of the folder's checkpoint. Every rank must call this.
 
@@ -48,7 +53,7 @@ def build_run(
     """
     resume.check_callback_names(callbacks)
     found = folder.found
-    images = find_training_images(config, world)
+    images = find_training_images(config, world, sources.train)
     with world.sync_errors():
         identity = resume.ImageIdentity(images)
         if found is not None:
@@ -61,6 +66,7 @@ def build_run(
             callback.on_model(model, config)
 
     training = build_training(config, world, device, images, on_model)
+    training.sources = sources
     with world.sync_errors():
         for callback in callbacks:
             callback.on_build(training)

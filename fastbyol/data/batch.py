@@ -35,5 +35,8 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Return the number of batches per epoch: N // B, no partial batch."""
 
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of an epoch; of the next one in every iteration."""
+
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of steps start .. stop - 1. Leaving early stops all background work."""

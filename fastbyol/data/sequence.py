@@ -3,13 +3,15 @@
 import faulthandler
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastbyol.data.batch import Batch
 from fastbyol.data.decode import BadImage
 from fastbyol.data.images import Images
 from fastbyol.data.views import Augmentation, Sampler, epoch_order
@@ -60,9 +62,22 @@ class DeterministicLoader:
         self._bad_lock = threading.Lock()
         self._image_count = len(images)
         self._orders: dict[int, NDArray[np.int64]] = {}  # epoch -> order, of the epochs in use
+        self._epoch = 0  # of the next iteration
 
     def __len__(self) -> int:
         return self._image_count // self.global_batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of an epoch; of the next one in every iteration. Leaving early stops
+        all background work.
+        """
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        with closing(self.batches(epoch * len(self), (epoch + 1) * len(self))) as batches:
+            yield from batches
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yield the batches of steps start .. stop - 1."""
+        raise NotImplementedError
 
     def positions(self, step: int) -> tuple[int, NDArray[np.int64]]:
         """Return the epoch of a step, and the positions (B,) of this rank's images in its order."""

@@ -3,7 +3,7 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fastbyol.config import DataConfig
 from fastbyol.data.beton import SUFFIX
@@ -26,6 +26,18 @@ from fastbyol.data.remote import CacheOptions
 from fastbyol.data.storage import is_pattern, is_url
 from fastbyol.data.subset import select_classes, select_training_images
 from fastbyol.errors import InputError
+from fastbyol.plugins import open_image_set
+from fastbyol.settings.limits import absolute_path
+
+
+class Sources(NamedTuple):
+    """Images that replace the splits of data.root; None takes the split.
+
+    Each is a path, a URL, or what `as_images` accepts.
+    """
+
+    train: Any = None
+    val: Any = None
 
 
 def open_split(
@@ -49,6 +61,8 @@ def open_split(
     cache = cache or CacheOptions()
     if root is None:
         raise InputError(f"{key} is not set: name the folder that holds {split}/ or {split}{SUFFIX}")
+    if is_url(root) and (found := open_image_set(str(root), split, key)) is not None:
+        return as_images(found, name=str(root))
     if is_url(root) or is_url(split):
         return open_url(str(root), split, cache, key)
     try:
@@ -85,12 +99,16 @@ def find_images(
             the data set.
     """
     if root is None or isinstance(root, str | os.PathLike):
-        images = _find_split(config, split, config.root if root is None else os.fspath(root), key)
+        images = _find_split(config, split, config.root if root is None else _absolute(root, key), key)
     else:
         images = as_images(root)
     if config.classes:
         images = select_classes(images, config.classes)
     return select_training_images(images, config) if split == "train" else images
+
+
+def _absolute(path: str | os.PathLike, key: str) -> str:
+    return path if isinstance(path, str) and is_url(path) else absolute_path(os.fspath(path), key)
 
 
 def _find_split(config: DataConfig, split: Literal["train", "val"], root: str | None, key: str) -> Images:

@@ -167,7 +167,7 @@ class _ImageLookup:
                 (self._files, normalize_name(name.rpartition("/")[2])),
             ):
                 indices[form] = -1 if form in indices else i
-        base = os.path.normpath(images.root.absolute())
+        base = os.path.normpath(images.root.absolute()) if isinstance(images.root, Path) else str(images.root)
         starts = (base, os.path.realpath(base), os.path.relpath(base, root or base))
         self._resolved = functools.cache(_resolve)
         self._folders = ("", str(list_folder.absolute()))  # relative paths begin here; "" is the working directory

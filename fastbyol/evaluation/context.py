@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from fastbyol.data import Sources
 from fastbyol.data.crops import DecoderName
 from fastbyol.data.images import UNLABELED, Images
 from fastbyol.data.workers import map_in_order
@@ -38,6 +39,7 @@ class EvalContext:
     dtype: torch.dtype  # of autocast
     threads: int  # decoder threads
     decoder: DecoderName = "native"  # of images that are passed to a network unchanged
+    sources: Sources = Sources()  # noqa: RUF009 - immutable; images that replace the run's
     compiles: bool = False  # a network that sees COMPILE_IMAGES images
     world: World = field(default_factory=World)
     partial: PartialResult = field(default_factory=PartialResult)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from fastbyol.data import open_split
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.images import Images
+from fastbyol.data.objects import as_images
 from fastbyol.errors import InputError, RunError, error_reason
 from fastbyol.evaluation.context import MAX_UNREADABLE_FRACTION, EvalContext
 from fastbyol.evaluation.dense import check_maps
@@ -84,8 +85,11 @@ class Patches(nn.Module):
         return last
 
 
-def embed(options: EmbedConfig) -> Path:
+def embed(options: EmbedConfig, source: Any = None) -> Path:
     """Write the features of all images; return the folder. Under torchrun, every rank calls this.
+
+    Args:
+        source: images instead of those of the options, see `as_images`.
 
     Raises:
         InputError: the checkpoint or the images cannot be used, or the folder holds something else.
@@ -101,16 +105,16 @@ def embed(options: EmbedConfig) -> Path:
             if world.is_main_process:
                 _check_folder(out)
                 stack.enter_context(FolderLock(out, option="--out"))
-        _embed(options, out, world)
+        _embed(options, out, world, source)
     return out
 
 
-def _embed(options: EmbedConfig, out: Path, world: World) -> None:
+def _embed(options: EmbedConfig, out: Path, world: World, source: Any) -> None:
     with world.sync_errors():
         if options.format == "parquet" and not has_module("pyarrow"):
             raise InputError("--format parquet: pyarrow is not installed: pip install pyarrow")
         path, config, model, step = load_checkpoint_model(Path(options.run))
-        images = open_split(options.images, ".", key="--images")
+        images = open_split(options.images, ".", key="--images") if source is None else as_images(source)
         # A rank makes whole shards, alone.
         context = replace(eval_context(config, options, world), world=World())
         network = set_num_views(model.online.backbone, 1).to(context.device, memory_format=torch.channels_last)
@@ -124,7 +128,7 @@ def _embed(options: EmbedConfig, out: Path, world: World) -> None:
             "step": step,
             "weights": _weights(model.online.backbone),
             "image_size_px": context.size,
-            "images": str(images.root.resolve()),
+            "images": str(images.root.resolve() if isinstance(images.root, Path) else images.root),
             "count": len(images),
             "content": _content(images),
             "classes": images.classes,

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastbyol.config import Config
-from fastbyol.data import find_images
+from fastbyol.data import Sources, find_images
 from fastbyol.data.crops import CENTER_FRACTION, center_crops, random_crops
 from fastbyol.data.images import Images
+from fastbyol.data.storage import is_pattern, is_url
 from fastbyol.errors import InputError, first_line, join_names
 from fastbyol.evaluation.context import EvalContext
 from fastbyol.evaluation.options import EvalConfig
@@ -56,8 +57,11 @@ class Splits(NamedTuple):
         return self.train.classes
 
 
-def open_splits(options: EvalConfig, config: Config) -> Splits:
+def open_splits(options: EvalConfig, config: Config, sources: Sources = Sources()) -> Splits:  # noqa: B008
     """Open both splits: the run's classes, but all of their images, not only its training subset.
+
+    Args:
+        sources: images that replace those of the options and of the run.
 
     Raises:
         InputError: a split is missing, or the splits do not match.
@@ -71,11 +75,18 @@ def open_splits(options: EvalConfig, config: Config) -> Splits:
         images_per_class=0,
         file_list=None,
     )
-    needs_root = not (Path(data.train_split).is_absolute() and Path(data.val_split).is_absolute())
-    if data.root is not None and needs_root and not os.path.lexists(data.root):
+    given = None not in sources
+    if given != any(source is not None for source in sources):
+        raise InputError("give both images and val_images, or none of them")
+    elsewhere = all(is_url(split) or Path(split).is_absolute() for split in (data.train_split, data.val_split))
+    is_path = data.root is not None and not is_url(data.root) and not is_pattern(data.root)
+    if is_path and not given and not elsewhere and not os.path.lexists(data.root):
         remedy = "" if options.root else "; name it with --root"
         raise InputError(f"root: data set {data.root} does not exist{remedy}")
-    splits = Splits(*(find_images(data, split, key="root") for split in ("train", "val")))
+    if data.root is None and not given and not elsewhere:
+        raise InputError("root: the run was trained on images that a program gave to it; name a data set with --root")
+    found = zip(("train", "val"), sources, strict=True)
+    splits = Splits(*(find_images(data, split, root=source, key="root") for split, source in found))
     check_splits(*splits)
     return splits
 
@@ -105,7 +116,7 @@ def _extra_classes(a: Images, b: Images) -> str:
         return ""
     if not b.classes:
         return f"{len(names)} of {len(a.classes)} in {a.root} are not in {b.root}, which has no classes"
-    empty = [name for name in names if os.path.lexists(b.root / name)]
+    empty = [name for name in names if isinstance(b.root, Path) and os.path.lexists(b.root / name)]
     why = f", where folder {empty[0]} has no images" if empty else ""
     return f"{len(names)} of {len(a.classes)} in {a.root} are not in {b.root}: {join_names(names)}{why}"
 

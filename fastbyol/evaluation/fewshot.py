@@ -10,6 +10,7 @@ Shapes: W ways, K shots, F features.
 
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -110,8 +111,9 @@ class FewshotTask(EvalTask):
         Raises:
             InputError: they have too few.
         """
-        splits = open_splits(options, config)
-        classes, root = len(splits.classes), splits.train.root.parent
+        splits = open_splits(options, config, context.sources)
+        root = splits.train.root
+        classes, root = len(splits.classes), root.parent if isinstance(root, Path) else root
         if options.ways > classes:
             raise InputError(f"ways={options.ways}: {root} has {classes} classes; lower ways")
         labels = [split.labels for split in splits]

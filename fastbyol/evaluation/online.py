@@ -133,8 +133,12 @@ class OnlineKnn(Callback):
         self._began = clock()
         if training.config.knn.every_epochs == 0:
             return
+        sources = training.sources
+        if sources.train is not None and sources.val is None:
+            logger.info("no online kNN: no validation images were given")
+            return
         try:
-            val = find_images(training.config.data, "val")
+            val = find_images(training.config.data, "val", root=sources.val)
             check_splits(training.images, val)
         except InputError as error:
             logger.warning(f"no online kNN: {error}")

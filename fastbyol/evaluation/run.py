@@ -17,6 +17,7 @@ from torch import nn
 from fastbyol import __version__
 from fastbyol.build import build_model
 from fastbyol.config import Config, DistributedConfig
+from fastbyol.data import Sources
 from fastbyol.data.backends import choose_decoder
 from fastbyol.errors import InputError
 from fastbyol.evaluation.context import EvalContext, Row
@@ -52,12 +53,13 @@ TASKS: dict[str, EvalTask] = {
 }
 
 
-def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
+def evaluate(name: str, options: EvalConfig, sources: Sources = Sources()) -> dict[str, Any]:  # noqa: B008
     """Run a task on a checkpoint and write the result as JSON. Logs one line per row.
 
     Args:
         name: key of TASKS.
         options: the task's class of options.py.
+        sources: both splits, instead of those of the options and of the run.
 
     Returns:
         The contents of the JSON file: task (as "protocol"), checkpoint, data set, settings,
@@ -69,7 +71,7 @@ def evaluate(name: str, options: EvalConfig) -> dict[str, Any]:
         RunError: writing the result failed.
     """
     with evaluation_ranks(options.device, remedy="start the evaluation again") as world:
-        return _evaluate(TASKS[name], options, world)
+        return _evaluate(TASKS[name], options, world, sources)
 
 
 @contextmanager
@@ -90,7 +92,7 @@ def evaluation_ranks(device: str, *, remedy: str) -> Iterator[World]:
         yield world
 
 
-def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, Any]:
+def _evaluate(task: EvalTask, options: EvalConfig, world: World, sources: Sources) -> dict[str, Any]:
     """As `evaluate`, in the process group."""
     with world.sync_errors():
         path, config, model, step = load_checkpoint_model(Path(options.run))
@@ -98,7 +100,7 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
         out = Path(options.out) if options.out else run_folder_of(path) / name
         if world.is_main_process:
             _check_result_file(out, named=options.out is not None)
-    context = eval_context(config, options, world)
+    context = replace(eval_context(config, options, world), sources=sources)
     if not task.uses_loader:
         context = replace(context, decoder="native")
     data = task.open(options, config, context)
@@ -123,7 +125,7 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World) -> dict[str, An
         "protocol": task.name,
         "checkpoint": str(path),
         "step": step,
-        "root": str(options.root or config.data.root),
+        "root": str(data.train.root if sources.train is not None else options.root or config.data.root),
         "splits": [options.train_split or config.data.train_split, options.val_split or config.data.val_split],
         "train_images": len(data.train),
         "val_images": len(data.val),

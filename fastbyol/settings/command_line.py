@@ -10,7 +10,7 @@ from typing import Any
 from fastbyol.config import Config
 from fastbyol.errors import InputError
 from fastbyol.settings.base import is_required
-from fastbyol.settings.commands import CONFIG, HELP, VERSION, Call, Command, Group, Option, options_of
+from fastbyol.settings.commands import CONFIG, HELP, IMPORT, VERSION, Call, Command, Group, Option, options_of
 from fastbyol.settings.help import field_docs, first_sentence, format_command, format_group
 from fastbyol.settings.messages import BadSetting, format_name, format_value, nearest
 from fastbyol.settings.types import check, expand_path, expected, parse
@@ -42,7 +42,7 @@ def parse_command_line(words: Sequence[str], group: Group) -> Call:
         values = reader.read(words)
         own = {f.name: values.pop(f.name) for f in dataclasses.fields(command.options) if f.name in values}
         reader.check_required(own)
-        return Call(path[-1], command, command.options.build(own), Config.build(values))
+        return Call(path[-1], command, command.options.build(own), Config.build(values), tuple(reader.modules))
     except BadSetting as error:
         raise InputError(reader.with_source(error)) from None
 
@@ -90,7 +90,11 @@ class _Reader:
         self._config = list(options_of(Config)) if command.takes_config else []
         self._named = {option.name: option for option in (*self._own, *self._config) if option.named}
         self._positional = [option for option in self._own if not option.named]
-        self._extra = (CONFIG, *_SHORT) if command.takes_config else ()
+        self._extra = (
+            *((CONFIG, *_SHORT) if command.takes_config else ()),
+            *([IMPORT] if command.takes_modules else []),
+        )
+        self.modules: list[str] = []
         self._values: dict[str, Any] = {}  # full name -> value
         self._sources: dict[str, str] = {}  # full name -> "FILE, line N", of settings from a file
 
@@ -131,7 +135,8 @@ class _Reader:
             name = f"--{Config.current_name(name.removeprefix('--'), '--')}" if name.startswith("--") else name
         option = self._named.get(name)
         is_config = name == CONFIG and self._command.takes_config
-        if option is None and not is_config:
+        is_import = name == IMPORT and self._command.takes_modules
+        if option is None and not is_config and not is_import:
             raise InputError(f"unknown option {format_name(name)}; {self._suggest_option(name)}")
         if option is not None and option.flag:
             if equals:
@@ -140,10 +145,13 @@ class _Reader:
             return
         if not equals:
             if not left or left[0].startswith("--"):
-                wanted = "a YAML file" if option is None else expected(option.field.type)
+                extra = "the name of a module" if is_import else "a YAML file"
+                wanted = extra if option is None else expected(option.field.type)
                 raise InputError(f"{name}: needs a value: {wanted}")
             value = left.pop(0)
-        if option is None:
+        if is_import:
+            self._read_import(value)
+        elif option is None:
             self._read_config(value)
         else:
             self._set(option, parse(option.field.type, value))
@@ -151,6 +159,12 @@ class _Reader:
     def _read_config(self, path: str) -> None:
         for key, (value, source) in read_yaml(expand_path(check(str, path, CONFIG), CONFIG), Config).items():
             self._values[key], self._sources[key] = value, source
+
+    def _read_import(self, name: str) -> None:
+        if not all(part.isidentifier() for part in name.split(".")):
+            hint = f"; write {name[:-3].replace('/', '.')}" if name.endswith(".py") else ""
+            raise InputError(f"{IMPORT} {format_value(name)}: expected the name of a module, such as my_module{hint}")
+        self.modules.append(name)
 
     def _set(self, option: Option, value: Any) -> None:
         self._sources.pop(option.dest, None)  # an error in this word is not the file's

@@ -11,6 +11,7 @@ from fastbyol.settings.base import Settings, leaves
 HELP = ("-h", "--help", "--help-all")
 VERSION = ("-V", "--version")
 CONFIG = "--config"
+IMPORT = "--import"
 
 
 @dataclass(kw_only=True)
@@ -38,6 +39,13 @@ class Command:
     """Accept --config and all settings of a Config."""
     takes_ranks: bool = False
     """May be started in multiple processes by torchrun."""
+    builds_networks: bool = False
+    """Accept --import, since a backbone may be code of a module. So do commands with a config."""
+
+    @property
+    def takes_modules(self) -> bool:
+        """True if --import is accepted."""
+        return self.takes_config or self.builds_networks
 
     @property
     def summary(self) -> str:
@@ -64,6 +72,8 @@ class Call:
     """An object of `command.options`."""
     config: Config
     """The defaults if the command takes no config."""
+    modules: tuple[str, ...] = ()
+    """Names of the modules to import."""
 
 
 @dataclass(frozen=True)

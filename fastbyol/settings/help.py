@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from fastbyol.config import Config
 from fastbyol.settings.base import Settings, is_required, sections
-from fastbyol.settings.commands import CONFIG, Command, Group, Option
+from fastbyol.settings.commands import CONFIG, IMPORT, Command, Group, Option
 from fastbyol.settings.types import parts
 
 _MAX_WIDTH = 118
@@ -93,6 +93,9 @@ def format_command(
     )
     if own:
         _add_options(page.add_argument_group("options"), own, field_docs(command.options))
+    if command.takes_modules and (everything or not command.takes_config):
+        text = "Python module with own backbones or image sets. It may be given several times."
+        page.add_argument_group("code").add_argument(IMPORT, metavar="MODULE", help=text)
     if command.takes_config:
         _add_config(page, config, everything=everything, only_train=not own)
         if not everything:

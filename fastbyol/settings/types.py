@@ -1,7 +1,8 @@
 """Types of settings: what a type accepts, how text becomes a value, and how a value is checked.
 
-The types are int, float, bool, str, Path, Literal, list and tuple of one item type, unions of
-these, None, and Annotated versions, whose annotations (see limits.py) are ignored here.
+The types are int, float, bool, str, Path, Literal, list and tuple of one item type, dict of names
+and plain values, unions of these, None, and Annotated versions, whose annotations (see limits.py)
+are ignored here.
 
 `parse` reads YAML files and the command line, so both accept the same spellings: 1e-6 is a number,
 010 is ten, and yes is true for a bool and the text "yes" for a name.
@@ -80,6 +81,8 @@ def _expected_part(kind: Any) -> str:
     if get_origin(kind) in (list, tuple):
         lists = {int: "integers, such as 1,5,10", float: "numbers, such as 0.1,0.3"}
         return lists.get(_bare(get_args(kind)[0]), "names, such as cat,dog")
+    if get_origin(kind) is dict:
+        return "names and values, such as {img_size: 64}"
     return {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}[kind]
 
 
@@ -130,6 +133,17 @@ def _check_sequence(kind: Any, value: Any, key: str) -> list | tuple:
     return get_origin(kind)(check(get_args(kind)[0], item, key) for item in value)
 
 
+def _check_mapping(kind: Any, value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _WrongType
+    for name, item in value.items():
+        require(isinstance(name, str), key, name, "names must be text")
+        for part in item if isinstance(item, list | tuple) else [item]:
+            plain = part is None or isinstance(part, bool | int | float | str)
+            require(plain, f"{key}.{name}", part, "must be a number, text, true, false, null or a list of these")
+    return {name: list(item) if isinstance(item, tuple) else item for name, item in value.items()}
+
+
 def _check_bool(kind: Any, value: Any, key: str) -> bool:
     if not isinstance(value, bool):
         raise _WrongType
@@ -165,6 +179,7 @@ _CHECKS: dict[Any, Callable[[Any, Any, str], Any]] = {
     Literal: _check_choice,
     list: _check_sequence,
     tuple: _check_sequence,
+    dict: _check_mapping,
     bool: _check_bool,
     int: _check_number,
     float: _check_number,
@@ -184,6 +199,8 @@ def parse(kind: Any, word: Any) -> Any:
     """
     if isinstance(word, list):
         return [parse(_item_type(kind), item) for item in word]
+    if isinstance(word, dict):
+        return {name: parse(_AnyValue, item) for name, item in word.items()}
     if not isinstance(word, str):
         return word
     text = word.strip()
@@ -216,6 +233,28 @@ def _parse_sequence(kind: Any, text: str) -> list[Any]:
     return [parse(get_args(kind)[0], item) for item in _split(text)]
 
 
+def _parse_mapping(kind: Any, text: str) -> dict[str, Any] | None:
+    """Return the mapping of {img_size: 64}; None if it is none."""
+    try:
+        node = yaml.compose(text, Loader=yaml.BaseLoader) if text.startswith("{") else None
+    except (yaml.YAMLError, RecursionError):
+        return None
+    return None if not isinstance(node, yaml.MappingNode) else parse(kind, words_of_mapping(node))
+
+
+def words_of_mapping(node: yaml.MappingNode) -> dict[str, Any]:
+    """Return the names of a YAML mapping and their words: text, None, lists or Malformed."""
+
+    def word(item: yaml.Node) -> Any:
+        if isinstance(item, yaml.SequenceNode):
+            return [word(part) for part in item.value]
+        if not isinstance(item, yaml.ScalarNode):
+            return Malformed("a mapping")
+        return None if item.style is None and item.value.lower() in ("", *NULL_WORDS) else item.value
+
+    return {key.value if isinstance(key, yaml.ScalarNode) else "?": word(item) for key, item in node.value}
+
+
 def _split(text: str) -> list[Any]:
     """Return the items of 1,5,10 or of [1, 5, 10], which may be quoted."""
     if text.startswith(("[", "{")):
@@ -236,7 +275,9 @@ _PARSERS: dict[Any, Callable[[Any, str], Any]] = {
     bool: _parse_bool,
     list: _parse_sequence,
     tuple: _parse_sequence,
+    dict: _parse_mapping,
 }
+_AnyValue = int | float | bool | str | None
 
 
 def _item_type(kind: Any) -> Any:

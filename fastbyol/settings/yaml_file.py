@@ -1,14 +1,14 @@
 """Read settings from a YAML file."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
 from fastbyol.errors import InputError
 from fastbyol.settings.base import Settings, expected_section, leaves, names, sections
 from fastbyol.settings.messages import BadSetting, format_name, format_value, nearest, unknown
-from fastbyol.settings.types import NULL_WORDS, Malformed, check, parse
+from fastbyol.settings.types import NULL_WORDS, Malformed, check, parse, words_of_mapping
 
 _MAX_KIB = 256  # a config has one or two
 _MERGE_KEY = "<<"
@@ -123,7 +123,8 @@ class _NodeReader:
                 if name in inner:
                     new = self._section(value, inner[name], key, where)
                 elif key in self._types:
-                    new = {key: (check(self._types[key], parse(self._types[key], self._words(value)), key), line)}
+                    kind = self._types[key]
+                    new = {key: (check(kind, parse(kind, self._words(value, kind)), key), line)}
                 else:
                     raise unknown(key, "key", self._names)
             except BadSetting as error:
@@ -167,8 +168,10 @@ class _NodeReader:
         self._mappings[id(node)] = merged | own
         return self._mappings[id(node)]
 
-    def _words(self, node: yaml.Node) -> Any:
-        """Return text, None, or a list of these; Malformed for anything else."""
+    def _words(self, node: yaml.Node, kind: Any = None) -> Any:
+        """Return text, None, or a list of these; names and words if `kind` is a dict; Malformed for
+        anything else.
+        """
         if isinstance(node, yaml.SequenceNode):
             self._reject_tags(*node.value)
             return [
@@ -176,7 +179,10 @@ class _NodeReader:
                 for item in node.value
             ]
         if isinstance(node, yaml.MappingNode):
-            return Malformed(_describe(node))
+            if get_origin(kind) is not dict:
+                return Malformed(_describe(node))
+            self._reject_tags(*(part for pair in node.value for part in pair))
+            return words_of_mapping(node)
         blank = node.style is None and node.value.lower() in ("", *NULL_WORDS)
         return None if blank else node.value
 

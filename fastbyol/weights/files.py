@@ -26,7 +26,7 @@ from fastbyol.weights.names import Tensors
 FORMAT = 1
 SUFFIX = ".safetensors"
 BACKBONE_FIELDS = (
-    *("backbone", "width", "stem", "stem_channels", "padding"),
+    *("backbone", "backbone_args", "width", "stem", "stem_channels", "padding"),
     *("norm", "norm_groups", "weight_standardization"),
 )
 """Fields of ModelConfig that define the backbone. The others define heads and loss."""

@@ -103,7 +103,7 @@ def leaf_commands(group, path=()):
 def settings() -> set[str]:
     def flat(values, prefix=""):
         for key, value in values.items():
-            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key]
 
     return set(flat(Config().to_dict()))
 

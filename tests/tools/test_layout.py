@@ -30,7 +30,7 @@ CORE = (
 )
 LAYERS = [  # lowest first: a module may import its own layer and those below
     {"kernels"},
-    {"errors", "settings", "config", "runtime", "spans"},
+    {"errors", "settings", "config", "plugins", "runtime", "spans"},
     {"data"},
     set(CORE),
     {"weights"},
