@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastbyol.loop import RunResult as RunResult
     from fastbyol.model import BYOL as BYOL
     from fastbyol.optim import LARS as LARS
+    from fastbyol.optim import parameter_groups as parameter_groups
     from fastbyol.plugins import import_module as import_module
     from fastbyol.plugins import register_backbone as register_backbone
     from fastbyol.plugins import register_image_set as register_image_set
@@ -44,6 +45,7 @@ _PUBLIC = {
     "evaluate": "api",
     "import_module": "plugins",
     "load_backbone": "api",
+    "parameter_groups": "optim",
     "register_backbone": "plugins",
     "register_image_set": "plugins",
     "train": "api",

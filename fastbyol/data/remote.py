@@ -217,7 +217,9 @@ def _file_system(url: str) -> Any:
         package = _PACKAGES.get(scheme, getattr(error, "name", None) or f"fsspec's package for {scheme}")
         raise InputError(f"{url}: reading {scheme}:// needs a package: pip install {package}") from None
     except ValueError:
-        raise InputError(f"{url}: {scheme}:// is not a known storage; use s3, gs, https or hf") from None
+        raise InputError(
+            f"{url}: {scheme}:// is not a known storage; use s3, gs, https or hf, or --import your image set"
+        ) from None
     except Exception as error:
         reason, lasting = _classify(error)
         remedy = _credentials(url) if lasting else "check the URL"

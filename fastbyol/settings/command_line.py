@@ -161,7 +161,7 @@ class _Reader:
             self._values[key], self._sources[key] = value, source
 
     def _read_import(self, name: str) -> None:
-        if not all(part.isidentifier() for part in name.split(".")):
+        if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
             hint = f"; write {name[:-3].replace('/', '.')}" if name.endswith(".py") else ""
             raise InputError(f"{IMPORT} {format_value(name)}: expected the name of a module, such as my_module{hint}")
         self.modules.append(name)
