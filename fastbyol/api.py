@@ -6,12 +6,13 @@ from fastbyol.callbacks import Callback
 from fastbyol.config import Config
 from fastbyol.evaluation.online import online_callbacks
 from fastbyol.loop import RunResult, train_loop
+from fastbyol.trackers import configured_trackers
 from fastbyol.weights.load import InitialWeights, with_init_settings
 
 
 def train(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
-    """Pre-train a backbone: `train_loop` with initial weights, online kNN and online classifier as
-    configured.
+    """Pre-train a backbone: `train_loop` with initial weights, online kNN, online classifier and
+    trackers as configured.
 
     Args:
         callbacks: further hooks, called after these.
@@ -19,4 +20,6 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
     Raises:
         InputError, RunError: see `train_loop`.
     """
-    return train_loop(with_init_settings(config), [InitialWeights(), *online_callbacks(config), *callbacks])
+    config = with_init_settings(config)
+    own = [InitialWeights(), *online_callbacks(config), *configured_trackers(config)]
+    return train_loop(config, [*own, *callbacks])

@@ -123,7 +123,8 @@ class _NodeReader:
                 if name in inner:
                     new = self._section(value, inner[name], key, where)
                 elif key in self._types:
-                    new = {key: (check(self._types[key], parse(self._types[key], self._words(value)), key), line)}
+                    words = self._root.current_value(prefix + name, self._words(value))
+                    new = {key: (check(self._types[key], parse(self._types[key], words), key), line)}
                 else:
                     raise unknown(key, "key", self._names)
             except BadSetting as error:
