@@ -81,7 +81,7 @@ class Tracker(Callback):
             self._active = True
         except Exception as error:  # services raise errors of many types
             self.close()
-            text = f"{self.label} cannot start: {error_reason(error)}"
+            text = f"{self.label} cannot start: {error_reason(error).rstrip('.')}"
             if known is None:
                 raise InputError(f"{text}; fix this, or remove the tracker from log.trackers") from error
             logger.warning(f"{text}; the run continues without it")
