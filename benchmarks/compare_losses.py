@@ -23,7 +23,7 @@ SMALL = [
     *("--model.backbone", "resnet18", "--model.width", "0.25", "--model.hidden_dim", "64"),
     *("--model.projection_dim", "32"),
     *("--data.image_size_px", "48", "--data.batch_size", "32", "--optim.base_lr", "2.0", "--optim.warmup_epochs", "1"),
-    *("--log.log_every_steps", "1", "--log.tensorboard", "false", "--data.threads", "2"),
+    *("--log.log_every_steps", "1", "--log.trackers", "[]", "--data.threads", "2"),
 ]
 EPOCHS = ["--optim.epochs", "3"]
 RUNS = {  # name -> (ranks, options of each start)

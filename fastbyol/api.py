@@ -23,6 +23,7 @@ from fastbyol.evaluation.run import evaluate as run_evaluation
 from fastbyol.layers import set_num_views
 from fastbyol.loop import RunResult, train_loop
 from fastbyol.plugins import OBJECT, backbone_object
+from fastbyol.trackers import configured_trackers
 from fastbyol.weights import files
 from fastbyol.weights.load import InitialWeights, load_checkpoint_model, open_backbone, with_init_settings
 
@@ -64,7 +65,7 @@ def train(
     with nullcontext(None) if backbone is None else backbone_object(backbone) as name:
         if name is not None:
             config = replace(config, model=replace(config.model, backbone=name))
-        own = [InitialWeights(), *online_callbacks(config)]
+        own = [InitialWeights(), *online_callbacks(config), *configured_trackers(config)]
         return train_loop(with_init_settings(config), [*own, *callbacks], sources)
 
 

@@ -1,8 +1,9 @@
 """Hooks of a training run.
 
-Evaluations beside the training, trackers and initial weights are callbacks.
+Evaluations beside the training, experiment trackers and initial weights are callbacks.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastbyol.build import Training
@@ -15,7 +16,24 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Base class; every hook does nothing by default. All ranks call all hooks at the same time."""
+    """Base class; every hook does nothing by default.
+
+    A run calls its callbacks in the order in which they are given:
+
+        on_model                            new runs only
+        on_build
+        load_state_dict                     resumed runs only
+        on_start
+        on_step, on_metrics, on_epoch_end   repeatedly
+        on_end, or on_error
+
+    All ranks call a hook at the same time, except `summary` and `state_dict`, which only rank 0
+    calls, and `on_error`.
+
+    An exception in a hook ends the run. The log is closed, and existing checkpoints stay valid. The
+    exception propagates, but an OSError or a lack of memory becomes a RunError, with the exception
+    as its cause.
+    """
 
     name = ""
     """Key of the state in checkpoints, unique. Empty: the callback has no state."""
@@ -30,8 +48,21 @@ class Callback:
             InputError: the config does not fit the data.
         """
 
+    def on_start(self, run: "Run") -> None:
+        """Called before the first step. A checkpoint is loaded, and the log is open."""
+
     def on_step(self, run: "Run", batch: Batch, output: BYOLOutput) -> None:
         """Called after every step. Do not read device values here: that would wait for the GPU."""
+
+    def on_metrics(self, run: "Run", kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Called after every line of metrics.jsonl, thus also after every evaluation.
+
+        Args:
+            kind: "train", "knn", "quality" or "probe".
+            step: optimizer steps done.
+            values: epoch, loss and all others of the line (see `RunLog`). Rate and waiting time are
+                those of the rank.
+        """
 
     def on_epoch_end(self, run: "Run", done: int) -> bool:
         """Called after every epoch, `done` steps into the run.
@@ -39,6 +70,20 @@ class Callback:
         Return True on all ranks to save the best checkpoint.
         """
         return False
+
+    def on_end(self, run: "Run", summary: Mapping[str, Any]) -> None:
+        """Called once, when the run is finished or was stopped by a signal, and is saved.
+
+        Args:
+            summary: of summary.json; empty on ranks other than 0.
+        """
+
+    def on_error(self, run: "Run", error: BaseException) -> None:
+        """Called on the ranks where an error ends the built run; other ranks may be gone.
+
+        The error may come before `on_start` or after `on_end` of this callback. An exception raised
+        here is logged, and `error` propagates.
+        """
 
     def summary(self) -> dict[str, Any]:
         """Return entries of summary.json."""

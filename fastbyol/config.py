@@ -6,7 +6,7 @@ checked where the data is loaded.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -40,8 +40,13 @@ RENAMED = {
     "data.recipe": "data.augmentation",
     "model.weight_standardisation": "model.weight_standardization",
     "step.checkpoint_stages": "step.activation_checkpointing",
+    "log.tensorboard": "log.trackers",
 }
 """Old name of a setting -> its current name. Files with old names still load."""
+OLD_VALUES: Mapping[str, tuple[Any, Callable[[Any], Any]]] = {
+    "log.tensorboard": (bool, lambda on: ["tensorboard"] if on else []),
+}
+"""Of the settings whose values changed too: the old type, and the current value of an old one."""
 
 
 @dataclass(kw_only=True)
@@ -286,11 +291,19 @@ class LogConfig(Settings):
     log_every_steps: Annotated[int, at_least(1)] = 10
     """Steps between two lines of metrics.jsonl. Values are copied from the GPU only at these
     steps."""
-    tensorboard: bool = True
-    """Write TensorBoard event files in addition to metrics.jsonl."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Experiment trackers to send the metrics to: any of tensorboard, wandb, mlflow and trackio. []
+    is none."""
     collapse_threshold: UnitInterval = 0.1
     """Warn of collapse if the std of the normalized projections falls below this fraction of
     1/sqrt(projection_dim)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = len(set(self.trackers)) == len(self.trackers)
+        require(ok, "log.trackers", self.trackers, "names a tracker twice")
 
 
 @dataclass(kw_only=True)
@@ -338,6 +351,7 @@ class Config(Settings):
     """A pre-training run."""
 
     RENAMED: ClassVar[Mapping[str, str]] = RENAMED
+    OLD_VALUES: ClassVar[Mapping[str, tuple[Any, Callable[[Any], Any]]]] = OLD_VALUES
     name: Annotated[str, folder_name] = "byol"
     """Name of the run. Everything is written to RUNS/NAME."""
     runs: ExpandedPath = "runs"

@@ -39,6 +39,9 @@ class RunResult:
 def train_loop(config: Config, callbacks: Sequence[Callback] = (), sources: Sources = Sources()) -> RunResult:  # noqa: B008
     """Pre-train a backbone. Everything is written under config.runs/config.name.
 
+    Initial weights, evaluations and trackers of the config are callbacks, which this function does
+    not add.
+
     Under torchrun, every rank calls this; rank 0 writes and logs.
 
     Args:
@@ -70,11 +73,13 @@ def train_loop(config: Config, callbacks: Sequence[Callback] = (), sources: Sour
         with (
             closing(run.step),
             run.open_log(early) as log,
+            run.errors_to_callbacks(),
             run.user_facing_errors(),
             StopConsensus(world) as consensus,
             closing(run.training.batches(run.start, total)) as batches,
         ):
             run.announce()
+            run.start_callbacks()
             for step, batch in batches:
                 output = run.first_step(step, batch) if step == run.start else run.step(step, batch)
                 for callback in callbacks:

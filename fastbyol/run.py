@@ -115,7 +115,7 @@ class Run:
             total_steps=self.step.total_steps,
             steps_per_epoch=self.step.schedule.steps_per_epoch,
             batch_size=self.config.data.batch_size,
-            tensorboard=self.config.log.tensorboard,
+            on_line=self._call_on_metrics,
             early=early.release(),
             is_main_process=self.world.is_main_process,
         )
@@ -146,6 +146,16 @@ class Run:
             f"{config.optim.name}, batch {config.data.batch_size}, steps {self.start} to {step.total_steps} in {self.folder.path}"
         )
         logger.info(describe(step.device, backend))
+
+    def start_callbacks(self) -> None:
+        """Call `on_start` of all callbacks. Every rank must call this.
+
+        Raises:
+            InputError: a callback cannot start, on any rank.
+        """
+        with self.world.sync_errors():
+            for callback in self.callbacks:
+                callback.on_start(self)
 
     def first_step(self, step: int, batch: Batch) -> BYOLOutput:
         """Run a step and measure its memory; the progress bar shows its loss at once."""
@@ -210,11 +220,16 @@ class Run:
             checkpoint.save(self.folder.checkpoints, state, keep_last=self.config.checkpoint.keep_last, best=best)
 
     def summarize(self, done: int) -> None:
-        """Log the result, and write summary.json."""
+        """Log the result, write summary.json, and call `on_end` of all callbacks."""
+        summary = self._write_summary(done)
+        for callback in self.callbacks:
+            callback.on_end(self, summary)
+
+    def _write_summary(self, done: int) -> dict[str, Any]:
         self._log_bad_images()
         bad = {index: reason for bad in self.world.gather(self.training.loader.bad) for index, reason in bad.items()}
         if not self.world.is_main_process:
-            return
+            return {}
         lines = [m for m in read_metrics(self.folder.path) if m["kind"] == "train"]
         if self.start < done:  # otherwise this attempt only closes the run
             lines = [m for m in lines if m["step"] > self.start]
@@ -232,6 +247,7 @@ class Run:
             summary |= callback.summary()
         write_file(self.folder.path / SUMMARY, json_text(summary))
         self._log_summary(done, summary, len(bad))
+        return summary
 
     def check_finite(self) -> None:
         """Raise RunError if a loss on any rank has been NaN or infinite.
@@ -244,6 +260,20 @@ class Run:
                 f"the loss became NaN or infinite at step {bad} (lr {self.step.schedule.lr(bad):.4g}); {self.folder.last_good()}; "
                 "lower optim.base_lr, or set precision=fp32"
             )
+
+    @contextmanager
+    def errors_to_callbacks(self) -> Iterator[None]:
+        """Context manager: call `on_error` of all callbacks if the body raises."""
+        try:
+            yield
+        except BaseException as error:
+            for callback in self.callbacks:
+                try:
+                    callback.on_error(self, error)
+                except Exception as second:
+                    name = type(callback).__name__
+                    logger.warning(f"{name}.on_error failed too: {first_line(second)}", exc_info=True)
+            raise
 
     @contextmanager
     def user_facing_errors(self) -> Iterator[None]:
@@ -264,9 +294,9 @@ class Run:
             raise RunError(
                 f"out of GPU memory: {first_line(error)}{parts}; lower data.batch_size (auto finds the largest), raise "
                 f"step.micro_batches or step.activation_checkpointing, or lower data.image_size_px; {folder.last_good()}"
-            ) from None
+            ) from error
         except OSError as error:
-            raise RunError(f"{error.filename or folder.path}: {error_reason(error)}; {folder.last_good()}") from None
+            raise RunError(f"{error.filename or folder.path}: {error_reason(error)}; {folder.last_good()}") from error
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RunError(
                 f"step.mode={self.step.mode}: the model does not compile here ({first_line(error)}); "
@@ -278,7 +308,11 @@ class Run:
             raise RunError(
                 f"out of memory or threads: {first_line(error)}; lower data.batch_size, data.image_size_px or data.prefetch_batches; "
                 f"{folder.last_good()}"
-            ) from None
+            ) from error
+
+    def _call_on_metrics(self, kind: str, step: int, values: dict[str, float]) -> None:
+        for callback in self.callbacks:
+            callback.on_metrics(self, kind, step, values)
 
     def _warn_of_collapse(self, step: int, std: float) -> None:
         threshold = self.config.log.collapse_threshold / math.sqrt(self.config.model.projection_dim)

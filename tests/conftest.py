@@ -124,7 +124,7 @@ def make_config(photos: Path, tmp_path: Path) -> Callable[..., Config]:
             "data": data | {"batch_size": BATCH, "image_size_px": 32, "threads": 2},
             "model": {"backbone": "resnet18", "width": 0.125, "hidden_dim": 32, "projection_dim": 16},
             "optim": {"epochs": 4, "warmup_epochs": 1, "base_lr": 2.0},
-            "log": {"log_every_steps": 1, "tensorboard": False},
+            "log": {"log_every_steps": 1, "trackers": []},
             "checkpoint": {},
             "knn": {"every_epochs": 2},
             "step": {},

@@ -12,10 +12,11 @@ from fastbyol.runtime import checkpoint, environment
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.files import FolderLock, json_text, read_json_or, write_file
 from fastbyol.runtime.logging import logger
-from fastbyol.runtime.run_log import LOG, METRICS, TENSORBOARD
+from fastbyol.runtime.run_log import LOG, METRICS
 
 SUMMARY, ENVIRONMENT, CONFIG, CHECKPOINTS = "summary.json", "environment.json", "config.json", "checkpoints"
 REPORT = "report.html"
+TENSORBOARD, TRACKERS = "tensorboard", "trackers.json"
 STACKS = "stacks.txt"
 _LOCK_WAIT_S = 20.0
 
@@ -32,6 +33,8 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: FolderLock | None, found: Checkpoint | None) -> None:
         self.path, self._lock, self.found = path, lock, found
+        self.times_lost = 0
+        """How often `ensure_exists` has created the folder again."""
 
     @property
     def checkpoints(self) -> Path:
@@ -103,12 +106,13 @@ class RunFolder:
             self.prepare(config)
         except InputError as error:
             raise RunError(f"{error} (this run's own folder was moved or removed); {self.last_good()}") from None
+        self.times_lost += 1
         logger.warning(f"{self.path} was moved or removed during the run; the run continues in a new folder")
         return True
 
     def _check_names(self) -> None:
         """Fail now rather than when a file is written, which may be after the training."""
-        names = (CONFIG, ENVIRONMENT, SUMMARY, METRICS, LOG, STACKS, REPORT)
+        names = (CONFIG, ENVIRONMENT, SUMMARY, METRICS, LOG, STACKS, REPORT, TRACKERS)
         files = [self.path / name for name in names]
         files += [self.checkpoints / checkpoint.BEST, *checkpoint.list_checkpoints(self.checkpoints)]
         for path in files:

@@ -1,16 +1,16 @@
-"""Log of a run: progress bar, metrics.jsonl, TensorBoard events, and train.log with messages."""
+"""Log of a run: progress bar, metrics.jsonl, and train.log with messages."""
 
 import errno
 import json
 import logging
 import math
 import os
-import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Rational
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,12 +25,11 @@ from fastbyol.runtime.console import Output as SafeStream
 from fastbyol.runtime.files import write_file
 from fastbyol.runtime.logging import format_record, logger
 
-METRICS, LOG, TENSORBOARD = "metrics.jsonl", "train.log", "tensorboard"
+METRICS, LOG = "metrics.jsonl", "train.log"
 
 
 class RunLog:
-    """Context manager that writes metrics.jsonl, TensorBoard events and train.log, and draws the
-    progress bar.
+    """Context manager that writes metrics.jsonl and train.log, and draws the progress bar.
 
     Lines of metrics.jsonl; `step` counts the optimizer steps done:
         {"kind": "train", step, epoch, loss, lr, tau, projection_std, images_per_s, wait_share}
@@ -46,9 +45,13 @@ class RunLog:
         start: steps done before. Later lines of an earlier attempt are dropped, since the run
             repeats these steps.
         total_steps, steps_per_epoch, batch_size: of the run; see `Schedule`.
-        tensorboard: write event files.
+        on_line: called with kind, step and the other values of a line, on all ranks, after the line
+            is written.
         early: records logged before this; train.log begins with them.
         is_main_process: other ranks write and print nothing.
+
+    Attributes:
+        last_steps: kind -> step of the last line that earlier attempts wrote.
     """
 
     def __init__(
@@ -59,21 +62,21 @@ class RunLog:
         total_steps: int,
         steps_per_epoch: Rational,
         batch_size: int,
-        tensorboard: bool,
+        on_line: Callable[[str, int, dict[str, float]], object] = lambda kind, step, values: None,
         early: Sequence[logging.LogRecord] = (),
         is_main_process: bool = True,
     ) -> None:
         self._folder, self._batch_size, self._steps_per_epoch = folder, batch_size, steps_per_epoch
         self._total_steps, self._epochs = total_steps, math.ceil(total_steps / steps_per_epoch)
         self._console = Console(quiet=not is_main_process, file=SafeStream.of(sys.stdout), emoji=False)  # type: ignore[arg-type]
+        self._on_line = on_line
+        self.last_steps: dict[str, int] = {}
         self._metrics: Any = None
-        self._events: _Events | None = None
         self._text = _TextLog(folder / LOG)
         if is_main_process:
             self._text.open(early)
-            _drop_later_lines(folder, start)
+            self.last_steps = _drop_later_lines(folder, start)
             self._metrics = _append(folder / METRICS)
-            self._events = _Events(folder / TENSORBOARD, start) if tensorboard else None
         self._mark = start, time.perf_counter(), 0.0  # step, clock and waiting time at the last training line
         self._paused_s, self._printed = 0.0, time.monotonic()
         self._first: tuple[int, float] | None = None  # step and clock of the first step, until the first training line
@@ -105,8 +108,6 @@ class RunLog:
         self._close_files()
         self._text.open()
         self._metrics = _append(self._folder / METRICS)
-        if self._events is not None:
-            self._events = _Events(self._folder / TENSORBOARD, 0)
 
     def first(self, step: int, loss: float) -> None:
         """Show loss and rate of the first step, before the first training line."""
@@ -170,39 +171,28 @@ class RunLog:
             self._paused_s += time.perf_counter() - before
 
     def _write(self, kind: str, step: int, values: dict[str, float], shown: dict[str, str]) -> None:
-        """Write a line of metrics.jsonl and the event file; the progress bar takes `shown`."""
+        """Write a line of metrics.jsonl; the progress bar takes `shown`."""
+        values = {"epoch": float(step / self._steps_per_epoch), **values}
         if self._metrics is None:
+            self._on_line(kind, step, values)
             return
-        line = (
-            json.dumps({"kind": kind, "step": step, "epoch": float(step / self._steps_per_epoch), **values}) + "\n"
-        ).encode()
+        line = (json.dumps({"kind": kind, "step": step, **values}) + "\n").encode()
         try:
             if self._metrics.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._folder / METRICS)) from None
-        self._write_events(step, {f"{kind}/{name}": value for name, value in values.items()})
+        self._on_line(kind, step, values)
         self._shown |= shown
         overdue = time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES
         if not self._console.is_terminal and (kind == "knn" or overdue):
             self._printed = time.monotonic()
             logger.info(f"{self._epoch_text(step)}  step {step}/{self._total_steps}  {_join(self._shown)}")
 
-    def _write_events(self, step: int, values: dict[str, float]) -> None:
-        if self._events is None:
-            return
-        try:
-            self._events.write(step, values)
-        except OSError as error:
-            self._events.close()
-            self._events = None
-            logger.warning(f"TensorBoard events cannot be written: {error.strerror}; the run continues without them")
-
     def _close_files(self) -> None:
         self._text.close()
-        for file in (self._metrics, self._events):
-            if file is not None:
-                file.close()
+        if self._metrics is not None:
+            self._metrics.close()
 
     def _show_rate(self, step: int, since: int, began: float) -> None:
         self._shown["img/s"] = f"{(step - since) * self._batch_size / max(time.perf_counter() - began, 1e-9):.0f}"
@@ -332,47 +322,14 @@ def _join(values: dict[str, str]) -> str:
     return "  ".join(f"{name} {value}" for name, value in values.items())
 
 
-class _Events:
-    """A TensorBoard event file, written synchronously: an error in SummaryWriter's thread would
-    print a traceback.
-
-    Args:
-        folder: created if missing.
-        start: steps done before; TensorBoard drops events of later steps.
-    """
-
-    def __init__(self, folder: Path, start: int) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._file = open(folder / name, "ab", buffering=0)
-        self._records = RecordWriter(self._file)
-        self._add(file_version="brain.Event:2")
-        if start:
-            self._add(step=start + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write scalars of a step, by tag. Raises OSError if the file cannot be written."""
-        scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._add(step=step, summary=self._summary(value=scalars))
-
-    def _add(self, **values: Any) -> None:
-        self._records.write(self._event(wall_time=time.time(), **values).SerializeToString())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def _drop_later_lines(folder: Path, step: int) -> None:
-    """Keep the lines up to `step`.
+def _drop_later_lines(folder: Path, step: int) -> dict[str, int]:
+    """Keep the lines up to `step`; return kind -> step of the last line before.
 
     Damaged lines, such as a last one cut short by a crash, are dropped too.
     """
     path = folder / METRICS
-    if path.exists():
-        kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
-        write_file(path, "".join(kept))
+    if not path.exists():
+        return {}
+    lines = read_metrics(folder)
+    write_file(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+    return {line["kind"]: line["step"] for line in sorted(lines, key=itemgetter("step"))}

@@ -5,14 +5,14 @@ command line.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Self
 
 from fastbyol.runtime.logging import logger
 from fastbyol.settings.limits import apply_limits
 from fastbyol.settings.messages import BadSetting, format_value, unknown
-from fastbyol.settings.types import check, expected
+from fastbyol.settings.types import check, expected, parse
 
 
 @dataclass(kw_only=True)
@@ -28,6 +28,12 @@ class Settings:
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Old full name of a setting -> its current full name."""
+
+    OLD_VALUES: ClassVar[Mapping[str, tuple[Any, Callable[[Any], Any]]]] = {}
+    """Old full name of a setting -> its old type, and a function from an old to a current value.
+
+    Only for settings in RENAMED whose values changed too.
+    """
 
     def __post_init__(self) -> None:
         inner = sections(type(self))
@@ -89,6 +95,22 @@ class Settings:
         return cls.RENAMED[name]
 
     @classmethod
+    def current_value(cls, name: str, value: Any) -> Any:
+        """Return the current value of a setting that is given under this name, old or current.
+
+        Args:
+            name: full name.
+            value: as in a file, on the command line, or in a dict.
+
+        Raises:
+            BadSetting: the value is not of the old type.
+        """
+        if name not in cls.OLD_VALUES:
+            return value
+        kind, convert = cls.OLD_VALUES[name]
+        return convert(check(kind, parse(kind, value), name))
+
+    @classmethod
     def with_current_names(cls, values: Any) -> Any:
         """Return nested settings, such as those of an old checkpoint, with current names.
 
@@ -104,7 +126,7 @@ class Settings:
             if isinstance(inner, dict) and old_key in inner:
                 if new_key in inner:
                     raise BadSetting(new, f"{new} is set twice, as {old} too: keep one")
-                inner[new_key] = inner.pop(old_key)
+                inner[new_key] = cls.current_value(old, inner.pop(old_key))
         return values
 
 

@@ -131,7 +131,7 @@ class _Reader:
         if name in HELP:
             raise HelpRequested(self._help(everything=name == "--help-all"))
         if self._command.takes_config:
-            name = _SHORT.get(name, name)
+            given = name = _SHORT.get(name, name)
             name = f"--{Config.current_name(name.removeprefix('--'), '--')}" if name.startswith("--") else name
         option = self._named.get(name)
         is_config = name == CONFIG and self._command.takes_config
@@ -153,8 +153,10 @@ class _Reader:
             self._read_import(value)
         elif option is None:
             self._read_config(value)
-        else:
-            self._set(option, parse(option.field.type, value))
+            return
+        if self._command.takes_config:
+            value = Config.current_value(given.removeprefix("--"), value)
+        self._set(option, parse(option.field.type, value))
 
     def _read_config(self, path: str) -> None:
         for key, (value, source) in read_yaml(expand_path(check(str, path, CONFIG), CONFIG), Config).items():

@@ -171,6 +171,6 @@ def _default_note(f: dataclasses.Field) -> str:
         return ""
     if isinstance(value, bool):
         return f"default {str(value).lower()}"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return f"default {','.join(map(str, value))}"
     return f"default {value}"

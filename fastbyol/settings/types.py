@@ -79,8 +79,11 @@ def _expected_part(kind: Any) -> str:
         choices = [str(choice) for choice in get_args(kind)]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     if get_origin(kind) in (list, tuple):
+        item = _bare(get_args(kind)[0])
+        if get_origin(item) is Literal:
+            return f"a list of {', '.join(get_args(item))}"
         lists = {int: "integers, such as 1,5,10", float: "numbers, such as 0.1,0.3"}
-        return lists.get(_bare(get_args(kind)[0]), "names, such as cat,dog")
+        return lists.get(item, "names, such as cat,dog")
     if get_origin(kind) is dict:
         return "names and values, such as {img_size: 64}"
     return {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}[kind]

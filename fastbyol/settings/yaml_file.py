@@ -124,7 +124,8 @@ class _NodeReader:
                     new = self._section(value, inner[name], key, where)
                 elif key in self._types:
                     kind = self._types[key]
-                    new = {key: (check(kind, parse(kind, self._words(value, kind)), key), line)}
+                    words = self._root.current_value(prefix + name, self._words(value, kind))
+                    new = {key: (check(kind, parse(kind, words), key), line)}
                 else:
                     raise unknown(key, "key", self._names)
             except BadSetting as error:

@@ -72,7 +72,7 @@ def trained(photos, tmp_path_factory):
         model=ModelConfig(backbone="resnet18", hidden_dim=64, projection_dim=32),
         optim=OptimConfig(epochs=2, warmup_epochs=0, base_lr=1.0),
         step=StepConfig(mode="eager"),
-        log=LogConfig(log_every_steps=1, tensorboard=False),
+        log=LogConfig(log_every_steps=1, trackers=[]),
         checkpoint=CheckpointConfig(keep_last=1),
         knn=KnnConfig(every_epochs=1),
     )

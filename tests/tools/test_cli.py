@@ -252,7 +252,7 @@ def test_yaml_and_command_line_accept_the_same_spellings(tmp_path):
         "data.classes": ("[no, 010, 'a,b']", ["no", "010", "a,b"]),
         "data.root": ("null", None),
         "probe.enabled": ("Yes", True),
-        "log.tensorboard": ("off", False),
+        "log.trackers": ("wandb,mlflow", ["wandb", "mlflow"]),
         "name": ("2026-01-01", "2026-01-01"),
         "runs": ("12", "12"),
     }

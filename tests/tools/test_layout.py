@@ -35,6 +35,7 @@ LAYERS = [  # lowest first: a module may import its own layer and those below
     set(CORE),
     {"weights"},
     {"evaluation"},
+    {"trackers"},
     {"api"},
     {"tools"},
     {"cli"},

@@ -105,7 +105,7 @@ def test_the_report_shows_data_set_settings_and_environment(make_config, photos,
     for label in ("Time", "Speed", "Waiting for data", "Last loss"):
         assert f'<div class="label">{label}</div>' in page
     assert "<th>base_lr</th><td>2.0</td>" in page
-    assert "<th>tensorboard</th><td>false</td>" in page
+    assert "<th>trackers</th><td>[]</td>" in page
     assert "<th>torch</th><td>" in page
     for section, values in config.to_dict().items():
         for name in values if isinstance(values, dict) else [section]:

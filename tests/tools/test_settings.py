@@ -195,9 +195,11 @@ def test_annotations_do_not_change_what_a_type_accepts():
 
 
 OLD_NAMES = [
-    ("data.recipe", "none"),
-    ("model.weight_standardisation", True),
-    ("step.checkpoint_stages", 2),
+    ("data.recipe", "none", "none"),
+    ("model.weight_standardisation", True, True),
+    ("step.checkpoint_stages", 2, 2),
+    ("log.tensorboard", True, ["tensorboard"]),
+    ("log.tensorboard", False, []),
 ]
 
 
@@ -207,24 +209,24 @@ def value_of(config, name):
 
 
 def test_every_renamed_setting_is_tested_and_points_to_a_setting():
-    assert {old for old, _ in OLD_NAMES} == set(RENAMED)
+    assert {old for old, _, _ in OLD_NAMES} == set(RENAMED)
     assert set(RENAMED.values()) <= {name for name, _, _ in leaves(Config)}
 
 
-@pytest.mark.parametrize(("old", "value"), OLD_NAMES)
-def test_old_checkpoints_load_silently(old, value, log_lines):
+@pytest.mark.parametrize(("old", "value", "current"), OLD_NAMES)
+def test_old_checkpoints_load_silently(old, value, current, log_lines):
     section, _, key = old.partition(".")
     values = Config().to_dict()
     del values[section][RENAMED[old].partition(".")[2]]
     values[section][key] = value
     before = json.dumps(values)
-    assert value_of(Config.from_dict(values), RENAMED[old]) == value
+    assert value_of(Config.from_dict(values), RENAMED[old]) == current
     assert json.dumps(values) == before
     assert log_lines == []
 
 
-@pytest.mark.parametrize(("old", "value"), OLD_NAMES)
-def test_dict_with_old_and_new_name_raises(old, value):
+@pytest.mark.parametrize(("old", "value", "current"), OLD_NAMES)
+def test_dict_with_old_and_new_name_raises(old, value, current):
     values = Config().to_dict()
     section, _, key = old.partition(".")
     values[section][key] = value
@@ -232,22 +234,22 @@ def test_dict_with_old_and_new_name_raises(old, value):
         Config.from_dict(values)
 
 
-@pytest.mark.parametrize(("old", "value"), OLD_NAMES)
+@pytest.mark.parametrize(("old", "value", "current"), OLD_NAMES)
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "dotted"])
-def test_old_names_in_yaml_give_one_warning(old, value, nested, tmp_path, log_lines):
+def test_old_names_in_yaml_give_one_warning(old, value, current, nested, tmp_path, log_lines):
     path = tmp_path / "c.yaml"
     section, _, key = old.partition(".")
     text = f"{section}:\n  {key}: {value}\n" if nested else f"# a comment\n{old}: {value}\n"
     path.write_text(text)
-    assert value_of(train_config(["--config", str(path)]), RENAMED[old]) == value
+    assert value_of(train_config(["--config", str(path)]), RENAMED[old]) == current
     assert log_lines == [f"warning: {path}, line 2: {old} is now called {RENAMED[old]}; the old name still works"]
 
 
-@pytest.mark.parametrize(("old", "value"), OLD_NAMES)
+@pytest.mark.parametrize(("old", "value", "current"), OLD_NAMES)
 @pytest.mark.parametrize("separate", [True, False], ids=["value", "equals"])
-def test_old_names_on_the_command_line_give_one_warning(old, value, separate, log_lines):
+def test_old_names_on_the_command_line_give_one_warning(old, value, current, separate, log_lines):
     words = [f"--{old}", str(value)] if separate else [f"--{old}={value}"]
-    assert value_of(train_config(words), RENAMED[old]) == value
+    assert value_of(train_config(words), RENAMED[old]) == current
     assert log_lines == [f"warning: --{old} is now called {RENAMED[old]}; the old name still works"]
 
 
@@ -277,6 +279,26 @@ def test_errors_under_an_old_name_show_the_current_name(tmp_path):
         train_config(["--config", str(tmp_path / "c.yaml")])
     with pytest.raises(InputError, match=r"--data.augmentation='bol': .*did you mean byol\?|data.augmentation='bol'"):
         train_config(["--data.recipe=bol"])
+
+
+def test_old_values_are_checked_against_the_old_type(tmp_path):
+    (tmp_path / "c.yaml").write_text("log: {tensorboard: wandb}")
+    message = "log.tensorboard='wandb': expected true or false"
+    with pytest.raises(InputError, match=f"c.yaml, line 1: {message}$"):
+        train_config(["--config", str(tmp_path / "c.yaml")])
+    with pytest.raises(InputError, match=message):
+        train_config(["--log.tensorboard", "wandb"])
+    assert train_config(["--log.tensorboard", "off"]).log.trackers == []
+
+
+def test_lists_of_choices():
+    assert train_config(["--log.trackers", "wandb,mlflow"]).log.trackers == ["wandb", "mlflow"]
+    with pytest.raises(InputError, match=r"log.trackers='wand': expected one of .*trackio; did you mean wandb\?"):
+        train_config(["--log.trackers", "wand"])
+    with pytest.raises(ValueError, match="log.trackers=True: expected a list of tensorboard, wandb, mlflow, trackio"):
+        Config.from_dict({"log": {"trackers": True}})
+    with pytest.raises(InputError, match="names a tracker twice"):
+        train_config(["--log.trackers", "wandb,wandb"])
 
 
 def test_hints_and_help_show_current_names_only(tmp_path):

@@ -24,7 +24,7 @@ class BrokenAfterOneWrite(io.StringIO):
 
 
 def new_log(tmp_path, **options):
-    return RunLog(tmp_path, start=0, total_steps=4, steps_per_epoch=2, batch_size=8, tensorboard=False, **options)
+    return RunLog(tmp_path, start=0, total_steps=4, steps_per_epoch=2, batch_size=8, **options)
 
 
 def text_of(tmp_path):

@@ -27,18 +27,19 @@ from fastbyol.data import find_images, open_split
 from fastbyol.data.pack import pack
 from fastbyol.errors import InputError, RunError
 from fastbyol.model import BYOLOutput
-from fastbyol.runtime import checkpoint, run_log
+from fastbyol.runtime import checkpoint
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.files import FolderLock
 from fastbyol.runtime.run_log import RunLog, read_metrics
 from fastbyol.runtime.signals import StopSignals
+from fastbyol.trackers.tensorboard import EventFile
 from fastbyol.weights.load import load_checkpoint_model
 
 STEPS = 16  # 4 epochs of 4 batches
 
 
 def test_run_end_to_end(make_config, capsys):
-    config = make_config(log={"tensorboard": True})
+    config = make_config(log={"trackers": ["tensorboard"]})
     result = train(config)
     assert (result.step, result.total_steps, result.stopped_by) == (STEPS, STEPS, None)
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
@@ -424,7 +425,7 @@ def test_signals_save_a_checkpoint_and_explain_how_to_resume(photos, tmp_path, n
     command = [sys.executable, "-m", "fastbyol", "train", "--name", "s", "--runs", str(tmp_path)]
     command += ["--data.root", str(photos), "--data.batch_size", "16", "--data.image_size_px", "32"]
     command += ["--model.backbone", "resnet18", "--model.width", "0.125", "--model.hidden_dim", "32"]
-    command += ["--optim.epochs", "500", "--log.log_every_steps", "1", "--log.tensorboard", "false"]
+    command += ["--optim.epochs", "500", "--log.log_every_steps", "1", "--log.trackers", "[]"]
     command += ["--knn.every_epochs", "0", "--checkpoint.every_epochs", "100"]
     # The test's parent may ignore the signal, like nohup, and child processes inherit that.
     command = ["env", f"--default-signal={number}", *command]
@@ -467,7 +468,7 @@ def test_training_survives_a_broken_console(photos, tmp_path, console):
     command = [sys.executable, "-m", "fastbyol", "train", "--name", "s", "--runs", str(tmp_path)]
     command += ["--data.root", str(photos), "--data.batch_size", "16", "--data.image_size_px", "32"]
     command += ["--model.backbone", "resnet18", "--model.width", "0.125", "--model.hidden_dim", "32"]
-    command += ["--optim.epochs", "2", "--optim.warmup_epochs", "0", "--log.tensorboard", "false"]
+    command += ["--optim.epochs", "2", "--optim.warmup_epochs", "0", "--log.trackers", "[]"]
     script = f"{shlex.join(command)} {console}"
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
@@ -484,7 +485,7 @@ def test_training_survives_a_broken_console(photos, tmp_path, console):
 
 
 def test_metrics_of_repeated_steps_are_dropped(tmp_path):
-    options = {"total_steps": 8, "steps_per_epoch": 4, "batch_size": 2, "tensorboard": False}
+    options = {"total_steps": 8, "steps_per_epoch": 4, "batch_size": 2}
     values = {"loss": 1.0, "lr": 0.1, "tau": 0.9, "projection_std": 0.2, "wait_s": 0.0}
     with RunLog(tmp_path, start=0, **options) as log:
         for number in range(1, 7):
@@ -620,32 +621,33 @@ class _Full:
         self._file.close()
 
 
-def test_tensorboard_events_are_readable_and_optional(make_config, monkeypatch, capsys):
+def tensorboard_losses(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def losses_of(folder):
-        events = EventAccumulator(str(folder / "tensorboard"))
-        events.Reload()
-        return [(event.step, event.value) for event in events.Scalars("train/loss")]
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
 
-    options = {"log": {"tensorboard": True}} | SHORT
+
+def test_tensorboard_events_are_readable_and_optional(make_config, monkeypatch, capsys):
+    options = {"log": {"trackers": ["tensorboard"]}} | SHORT
     folder = train(make_config(**options)).folder
-    assert losses_of(folder) == [(k, pytest.approx(loss)) for k, loss in losses(folder).items()]
+    assert tensorboard_losses(folder) == [(k, pytest.approx(loss)) for k, loss in losses(folder).items()]
     train(make_config(resume="auto", **options | {"optim": {"epochs": 2, "warmup_epochs": 0}}))
     (folder / "checkpoints" / "step_00000008.pt").unlink()  # steps 5 to 8 are repeated
     train(make_config(resume="auto", **options | {"optim": {"epochs": 3, "warmup_epochs": 0}}))
-    assert [step for step, _ in losses_of(folder)] == list(range(1, 13))
-    original = run_log._Events.__init__
+    assert [step for step, _ in tensorboard_losses(folder)] == list(range(1, 13))
+    original = EventFile.__init__
 
     def full(self, *args):
         original(self, *args)
         self._records._writer = _Full(self._file, 300)
 
-    monkeypatch.setattr(run_log._Events, "__init__", full)
+    monkeypatch.setattr(EventFile, "__init__", full)
     capsys.readouterr()
     result = train(make_config(name="full", **options))
     assert result.step == 4
-    warning = "TensorBoard events cannot be written: No space left on device; the run continues"
+    warning = "TensorBoard has failed: No space left on device; the run continues without it"
     assert capsys.readouterr().out.count(warning) == 1
 
 
@@ -692,7 +694,7 @@ def test_new_checkpoints_survive_damaged_later_ones(make_config):
 
 @pytest.mark.parametrize("gone", ["moved", "removed", "taken"])
 def test_run_folder_that_disappears_during_training(make_config, monkeypatch, capsys, gone):
-    config = make_config(log={"tensorboard": True}, **SHORT | {"optim": {"epochs": 2, "warmup_epochs": 0}})
+    config = make_config(log={"trackers": ["tensorboard"]}, **SHORT | {"optim": {"epochs": 3, "warmup_epochs": 0}})
     folder, elsewhere = Path(config.runs) / "run", Path(config.runs) / "elsewhere"
     original = step.TrainStep.__call__
     with ExitStack() as stack:
@@ -714,11 +716,12 @@ def test_run_folder_that_disappears_during_training(make_config, monkeypatch, ca
                 train(config)
             assert [p.name for p in folder.iterdir()] == [".lock"]
             return
-        assert train(config).step == 8
+        assert train(config).step == 12
     assert "was moved or removed during the run; the run continues in a new folder" in capsys.readouterr().out
-    assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["step_00000008.pt"]
-    names = {"config.json", "summary.json", "train.log", "metrics.jsonl", "tensorboard"}
-    assert names <= {p.name for p in folder.iterdir()}
+    saved = [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")]
+    assert saved == ["step_00000008.pt", "step_00000012.pt"]
+    assert {"config.json", "summary.json", "train.log"} <= {p.name for p in folder.iterdir()}
+    assert sorted(losses(folder)) == [step for step, _ in tensorboard_losses(folder)] == [9, 10, 11, 12]
     if gone == "moved":
         assert [p.name for p in checkpoint.list_checkpoints(elsewhere / "checkpoints")] == ["step_00000004.pt"]
     monkeypatch.undo()
