@@ -113,10 +113,13 @@ class _Reader:
                 self._read_option(word, left)
             else:
                 positional.append(word)
-        if len(positional) > len(self._positional):
-            raise InputError(self._explain_unexpected(positional[len(self._positional)]))
-        for option, word in zip(self._positional, positional, strict=False):
-            self._set(option, parse(option.field.type, word))
+        for option in self._positional:
+            if not positional:
+                break
+            given, positional = (positional, []) if option.takes_rest else (positional[0], positional[1:])
+            self._set(option, parse(option.field.type, given))
+        if positional:
+            raise InputError(self._explain_unexpected(positional[0]))
         return _nest(self._values)
 
     def _read_option(self, word: str, left: list[str]) -> None:

@@ -73,12 +73,17 @@ def expected(kind: Any) -> str:
     return " or ".join(map(_expected_part, parts(kind)))
 
 
+def is_sequence(kind: Any) -> bool:
+    """Return True if the type is a list or tuple, or accepts one."""
+    return any(get_origin(part) in (list, tuple) for part in parts(kind))
+
+
 def _expected_part(kind: Any) -> str:
     if get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     if get_origin(kind) in (list, tuple):
-        lists = {int: "integers, such as 1,5,10", float: "numbers, such as 0.1,0.3"}
+        lists = {int: "integers, such as 1,5,10", float: "numbers, such as 0.1,0.3", Path: "paths"}
         return lists.get(_bare(get_args(kind)[0]), "names, such as cat,dog")
     return {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}[kind]
 

@@ -11,16 +11,15 @@ from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluation.features import check_splits
 from fastbyol.evaluation.run import TASKS
-from fastbyol.evaluation.task import SELECTION
 from fastbyol.model import BYOL
 from fastbyol.runtime.files import check_output, read_json_or
 from fastbyol.runtime.logging import logger
-from fastbyol.runtime.results import is_metric, read_results
-from fastbyol.runtime.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, SUMMARY
+from fastbyol.runtime.results import is_metric, metric_names, read_results
+from fastbyol.runtime.run_files import CONFIG, ENVIRONMENT, REPORT, check_run_folder, read_summary
 from fastbyol.runtime.run_log import read_metrics
 from fastbyol.tools.pages import write_page
 from fastbyol.tools.preview import draw_views
-from fastbyol.tools.report_figures import draw_curves, draw_map, draw_neighbors
+from fastbyol.tools.report_figures import draw_map, draw_neighbors, draw_run_curves
 from fastbyol.weights.load import load_checkpoint_model
 
 _MAX_SKIPPED_IMAGES = 50
@@ -43,12 +42,9 @@ def write_report(run: Path, *, root: str | None = None) -> Path:
         InputError: `run` holds no run, or no file can be written there.
         RunError: Writing the report failed.
     """
-    if not run.is_dir():
-        raise InputError(f"--run {run}: folder not found")
+    check_run_folder(run, f"--run {run}")
     if root is not None and not os.path.lexists(root):
         raise InputError(f"--root {root}: data set not found")
-    if run.name == CHECKPOINTS and not (run / CHECKPOINTS).exists():
-        raise InputError(f"--run {run}: is a folder of checkpoints; name the run's folder, {run.parent}")
     check_output(run / REPORT, str(run / REPORT))
     path, config, model, _ = load_checkpoint_model(run)
     return write_page(
@@ -59,7 +55,7 @@ def write_report(run: Path, *, root: str | None = None) -> Path:
         data_set=config.data.root,
         checkpoint=path.name,
         summary=_summary(run),
-        curves=draw_curves(read_metrics(run), config),
+        curves=draw_run_curves(read_metrics(run), config),
         evaluations=[_evaluation(*found) for found in read_results(run)],
         settings=_settings(config),
         environment=read_json_or(run / ENVIRONMENT).items(),
@@ -88,34 +84,32 @@ def _summary(run: Path) -> dict[str, Any] | None:
     Returns:
         `cards`: (label, value, detail) each. `skipped`: (image, reason) each.
     """
-    values = read_json_or(run / SUMMARY)
-    if not values:
+    values = read_summary(run)
+    if values is None:
         return None
-    try:
-        skipped = values["bad_images"]
-        cards = [
-            ("Steps", str(values["steps"]), f"of {values['total_steps']}"),
-            ("Time", f"{values['seconds']:.0f} s", ""),
-        ]
-        if values["images_per_s"] is not None:
-            cards.append(("Speed", f"{values['images_per_s']:.0f}", "images/s (median)"))
-            cards.append(("Waiting for data", f"{values['wait_share']:.1%}", "of the time (median)"))
-            cards.append(("Last loss", f"{values['loss']:.3f}", ""))
-        if values.get("knn_best") is not None:
-            cards.append(("Online kNN", f"{values['knn_last']:.1%}", f"top-1, best {values['knn_best']:.1%}"))
-        cards.append(("Skipped images", str(len(skipped)), ""))
-        return {"cards": cards, "skipped": list(skipped.items())[:_MAX_SKIPPED_IMAGES]}
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        logger.warning(f"{run / SUMMARY}: is not the summary of a run; it is left out")
-        return None
+    skipped = values["bad_images"]
+    cards = [
+        ("Steps", str(values["steps"]), f"of {values['total_steps']}"),
+        ("Time", f"{values['seconds']:.0f} s", ""),
+    ]
+    if (speed := values.get("images_per_s")) is not None:
+        cards.append(("Speed", f"{speed:.0f}", "images/s (median)"))
+    if (waiting := values.get("wait_share")) is not None:
+        cards.append(("Waiting for data", f"{waiting:.1%}", "of the time (median)"))
+    if (loss := values.get("loss")) is not None:
+        cards.append(("Last loss", f"{loss:.3f}", ""))
+    last, best = values.get("knn_last"), values.get("knn_best")
+    if last is not None and best is not None:
+        cards.append(("Online kNN", f"{last:.1%}", f"top-1, best {best:.1%}"))
+    cards.append(("Skipped images", str(len(skipped)), ""))
+    return {"cards": cards, "skipped": list(skipped.items())[:_MAX_SKIPPED_IMAGES]}
 
 
 def _evaluation(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Return the table of one evaluation: a row per network, a column per metric."""
     task = TASKS.get(result["protocol"])
     rows = result["rows"]
-    names = dict.fromkeys(key for row in rows.values() for key, value in row.items() if is_metric(value))
-    metrics = [name for name in names if name not in SELECTION]
+    metrics = metric_names(rows.values())
     checkpoint = Path(result["checkpoint"]).name + (f", step {result['step']}" if "step" in result else "")
     splits = ", ".join(map(str, result.get("splits") or []))
     settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))

@@ -23,33 +23,33 @@ from fastbyol.precision import compute_dtype
 from fastbyol.runtime import environment
 from fastbyol.runtime.device import choose_device
 from fastbyol.runtime.logging import logger
+from fastbyol.tools.curves import Curve, Level, RunLines, draw_curves
 from fastbyol.tools.plots import ACCENT, BAD, GOOD, MUTED, image_title, to_png
 from fastbyol.tools.preview import to_pixels
 
-_COLUMNS = 2  # of the grid of curves
-_MAX_MARKERS = 40  # curves of fewer points show each of them
 _QUERIES, _NEIGHBORS = 8, 5
 _MAP_IMAGES = 2000
 _MAP_CLASSES = 10  # with a color of their own
 _MIN_UMAP_IMAGES = 50  # UMAP's own defaults look at 15 neighbors
 
-_CURVES = (  # kind of line in metrics.jsonl, key, title, unit
-    ("train", "loss", "Loss", ""),
-    ("knn", "top1", "Online kNN top-1", "%"),
-    ("quality", "rank_me", "Effective rank of the features (RankMe)", ""),
-    ("quality", "alignment", "Alignment: distance of two views", ""),
-    ("quality", "uniformity", "Uniformity: lower is more spread out", ""),
-    ("train", "lr", "Learning rate", ""),
-    ("train", "tau", "Target EMA decay (tau)", ""),
-    ("train", "projection_std", "Std of normalized projections", ""),
-    ("train", "images_per_s", "Images per second", ""),
-    ("train", "wait_share", "Time waiting for data", "%"),
+_CURVES = (
+    Curve("train", "loss", "Loss"),
+    Curve("knn", "top1", "Online kNN top-1", "%"),
+    Curve("quality", "rank_me", "Effective rank of the features (RankMe)"),
+    Curve("quality", "alignment", "Alignment: distance of two views"),
+    Curve("quality", "uniformity", "Uniformity: lower is more spread out"),
+    Curve("train", "lr", "Learning rate"),
+    Curve("train", "tau", "Target EMA decay (tau)"),
+    Curve("train", "projection_std", "Std of normalized projections", from_zero=True),
+    Curve("train", "images_per_s", "Images per second", from_zero=True),
+    Curve("train", "wait_share", "Time waiting for data", "%", from_zero=True),
 )
-_FROM_ZERO = ("images_per_s", "wait_share", "projection_std")
 
 
-def draw_curves(metrics: list[dict[str, Any]], config: Config) -> bytes | None:
+def draw_run_curves(metrics: list[dict[str, Any]], config: Config) -> bytes | None:
     """Plot a run's metrics by epoch.
+
+    The std of uniformly distributed unit vectors and the level of the collapse warning are marked.
 
     Args:
         metrics: Lines of metrics.jsonl.
@@ -58,39 +58,12 @@ def draw_curves(metrics: list[dict[str, Any]], config: Config) -> bytes | None:
     Returns:
         The figure as PNG; None without metrics.
     """
-    kinds = {line["kind"] for line in metrics}
-    curves = [curve for curve in _CURVES if curve[0] in kinds]
-    if not curves:
-        return None
-    rows = -(-len(curves) // _COLUMNS)
-    figure = Figure(figsize=(11, 2.3 * rows), layout="constrained")
-    axes = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
-    for axis in axes[len(curves) :]:
-        axis.set_visible(False)
-    for axis, (kind, key, title, unit) in zip(axes, curves, strict=False):
-        scale = 100 if unit == "%" else 1
-        lines = [line for line in metrics if line["kind"] == kind]
-        epochs, values = [line["epoch"] for line in lines], [scale * line[key] for line in lines]
-        marker = "o" if len(lines) < _MAX_MARKERS else None
-        axis.plot(epochs, values, color=ACCENT, marker=marker, markersize=3)
-        if key == "projection_std":
-            _draw_collapse_levels(axis, config)
-        if key in _FROM_ZERO:
-            axis.set_ylim(bottom=0)
-        axis.set_title(f"{title} ({unit})" if unit else title, fontsize=10, loc="left")
-        axis.set_xlabel("epoch", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    return to_png(figure)
-
-
-def _draw_collapse_levels(axis: Axes, config: Config) -> None:
-    """Mark the std of uniformly distributed unit vectors, and the level of the collapse warning."""
     uniform = config.model.projection_dim**-0.5
-    axis.axhline(uniform, color=GOOD, linestyle=":", label="uniform on the sphere")
-    axis.axhline(config.log.collapse_threshold * uniform, color=BAD, linestyle=":", label="collapse warning")
-    axis.legend(fontsize=8, frameon=False)
+    levels = [
+        Level(uniform, "uniform on the sphere", GOOD),
+        Level(config.log.collapse_threshold * uniform, "collapse warning", BAD),
+    ]
+    return draw_curves([RunLines(metrics, {"color": ACCENT})], _CURVES, {"projection_std": levels})
 
 
 def draw_map(config: Config, model: BYOL, images: ImageSet) -> bytes | None:
