@@ -1,6 +1,7 @@
 """Self-contained HTML pages, rendered from the Jinja templates in fastbyol/tools/templates."""
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from fastbyol import __version__
 from fastbyol.errors import printable
 from fastbyol.runtime.files import write_output
 from fastbyol.tools import plots
+
+HTML_START = b"<!doctype html>"  # of every page
 
 
 def write_page(out: Path, template: str, **values: Any) -> Path:
@@ -35,6 +38,11 @@ def write_page(out: Path, template: str, **values: Any) -> Path:
 def data_uri(png: bytes) -> str:
     """Return a PNG image as a data URI, so that the page needs no other files."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def format_setting(value: object) -> str:
+    """Format a setting as in a YAML config."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _printable(value: object) -> object:

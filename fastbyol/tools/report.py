@@ -1,6 +1,5 @@
 """report.html of a run: summary, training curves, evaluations and settings on one page."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,16 @@ from fastbyol.evaluation.run import TASKS
 from fastbyol.model import BYOL
 from fastbyol.runtime.files import check_output, read_json_or
 from fastbyol.runtime.logging import logger
-from fastbyol.runtime.results import is_metric, metric_names, read_results
+from fastbyol.runtime.results import BYOL_ROW, metric_names, read_results
 from fastbyol.runtime.run_files import CONFIG, ENVIRONMENT, REPORT, check_run_folder, read_summary
 from fastbyol.runtime.run_log import read_metrics
-from fastbyol.tools.pages import write_page
+from fastbyol.tools.pages import format_setting, write_page
 from fastbyol.tools.preview import draw_views
 from fastbyol.tools.report_figures import draw_map, draw_neighbors, draw_run_curves
+from fastbyol.tools.result_tables import describe_checkpoint, describe_data, describe_settings, table_head, table_row
 from fastbyol.weights.load import load_checkpoint_model
 
 _MAX_SKIPPED_IMAGES = 50
-_BAR_PX = 120  # width of the bar of an accuracy of 100%
 
 
 def write_report(run: Path, *, root: str | None = None) -> Path:
@@ -107,38 +106,16 @@ def _summary(run: Path) -> dict[str, Any] | None:
 
 def _evaluation(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Return the table of one evaluation: a row per network, a column per metric."""
-    task = TASKS.get(result["protocol"])
-    rows = result["rows"]
+    task, rows = TASKS.get(result["protocol"]), result["rows"]
     metrics = metric_names(rows.values())
-    checkpoint = Path(result["checkpoint"]).name + (f", step {result['step']}" if "step" in result else "")
-    splits = ", ".join(map(str, result.get("splits") or []))
-    settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))
     return {
         "title": task.title if task else result["protocol"],
-        "source": f"{result['root']}{f' ({splits})' if splits else ''}, checkpoint {checkpoint}",
-        "metrics": [name.replace("_", " ") for name in metrics],
-        "rows": [
-            {
-                "name": name,
-                "cells": [_percent(row.get(metric)) for metric in metrics],
-                "bar_px": _bar_px(row.get(metrics[0]) if metrics else None),
-            }
-            for name, row in rows.items()
-        ],
-        "note": (
-            f"{result['train_images']} training and {result['val_images']} validation images, "
-            f"{result['classes']} classes; {settings}"
-        ),
+        "source": f"{describe_data(result, [result['root']])}, checkpoint {describe_checkpoint(result)}",
+        "metrics": table_head(metrics),
+        "rows": [table_row(name, row, metrics, best=name == BYOL_ROW) for name, row in rows.items()],
+        "note": describe_settings(result),
         "picture": _read_picture(path.with_suffix(".png")) if task and task.has_figure else None,
     }
-
-
-def _percent(value: Any) -> str:
-    return f"{value:.1%}" if is_metric(value) else ""
-
-
-def _bar_px(value: Any) -> int:
-    return round(_BAR_PX * min(max(value, 0), 1)) if is_metric(value) else 0
 
 
 def _read_picture(path: Path) -> bytes | None:
@@ -189,9 +166,4 @@ def _settings(config: Config) -> list[tuple[str, list[tuple[str, str]]]]:
     values = config.to_dict()
     sections = {"run": {key: value for key, value in values.items() if not isinstance(value, dict)}}
     sections |= {key: value for key, value in values.items() if isinstance(value, dict)}
-    return [(name, [(key, _setting(value)) for key, value in pairs.items()]) for name, pairs in sections.items()]
-
-
-def _setting(value: Any) -> str:
-    """Format a setting as in a YAML config."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return [(name, [(key, format_setting(value)) for key, value in pairs.items()]) for name, pairs in sections.items()]
