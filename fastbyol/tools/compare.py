@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from fastbyol.config import Config
-from fastbyol.errors import InputError, first_line
+from fastbyol.errors import InputError
 from fastbyol.evaluation.options import EVALUATIONS
 from fastbyol.runtime.files import check_output, check_replaceable, read_json, read_json_or
 from fastbyol.runtime.logging import logger
@@ -151,7 +151,8 @@ def _read(folder: Path) -> _Run:
 
 
 def _read_settings(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return a run's settings, full name -> value, and the names that this version does not know.
+    """Return a run's settings, full name -> value, and the names of those that this version does
+    not know, or whose values it does not know.
 
     Settings of an older version have their current names. A setting that it did not have, or that
     derives its value from others, has the value that this means.
@@ -161,18 +162,28 @@ def _read_settings(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """
     try:
         values = flatten(Config.upgraded(read_json(path)))
+        known = {name: values[name] for name, _, _ in leaves(Config) if name in values}
+        config = _build(known)
     except BadSetting as error:
         raise InputError(f"{path}: {error}") from None
-    known = {name for name, _, _ in leaves(Config)}
-    unknown = tuple(name for name in values if name not in known)
-    defaults = flatten(Config().to_dict())
-    try:
-        config = Config.build(nest({name: value for name, value in values.items() if name in known}))
-    except BadSetting as error:  # a value of another version: compare what is stored
-        logger.warning(f"{path}: {first_line(error)}; the settings are compared as stored")
-        return defaults | values, unknown
-    meant = {"optim.warmup_epochs": config.optim.warmup, "model.stem_channels": config.model.num_stem_channels}
-    return flatten(config.to_dict()) | meant | {name: values[name] for name in unknown}, unknown
+    unknown = {name: value for name, value in values.items() if name not in known}
+    meant = {"optim.warmup_epochs": float(config.optim.warmup), "model.stem_channels": config.model.num_stem_channels}
+    return flatten(config.to_dict()) | meant | unknown, tuple(unknown)
+
+
+def _build(values: dict[str, Any]) -> Config:
+    """Return the config of settings, full name -> value. Those with invalid values are removed.
+
+    Raises:
+        BadSetting: the others do not fit together.
+    """
+    while True:
+        try:
+            return Config.build(nest(values))
+        except BadSetting as error:
+            if error.key not in values:
+                raise
+            del values[error.key]
 
 
 def _with_unique_names(runs: list[_Run]) -> list[_Run]:
