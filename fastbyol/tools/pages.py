@@ -67,5 +67,5 @@ TEMPLATES = Environment(
 TEMPLATES.filters |= {"number": _format_number, "data_uri": data_uri}
 TEMPLATES.globals |= {
     "version": __version__,
-    "palette": {"ink": plots.INK, "muted": plots.MUTED, "accent": plots.ACCENT},
+    "palette": {"ink": plots.INK, "muted": plots.MUTED, "accent": plots.ACCENT, "good": plots.GOOD, "bad": plots.BAD},
 }

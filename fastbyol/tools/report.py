@@ -6,7 +6,9 @@ from typing import Any
 
 from fastbyol.config import Config
 from fastbyol.data import ImageSet, find_images
+from fastbyol.data.beton import SUFFIX as BETON
 from fastbyol.data.decode import BadImage, decode
+from fastbyol.data.folder import is_split_name
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluation.features import check_splits
 from fastbyol.evaluation.run import TASKS
@@ -20,9 +22,11 @@ from fastbyol.tools.pages import format_setting, write_page
 from fastbyol.tools.preview import draw_views
 from fastbyol.tools.report_figures import draw_map, draw_neighbors, draw_run_curves
 from fastbyol.tools.result_tables import describe_checkpoint, describe_data, describe_settings, table_head, table_row
+from fastbyol.tools.verdict import Measured, judge, measured
 from fastbyol.weights.load import load_checkpoint_model
 
 _MAX_SKIPPED_IMAGES = 50
+_PICTURES = {"views": "augmented views", "map": "map of the features", "neighbors": "nearest neighbors"}
 
 
 def write_report(run: Path, *, root: str | None = None) -> Path:
@@ -46,20 +50,34 @@ def write_report(run: Path, *, root: str | None = None) -> Path:
         raise InputError(f"--root {root}: data set not found")
     check_output(run / REPORT, str(run / REPORT))
     path, config, model, _ = load_checkpoint_model(run)
+    metrics = read_metrics(run)
+    images = _images(config, model, root)
+    found = measured(metrics, config, features=model.num_features)
     return write_page(
         run / REPORT,
         "report",
         name=config.name,
         backbone=config.model.backbone,
-        data_set=config.data.root,
+        data_set=data_set_name(config.data.root),
+        data_root=config.data.root,
         checkpoint=path.name,
+        verdict=judge(found, config, classes=images["classes"]),
         summary=_summary(run),
-        curves=draw_run_curves(read_metrics(run), config),
-        evaluations=[_evaluation(*found) for found in read_results(run)],
+        quality=_quality(found, config),
+        curves=draw_run_curves(metrics, config),
+        evaluations=[_evaluation(*result) for result in read_results(run)],
         settings=_settings(config),
         environment=read_json_or(run / ENVIRONMENT).items(),
-        **_images(config, model, root),
+        **images,
     )
+
+
+def data_set_name(root: str | None) -> str | None:
+    """Return a short name of the data set at `root`: its last folder or file that is no split."""
+    if root is None:
+        return None
+    names = [name.removesuffix(BETON) for name in Path(root).parts if name != "/"]
+    return next((name for name in reversed(names) if not is_split_name(name)), root)
 
 
 def refresh_report(run_or_file: Path, *, root: str | None = None) -> None:
@@ -74,7 +92,8 @@ def refresh_report(run_or_file: Path, *, root: str | None = None) -> None:
     data = read_json_or(run_or_file / CONFIG, lambda text: None).get("data")
     own_root = data.get("root") if isinstance(data, dict) else None
     moved = isinstance(own_root, str) and not os.path.lexists(own_root)
-    logger.info(f"report: {write_report(run_or_file, root=root if moved else None)}")
+    none = isinstance(data, dict) and own_root is None
+    logger.info(f"report: {write_report(run_or_file, root=root if moved or none else None)}")
 
 
 def _summary(run: Path) -> dict[str, Any] | None:
@@ -131,34 +150,76 @@ def _read_picture(path: Path) -> bytes | None:
     return png
 
 
-def _images(config: Config, model: BYOL, root: str | None) -> dict[str, bytes | None]:
+def _images(config: Config, model: BYOL, root: str | None) -> dict[str, Any]:
     """Draw augmented views, a map of the features and nearest neighbors.
 
-    The map is that of the validation images, or else of the training images. Without the data set,
-    the report lacks all of them.
+    Map and neighbors need no labels. With a validation split of the same classes, they show its
+    images; otherwise, those of the training split.
+
+    Returns:
+        The figures `views`, `map` and `neighbors`, None for those that the report lacks; the number
+        of `classes`, None without that validation split; `left_out`: what is missing and why, "" if
+        nothing is.
     """
-    images: dict[str, bytes | None] = {"views": None, "map": None, "neighbors": None}
+    images: dict[str, Any] = dict.fromkeys(_PICTURES) | {"classes": None, "left_out": ""}
     try:
         train = find_images(config.data, "train", root=root)
-        images["views"] = draw_views(config, train)
         val = _open_val(config, train, root)
+        images["classes"] = None if val is None else len(val.classes)
+        images["views"] = draw_views(config, train)
         images["map"] = draw_map(config, model, train if val is None else val)
-        if val is not None:
-            images["neighbors"] = draw_neighbors(config, model, train, val)
+        images["neighbors"] = draw_neighbors(config, model, train, val)
     except InputError as error:
-        logger.warning(f"the report lacks images: {error}")
+        missing = ", ".join(title for name, title in _PICTURES.items() if images[name] is None)
+        remedy = "; --root PATH takes images from another place" if root is None else ""
+        images["left_out"] = f"the report lacks images ({missing}): {error}{remedy}"
+        logger.warning(images["left_out"])
     return images
 
 
 def _open_val(config: Config, train: ImageSet, root: str | None) -> ImageSet | None:
-    """Return the validation split. Without one of the same classes, log why and return None."""
+    """Return the validation split; None without one of the same classes."""
     try:
         val = find_images(config.data, "val", root=root)
         check_splits(train, val)
-    except InputError as error:
-        logger.warning(f"the report lacks nearest neighbors: {error}")
+    except InputError:  # the run has logged why
         return None
     return val
+
+
+def _quality(found: Measured, config: Config) -> list[tuple[str, str, str]]:
+    """Return (measure, value, meaning) of what a run measured without labels."""
+    rows = []
+    if found.ranks:
+        rows.append(
+            (
+                "Effective rank (RankMe)",
+                f"{found.ranks[-1]:.1f} of at most {found.rank_limit}, {found.rank_share:.0%}",
+                "How many independent directions the features use. It is 1 if the network sees no difference between "
+                "images. Among runs of the same backbone on the same images, a higher rank often goes with a higher "
+                f"accuracy. In this run it was {found.ranks[0]:.1f} at first and {max(found.ranks):.1f} at most.",
+            )
+        )
+    if found.spread is not None:
+        rows.append(
+            (
+                "Std of the projections",
+                f"{found.std:.4f}, {found.spread:.0%} of a uniform spread",
+                "How far apart the projections of different images lie. It is 0 if all images have the same one, which "
+                f"is a collapse, and {found.uniform_std:.4f} if they are spread uniformly. The run warns below "
+                f"{config.log.collapse_threshold * found.uniform_std:.4f}.",
+            )
+        )
+    if found.alignment is not None:
+        meaning = "Distance of two views of one image. Lower means that the features ignore the augmentation better."
+        rows.append(("Alignment", f"{found.alignment:.3f}", meaning))
+    if found.uniformity is not None:
+        meaning = (
+            "How close different images lie. It is 0 if all are equal; lower means more spread out. Compare it at an "
+            "equal alignment."
+        )
+        rows.append(("Uniformity", f"{found.uniformity:.3f}", meaning))
+    return rows
 
 
 def _settings(config: Config) -> list[tuple[str, list[tuple[str, str]]]]:

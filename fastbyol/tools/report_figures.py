@@ -134,39 +134,77 @@ def _scatter(axis: Axes, xy: NDArray[np.float32], labels: NDArray[np.int64], cla
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def draw_neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet) -> bytes:
-    """Draw validation images and their nearest training images by cosine similarity of features.
+def draw_neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet | None = None) -> bytes | None:
+    """Draw images and their nearest training images by cosine similarity of features.
 
     Unreadable images are logged as warnings and left out.
 
+    Args:
+        config: The run's config.
+        model: The run's model.
+        train: Training images; at most knn.max_bank_images of them are searched.
+        val: Validation images of the same classes, to take the queries from. Without them, the
+            queries are training images, and no classes are shown.
+
     Returns:
-        The figure as PNG: one row per validation image, with its neighbors to the right. A green
-        frame marks a neighbor of the same class.
+        The figure as PNG: one row per query, with its neighbors to the right. A green frame marks a
+        neighbor of the same class, a red one another class. None if there is only one image.
 
     Raises:
         InputError: No image of a split can be read.
     """
+    bank = train.subsample(config.knn.max_bank_images)
+    bank_features = _extract(config, model, bank)
+    bank_indices = _readable(bank, bank_features)
+    if val is None:  # `own`: position of each query among the readable images
+        own = np.linspace(0, len(bank_indices) - 1, min(_QUERIES, len(bank_indices))).astype(int)
+        queries = bank.subset(np.array(bank_indices)[own])
+    else:
+        own, queries = None, val.subsample(_QUERIES)
+    query_features = _extract(config, model, queries)
+    query_indices = _readable(queries, query_features)
+    similarity, index = nearest(bank_features, query_features, _NEIGHBORS + (own is not None))  # (queries, neighbors)
+    found = [list(zip(*row, strict=True)) for row in zip(index.tolist(), similarity.tolist(), strict=True)]
+    if own is not None:  # an image is no neighbor of itself
+        found = [[pair for pair in row if pair[0] != own[q]] for q, row in zip(query_indices, found, strict=True)]
+        found = [row[:_NEIGHBORS] for row in found]
+    if not any(found):
+        return None
+    return to_png(_neighbor_grid(config, queries, query_indices, bank, bank_indices, found, is_labeled=val is not None))
+
+
+def _neighbor_grid(
+    config: Config,
+    queries: ImageSet,
+    query_indices: list[int],
+    bank: ImageSet,
+    bank_indices: list[int],
+    found: list[list[tuple[int, float]]],
+    *,
+    is_labeled: bool,
+) -> Figure:
+    """Draw queries and their neighbors.
+
+    Args:
+        found: For each query, (position among the readable images of the bank, similarity) each.
+    """
     size = config.data.image_size_px
-    bank, queries = train.subsample(config.knn.max_bank_images), val.subsample(_QUERIES)
-    bank_features, query_features = (_extract(config, model, images) for images in (bank, queries))
-    similarity, index = nearest(bank_features, query_features, _NEIGHBORS)  # (queries, neighbors)
-    bank_indices, query_indices = _readable(bank, bank_features), _readable(queries, query_features)
-    figure = Figure(figsize=(1.45 * (1 + _NEIGHBORS), 1.62 * len(index)), layout="constrained")
-    grid = figure.subplots(len(index), 1 + _NEIGHBORS, squeeze=False)
+    figure = Figure(figsize=(1.45 * (1 + _NEIGHBORS), 1.62 * len(found)), layout="constrained")
+    grid = figure.subplots(len(found), 1 + _NEIGHBORS, squeeze=False)
     for axis in grid.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    for row, query in enumerate(query_indices):
-        axes, query_class = grid[row], queries.labels[query]
+    for axes, query, row in zip(grid, query_indices, found, strict=True):
         axes[0].imshow(_center_crop(queries, query, size))
-        axes[0].set_title(image_title(train.classes[query_class]), fontsize=7)
-        for k in range(index.shape[1]):
-            neighbor = bank_indices[int(index[row, k])]
-            neighbor_class, axis = bank.labels[neighbor], axes[1 + k]
+        axes[0].set_title(image_title(queries.classes[queries.labels[query]]) if is_labeled else "query", fontsize=7)
+        for axis, (position, similarity) in zip(axes[1:], row, strict=False):
+            neighbor = bank_indices[position]
             axis.imshow(_center_crop(bank, neighbor, size))
-            axis.set_title(f"{image_title(bank.classes[neighbor_class])} {similarity[row, k]:.2f}", fontsize=7)
-            _draw_frame(axis, GOOD if neighbor_class == query_class else BAD)
-    return to_png(figure)
+            name = f"{image_title(bank.classes[bank.labels[neighbor]])} " if is_labeled else ""
+            axis.set_title(f"{name}{similarity:.2f}", fontsize=7)
+            if is_labeled:
+                _draw_frame(axis, GOOD if bank.labels[neighbor] == queries.labels[query] else BAD)
+    return figure
 
 
 def _extract(config: Config, model: BYOL, images: ImageSet) -> Features:
