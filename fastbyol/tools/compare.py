@@ -227,8 +227,8 @@ def _draw(runs: Sequence[_Run], styles: Sequence[Mapping[str, str]]) -> bytes | 
         for run, style in zip(runs, styles, strict=True)
     ]
     levels = [Level(100, "uniform on the sphere", MUTED)]
-    thresholds = {run.settings["log.collapse_threshold"] for run in runs}
-    if len(thresholds) == 1 and is_metric(threshold := thresholds.pop()):
+    threshold, *others = [run.settings["log.collapse_threshold"] for run in runs]
+    if is_metric(threshold) and all(other == threshold for other in others):
         levels.append(Level(100 * threshold, "collapse warning", INK))
     return draw_curves(lines, _CURVES, {_STD: levels})
 

@@ -167,7 +167,6 @@ def draw_neighbors(config: Config, model: BYOL, train: ImageSet, val: ImageSet |
     found = [list(zip(*row, strict=True)) for row in zip(index.tolist(), similarity.tolist(), strict=True)]
     if own is not None:  # an image is no neighbor of itself
         found = [[pair for pair in row if pair[0] != own[q]] for q, row in zip(query_indices, found, strict=True)]
-        found = [row[:_NEIGHBORS] for row in found]
     if not any(found):
         return None
     return to_png(_neighbor_grid(config, queries, query_indices, bank, bank_indices, found, is_labeled=val is not None))
@@ -187,6 +186,7 @@ def _neighbor_grid(
 
     Args:
         found: For each query, (position among the readable images of the bank, similarity) each.
+            Those that have no column are left out.
     """
     size = config.data.image_size_px
     figure = Figure(figsize=(1.45 * (1 + _NEIGHBORS), 1.62 * len(found)), layout="constrained")
