@@ -627,6 +627,7 @@ def test_collapsed_runs(make_config, values, reason):
         ({"ranks": (3.0, 3.19)}, "the effective rank is 3.2 of at most 64, below 5%"),
         ({"ranks": (40.0, 31.9)}, "the effective rank fell from 40.0 to 31.9"),
         ({"ranks": (40.0, 3.2)}, "the effective rank fell from 40.0 to 3.2"),
+        ({"ranks": (20.0, 40.0, 30.0)}, "the effective rank fell from 40.0 to 30.0"),
         ({"loss": 4.0}, "the loss is 4.00: predictions that know nothing of their targets have 4"),
         ({"loss": math.nan}, "the loss was not measured"),
         ({"knn": 0.199, "classes": 10}, "the online kNN reaches 19.9%, below 20.0% (chance: 10.0%)"),
