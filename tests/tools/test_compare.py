@@ -17,6 +17,7 @@ from fastbyol import __version__
 from fastbyol.cli import main
 from fastbyol.config import Config
 from fastbyol.errors import InputError
+from fastbyol.runtime.run_files import read_summary
 from fastbyol.settings.base import flatten, nest
 from fastbyol.tools import compare, curves, plots
 from fastbyol.tools.compare import write_comparison
@@ -240,6 +241,19 @@ def test_damaged_files_are_logged_and_left_out(make_run, page_of, log_lines):
     rows = {row[0]: row[1:] for row in table(section(page, "Results"))}
     assert rows["b"] == ["8", "\N{EN DASH}", "200", "25.0%", "1.500", "42.0%", "42.0%", "22.0", "80%"]
     assert "nan" not in page.lower()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": "x"}, {"total_steps": None}, {"loss": "x"}, {"seconds": None}, {"bad_images": []}, {"rank_me": []}],
+)
+def test_a_summary_with_a_wrong_value_is_none(make_run, log_lines, change):
+    run = make_run("a")
+    assert read_summary(run)["steps"] == 8
+    values = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(values | change))
+    assert read_summary(run) is None
+    assert log_lines == [f"warning: {run / 'summary.json'}: is not the summary of a run; it is left out"]
 
 
 # --- curves ---
