@@ -417,6 +417,30 @@ def variants() -> str:
     return markdown_table(["", *titles], lines, note)
 
 
+def quality() -> str:
+    """What runs of known outcome show without labels, and the report's verdict on them."""
+    rows = read("quality")
+    lines = [
+        [
+            row["run"],
+            f"{100 * float(row['spread']):.0f} %",
+            f"{float(row['rank_first']):.1f}, {float(row['rank_highest']):.1f}, {float(row['rank_last']):.1f}",
+            f"{100 * float(row['rank_last']) / int(row['rank_limit']):.1f} %",
+            row["loss"],
+            f"{100 * float(row['knn_top1']):.1f} %",
+            row["verdict"],
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    note = (
+        f"1 seed; {first['cpu']}; torch {first['torch']}; commit {commits(rows)}. Commands in "
+        "benchmarks/results/quality.csv (`python benchmarks/quality_runs.py`)."
+    )
+    titles = ["", "std, relative", "rank: first, highest, last", "last rank, relative", "loss", "kNN", "verdict"]
+    return markdown_table(titles, lines, note)
+
+
 def variant_commands() -> str:
     """The commands of the rows of `variants`, for the first seed on each corpus."""
     lines = []
@@ -462,6 +486,7 @@ TABLES = {
     "summary": summary.table,
     "against": lambda: against.table(against.comparisons()),
     "variants": variants,
+    "quality": quality,
     "variant_commands": variant_commands,
     "accuracy": accuracy,
     "dense": dense,

@@ -48,7 +48,7 @@ def create_backbone(config: ModelConfig) -> nn.Module:
         _require(None, f"model.width={config.width}", "model.width=1", name)
     if config.stem_channels:
         _require(resnet, f"model.stem_channels={config.stem_channels}", "model.stem_channels=0", name)
-    channels = config.stem_channels or int(STEM_CHANNELS * config.width)
+    channels = config.num_stem_channels
     if factory is None and resnet is not None and channels != resnet.conv1.out_channels:
         _widen_stem(resnet, channels)
     if resnet is not None and name in BYOL_RESNETS:

@@ -157,6 +157,13 @@ def _report(call: Call) -> int:
     return 0
 
 
+def _compare(call: Call) -> int:
+    from fastbyol.tools.compare import write_comparison
+
+    logger.info(write_comparison(call.options.runs, call.options.out))
+    return 0
+
+
 def _export(call: Call) -> int:
     from fastbyol.weights.export import export
 
@@ -197,6 +204,7 @@ COMMANDS = Group(
         ),
         "plan": Command(_plan, options.PlanOptions, takes_config=True),
         "report": Command(_report, options.ReportOptions, builds_networks=True),
+        "compare": Command(_compare, options.CompareOptions),
         "export": Command(_export, options.ExportOptions, builds_networks=True),
         "doctor": Command(
             _doctor, text="Check what works on this machine and how to fix what does not.", takes_ranks=True

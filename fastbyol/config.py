@@ -193,6 +193,11 @@ class ModelConfig(Settings):
         ok = self.contrastive_weight == 0 or self.loss == "byol"
         require(ok, "model.contrastive_weight", self.contrastive_weight, "requires model.loss=byol")
 
+    @property
+    def num_stem_channels(self) -> int:
+        """Channels of a ResNet's stem, with the default resolved."""
+        return self.stem_channels or int(STEM_CHANNELS * self.width)
+
     @staticmethod
     def upgraded(values: Any) -> Any:
         """Return the dict of an older version's config with the same meaning.

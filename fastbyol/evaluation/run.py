@@ -42,12 +42,11 @@ from fastbyol.runtime.distributed import ProcessGroup, World, world_from_environ
 from fastbyol.runtime.files import check_output, read_json_or, write_json, write_output
 from fastbyol.runtime.logging import logger, muted
 from fastbyol.runtime.memory import free_bytes
-from fastbyol.runtime.results import PREFIX, is_result
+from fastbyol.runtime.results import BYOL_ROW, PIXELS_ROW, PREFIX, UNTRAINED_ROW, is_result
 from fastbyol.runtime.signals import sigterm_raises
 from fastbyol.weights.load import load_checkpoint_model
 
 _TIMEOUT_S = 7 * 86400.0  # ranks meet once per pass over a split, and torchrun notices one that dies
-BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
 TASKS: dict[str, EvalTask] = {
     task.name: task for task in (KNN, LINEAR, FINETUNE, FEWSHOT, ROBUSTNESS, SEGMENTATION, DETECTION)
 }

@@ -11,9 +11,9 @@ from fastbyol.data.images import Images
 from fastbyol.evaluation.context import EvalContext, Row
 from fastbyol.evaluation.features import open_splits
 from fastbyol.runtime.distributed import World
+from fastbyol.runtime.results import SELECTION
 
 _METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "miou": "mIoU", "map": "mAP", "pixel_accuracy": "pixel accuracy"}
-SELECTION = ("base_lr", "held_out_top1")  # how the learning rate was selected
 
 
 class EvalTask(ABC):

@@ -99,6 +99,29 @@ def check_output(path: Path, key: str) -> None:
         raise InputError(f"{key}: cannot be written: {os.strerror(errno.EACCES)}")
 
 
+def check_replaceable(path: Path, key: str, start: bytes, kind: str) -> None:
+    """Check that an output file replaces nothing but an earlier one of its kind, or an empty file.
+
+    Args:
+        path: the file.
+        key: how messages name it, e.g. "--out x.png".
+        start: the first bytes of a file of this kind.
+        kind: what messages call it, e.g. "a PNG file".
+
+    Raises:
+        InputError: the file exists and is of another kind, or cannot be read.
+    """
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(start))
+    except OSError as error:
+        raise InputError(f"{key}: cannot be read: {error.strerror}") from None
+    if found not in (b"", start):
+        raise InputError(f"{key}: exists and is not {kind}, so it is not overwritten; name another file")
+
+
 def write_output(path: Path, content: bytes | str, key: str) -> None:
     """Write a command's output file atomically.
 

@@ -1,5 +1,6 @@
 """Result files of evaluations, eval_TASK_KEY.json, in a run's folder."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ from fastbyol.runtime.logging import logger
 PREFIX = "eval_"
 TASK_ORDER = ("knn", "linear", "finetune", "fewshot", "robustness", "segmentation", "detection")
 """Order of the tasks in reports and model cards."""
+BYOL_ROW, UNTRAINED_ROW, PIXELS_ROW = "BYOL", "untrained network", "raw pixels"
+"""Titles of a result's rows."""
+SELECTION = ("base_lr", "held_out_top1")
+"""Values of a row that tell how the learning rate was selected."""
 
 
 def read_results(run: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -45,6 +50,12 @@ def is_result(values: dict[str, Any]) -> bool:
         and isinstance(rows, dict)
         and all(isinstance(row, dict) for row in rows.values())
     )
+
+
+def metric_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the metrics in the rows of a result, the most important first."""
+    names = dict.fromkeys(key for row in rows for key, value in row.items() if is_metric(value))
+    return [name for name in names if name not in SELECTION]
 
 
 def is_metric(value: object) -> bool:

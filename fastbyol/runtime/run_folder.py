@@ -12,12 +12,10 @@ from fastbyol.runtime import checkpoint, environment
 from fastbyol.runtime.distributed import World
 from fastbyol.runtime.files import FolderLock, json_text, read_json_or, write_file
 from fastbyol.runtime.logging import logger
+from fastbyol.runtime.run_files import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, STACKS, SUMMARY
 from fastbyol.runtime.run_log import LOG, METRICS
 
-SUMMARY, ENVIRONMENT, CONFIG, CHECKPOINTS = "summary.json", "environment.json", "config.json", "checkpoints"
-REPORT = "report.html"
 TENSORBOARD, TRACKERS = "tensorboard", "trackers.json"
-STACKS = "stacks.txt"
 _LOCK_WAIT_S = 20.0
 
 Checkpoint = tuple[Path, dict[str, Any]]  # file and content

@@ -162,3 +162,23 @@ def names(cls: type[Settings], section: str = "") -> list[str]:
 def expected_section(cls: type[Settings], section: str) -> str:
     """Return the part of a message that says what a section holds."""
     return f"expected a section with settings such as {names(cls, section)[0]}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"optim": {"epochs": 3}} as {"optim.epochs": 3}."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"optim.epochs": 3} as {"optim": {"epochs": 3}}."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        *outer, last = key.split(".")
+        section = result
+        for name in outer:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return result

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastbyol.config import Config
 from fastbyol.errors import InputError
-from fastbyol.settings.base import is_required
+from fastbyol.settings.base import is_required, nest
 from fastbyol.settings.commands import CONFIG, HELP, IMPORT, VERSION, Call, Command, Group, Option, options_of
 from fastbyol.settings.help import field_docs, first_sentence, format_command, format_group
 from fastbyol.settings.messages import BadSetting, format_name, format_value, nearest
@@ -117,11 +117,14 @@ class _Reader:
                 self._read_option(word, left)
             else:
                 positional.append(word)
-        if len(positional) > len(self._positional):
-            raise InputError(self._explain_unexpected(positional[len(self._positional)]))
-        for option, word in zip(self._positional, positional, strict=False):
-            self._set(option, parse(option.field.type, word))
-        return _nest(self._values)
+        for option in self._positional:
+            if not positional:
+                break
+            given, positional = (positional, []) if option.takes_rest else (positional[0], positional[1:])
+            self._set(option, parse(option.field.type, given))
+        if positional:
+            raise InputError(self._explain_unexpected(positional[0]))
+        return nest(self._values)
 
     def _read_option(self, word: str, left: list[str]) -> None:
         """Read one option. Without a "=", its value is popped from the words that are left."""
@@ -201,15 +204,3 @@ class _Reader:
 
     def _help(self, *, everything: bool) -> str:
         return format_command(self._name, self._command, self._own, self._config, everything=everything)
-
-
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"optim.epochs": 3} as {"optim": {"epochs": 3}}."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        *outer, last = key.split(".")
-        section = result
-        for name in outer:
-            section = section.setdefault(name, {})
-        section[last] = value
-    return result

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from fastbyol.config import Config
 from fastbyol.settings.base import Settings, leaves
+from fastbyol.settings.types import is_sequence
 
 HELP = ("-h", "--help", "--help-all")
 VERSION = ("-V", "--version")
@@ -19,7 +20,8 @@ class Options(Settings):
     """Base class of a command's own options, which are not part of a config."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ()
-    """Fields given without a name, in this order."""
+    """Fields given without a name, in this order. The last one may be a list: it takes all words
+    that are left."""
 
     @classmethod
     def key(cls, name: str) -> str:
@@ -94,6 +96,11 @@ class Option:
     def named(self) -> bool:
         """True if this is not a positional argument."""
         return self.name.startswith("-")
+
+    @property
+    def takes_rest(self) -> bool:
+        """True for a positional argument that takes all words that are left."""
+        return not self.named and is_sequence(self.field.type)
 
 
 def options_of(cls: type[Settings]) -> Iterator[Option]:

@@ -86,7 +86,7 @@ def format_command(
     width = _width()
     column = min(40, width // 3)
     page = argparse.ArgumentParser(
-        usage=" ".join([name, *(option.name.upper() for option in own if not option.named), "[--option value ...]"]),
+        usage=" ".join([name, *(_usage(option) for option in own if not option.named), "[--option value ...]"]),
         description=command.summary,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=column, width=width),
         add_help=False,
@@ -101,6 +101,10 @@ def format_command(
         if not everything:
             page.epilog = f"{name} --help-all shows all {len(config)} settings."
     return page.format_help().rstrip()
+
+
+def _usage(option: Option) -> str:
+    return option.name.upper() + (" ..." if option.takes_rest else "")
 
 
 def _add_config(

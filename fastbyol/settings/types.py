@@ -74,6 +74,11 @@ def expected(kind: Any) -> str:
     return " or ".join(map(_expected_part, parts(kind)))
 
 
+def is_sequence(kind: Any) -> bool:
+    """Return True if the type is a list or tuple, or accepts one."""
+    return any(get_origin(part) in (list, tuple) for part in parts(kind))
+
+
 def _expected_part(kind: Any) -> str:
     if get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
@@ -82,7 +87,7 @@ def _expected_part(kind: Any) -> str:
         item = _bare(get_args(kind)[0])
         if get_origin(item) is Literal:
             return f"a list of {', '.join(get_args(item))}"
-        lists = {int: "integers, such as 1,5,10", float: "numbers, such as 0.1,0.3"}
+        lists = {int: "integers, such as 1,5,10", float: "numbers, such as 0.1,0.3", Path: "paths"}
         return lists.get(item, "names, such as cat,dog")
     if get_origin(kind) is dict:
         return "names and values, such as {img_size: 64}"

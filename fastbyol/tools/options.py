@@ -130,6 +130,17 @@ class ReportOptions(Options):
 
 
 @dataclass(kw_only=True)
+class CompareOptions(Options):
+    """Write a page that compares runs: settings, curves, evaluations."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("runs",)
+    runs: list[Path]
+    """Folders of two or more runs."""
+    out: Path = Path("compare.html")
+    """HTML file to write."""
+
+
+@dataclass(kw_only=True)
 class ExportOptions(Options):
     """Write a run's backbone for another library, with a model card."""
 

@@ -1,6 +1,7 @@
 """Self-contained HTML pages, rendered from the Jinja templates in fastbyol/tools/templates."""
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from fastbyol import __version__
 from fastbyol.errors import printable
 from fastbyol.runtime.files import write_output
 from fastbyol.tools import plots
+
+HTML_START = b"<!doctype html>"  # of every page
 
 
 def write_page(out: Path, template: str, **values: Any) -> Path:
@@ -37,6 +40,11 @@ def data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
+def format_setting(value: object) -> str:
+    """Format a setting as in a YAML config."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _printable(value: object) -> object:
     """Escape control characters and undecodable bytes; leave rendered HTML unchanged."""
     return value if isinstance(value, Markup) else printable(str(value))
@@ -59,5 +67,5 @@ TEMPLATES = Environment(
 TEMPLATES.filters |= {"number": _format_number, "data_uri": data_uri}
 TEMPLATES.globals |= {
     "version": __version__,
-    "palette": {"ink": plots.INK, "muted": plots.MUTED, "accent": plots.ACCENT},
+    "palette": {"ink": plots.INK, "muted": plots.MUTED, "accent": plots.ACCENT, "good": plots.GOOD, "bad": plots.BAD},
 }

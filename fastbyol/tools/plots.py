@@ -3,7 +3,9 @@
 import functools
 import io
 
+import matplotlib
 from matplotlib import font_manager, ft2font
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -11,6 +13,17 @@ from fastbyol.errors import printable
 
 INK, MUTED, ACCENT, GOOD, BAD = "#22262b", "#59636e", "#1f6feb", "#2e9e52", "#d1383d"
 _MAX_TITLE_LENGTH = 44  # characters; longer titles would make matplotlib shrink the images below them
+
+
+def line_style(k: int) -> dict[str, str]:
+    """Return color and line style of the k-th of several curves: 20 colors, the last ten dashed.
+
+    The names of the line styles are those of matplotlib and of CSS.
+    """
+    colors = matplotlib.colormaps["tab20"].colors
+    colors = [*colors[::2], *colors[1::2]]  # the saturated ones first
+    dashes = ("solid", "dashed", "dotted")
+    return {"color": to_hex(colors[k % len(colors)]), "linestyle": dashes[k // 10 % len(dashes)]}
 
 
 def to_png(figure: Figure) -> bytes:

@@ -12,7 +12,7 @@ from fastbyol.data import Images, find_images, views
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.errors import InputError
 from fastbyol.kernels.augment_params import IMAGENET_MEAN, IMAGENET_STD
-from fastbyol.runtime.files import check_output, write_output
+from fastbyol.runtime.files import check_output, check_replaceable, write_output
 from fastbyol.runtime.logging import logger
 from fastbyol.tools.plots import image_title, to_png
 
@@ -40,18 +40,12 @@ def write_preview(config: Config, out: Path) -> str:
         RunError: Writing `out` failed.
     """
     check_output(out, f"--out {out}")
-    if out.is_file() and not _is_png_or_empty(out):
-        raise InputError(f"--out {out}: exists and is not a PNG file, so it is not overwritten; name another file")
+    check_replaceable(out, f"--out {out}", _PNG_SIGNATURE, "a PNG file")
     images = find_images(config.data, "train")
     for note in images.notes:
         logger.warning(note)
     write_output(out, draw_views(config, images), f"--out {out}")
     return f"{out}: {IMAGES} images of {images.root} and both views of each"
-
-
-def _is_png_or_empty(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_PNG_SIGNATURE)) in (b"", _PNG_SIGNATURE)
 
 
 def draw_views(config: Config, images: Images) -> bytes:

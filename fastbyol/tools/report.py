@@ -1,30 +1,32 @@
 """report.html of a run: summary, training curves, evaluations and settings on one page."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from fastbyol.config import Config
 from fastbyol.data import Images, find_images
+from fastbyol.data.beton import SUFFIX as BETON
 from fastbyol.data.decode import BadImage, decode
+from fastbyol.data.folder import is_split_name
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluation.features import check_splits
 from fastbyol.evaluation.run import TASKS
-from fastbyol.evaluation.task import SELECTION
 from fastbyol.model import BYOL
 from fastbyol.runtime.files import check_output, read_json_or
 from fastbyol.runtime.logging import logger
-from fastbyol.runtime.results import is_metric, read_results
-from fastbyol.runtime.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, REPORT, SUMMARY
+from fastbyol.runtime.results import BYOL_ROW, metric_names, read_results
+from fastbyol.runtime.run_files import CONFIG, ENVIRONMENT, REPORT, check_run_folder, read_summary
 from fastbyol.runtime.run_log import read_metrics
-from fastbyol.tools.pages import write_page
+from fastbyol.tools.pages import format_setting, write_page
 from fastbyol.tools.preview import draw_views
-from fastbyol.tools.report_figures import draw_curves, draw_map, draw_neighbors
+from fastbyol.tools.report_figures import draw_map, draw_neighbors, draw_run_curves
+from fastbyol.tools.result_tables import describe_checkpoint, describe_data, describe_settings, table_head, table_row
+from fastbyol.tools.verdict import Measured, judge, measured
 from fastbyol.weights.load import load_checkpoint_model
 
 _MAX_SKIPPED_IMAGES = 50
-_BAR_PX = 120  # width of the bar of an accuracy of 100%
+_PICTURES = {"views": "augmented views", "map": "map of the features", "neighbors": "nearest neighbors"}
 
 
 def write_report(run: Path, *, root: str | None = None) -> Path:
@@ -43,28 +45,39 @@ def write_report(run: Path, *, root: str | None = None) -> Path:
         InputError: `run` holds no run, or no file can be written there.
         RunError: Writing the report failed.
     """
-    if not run.is_dir():
-        raise InputError(f"--run {run}: folder not found")
+    check_run_folder(run, f"--run {run}")
     if root is not None and not os.path.lexists(root):
         raise InputError(f"--root {root}: data set not found")
-    if run.name == CHECKPOINTS and not (run / CHECKPOINTS).exists():
-        raise InputError(f"--run {run}: is a folder of checkpoints; name the run's folder, {run.parent}")
     check_output(run / REPORT, str(run / REPORT))
     path, config, model, _ = load_checkpoint_model(run)
+    metrics = read_metrics(run)
+    images = _images(config, model, root)
+    found = measured(metrics, config, features=model.num_features)
     return write_page(
         run / REPORT,
         "report",
         name=config.name,
         backbone=config.model.backbone,
-        data_set=config.data.root,
+        data_set=data_set_name(config.data.root),
+        data_root=config.data.root,
         checkpoint=path.name,
+        verdict=judge(found, config, classes=images["classes"]),
         summary=_summary(run),
-        curves=draw_curves(read_metrics(run), config),
-        evaluations=[_evaluation(*found) for found in read_results(run)],
+        quality=_quality(found, config),
+        curves=draw_run_curves(metrics, config),
+        evaluations=[_evaluation(*result) for result in read_results(run)],
         settings=_settings(config),
         environment=read_json_or(run / ENVIRONMENT).items(),
-        **_images(config, model, root),
+        **images,
     )
+
+
+def data_set_name(root: str | None) -> str | None:
+    """Return a short name of the data set at `root`: its last folder or file that is no split."""
+    if root is None:
+        return None
+    names = [name.removesuffix(BETON) for name in Path(root).parts if name != "/"]
+    return next((name for name in reversed(names) if not is_split_name(name)), root)
 
 
 def refresh_report(run_or_file: Path, *, root: str | None = None) -> None:
@@ -79,7 +92,8 @@ def refresh_report(run_or_file: Path, *, root: str | None = None) -> None:
     data = read_json_or(run_or_file / CONFIG, lambda text: None).get("data")
     own_root = data.get("root") if isinstance(data, dict) else None
     moved = isinstance(own_root, str) and not os.path.lexists(own_root)
-    logger.info(f"report: {write_report(run_or_file, root=root if moved else None)}")
+    none = isinstance(data, dict) and own_root is None
+    logger.info(f"report: {write_report(run_or_file, root=root if moved or none else None)}")
 
 
 def _summary(run: Path) -> dict[str, Any] | None:
@@ -88,63 +102,39 @@ def _summary(run: Path) -> dict[str, Any] | None:
     Returns:
         `cards`: (label, value, detail) each. `skipped`: (image, reason) each.
     """
-    values = read_json_or(run / SUMMARY)
-    if not values:
+    values = read_summary(run)
+    if values is None:
         return None
-    try:
-        skipped = values["bad_images"]
-        cards = [
-            ("Steps", str(values["steps"]), f"of {values['total_steps']}"),
-            ("Time", f"{values['seconds']:.0f} s", ""),
-        ]
-        if values["images_per_s"] is not None:
-            cards.append(("Speed", f"{values['images_per_s']:.0f}", "images/s (median)"))
-            cards.append(("Waiting for data", f"{values['wait_share']:.1%}", "of the time (median)"))
-            cards.append(("Last loss", f"{values['loss']:.3f}", ""))
-        if values.get("knn_best") is not None:
-            cards.append(("Online kNN", f"{values['knn_last']:.1%}", f"top-1, best {values['knn_best']:.1%}"))
-        cards.append(("Skipped images", str(len(skipped)), ""))
-        return {"cards": cards, "skipped": list(skipped.items())[:_MAX_SKIPPED_IMAGES]}
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        logger.warning(f"{run / SUMMARY}: is not the summary of a run; it is left out")
-        return None
+    skipped = values["bad_images"]
+    cards = [
+        ("Steps", str(values["steps"]), f"of {values['total_steps']}"),
+        ("Time", f"{values['seconds']:.0f} s", ""),
+    ]
+    if (speed := values.get("images_per_s")) is not None:
+        cards.append(("Speed", f"{speed:.0f}", "images/s (median)"))
+    if (waiting := values.get("wait_share")) is not None:
+        cards.append(("Waiting for data", f"{waiting:.1%}", "of the time (median)"))
+    if (loss := values.get("loss")) is not None:
+        cards.append(("Last loss", f"{loss:.3f}", ""))
+    last, best = values.get("knn_last"), values.get("knn_best")
+    if last is not None and best is not None:
+        cards.append(("Online kNN", f"{last:.1%}", f"top-1, best {best:.1%}"))
+    cards.append(("Skipped images", str(len(skipped)), ""))
+    return {"cards": cards, "skipped": list(skipped.items())[:_MAX_SKIPPED_IMAGES]}
 
 
 def _evaluation(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Return the table of one evaluation: a row per network, a column per metric."""
-    task = TASKS.get(result["protocol"])
-    rows = result["rows"]
-    names = dict.fromkeys(key for row in rows.values() for key, value in row.items() if is_metric(value))
-    metrics = [name for name in names if name not in SELECTION]
-    checkpoint = Path(result["checkpoint"]).name + (f", step {result['step']}" if "step" in result else "")
-    splits = ", ".join(map(str, result.get("splits") or []))
-    settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, []))
+    task, rows = TASKS.get(result["protocol"]), result["rows"]
+    metrics = metric_names(rows.values())
     return {
         "title": task.title if task else result["protocol"],
-        "source": f"{result['root']}{f' ({splits})' if splits else ''}, checkpoint {checkpoint}",
-        "metrics": [name.replace("_", " ") for name in metrics],
-        "rows": [
-            {
-                "name": name,
-                "cells": [_percent(row.get(metric)) for metric in metrics],
-                "bar_px": _bar_px(row.get(metrics[0]) if metrics else None),
-            }
-            for name, row in rows.items()
-        ],
-        "note": (
-            f"{result['train_images']} training and {result['val_images']} validation images, "
-            f"{result['classes']} classes; {settings}"
-        ),
+        "source": f"{describe_data(result, [result['root']])}, checkpoint {describe_checkpoint(result)}",
+        "metrics": table_head(metrics),
+        "rows": [table_row(name, row, metrics, best=name == BYOL_ROW) for name, row in rows.items()],
+        "note": describe_settings(result),
         "picture": _read_picture(path.with_suffix(".png")) if task and task.has_figure else None,
     }
-
-
-def _percent(value: Any) -> str:
-    return f"{value:.1%}" if is_metric(value) else ""
-
-
-def _bar_px(value: Any) -> int:
-    return round(_BAR_PX * min(max(value, 0), 1)) if is_metric(value) else 0
 
 
 def _read_picture(path: Path) -> bytes | None:
@@ -160,34 +150,76 @@ def _read_picture(path: Path) -> bytes | None:
     return png
 
 
-def _images(config: Config, model: BYOL, root: str | None) -> dict[str, bytes | None]:
+def _images(config: Config, model: BYOL, root: str | None) -> dict[str, Any]:
     """Draw augmented views, a map of the features and nearest neighbors.
 
-    The map is that of the validation images, or else of the training images. Without the data set,
-    the report lacks all of them.
+    Map and neighbors need no labels. With a validation split of the same classes, they show its
+    images; otherwise, those of the training split.
+
+    Returns:
+        The figures `views`, `map` and `neighbors`, None for those that the report lacks; the number
+        of `classes`, None without that validation split; `left_out`: what is missing and why, "" if
+        nothing is.
     """
-    images: dict[str, bytes | None] = {"views": None, "map": None, "neighbors": None}
+    images: dict[str, Any] = dict.fromkeys(_PICTURES) | {"classes": None, "left_out": ""}
     try:
         train = find_images(config.data, "train", root=root)
-        images["views"] = draw_views(config, train)
         val = _open_val(config, train, root)
+        images["classes"] = None if val is None else len(val.classes)
+        images["views"] = draw_views(config, train)
         images["map"] = draw_map(config, model, train if val is None else val)
-        if val is not None:
-            images["neighbors"] = draw_neighbors(config, model, train, val)
+        images["neighbors"] = draw_neighbors(config, model, train, val)
     except InputError as error:
-        logger.warning(f"the report lacks images: {error}")
+        missing = ", ".join(title for name, title in _PICTURES.items() if images[name] is None)
+        remedy = "; --root PATH takes images from another place" if root is None else ""
+        images["left_out"] = f"the report lacks images ({missing}): {error}{remedy}"
+        logger.warning(images["left_out"])
     return images
 
 
 def _open_val(config: Config, train: Images, root: str | None) -> Images | None:
-    """Return the validation split. Without one of the same classes, log why and return None."""
+    """Return the validation split; None without one of the same classes."""
     try:
         val = find_images(config.data, "val", root=root)
         check_splits(train, val)
-    except InputError as error:
-        logger.warning(f"the report lacks nearest neighbors: {error}")
+    except InputError:  # the run has logged why
         return None
     return val
+
+
+def _quality(found: Measured, config: Config) -> list[tuple[str, str, str]]:
+    """Return (measure, value, meaning) of what a run measured without labels."""
+    rows = []
+    if found.ranks:
+        rows.append(
+            (
+                "Effective rank (RankMe)",
+                f"{found.ranks[-1]:.1f} of at most {found.rank_limit}, {found.rank_share:.0%}",
+                "How many independent directions the features use. It is 1 if the network sees no difference between "
+                "images. Among runs of the same backbone on the same images, a higher rank often goes with a higher "
+                f"accuracy. In this run it was {found.ranks[0]:.1f} at first and {max(found.ranks):.1f} at most.",
+            )
+        )
+    if found.spread is not None:
+        rows.append(
+            (
+                "Std of the projections",
+                f"{found.std:.4f}, {found.spread:.0%} of a uniform spread",
+                "How far apart the projections of different images lie. It is 0 if all images have the same one, which "
+                f"is a collapse, and {found.uniform_std:.4f} if they are spread uniformly. The run warns below "
+                f"{config.log.collapse_threshold * found.uniform_std:.4f}.",
+            )
+        )
+    if found.alignment is not None:
+        meaning = "Distance of two views of one image. Lower means that the features ignore the augmentation better."
+        rows.append(("Alignment", f"{found.alignment:.3f}", meaning))
+    if found.uniformity is not None:
+        meaning = (
+            "How close different images lie. It is 0 if all are equal; lower means more spread out. Compare it at an "
+            "equal alignment."
+        )
+        rows.append(("Uniformity", f"{found.uniformity:.3f}", meaning))
+    return rows
 
 
 def _settings(config: Config) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -195,9 +227,4 @@ def _settings(config: Config) -> list[tuple[str, list[tuple[str, str]]]]:
     values = config.to_dict()
     sections = {"run": {key: value for key, value in values.items() if not isinstance(value, dict)}}
     sections |= {key: value for key, value in values.items() if isinstance(value, dict)}
-    return [(name, [(key, _setting(value)) for key, value in pairs.items()]) for name, pairs in sections.items()]
-
-
-def _setting(value: Any) -> str:
-    """Format a setting as in a YAML config."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return [(name, [(key, format_setting(value)) for key, value in pairs.items()]) for name, pairs in sections.items()]

@@ -23,33 +23,33 @@ from fastbyol.precision import compute_dtype
 from fastbyol.runtime import environment
 from fastbyol.runtime.device import choose_device
 from fastbyol.runtime.logging import logger
+from fastbyol.tools.curves import Curve, Level, RunLines, draw_curves
 from fastbyol.tools.plots import ACCENT, BAD, GOOD, MUTED, image_title, to_png
 from fastbyol.tools.preview import to_pixels
 
-_COLUMNS = 2  # of the grid of curves
-_MAX_MARKERS = 40  # curves of fewer points show each of them
 _QUERIES, _NEIGHBORS = 8, 5
 _MAP_IMAGES = 2000
 _MAP_CLASSES = 10  # with a color of their own
 _MIN_UMAP_IMAGES = 50  # UMAP's own defaults look at 15 neighbors
 
-_CURVES = (  # kind of line in metrics.jsonl, key, title, unit
-    ("train", "loss", "Loss", ""),
-    ("knn", "top1", "Online kNN top-1", "%"),
-    ("quality", "rank_me", "Effective rank of the features (RankMe)", ""),
-    ("quality", "alignment", "Alignment: distance of two views", ""),
-    ("quality", "uniformity", "Uniformity: lower is more spread out", ""),
-    ("train", "lr", "Learning rate", ""),
-    ("train", "tau", "Target EMA decay (tau)", ""),
-    ("train", "projection_std", "Std of normalized projections", ""),
-    ("train", "images_per_s", "Images per second", ""),
-    ("train", "wait_share", "Time waiting for data", "%"),
+_CURVES = (
+    Curve("train", "loss", "Loss"),
+    Curve("knn", "top1", "Online kNN top-1", "%"),
+    Curve("quality", "rank_me", "Effective rank of the features (RankMe)"),
+    Curve("quality", "alignment", "Alignment: distance of two views"),
+    Curve("quality", "uniformity", "Uniformity: lower is more spread out"),
+    Curve("train", "lr", "Learning rate"),
+    Curve("train", "tau", "Target EMA decay (tau)"),
+    Curve("train", "projection_std", "Std of normalized projections", from_zero=True),
+    Curve("train", "images_per_s", "Images per second", from_zero=True),
+    Curve("train", "wait_share", "Time waiting for data", "%", from_zero=True),
 )
-_FROM_ZERO = ("images_per_s", "wait_share", "projection_std")
 
 
-def draw_curves(metrics: list[dict[str, Any]], config: Config) -> bytes | None:
+def draw_run_curves(metrics: list[dict[str, Any]], config: Config) -> bytes | None:
     """Plot a run's metrics by epoch.
+
+    The std of uniformly distributed unit vectors and the level of the collapse warning are marked.
 
     Args:
         metrics: Lines of metrics.jsonl.
@@ -58,39 +58,12 @@ def draw_curves(metrics: list[dict[str, Any]], config: Config) -> bytes | None:
     Returns:
         The figure as PNG; None without metrics.
     """
-    kinds = {line["kind"] for line in metrics}
-    curves = [curve for curve in _CURVES if curve[0] in kinds]
-    if not curves:
-        return None
-    rows = -(-len(curves) // _COLUMNS)
-    figure = Figure(figsize=(11, 2.3 * rows), layout="constrained")
-    axes = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
-    for axis in axes[len(curves) :]:
-        axis.set_visible(False)
-    for axis, (kind, key, title, unit) in zip(axes, curves, strict=False):
-        scale = 100 if unit == "%" else 1
-        lines = [line for line in metrics if line["kind"] == kind]
-        epochs, values = [line["epoch"] for line in lines], [scale * line[key] for line in lines]
-        marker = "o" if len(lines) < _MAX_MARKERS else None
-        axis.plot(epochs, values, color=ACCENT, marker=marker, markersize=3)
-        if key == "projection_std":
-            _draw_collapse_levels(axis, config)
-        if key in _FROM_ZERO:
-            axis.set_ylim(bottom=0)
-        axis.set_title(f"{title} ({unit})" if unit else title, fontsize=10, loc="left")
-        axis.set_xlabel("epoch", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    return to_png(figure)
-
-
-def _draw_collapse_levels(axis: Axes, config: Config) -> None:
-    """Mark the std of uniformly distributed unit vectors, and the level of the collapse warning."""
     uniform = config.model.projection_dim**-0.5
-    axis.axhline(uniform, color=GOOD, linestyle=":", label="uniform on the sphere")
-    axis.axhline(config.log.collapse_threshold * uniform, color=BAD, linestyle=":", label="collapse warning")
-    axis.legend(fontsize=8, frameon=False)
+    levels = [
+        Level(uniform, "uniform on the sphere", GOOD),
+        Level(config.log.collapse_threshold * uniform, "collapse warning", BAD),
+    ]
+    return draw_curves([RunLines(metrics, {"color": ACCENT})], _CURVES, {"projection_std": levels})
 
 
 def draw_map(config: Config, model: BYOL, images: Images) -> bytes | None:
@@ -161,39 +134,77 @@ def _scatter(axis: Axes, xy: NDArray[np.float32], labels: NDArray[np.int64], cla
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def draw_neighbors(config: Config, model: BYOL, train: Images, val: Images) -> bytes:
-    """Draw validation images and their nearest training images by cosine similarity of features.
+def draw_neighbors(config: Config, model: BYOL, train: Images, val: Images | None = None) -> bytes | None:
+    """Draw images and their nearest training images by cosine similarity of features.
 
     Unreadable images are logged as warnings and left out.
 
+    Args:
+        config: The run's config.
+        model: The run's model.
+        train: Training images; at most knn.max_bank_images of them are searched.
+        val: Validation images of the same classes, to take the queries from. Without them, the
+            queries are training images, and no classes are shown.
+
     Returns:
-        The figure as PNG: one row per validation image, with its neighbors to the right. A green
-        frame marks a neighbor of the same class.
+        The figure as PNG: one row per query, with its neighbors to the right. A green frame marks a
+        neighbor of the same class, a red one another class. None if there is only one image.
 
     Raises:
         InputError: No image of a split can be read.
     """
+    bank = train.subsample(config.knn.max_bank_images)
+    bank_features = _extract(config, model, bank)
+    bank_indices = _readable(bank, bank_features)
+    if val is None:  # `own`: position of each query among the readable images
+        own = np.linspace(0, len(bank_indices) - 1, min(_QUERIES, len(bank_indices))).astype(int)
+        queries = bank.subset(np.array(bank_indices)[own])
+    else:
+        own, queries = None, val.subsample(_QUERIES)
+    query_features = _extract(config, model, queries)
+    query_indices = _readable(queries, query_features)
+    similarity, index = nearest(bank_features, query_features, _NEIGHBORS + (own is not None))  # (queries, neighbors)
+    found = [list(zip(*row, strict=True)) for row in zip(index.tolist(), similarity.tolist(), strict=True)]
+    if own is not None:  # an image is no neighbor of itself
+        found = [[pair for pair in row if pair[0] != own[q]] for q, row in zip(query_indices, found, strict=True)]
+    if not any(found):
+        return None
+    return to_png(_neighbor_grid(config, queries, query_indices, bank, bank_indices, found, is_labeled=val is not None))
+
+
+def _neighbor_grid(
+    config: Config,
+    queries: Images,
+    query_indices: list[int],
+    bank: Images,
+    bank_indices: list[int],
+    found: list[list[tuple[int, float]]],
+    *,
+    is_labeled: bool,
+) -> Figure:
+    """Draw queries and their neighbors.
+
+    Args:
+        found: For each query, (position among the readable images of the bank, similarity) each.
+            Those that have no column are left out.
+    """
     size = config.data.image_size_px
-    bank, queries = train.subsample(config.knn.max_bank_images), val.subsample(_QUERIES)
-    bank_features, query_features = (_extract(config, model, images) for images in (bank, queries))
-    similarity, index = nearest(bank_features, query_features, _NEIGHBORS)  # (queries, neighbors)
-    bank_indices, query_indices = _readable(bank, bank_features), _readable(queries, query_features)
-    figure = Figure(figsize=(1.45 * (1 + _NEIGHBORS), 1.62 * len(index)), layout="constrained")
-    grid = figure.subplots(len(index), 1 + _NEIGHBORS, squeeze=False)
+    figure = Figure(figsize=(1.45 * (1 + _NEIGHBORS), 1.62 * len(found)), layout="constrained")
+    grid = figure.subplots(len(found), 1 + _NEIGHBORS, squeeze=False)
     for axis in grid.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    for row, query in enumerate(query_indices):
-        axes, query_class = grid[row], queries.labels[query]
+    for axes, query, row in zip(grid, query_indices, found, strict=True):
         axes[0].imshow(_center_crop(queries, query, size))
-        axes[0].set_title(image_title(train.classes[query_class]), fontsize=7)
-        for k in range(index.shape[1]):
-            neighbor = bank_indices[int(index[row, k])]
-            neighbor_class, axis = bank.labels[neighbor], axes[1 + k]
+        axes[0].set_title(image_title(queries.classes[queries.labels[query]]) if is_labeled else "query", fontsize=7)
+        for axis, (position, similarity) in zip(axes[1:], row, strict=False):
+            neighbor = bank_indices[position]
             axis.imshow(_center_crop(bank, neighbor, size))
-            axis.set_title(f"{image_title(bank.classes[neighbor_class])} {similarity[row, k]:.2f}", fontsize=7)
-            _draw_frame(axis, GOOD if neighbor_class == query_class else BAD)
-    return to_png(figure)
+            name = f"{image_title(bank.classes[bank.labels[neighbor]])} " if is_labeled else ""
+            axis.set_title(f"{name}{similarity:.2f}", fontsize=7)
+            if is_labeled:
+                _draw_frame(axis, GOOD if bank.labels[neighbor] == queries.labels[query] else BAD)
+    return figure
 
 
 def _extract(config: Config, model: BYOL, images: Images) -> Features:

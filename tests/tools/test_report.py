@@ -1,8 +1,10 @@
 """report.html and its figures: evaluations, damaged files, arbitrary names, moved data sets."""
 
+import html
 import importlib.resources
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -30,13 +32,18 @@ from fastbyol.runtime.results import read_results
 from fastbyol.tools import plots, report_figures
 from fastbyol.tools.pages import TEMPLATES
 from fastbyol.tools.preview import draw_views
-from fastbyol.tools.report import refresh_report, write_report
+from fastbyol.tools.report import data_set_name, refresh_report, write_report
+from fastbyol.tools.verdict import judge, measured
 
 SHORT = {"optim": {"epochs": 1, "warmup_epochs": 0}, "knn": {"every_epochs": 0}}
 
 
 def fail(line):
     raise AssertionError(line)
+
+
+def fail_to_open():
+    raise InputError("no images")
 
 
 @pytest.fixture
@@ -98,7 +105,8 @@ def test_the_report_shows_data_set_settings_and_environment(make_config, photos,
     config = make_config(**SHORT)
     page = write_report(train(config).folder).read_text()
     assert "<h1>run</h1>" in page
-    assert f"BYOL pre-training of resnet18 on <code>{photos}</code>" in page
+    assert "BYOL pre-training of resnet18 on\n<strong>photos</strong>" in page
+    assert f"<code>{photos}</code> &middot; Checkpoint step_00000004.pt" in page
     assert "checkpoint step_00000004.pt" in page.lower()
     for label, value in (("Steps", "4"), ("Skipped images", "0")):
         assert f'<div class="label">{label}</div>\n<div class="value">{value}</div>' in page
@@ -153,7 +161,7 @@ def test_evaluations_of_best_checkpoints_of_different_steps_are_kept(make_config
         best.hardlink_to(folder / "checkpoints" / f"step_{step:08d}.pt")
         evaluate("knn", KnnEval(run=str(best), baselines=False))
     assert len(list(folder.glob("eval_knn_*.json"))) == 2
-    monkeypatch.setattr("fastbyol.tools.report._images", lambda *args: {"views": None, "map": None, "neighbors": None})
+    monkeypatch.setattr("fastbyol.tools.report.find_images", lambda *args, **options: fail_to_open())
     page = write_report(folder).read_text()
     assert "checkpoint best.pt, step 4<" in page
     assert "checkpoint best.pt, step 8<" in page
@@ -359,15 +367,363 @@ def test_a_class_whose_name_begins_with_an_underscore_is_in_the_legend(draw, fol
     assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == [" _b_", "c"]
 
 
-def test_a_run_without_validation_images_has_a_map(make_config, photos, tmp_path, log_lines):
-    shutil.copytree(photos / "train", tmp_path / "data" / "train")
-    folder = train(make_config(data={"root": str(tmp_path / "data")}, **SHORT)).folder
+# --- without labels ---
+
+
+def flat(photos, root, count=72):
+    """Copy images of all classes into one folder ROOT/train."""
+    (root / "train").mkdir(parents=True)
+    for k, file in enumerate(sorted((photos / "train").rglob("*.jpg"))[:count]):
+        shutil.copy(file, root / "train" / f"{k:03d}.jpg")
+    return root
+
+
+@pytest.mark.parametrize(
+    "layout", ["flat", "flat with val", "classes without val", "other classes in val", "one class"]
+)
+def test_neighbors_need_no_labels(make_config, photos, tmp_path, log_lines, monkeypatch, layout):
+    root = tmp_path / "data"
+    if layout.startswith("flat"):
+        flat(photos, root)
+        if layout == "flat with val":
+            shutil.copytree(root / "train", root / "val")
+    elif layout == "one class":
+        flat(photos, root)
+        (root / "train").rename(root / "cats")
+        (root / "train").mkdir()
+        (root / "cats").rename(root / "train" / "cats")
+    else:
+        shutil.copytree(photos / "train", root / "train")
+        if layout == "other classes in val":
+            shutil.copytree(photos / "val" / "coffee", root / "val" / "tea")
+    folder = train(make_config(data={"root": str(root)}, **SHORT)).folder
+    figures = []
+    original = report_figures.to_png
+    monkeypatch.setattr(report_figures, "to_png", lambda figure: figures.append(figure) or original(figure))
     log_lines.clear()
     page = write_report(folder).read_text()
-    assert "<h2>Map of the features</h2>" in page
-    assert "<h2>Nearest neighbors</h2>" not in page
+    assert log_lines == []
+    assert "Left: a training image." in page
+    assert "one of up to 2000 training images" in page
+    assert "a validation image" not in page
+    grid = figures[-1]
+    titles = [axis.get_title() for axis in grid.axes]
+    assert titles[::6] == ["query"] * 8
+    assert all(re.fullmatch(r"0\.\d\d|1\.00", title) for k, title in enumerate(titles) if k % 6)
+    assert not any(axis.patches for axis in grid.axes)  # no frames
+
+
+@pytest.fixture
+def neighbors(make_config, monkeypatch):
+    """Return a function that draws neighbors; it returns titles and pixels by row and column."""
+    config = make_config()
+    model = build_model(config.model, config.data.image_size_px, 0)
+    monkeypatch.setattr(report_figures, "to_png", lambda figure: figure)
+
+    def drawn(train, val=None, *, config=config):
+        figure = report_figures.draw_neighbors(config, model, train, val)
+        if figure is None:
+            return None
+        cells = [(axis.get_title(), axis.images[0].get_array() if axis.images else None) for axis in figure.axes]
+        return [cells[start : start + 6] for start in range(0, len(cells), 6)]
+
+    return drawn
+
+
+def test_an_image_is_no_neighbor_of_itself(neighbors, folder_of, make_config):
+    images = open_split(folder_of({f"{i:02d}.jpg": jpeg(i) for i in range(20)}), ".")
+    rows = neighbors(images)
+    own = [report_figures._center_crop(images, int(i), 32) for i in np.linspace(0, 19, 8).astype(int)]
+    assert len(rows) == 8
+    for row, query in zip(rows, own, strict=True):
+        assert np.array_equal(row[0][1], query)
+        assert len([pixels for _, pixels in row if pixels is not None]) == 6
+        assert not any(np.array_equal(pixels, query) for _, pixels in row[1:])
+        similarities = [float(title) for title, _ in row[1:]]
+        assert similarities == sorted(similarities, reverse=True)
+    few = make_config(knn={"max_bank_images": 3})
+    assert [[pixels is not None for _, pixels in row] for row in neighbors(images, config=few)] == [
+        [True, True, True, False, False, False]
+    ] * 3
+
+
+def test_copies_of_an_image_are_neighbors(neighbors, folder_of):
+    images = open_split(folder_of({f"{i}.jpg": jpeg(0) for i in range(9)}), ".")
+    rows = neighbors(images)
+    assert [len([pixels for _, pixels in row if pixels is not None]) for row in rows] == [6] * 8
+    assert {title for row in rows for title, _ in row[1:]} == {"1.00"}
+
+
+def test_neighbors_leave_out_unreadable_images(neighbors, folder_of, log_lines):
+    files = {f"{i}.jpg": b"no" if i in (0, 3) else jpeg(i) for i in range(6)}
+    images = open_split(folder_of(files), ".")
+    rows = neighbors(images)
+    assert sum("the report's neighbors lack" in line for line in log_lines) == len(log_lines) == 2
+    own = [report_figures._center_crop(images, i, 32) for i in (1, 2, 4, 5)]
+    assert all(np.array_equal(row[0][1], query) for row, query in zip(rows, own, strict=True))
+    assert [len([pixels for _, pixels in row if pixels is not None]) for row in rows] == [4] * 4
+
+
+def test_one_image_has_no_neighbors(neighbors, folder_of):
+    assert neighbors(open_split(folder_of({"0.jpg": jpeg(0)}), ".")) is None
+
+
+def test_neighbors_of_validation_images_show_classes(neighbors, photos):
+    rows = neighbors(open_split(photos, "train"), open_split(photos, "val"))
+    classes = open_split(photos, "val").classes
+    assert len(rows) == 8
+    for row in rows:
+        assert row[0][0] in classes
+        assert all(title.rpartition(" ")[0] in classes for title, _ in row[1:])
+
+
+# --- data set ---
+
+
+@pytest.mark.parametrize(
+    ("root", "name"),
+    [
+        ("/data/imagenet", "imagenet"),
+        ("/data/imagenet/", "imagenet"),
+        ("/data/imagenet/train", "imagenet"),
+        ("/data/imagenet/train.beton", "imagenet"),
+        ("/data/cats.beton", "cats"),
+        ("/train", "/train"),
+        ("/", "/"),
+        (None, None),
+    ],
+)
+def test_name_of_a_data_set(root, name):
+    assert data_set_name(root) == name
+
+
+def without_root(folder, name="step_00000004.pt"):
+    """Remove data.root from a run, as if it had been started on images from Python."""
+    path = folder / "checkpoints" / name
+    state = torch.load(path, weights_only=True)
+    state["config"]["data"]["root"] = None
+    torch.save(state, path)
+    config = json.loads((folder / "config.json").read_text())
+    config["data"]["root"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_run_without_root_has_a_report(make_config, photos, log_lines, no_neighbors):
+    folder = train(make_config(**SHORT)).folder
+    without_root(folder)
+    log_lines.clear()
+    page = write_report(folder).read_text()
+    assert "BYOL pre-training of resnet18 on\nimages from Python (the config has no data.root)" in page
+    assert '<p class="note">Checkpoint step_00000004.pt' in page
     (line,) = log_lines
-    assert line.startswith("warning: the report lacks nearest neighbors: ")
+    assert line.startswith(
+        "warning: the report lacks images (augmented views, map of the features, nearest neighbors): data.root is not set"
+    )
+    assert line.endswith("; --root PATH takes images from another place")
+    assert f"Note: {line.removeprefix('warning: ')}" in html.unescape(page)
+    assert "<h2>Training curves</h2>" in page
+    log_lines.clear()
+    refresh_report(folder, root=str(photos))  # after an evaluation
+    assert log_lines == [f"report: {folder / 'report.html'}"]
+    assert "<h2>Augmented views</h2>" in (folder / "report.html").read_text()
+
+
+def test_a_run_whose_data_set_is_gone_has_a_report(make_config, photos, tmp_path, log_lines):
+    root = tmp_path / "gone"
+    shutil.copytree(photos, root)
+    folder = train(make_config(data={"root": str(root)}, **SHORT)).folder
+    shutil.rmtree(root)
+    log_lines.clear()
+    page = write_report(folder).read_text()
+    (line,) = log_lines
+    assert line.startswith(
+        "warning: the report lacks images (augmented views, map of the features, nearest neighbors): "
+    )
+    assert str(root) in line
+    assert "<strong>gone</strong>" in page
+    for heading in ("Augmented views", "Map of the features", "Nearest neighbors"):
+        assert f"<h2>{heading}</h2>" not in page
+
+
+def test_what_fails_is_left_out_and_named(make_config, monkeypatch, log_lines):
+    def fails(*args):
+        raise InputError("no image can be read")
+
+    folder = train(make_config(**SHORT)).folder
+    monkeypatch.setattr("fastbyol.tools.report.draw_map", fails)
+    log_lines.clear()
+    page = write_report(folder, root=None).read_text()
+    assert "<h2>Augmented views</h2>" in page
+    (line,) = log_lines
+    assert line.startswith(
+        "warning: the report lacks images (map of the features, nearest neighbors): no image can be read"
+    )
+
+
+# --- the verdict ---
+
+
+def metrics(*, std=0.2, ranks=(30.0, 40.0), epochs=4, loss=1.5, knn=None):
+    """Return lines of a run with 4 steps per epoch; a std of 0.25 is uniform in 16 dimensions."""
+    lines = []
+    for step in range(1, 4 * epochs + 1):
+        place = {"step": step, "epoch": step / 4}
+        lines.append({"kind": "train", **place, "loss": loss, "projection_std": std})
+    for k, rank in enumerate(ranks):
+        place = {"step": 4 * (k + 1), "epoch": k + 1.0}
+        lines.append({"kind": "quality", **place, "rank_me": rank, "alignment": 0.5, "uniformity": -1.0})
+    if knn is not None:
+        lines.append({"kind": "knn", "step": 16, "epoch": 4.0, "top1": knn, "top5": 1.0})
+    return lines
+
+
+def verdict(config, *, classes=None, features=64, **values):
+    found = measured(metrics(**values), config, features=features)
+    return judge(found, config, classes=classes)
+
+
+def test_a_run_without_signs_of_collapse_is_good(make_config):
+    assert verdict(make_config()) == (
+        "good",
+        "no sign of collapse; the std of the projections is 80% of a uniform spread, and the effective rank went from "
+        "30.0 to 40.0 of at most 64.",
+    )
+    assert verdict(make_config(), knn=0.4, classes=10).text.endswith(
+        "of at most 64, and the online kNN reaches 40.0% (chance: 10.0%)."
+    )
+    assert verdict(make_config(), knn=0.4).text.endswith("and the online kNN reaches 40.0%.")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"std": 0.0249}, "the std of the projections is 10.0% of a uniform spread, below log.collapse_threshold=0.1"),
+        ({"std": 0.0}, "the std of the projections is 0.0% of a uniform spread"),
+        ({"std": 0.0, "ranks": ()}, "the std of the projections is 0.0% of a uniform spread"),
+        ({"ranks": (1.5, 1.99)}, "the effective rank is 1.99: the features of all images point in one direction"),
+        ({"ranks": (1.0,)}, "the effective rank is 1.00: the features"),
+        ({"ranks": (6.5, 3.19)}, "the effective rank fell from 6.5 to 3.2 of at most 64"),
+        ({"ranks": (3.5, 20.0, 3.0)}, "the effective rank fell from 20.0 to 3.0 of at most 64"),
+        ({"std": 0.01, "ranks": (20.0, 1.0)}, r"the std .* of a uniform .*; the effective rank is 1.00: "),
+    ],
+)
+def test_collapsed_runs(make_config, values, reason):
+    outcome, text = verdict(make_config(), **values)
+    assert outcome == "collapsed"
+    assert re.match(reason, text)
+    assert text.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"epochs": 0, "ranks": ()}, "the run has no training metrics"),
+        ({"epochs": 1, "std": 0.0}, "the run ended during the warm-up of 2 epochs"),
+        ({"std": 0.1249}, "the std of the projections is 50% of a uniform spread, below 50%"),
+        ({"std": math.nan}, "the std of the projections was not measured"),
+        ({"ranks": ()}, "the effective rank was not measured"),
+        ({"ranks": (30.0, math.nan)}, "the effective rank was not measured"),
+        ({"ranks": (30.0,)}, "the effective rank was measured once, so its trend is unknown"),
+        ({"ranks": (3.0, 3.19)}, "the effective rank is 3.2 of at most 64, below 5%"),
+        ({"ranks": (40.0, 31.9)}, "the effective rank fell from 40.0 to 31.9"),
+        ({"ranks": (40.0, 3.2)}, "the effective rank fell from 40.0 to 3.2"),
+        ({"ranks": (20.0, 40.0, 30.0)}, "the effective rank fell from 40.0 to 30.0"),
+        ({"loss": 4.0}, "the loss is 4.00: predictions that know nothing of their targets have 4"),
+        ({"loss": math.nan}, "the loss was not measured"),
+        ({"knn": 0.199, "classes": 10}, "the online kNN reaches 19.9%, below 20.0% (chance: 10.0%)"),
+        ({"knn": 0.74, "classes": 2}, "the online kNN reaches 74.0%, below 75.0% (chance: 50.0%)"),
+        (
+            {"std": 0.1, "loss": 4.5},
+            "the std of the projections is 40% of a uniform spread, below 50%; the loss is 4.50: ",
+        ),
+    ],
+)
+def test_unclear_runs(make_config, values, reason):
+    outcome, text = verdict(make_config(optim={"warmup_epochs": 2, "epochs": 8}), **values)
+    assert outcome == "unclear"
+    assert text.startswith(reason)
+    assert text.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"std": 0.125},
+        {"ranks": (4.0, 3.2)},
+        {"ranks": (3.3, 3.2, 3.2)},
+        {"ranks": (40.0, 32.0)},
+        {"loss": 3.999},
+        {"knn": 0.2, "classes": 10},
+        {"knn": 0.75, "classes": 2},
+        {"knn": 0.01},
+        {"epochs": 2},
+    ],
+)
+def test_the_limits_of_good_runs(make_config, values):
+    assert verdict(make_config(optim={"warmup_epochs": 2, "epochs": 8}), **values).outcome == "good"
+
+
+def test_the_verdict_knows_the_loss_and_the_threshold_of_the_run(make_config):
+    for model in ({"loss": "mse"}, {"contrastive_weight": 1.0}):
+        assert verdict(make_config(model=model), loss=20.0).outcome == "good"
+    strict, off = make_config(log={"collapse_threshold": 0.9}), make_config(log={"collapse_threshold": 0.0})
+    assert verdict(strict).outcome == "collapsed"
+    assert verdict(off, std=0.0).outcome == "unclear"
+
+
+def test_the_highest_rank_is_that_of_the_features_or_of_the_images(make_config):
+    config = make_config()  # 4 steps of 16 images per epoch
+    assert measured(metrics(), config, features=512).rank_limit == 64
+    assert measured(metrics(), config, features=32).rank_limit == 32
+    assert measured(metrics(), make_config(knn={"max_bank_images": 20}), features=512).rank_limit == 20
+    assert measured(metrics(), make_config(data={"batch_size": "auto"}), features=512).rank_limit == 512
+    assert measured([], config, features=512).rank_limit == 512
+
+
+def test_one_odd_line_does_not_decide(make_config):
+    lines = metrics()
+    lines[15]["projection_std"] = 0.001  # the last one of the last epoch
+    assert measured(lines, make_config(), features=64).std == 0.2
+    for line in lines[:12]:  # earlier epochs
+        line["projection_std"] = 0.001
+    assert measured(lines, make_config(), features=64).std == 0.2
+
+
+def test_the_report_begins_with_the_verdict_and_explains_what_it_is_made_of(make_config, no_neighbors):
+    config = make_config(optim={"epochs": 2, "warmup_epochs": 0}, knn={"every_epochs": 1})
+    folder = train(config).folder
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "quality"][-1]
+    page = html.unescape(write_report(folder).read_text())
+    model = build_model(config.model, config.data.image_size_px, 0)
+    expected = judge(measured(lines, config, features=model.num_features), config, classes=18)
+    assert (
+        f'<p class="verdict {expected.outcome}"><strong>{expected.outcome.capitalize()}:</strong> {expected.text}</p>'
+        in page
+    )
+    assert page.index(expected.text) < page.index('<div class="cards">')
+    part = page.partition("<h2>Quality without labels</h2>")[2].partition("</section>")[0]
+    for name, value in (
+        ("Effective rank (RankMe)", f"{last['rank_me']:.1f} of at most 64"),
+        ("Alignment", f"{last['alignment']:.3f}"),
+        ("Uniformity", f"{last['uniformity']:.3f}"),
+    ):
+        assert re.search(rf"<th>{re.escape(name)}</th><td class=\"value\">{re.escape(value)}", part), name
+    assert (
+        "It is 0 if all images have the same one, which is a collapse, and 0.2500 if they are spread uniformly." in part
+    )
+    assert "The run warns below 0.0250." in part
+
+
+def test_a_run_without_metrics_has_a_verdict(make_config, no_neighbors):
+    folder = train(make_config(**SHORT)).folder
+    (folder / "metrics.jsonl").unlink()
+    page = write_report(folder).read_text()
+    assert "<strong>Unclear:</strong> the run has no training metrics.</p>" in page
+    assert "<h2>Quality without labels</h2>" not in page
+
+
+# --- names ---
 
 
 NAMES = ["a$b_$", "$x^{", "<b>&amp;", "[red]x", ":smile:", "中文", "tab\there", "new\nline", "x" * 200]
