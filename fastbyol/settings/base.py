@@ -131,6 +131,18 @@ def leaves(cls: type[Settings]) -> Iterator[tuple[str, dataclasses.Field, type[S
             yield f"{section}.{name}", f, owner
 
 
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"optim.epochs": 3} as {"optim": {"epochs": 3}}."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        *outer, last = key.split(".")
+        section = result
+        for name in outer:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return result
+
+
 def names(cls: type[Settings], section: str = "") -> list[str]:
     """Return the full names of all settings and sections of the class of section `section`."""
     found = [*(key for key, _, _ in leaves(cls)), *sections(cls)]

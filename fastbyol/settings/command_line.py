@@ -9,8 +9,9 @@ from typing import Any
 
 from fastbyol.config import Config
 from fastbyol.errors import InputError
-from fastbyol.settings.base import is_required
+from fastbyol.settings.base import is_required, nested
 from fastbyol.settings.commands import CONFIG, HELP, VERSION, Call, Command, Group, Option, options_of
+from fastbyol.settings.config_files import find_config
 from fastbyol.settings.help import field_docs, first_sentence, format_command, format_group
 from fastbyol.settings.messages import BadSetting, format_name, format_value, nearest
 from fastbyol.settings.types import check, expand_path, expected, parse
@@ -117,7 +118,7 @@ class _Reader:
             raise InputError(self._explain_unexpected(positional[len(self._positional)]))
         for option, word in zip(self._positional, positional, strict=False):
             self._set(option, parse(option.field.type, word))
-        return _nest(self._values)
+        return nested(self._values)
 
     def _read_option(self, word: str, left: list[str]) -> None:
         """Read one option. Without a "=", its value is popped from the words that are left."""
@@ -149,7 +150,8 @@ class _Reader:
             self._set(option, parse(option.field.type, value))
 
     def _read_config(self, path: str) -> None:
-        for key, (value, source) in read_yaml(expand_path(check(str, path, CONFIG), CONFIG), Config).items():
+        file = find_config(expand_path(check(str, path, CONFIG), CONFIG))
+        for key, (value, source) in read_yaml(str(file), Config).items():
             self._values[key], self._sources[key] = value, source
 
     def _set(self, option: Option, value: Any) -> None:
@@ -185,15 +187,3 @@ class _Reader:
 
     def _help(self, *, everything: bool) -> str:
         return format_command(self._name, self._command, self._own, self._config, everything=everything)
-
-
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"optim.epochs": 3} as {"optim": {"epochs": 3}}."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        *outer, last = key.split(".")
-        section = result
-        for name in outer:
-            section = section.setdefault(name, {})
-        section[last] = value
-    return result

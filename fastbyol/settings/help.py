@@ -86,7 +86,7 @@ def format_command(
     width = _width()
     column = min(40, width // 3)
     page = argparse.ArgumentParser(
-        usage=" ".join([name, *(option.name.upper() for option in own if not option.named), "[--option value ...]"]),
+        usage=" ".join([name, *(_usage(option) for option in own if not option.named), "[--option value ...]"]),
         description=command.summary,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=column, width=width),
         add_help=False,
@@ -100,13 +100,20 @@ def format_command(
     return page.format_help().rstrip()
 
 
+def _usage(option: Option) -> str:
+    """Return a positional argument as the usage line shows it."""
+    return option.name.upper() if is_required(option.field) else f"[{option.name.upper()}]"
+
+
 def _add_config(
     page: argparse.ArgumentParser, options: Sequence[Option], *, everything: bool, only_train: bool
 ) -> None:
     docs = {"": field_docs(Config)} | {section: field_docs(kind) for section, kind in sections(Config).items()}
     texts = {option.dest: docs[option.dest.rpartition(".")[0]][option.field.name] for option in options}
     run = page.add_argument_group("run")
-    run.add_argument(CONFIG, metavar="FILE", help="YAML file with settings. Later options override it.")
+    run.add_argument(
+        CONFIG, metavar="FILE|NAME", help="YAML file, or a name from `fastbyol configs`. Later options override it."
+    )
     if not everything:
         known = {option.dest: option for option in options}
         shown = [known[dest] for dest in _COMMON if only_train or dest not in _TRAIN_ONLY]
