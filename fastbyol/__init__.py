@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastbyol.model import BYOL as BYOL
     from fastbyol.optim import LARS as LARS
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _PUBLIC = {
     "BYOL": "model",
