@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastbyol.plugins import register_backbone as register_backbone
     from fastbyol.plugins import register_image_set as register_image_set
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _PUBLIC = {
     "BYOL": "model",

@@ -43,7 +43,7 @@ from fastbyol.tools import options
 
 _NUMBA_THREADS = re.compile(r"\s*\+?0*[1-9][0-9]{0,5}\s*")
 _WAIT_FOR_TORCHRUN_S = 10
-_PRINT_ONLY = ("doctor", "plan", "bench", "help")  # commands whose only result is what they print
+_PRINT_ONLY = ("configs", "doctor", "plan", "bench", "help")  # commands whose only result is what they print
 _SAVE_MEMORY = "lower data.batch_size, data.image_size_px, data.threads, the model's width or other large settings"
 _SAVE_MEMORY_IN_EVALUATION = "lower --threads and other large options, or use more GPUs with torchrun"
 
@@ -171,6 +171,16 @@ def _export(call: Call) -> int:
     return 0
 
 
+def _configs(call: Call) -> int:
+    from fastbyol.tools.configs import print_config, print_configs
+
+    if call.options.name is None:
+        print_configs()
+    else:
+        print_config(call.options.name)
+    return 0
+
+
 def _doctor(call: Call) -> int:
     from fastbyol.tools.doctor import diagnose
 
@@ -206,6 +216,7 @@ COMMANDS = Group(
         "report": Command(_report, options.ReportOptions, builds_networks=True),
         "compare": Command(_compare, options.CompareOptions),
         "export": Command(_export, options.ExportOptions, builds_networks=True),
+        "configs": Command(_configs, options.ConfigsOptions),
         "doctor": Command(
             _doctor, text="Check what works on this machine and how to fix what does not.", takes_ranks=True
         ),

@@ -8,9 +8,12 @@ checked where the data is loaded.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastbyol.settings.base import Settings
+from fastbyol.errors import InputError
+from fastbyol.settings.base import Settings, nest
+from fastbyol.settings.config_files import find_config
 from fastbyol.settings.limits import (
     MAX_COUNT,
     MAX_SIDE_PX,
@@ -32,7 +35,9 @@ from fastbyol.settings.limits import (
     folder_name,
     interval,
 )
-from fastbyol.settings.messages import require
+from fastbyol.settings.messages import BadSetting, require
+from fastbyol.settings.types import check, expand_path
+from fastbyol.settings.yaml_file import read_yaml
 
 DEFAULT_WARMUP_EPOCHS = 10
 STEM_CHANNELS = 64  # of a ResNet of width 1
@@ -410,6 +415,28 @@ class Config(Settings):
         if isinstance(values, dict) and isinstance(values.get("model"), dict):
             values["model"] = ModelConfig.upgraded(values["model"])
         return values
+
+    @classmethod
+    def from_yaml(cls, name_or_path: str | Path) -> "Config":
+        """Return the config of a YAML file or of a shipped config, as `fastbyol train --config`.
+
+        Args:
+            name_or_path: a file, or the name of a shipped config such as "demo".
+
+        Raises:
+            InputError: there is neither, or the file is not a valid config. The message names file
+                and line.
+        """
+        try:
+            path = find_config(expand_path(check(str, str(name_or_path), "config"), "config"))
+        except BadSetting as error:
+            raise InputError(str(error)) from None
+        found = read_yaml(str(path), cls)
+        try:
+            return cls.build(nest({key: value for key, (value, _) in found.items()}))
+        except BadSetting as error:
+            _, source = found.get(error.key, (None, str(path)))
+            raise InputError(f"{source}: {error}") from None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":

@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 from helpers.common import BATCH, TRAIN_IMAGES
+from helpers.installation import Installation, install
 
 from fastbyol.config import (
     CheckpointConfig,
@@ -97,6 +98,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("corpus") / "photos"
     prepare_photos(root, TRAIN_IMAGES, seed=0, size=64)
     return root
+
+
+@pytest.fixture(scope="session")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """Return fastbyol installed from its wheel; the workers of pytest-xdist share it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return install(shared / "installation")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from fastbyol.config import Config
 from fastbyol.errors import InputError
 from fastbyol.settings.base import is_required, nest
 from fastbyol.settings.commands import CONFIG, HELP, IMPORT, VERSION, Call, Command, Group, Option, options_of
+from fastbyol.settings.config_files import find_config
 from fastbyol.settings.help import field_docs, first_sentence, format_command, format_group
 from fastbyol.settings.messages import BadSetting, format_name, format_value, nearest
 from fastbyol.settings.types import check, expand_path, expected, parse
@@ -162,7 +163,8 @@ class _Reader:
         self._set(option, parse(option.field.type, value))
 
     def _read_config(self, path: str) -> None:
-        for key, (value, source) in read_yaml(expand_path(check(str, path, CONFIG), CONFIG), Config).items():
+        file = find_config(expand_path(check(str, path, CONFIG), CONFIG))
+        for key, (value, source) in read_yaml(str(file), Config).items():
             self._values[key], self._sources[key] = value, source
 
     def _read_import(self, name: str) -> None:

@@ -104,7 +104,9 @@ def format_command(
 
 
 def _usage(option: Option) -> str:
-    return option.name.upper() + (" ..." if option.takes_rest else "")
+    """Return a positional argument as the usage line shows it."""
+    name = option.name.upper() + (" ..." if option.takes_rest else "")
+    return name if is_required(option.field) else f"[{name}]"
 
 
 def _add_config(
@@ -113,7 +115,9 @@ def _add_config(
     docs = {"": field_docs(Config)} | {section: field_docs(kind) for section, kind in sections(Config).items()}
     texts = {option.dest: docs[option.dest.rpartition(".")[0]][option.field.name] for option in options}
     run = page.add_argument_group("run")
-    run.add_argument(CONFIG, metavar="FILE", help="YAML file with settings. Later options override it.")
+    run.add_argument(
+        CONFIG, metavar="FILE|NAME", help="YAML file, or a name from `fastbyol configs`. Later options override it."
+    )
     if not everything:
         known = {option.dest: option for option in options}
         shown = [known[dest] for dest in _COMMON if only_train or dest not in _TRAIN_ONLY]

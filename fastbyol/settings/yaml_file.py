@@ -1,13 +1,12 @@
 """Read settings from a YAML file."""
 
-from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
 
 from fastbyol.errors import InputError
 from fastbyol.settings.base import Settings, expected_section, leaves, names, sections
-from fastbyol.settings.messages import BadSetting, format_name, format_value, nearest, unknown
+from fastbyol.settings.messages import BadSetting, format_name, format_value, unknown
 from fastbyol.settings.types import NULL_WORDS, Malformed, check, parse, words_of_mapping
 
 _MAX_KIB = 256  # a config has one or two
@@ -84,11 +83,6 @@ def _read_text(path: str) -> str:
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_KIB * 1024 + 1)
-    except FileNotFoundError:
-        folder, asked = Path(path).parent, Path(path).name
-        near = nearest(asked, [file.name for file in folder.iterdir() if file.is_file()]) if folder.is_dir() else None
-        hint = f"; did you mean {folder / near}?" if near else ""
-        raise InputError(f"config={format_name(path)}: there is no such file{hint}") from None
     except OSError as error:
         raise InputError(f"config={format_name(path)}: cannot be read: {error.strerror}") from None
     if len(data) > _MAX_KIB * 1024:

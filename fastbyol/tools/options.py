@@ -120,6 +120,15 @@ class PlanOptions(Options):
 
 
 @dataclass(kw_only=True)
+class ConfigsOptions(Options):
+    """List the configs that come with fastbyol, for --config NAME, or print one."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("name",)
+    name: str | None = None
+    """Print this config: `fastbyol configs demo > my.yaml`."""
+
+
+@dataclass(kw_only=True)
 class ReportOptions(Options):
     """Write report.html of a run."""
 

@@ -263,8 +263,8 @@ def test_migration_lists_modules_that_moved():
 
 @pytest.mark.slow
 @each_page
-def test_python_examples_run(page, photos, tmp_path):
-    """One process per page; later blocks see the names of earlier ones."""
+def test_python_examples_run(page, photos, tmp_path, installation):
+    """One process per page, with the installed package; later blocks see earlier names."""
     blocks = fences(page, "python")
     blocks = [block for block in blocks if "--8<--" not in block]
     if not blocks:
@@ -276,10 +276,10 @@ def test_python_examples_run(page, photos, tmp_path):
         np.save(tmp_path / "features" / f"features-{part:05d}.npy", np.zeros((3, 8), np.float16))
     for block in blocks:
         ast.parse(block)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "\n".join(blocks)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    code = "\n".join(["import fastbyol", *blocks, "print(fastbyol.__file__)"])
+    run = installation.run("python", "-c", code, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == str(installation.package / "__init__.py")
 
 
 @pytest.mark.slow

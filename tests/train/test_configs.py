@@ -13,6 +13,7 @@ from fastbyol.cli import train_config
 from fastbyol.data import build_loader, find_images
 from fastbyol.settings.command_line import parse_command_line
 from fastbyol.step import TrainStep
+from fastbyol.tools.configs import read_header
 from fastbyol.tools.plan import plan
 from fastbyol.tools.roofline import meta_model
 
@@ -35,14 +36,8 @@ each = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 def header(path):
     """Return the fields of the comment at the top of the file."""
-    found, key = {}, "title"
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        if match := re.match(r"#   (\w+) +(.*)", line):
-            key = match[1]
-        found[key] = f"{found.get(key, '')} {line[1:].strip().removeprefix(key).strip()}".strip()
-    return found
+    found = read_header(path.read_text())
+    return {"title": found.title} | found.fields
 
 
 def test_all_configs_exist():
@@ -53,7 +48,7 @@ def test_all_configs_exist():
 def test_header_is_complete(path):
     found = header(path)
     assert set(found) == {"title", "command", "hardware", "hours", "accuracy", "differs"}
-    assert f"--config configs/{path.name}" in found["command"]
+    assert f"--config {path.stem}" in found["command"].split(" --data.root")[0]
     assert re.search(r"paper|solo-learn|lightly|README|docs/results.md", found["accuracy"])
 
 
@@ -90,7 +85,7 @@ def test_hours_match_the_plan(path):
         return
     match = re.fullmatch(r"([\d.]+) \(estimate: fastbyol plan (.*)\)", hours)
     words = match[2].split()
-    assert words[:2] == ["--config", f"configs/{path.name}"]
+    assert words[:2] == ["--config", path.stem]
     call = parse_command_line(["plan", "--config", str(path), *words[2:]], cli.COMMANDS)
     found = plan(call.config, **dataclasses.asdict(call.options))
     assert float(match[1]) == pytest.approx(found["hours"], abs=0.05 if found["hours"] < 100 else 0.5)
