@@ -155,7 +155,8 @@ class _Reader:
             value = left.pop(0)
         if is_import:
             self._read_import(value)
-        elif option is None:
+            return
+        if option is None:
             self._read_config(value)
             return
         if self._command.takes_config:
