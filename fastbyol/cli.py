@@ -164,6 +164,13 @@ def _export(call: Call) -> int:
     return 0
 
 
+def _push(call: Call) -> int:
+    from fastbyol.weights.push import push
+
+    logger.info(push(call.options.checkpoint, call.options.target, call.options.dry_run))
+    return 0
+
+
 def _doctor(call: Call) -> int:
     from fastbyol.tools.doctor import diagnose
 
@@ -198,6 +205,7 @@ COMMANDS = Group(
         "plan": Command(_plan, options.PlanOptions, takes_config=True),
         "report": Command(_report, options.ReportOptions),
         "export": Command(_export, options.ExportOptions),
+        "push": Command(_push, options.PushOptions),
         "doctor": Command(
             _doctor, text="Check what works on this machine and how to fix what does not.", takes_ranks=True
         ),
