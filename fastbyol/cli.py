@@ -181,6 +181,13 @@ def _configs(call: Call) -> int:
     return 0
 
 
+def _push(call: Call) -> int:
+    from fastbyol.weights.push import push
+
+    logger.info(push(call.options.checkpoint, call.options.target, call.options.dry_run))
+    return 0
+
+
 def _doctor(call: Call) -> int:
     from fastbyol.tools.doctor import diagnose
 
@@ -217,6 +224,7 @@ COMMANDS = Group(
         "compare": Command(_compare, options.CompareOptions),
         "export": Command(_export, options.ExportOptions, builds_networks=True),
         "configs": Command(_configs, options.ConfigsOptions),
+        "push": Command(_push, options.PushOptions, builds_networks=True),
         "doctor": Command(
             _doctor, text="Check what works on this machine and how to fix what does not.", takes_ranks=True
         ),

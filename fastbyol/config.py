@@ -374,8 +374,9 @@ class Config(Settings):
     """Autocast data type of the forward pass. auto uses bf16 if the processor supports it,
     otherwise fp32. fp16 uses loss scaling."""
     init: ExpandedPath = "none"
-    """Initial weights: none, timm:NAME (downloads timm's), a file of `fastbyol export`, a run, or a
-    .pkl of BYOL's authors (sets model.padding=same)."""
+    """Initial weights: none, timm:NAME (downloads timm's), hf://USER/NAME (from the Hugging Face
+    Hub), a file of `fastbyol export`, a run, or a .pkl of BYOL's authors (sets
+    model.padding=same)."""
     resume: ExpandedPath = "none"
     """Checkpoint to continue from: none, auto or a path. auto is the latest valid checkpoint of the
     run NAME, or none if there is none."""

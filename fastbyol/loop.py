@@ -6,10 +6,11 @@ Read run.py (what surrounds a step), build.py (what a run consists of) and step.
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastbyol.callbacks import Callback
 from fastbyol.config import Config
@@ -18,9 +19,11 @@ from fastbyol.run import build_run
 from fastbyol.runtime.cores import respect_quota
 from fastbyol.runtime.device import choose_device
 from fastbyol.runtime.distributed import ProcessGroup, StopConsensus, world_from_environment
+from fastbyol.runtime.files import read_json_or
 from fastbyol.runtime.logging import muted
+from fastbyol.runtime.run_files import SUMMARY
 from fastbyol.runtime.run_folder import open_run_folder
-from fastbyol.runtime.run_log import EarlyRecords
+from fastbyol.runtime.run_log import EarlyRecords, read_metrics
 from fastbyol.runtime.signals import StopSignals
 
 
@@ -34,6 +37,14 @@ class RunResult:
     is_main_process: bool
     stopped_by: signal.Signals | None  # the signal that ended it early
     already_finished: bool = False  # there was nothing to do
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Content of summary.json: loss, images_per_s, knn_last, knn_best, rank_me, ..."""
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl of all attempts: training steps (kind "train"), and
+        evaluations ("knn", "quality", "probe").
+        """
+        return read_metrics(self.folder)
 
 
 def train_loop(config: Config, callbacks: Sequence[Callback] = (), sources: Sources = Sources()) -> RunResult:  # noqa: B008
@@ -66,7 +77,10 @@ def train_loop(config: Config, callbacks: Sequence[Callback] = (), sources: Sour
             finished = folder.finished_step(config)
         if (done := world.gather(finished)[0]) is not None:  # as rank 0 sees it: all ranks leave or none
             folder.log_finished(config)
-            return RunResult(folder.path, done, done, world.is_main_process, None, already_finished=True)
+            metrics = read_json_or(folder.path / SUMMARY)
+            return RunResult(
+                folder.path, done, done, world.is_main_process, None, already_finished=True, metrics=metrics
+            )
         run = build_run(config, world, device, folder, callbacks, sources)
         stop = stack.enter_context(StopSignals())
         done, total = run.start, run.step.total_steps
@@ -93,6 +107,6 @@ def train_loop(config: Config, callbacks: Sequence[Callback] = (), sources: Sour
                 if consensus.agree(stop.received is not None):
                     break
             run.save(done)
-            run.summarize(done)
+            metrics = world.gather(run.summarize(done))[0]
     stopped_by = (stop.received or signal.SIGTERM) if done < total else None  # another rank may have received it
-    return RunResult(folder.path, done, total, world.is_main_process, stopped_by)
+    return RunResult(folder.path, done, total, world.is_main_process, stopped_by, metrics=metrics)

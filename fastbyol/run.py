@@ -219,11 +219,16 @@ class Run:
         with self.log.pause():
             checkpoint.save(self.folder.checkpoints, state, keep_last=self.config.checkpoint.keep_last, best=best)
 
-    def summarize(self, done: int) -> None:
-        """Log the result, write summary.json, and call `on_end` of all callbacks."""
+    def summarize(self, done: int) -> dict[str, Any]:
+        """Log the result, write summary.json, and call `on_end` of all callbacks.
+
+        Returns:
+            the summary; empty on ranks other than 0.
+        """
         summary = self._write_summary(done)
         for callback in self.callbacks:
             callback.on_end(self, summary)
+        return summary
 
     def _write_summary(self, done: int) -> dict[str, Any]:
         self._log_bad_images()

@@ -161,3 +161,21 @@ class ExportOptions(Options):
     detectron2 load theirs directly."""
     out: Path | None = None
     """File to write. It must not exist. By default it is next to the run."""
+
+
+@dataclass(kw_only=True)
+class PushOptions(Options):
+    """Upload a run's backbone to the Hugging Face Hub, where timm loads it by name."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("checkpoint", "target")
+    checkpoint: Path
+    """Checkpoint file, or a run's folder to use its latest checkpoint."""
+    target: str
+    """hf://USER/NAME. The repository is created if it does not exist."""
+    dry_run: Path | None = None
+    """Folder to create with the files, instead of uploading them."""
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """Return the name with dashes: --dry-run."""
+        return super().key(name).replace("_", "-")

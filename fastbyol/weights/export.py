@@ -48,10 +48,7 @@ def export(run: Path, format_name: str, out: Path | None) -> str:
         if out.suffix not in suffixes:
             raise InputError(f"--out {out}: for --format {format_name} the name must end in {' or '.join(suffixes)}")
         check_output(out, f"--out {out}")
-    checkpoint, config, model, _ = load_checkpoint_model(run)
-    backbone, features = build_backbone(config.model, config.data.image_size_px)
-    backbone.load_state_dict(model.online.backbone.state_dict())
-    source = Source(checkpoint=checkpoint, config=config, backbone=backbone.eval(), features=features)
+    source = load_source(run)
     out = out or _default_path(source, format_name)
     try:
         str(out.absolute()).encode()
@@ -63,6 +60,18 @@ def export(run: Path, format_name: str, out: Path | None) -> str:
         logger.info("exporting to ONNX and comparing onnxruntime with PyTorch; this can take minutes")
     card = write(source, format_name, out)
     return f"wrote {out} ({source.name} for {format_name}, {out.stat().st_size / 1e6:.1f} MB) and {card}"
+
+
+def load_source(run: Path) -> Source:
+    """Return the online backbone of a run's newest valid checkpoint, or of a checkpoint file.
+
+    Raises:
+        InputError: The checkpoint cannot be used.
+    """
+    checkpoint, config, model, _ = load_checkpoint_model(run)
+    backbone, features = build_backbone(config.model, config.data.image_size_px)
+    backbone.load_state_dict(model.online.backbone.state_dict())
+    return Source(checkpoint=checkpoint, config=config, backbone=backbone.eval(), features=features)
 
 
 def write(source: Source, format_name: str, out: Path) -> Path:
@@ -78,7 +87,7 @@ def write(source: Source, format_name: str, out: Path) -> Path:
     card = out.with_suffix(".md")
     with new_file(card, "--out: the model card") as card_file, new_file(out, "--out") as file:
         FORMATS[format_name].write(source, file, out.suffix)
-        text = model_card(source, format_name, out.absolute())
+        text = model_card(source, format_name, FORMATS[format_name].usage(source, out.absolute()))
         card_file.write_text(text, encoding="utf-8", errors="backslashreplace")
     return card
 
@@ -91,22 +100,22 @@ def _default_path(source: Source, format_name: str) -> Path:
     return (source.folder.parent if in_run else source.folder) / name
 
 
-def model_card(source: Source, format_name: str, out: Path) -> str:
+def model_card(source: Source, target: str, usage: str) -> str:
     """Return the text of a model card: usage, preprocessing, training, results, environment.
 
     Args:
         source: The exported backbone.
-        format_name: Key of FORMATS.
-        out: Absolute path of the exported file.
+        target: What the export is for, such as a key of FORMATS.
+        usage: Markdown that shows how to load it.
     """
     trained = read_json_or(source.folder / ENVIRONMENT)
     parts = [
-        f"# {_escape(source.config.name)}: {source.name} for {format_name}",
+        f"# {_escape(source.config.name)}: {source.name} for {target}",
         f"Online backbone of a BYOL pre-training (Grill et al. 2020) by {_author(source)}, without heads and "
         f"classifier. Input: normalized images (N, 3, {source.size}, {source.size}). Output in eval mode: features "
         f"(N, {source.features}), float32.",
         "## Load",
-        FORMATS[format_name].usage(source, out),
+        usage,
         "## Preprocessing",
         _preprocessing(source.size),
         "## Pre-training",

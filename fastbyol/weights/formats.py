@@ -126,7 +126,7 @@ def _write_timm(source: Source, file: Path, suffix: str) -> None:
         file.write_bytes(_torch_bytes(plain_tensors(source.backbone)))
 
 
-def _feature_code(source: Source) -> str:
+def feature_code(source: Source) -> str:
     """Return the last lines of an example, which run `backbone`."""
     return f"""\
 images = torch.zeros(1, 3, {source.size}, {source.size})  # any batch size, preprocessed as below
@@ -135,17 +135,30 @@ with torch.no_grad():
 print(features.shape)"""
 
 
+def timm_arguments(source: Source) -> dict[str, tuple[int, ...]]:
+    """Return the arguments of timm.create_model for the backbone's width."""
+    width = source.config.model.width
+    return {} if width == 1 else {"channels": tuple(int(STEM_CHANNELS * width * 2**k) for k in range(4))}
+
+
+def is_plain_timm(source: Source) -> bool:
+    """Return True if timm.create_model builds the backbone, with `timm_arguments`."""
+    config, default = source.config.model, ModelConfig()
+    plain_layers = all(getattr(config, field) == getattr(default, field) for field in _LAYER_FIELDS)
+    return plain_layers and not _changes_of_timm(source)
+
+
 def _timm_usage(source: Source, out: Path) -> str:
     name = BYOL_RESNETS.get(source.name, source.name)
-    width, changes = source.config.model.width, _changes_of_timm(source)
-    channels = "" if width == 1 else f", channels={tuple(int(STEM_CHANNELS * width * 2**k) for k in range(4))}"
+    changes = _changes_of_timm(source)
+    channels = "".join(f", {key}={value}" for key, value in timm_arguments(source).items())
     if not changes:
         code = f"""\
 import timm
 import torch
 
 backbone = timm.create_model("{name}", num_classes=0{channels}, checkpoint_path={str(out)!r}).eval()
-{_feature_code(source)}"""
+{feature_code(source)}"""
         return fenced("python", code)
     read = "load_file(path)" if out.suffix == SUFFIX else "torch.load(path, weights_only=True)"
     library = "\nfrom safetensors.torch import load_file" if out.suffix == SUFFIX else ""
@@ -161,7 +174,7 @@ backbone = timm.create_model("{name}", num_classes=0{channels})
 {chr(10).join(changes)}
 backbone.load_state_dict({read})
 backbone.eval()
-{_feature_code(source)}"""
+{feature_code(source)}"""
     return fenced("python", code)
 
 
@@ -225,7 +238,7 @@ import torch
 from fastbyol.weights.load import open_backbone
 
 backbone = open_backbone({str(out)!r})
-{_feature_code(source)}"""
+{feature_code(source)}"""
     init = fenced("sh", f"fastbyol train --init {shlex.quote(str(out))}")
     text = f"With fastbyol:\n\n{fenced('python', code)}\n\nTo start another run from it, with that run's options:\n\n{init}"
     default = ModelConfig()
@@ -286,7 +299,7 @@ backbone = torchvision.models.{name}({given})
 backbone.{classifier} = torch.nn.Identity()
 backbone.load_state_dict(torch.load({str(out)!r}, weights_only=True))
 backbone.eval()
-{_feature_code(source)}"""
+{feature_code(source)}"""
     return f"Tested with torchvision {torchvision.__version__}:\n\n{fenced('python', code)}"
 
 

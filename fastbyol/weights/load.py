@@ -1,5 +1,5 @@
-"""Load the model of a checkpoint, or a backbone's weights from timm's hub, a run, or a file of
-fastbyol, timm or torchvision.
+"""Load the model of a checkpoint, or a backbone's weights from timm, the Hugging Face Hub, a run,
+or a file of fastbyol, timm or torchvision.
 """
 
 import pickle
@@ -22,7 +22,7 @@ from fastbyol.errors import InputError, first_line
 from fastbyol.model import BYOL
 from fastbyol.runtime import checkpoint
 from fastbyol.runtime.logging import logger
-from fastbyol.weights import authors, files
+from fastbyol.weights import authors, files, hub
 from fastbyol.weights.names import Tensors, torchvision_naming
 
 _HUB = "timm:"
@@ -146,9 +146,10 @@ def load_backbone(
     """Load weights into a backbone, in place.
 
     Args:
-        spec: timm:NAME for timm's pre-trained weights, or a path: a run's folder or checkpoint (its
-            online backbone is loaded), a .safetensors file, a checkpoint of BYOL's authors (.pkl),
-            or a state dict of timm or torchvision.
+        spec: timm:NAME for timm's pre-trained weights; hf://USER/NAME[@REVISION][/FILE] for a file
+            of the Hugging Face Hub; or a path: a run's folder or checkpoint (its online backbone is
+            loaded), a .safetensors file, a folder with a model.safetensors, a checkpoint of BYOL's
+            authors (.pkl), or a state dict of timm or torchvision.
         backbone: A timm model without classifier, with fused layers or not.
         name: The backbone's name in timm.
         key: Option that gave `spec`, for error messages.
@@ -164,7 +165,10 @@ def load_backbone(
     """
     where = f"{key}={spec}"
     source = spec.removeprefix(_HUB)
-    stored = _read(Path(spec), where) if source == spec else _download(source, name, where)
+    if spec.startswith(hub.PREFIX):
+        stored = _read(hub.download(spec, where), where)._replace(origin=spec)
+    else:
+        stored = _read(Path(spec), where) if source == spec else _download(source, name, where)
     _check_settings(stored, name, config, where)
     _check_padding(stored, backbone, where)
     count, notes = _load_tensors(stored, backbone, where)
@@ -192,7 +196,12 @@ def _download(source: str, name: str, where: str) -> files.StoredWeights:
 
 def _read(path: Path, where: str) -> files.StoredWeights:
     if not path.exists():
-        raise InputError(f"{where}: no such file or folder; for timm's weights give {_HUB}NAME")
+        raise InputError(
+            f"{where}: no such file or folder; for timm's weights give {_HUB}NAME, for the Hugging Face Hub "
+            f"{hub.PREFIX}USER/NAME"
+        )
+    if (path / hub.WEIGHTS).is_file():
+        return files.read_safetensors(path / hub.WEIGHTS, where)
     if path.is_dir():
         return _read_checkpoint(path, where)
     if path.suffix == ".onnx":

@@ -305,6 +305,7 @@ COMMANDS = [
         "prepare photos",
         "pack",
         "export",
+        "push",
         "report",
     )
 ]
