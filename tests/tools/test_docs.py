@@ -32,7 +32,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 MIGRATION = (ROOT / "docs" / "migration.md").read_text()
 # With the suffix: a parameter named "gpu" would count as the mark that skips without a CUDA device.
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-FILE_ENDINGS = (".py", ".safetensors", ".tar", ".parquet", ".tsv", ".npz", ".csv", ".md", ".yaml", ".beton", ".pt", ".html", ".json", ".jsonl", ".log")
+FILE_ENDINGS = (
+    *(".py", ".csv", ".md", ".yaml", ".beton", ".pt", ".html", ".json", ".jsonl", ".log", ".safetensors"),
+    *(".tar", ".parquet", ".tsv", ".npz"),
+)
 FOREIGN_OPTIONS = {  # of torchrun and SLURM
     *("--nproc-per-node", "--max-restarts", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
     *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal", "--requeue"),

@@ -156,10 +156,14 @@ def test_pushed_backbone_loads_by_name(make_run, hub, log_lines):
         text = load_backbone(spec, ours, "resnet18", config=ModelConfig(backbone="resnet18"))
         assert torch.equal(features(ours.eval()), features(backbone))
         assert text.startswith(f"init={spec}: loaded 120 tensors from {spec}")
+    (hub.snapshot.parents[1] / "refs" / "main").unlink()  # v1 is still there
+    load_backbone(f"hf://{REPO}@v1", ours, "resnet18")
+    with pytest.raises(InputError, match="the file is not in its cache$"):
+        load_backbone(f"hf://{REPO}", ours, "resnet18")
     # The settings are stored in the file.
     ours, _ = build_backbone(ModelConfig(backbone="resnet34"), 32)
-    with pytest.raises(InputError, match=f"^init=hf://{REPO}: contains resnet18, not resnet34; set model.backbone="):
-        load_backbone(f"hf://{REPO}", ours, "resnet34")
+    with pytest.raises(InputError, match=f"^init=hf://{REPO}@v1: contains resnet18, not resnet34; set model.backbone="):
+        load_backbone(f"hf://{REPO}@v1", ours, "resnet34")
     (hub.snapshot / "README.md").write_text("by hand")
     push(run, f"hf://{REPO}", None)
     assert (hub.snapshot / "README.md").read_text() == "by hand"
