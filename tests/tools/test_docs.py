@@ -4,7 +4,6 @@ options exist; the site builds.
 
 import ast
 import contextlib
-import dataclasses
 import importlib
 import importlib.util
 import io
@@ -23,6 +22,7 @@ import readme_tables
 import results_csv
 import summary
 from helpers.common import ROOT
+from helpers.pages import fastbyol_words, harmless
 
 from fastbyol import cli
 from fastbyol.config import RENAMED, Config
@@ -36,9 +36,10 @@ FILE_ENDINGS = (
     *(".py", ".csv", ".md", ".yaml", ".beton", ".pt", ".html", ".json", ".jsonl", ".log", ".safetensors"),
     *(".tar", ".parquet", ".tsv", ".npz"),
 )
-FOREIGN_OPTIONS = {  # of torchrun and SLURM
+FOREIGN_OPTIONS = {  # of torchrun, SLURM and Docker
     *("--nproc-per-node", "--max-restarts", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
     *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal", "--requeue"),
+    "--entrypoint",
 }
 
 
@@ -62,28 +63,6 @@ def shell_commands(page: Path) -> Iterator[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 yield words
-
-
-def fastbyol_words(words: list[str]) -> list[str] | None:
-    """Return the words after `fastbyol` or `python -m fastbyol`; None for other commands."""
-    if words[0] == "fastbyol":
-        return words[1:]
-    for k in range(len(words) - 1):
-        if words[k : k + 2] == ["-m", "fastbyol"]:
-            return words[k + 2 :]
-    return None
-
-
-def harmless(group):
-    """Return a copy of a command group whose commands do nothing."""
-    commands = {}
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            commands[name] = harmless(command)
-        else:
-            function = dataclasses.fields(command)[0].name
-            commands[name] = dataclasses.replace(command, **{function: lambda call: 0})
-    return dataclasses.replace(group, commands=commands)
 
 
 @pytest.fixture
@@ -171,7 +150,7 @@ def test_pages_link_only_to_pages():
 @each_page
 def test_paths_exist(page):
     for span in code_spans(page):
-        if re.match(r"(fastbyol|benchmarks|configs|kernels|tests|docs)/", span):
+        if re.match(r"(fastbyol|benchmarks|configs|kernels|recipes|tests|docs|\.github)/", span):
             assert (ROOT / span).exists(), span
 
 
