@@ -106,12 +106,13 @@ $(BENCH_STAMP): benchmarks/requirements.txt pyproject.toml
 	@echo "== setting up $(BENCH_VENV): fastbyol and the libraries for comparison"
 	@$(MAKE) --no-print-directory ffcv-packages
 	$(PYTHON) -m venv $(BENCH_VENV)
-	$(BENCH_VENV)/bin/pip install --quiet --editable . -r benchmarks/requirements.txt
+	$(BENCH_VENV)/bin/pip install --quiet --editable '.[parquet]' -r benchmarks/requirements.txt
 	@touch $(BENCH_STAMP)
 
 bench-loader: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py
 	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py --set backends
+	$(BENCH_VENV)/bin/python benchmarks/bench_loader.py --set image_sets
 
 # All comparisons, with fewer and shorter rounds than the targets below. The ratios are meaningful
 # only on an idle machine.

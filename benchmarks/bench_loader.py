@@ -3,6 +3,7 @@
     make bench-loader                                      # in the environment with all peers
     python benchmarks/bench_loader.py --sizes 224 --rounds 1 --only fastbyol lightly
     python benchmarks/bench_loader.py --set backends       # all formats and backends
+    python benchmarks/bench_loader.py --set image_sets     # a folder, tar shards and Parquet
     python benchmarks/bench_loader.py --set loader_cuda    # on a GPU
 
 Each measurement runs in its own process, which separates CPU time and peak memory (workers
@@ -15,6 +16,8 @@ Contenders (--set loader and backends):
     fastbyol         data/native.py, float32 batches (also bfloat16, and one thread)
     ... .beton jpg   the same from a .beton file with JPEGs; raw: with pixels, of 1,000 of the
                      images
+    ... tar, parquet the same JPEGs in ten tar shards, and in ten Parquet files with row groups of
+                     100 images, uncompressed and with snappy (--set image_sets)
     ... dali, ffcv   the DALI backend on the folder, and the FFCV backend on a .beton file
     lightly          BYOLTransform in a DataLoader, one worker process per core
     torchvision v2   tensor transforms after torchvision.io's decoder, in the same DataLoader
@@ -29,12 +32,14 @@ The corpus is generated if missing, in data/photos-500px or the folder that FAST
 """
 
 import argparse
+import io
 import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -269,6 +274,12 @@ BACKENDS: dict[str, Callable[[int], Iterator[int]]] = {
     "fastbyol ffcv .beton raw": lambda size: fastbyol(size, "raw.beton", backend="ffcv"),
     "FFCV (1 view, crop + flip)": ffcv,
 }
+IMAGE_SETS: dict[str, Callable[[int], Iterator[int]]] = {
+    "fastbyol": fastbyol,
+    "fastbyol tar": lambda size: fastbyol(size, "shards/*.tar"),
+    "fastbyol parquet": lambda size: fastbyol(size, "none/*.parquet"),
+    "fastbyol parquet snappy": lambda size: fastbyol(size, "snappy/*.parquet"),
+}
 ON_GPU = {"device": "cuda", "dtype": torch.bfloat16, "batch_size": 256}
 GPU_CONTENDERS: dict[str, Callable[[int], Iterator[int]]] = {
     "fastbyol native": lambda size: fastbyol(size, backend="native", **ON_GPU),
@@ -280,8 +291,8 @@ GPU_CONTENDERS: dict[str, Callable[[int], Iterator[int]]] = {
     )
     for load in (0.0, 0.5, 0.65, 0.75, 0.9, 1.0)
 }
-SETS = {"loader": CONTENDERS, "backends": BACKENDS, "loader_cuda": GPU_CONTENDERS}
-ALL = CONTENDERS | BACKENDS | GPU_CONTENDERS
+SETS = {"loader": CONTENDERS, "backends": BACKENDS, "image_sets": IMAGE_SETS, "loader_cuda": GPU_CONTENDERS}
+ALL = CONTENDERS | BACKENDS | IMAGE_SETS | GPU_CONTENDERS
 
 
 def measure(name: str, size: int, seconds: float) -> None:
@@ -337,6 +348,35 @@ def prepare_betons() -> None:
     for mode, part in (("jpg", images), ("raw", images.subsample(1000))):
         if not (CORPUS / f"{mode}.beton").exists():
             print(pack(part, CORPUS / f"{mode}.beton", mode=mode))
+
+
+def prepare_shards() -> None:
+    """Write the same JPEGs into tar shards and Parquet files, as webdataset and `datasets` do."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from fastbyol.data import open_split
+
+    images = open_split(CORPUS, "train")
+    for part in range(10):
+        chosen = range(part * len(images) // 10, (part + 1) * len(images) // 10)
+        path = CORPUS / "shards" / f"{part:04d}.tar"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            with tarfile.open(path, "w") as archive:
+                for k in chosen:
+                    for name, data in ((f"{k:06d}.jpg", images.read(k)), (f"{k:06d}.cls", b"%d" % images.labels[k])):
+                        info = tarfile.TarInfo(name)
+                        info.size = len(data)
+                        archive.addfile(info, io.BytesIO(data))
+        for codec in ("none", "snappy"):
+            path = CORPUS / codec / f"{part:04d}.parquet"
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+                rows = pa.array([{"bytes": images.read(k), "path": images.name(k)} for k in chosen], type=struct)
+                table = pa.table({"image": rows, "label": images.labels[list(chosen)]})
+                pq.write_table(table, path, compression=codec, row_group_size=100, use_dictionary=codec != "none")
 
 
 def print_summary(rows: list[dict]) -> None:
@@ -404,7 +444,10 @@ def main() -> int:
         measure(args.measure, sizes[0], args.seconds)
     names = installed(args.only or list(SETS[args.set]))
     prepare_corpus()
-    prepare_betons()
+    if args.set == "image_sets":
+        prepare_shards()
+    else:
+        prepare_betons()
     facts = machine()
     out = args.out or results_csv.FOLDER / f"{args.set}.csv"
     runner = Runner(out, lambda rows: [row | facts for row in rows])

@@ -118,6 +118,12 @@ def backends() -> str:
     return _loaders("backends", [(f"fastbyol {other}", "fastbyol") for other in others])
 
 
+def image_sets() -> str:
+    """Throughput of tar shards and Parquet for the same images."""
+    others = ("tar", "parquet", "parquet snappy")
+    return _loaders("image_sets", [(f"fastbyol {other}", "fastbyol") for other in others])
+
+
 def _loaders(file: str, pairs: list[tuple[str, str]]) -> str:
     """Return images/s of every contender by image size, and the ratios of the given pairs."""
     rows = read(file)
@@ -496,6 +502,7 @@ TABLES = {
     "demo_seeds": demo_seeds,
     "loader": loader,
     "backends": backends,
+    "image_sets": image_sets,
     "step": step,
     "step_cuda": lambda: step("cuda"),
     "train_run": train_run,

@@ -122,6 +122,11 @@ def is_pattern(path: str | Path) -> bool:
     return any(c in str(path) for c in "{*?[") and not os.path.lexists(path)
 
 
+def may_exist(path: str | Path) -> bool:
+    """Return False if a path on a disk leads to nothing. URLs and patterns are not looked at."""
+    return is_url(path) or is_pattern(path) or os.path.lexists(path)
+
+
 def expand_braces(pattern: str) -> list[str]:
     """Return the paths of a pattern: {0000..0146} counts, {a,b} lists.
 

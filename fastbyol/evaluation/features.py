@@ -25,7 +25,7 @@ from fastbyol.config import Config
 from fastbyol.data import Sources, find_images
 from fastbyol.data.crops import CENTER_FRACTION, center_crops, random_crops
 from fastbyol.data.images import Images
-from fastbyol.data.storage import is_pattern, is_url
+from fastbyol.data.storage import is_url, may_exist
 from fastbyol.errors import InputError, first_line, join_names
 from fastbyol.evaluation.context import EvalContext
 from fastbyol.evaluation.options import EvalConfig
@@ -79,8 +79,7 @@ def open_splits(options: EvalConfig, config: Config, sources: Sources = Sources(
     if given != any(source is not None for source in sources):
         raise InputError("give both images and val_images, or none of them")
     elsewhere = all(is_url(split) or Path(split).is_absolute() for split in (data.train_split, data.val_split))
-    is_path = data.root is not None and not is_url(data.root) and not is_pattern(data.root)
-    if is_path and not given and not elsewhere and not os.path.lexists(data.root):
+    if data.root is not None and not given and not elsewhere and not may_exist(data.root):
         remedy = "" if options.root else "; name it with --root"
         raise InputError(f"root: data set {data.root} does not exist{remedy}")
     if data.root is None and not given and not elsewhere:

@@ -190,12 +190,12 @@ class DetectionEval(DenseEval):
 
 @dataclass(kw_only=True)
 class EmbedConfig(Settings):
-    """Write the features of all images of a folder or .beton file."""
+    """Write the features of all images of a split."""
 
     run: ExpandedPath
     """Run folder (its newest valid checkpoint is used) or checkpoint file."""
     images: ExpandedPath
-    """A folder of class folders or of images, or a .beton file."""
+    """One split: a folder, file, pattern or URL of images."""
     out: ExpandedPath
     """Folder to write. If it holds a part of the same features, the rest is added."""
     features: Literal["pooled", "patches"] = "pooled"

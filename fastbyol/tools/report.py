@@ -1,6 +1,5 @@
 """report.html of a run: summary, training curves, evaluations and settings on one page."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from fastbyol.data import Images, find_images
 from fastbyol.data.beton import SUFFIX as BETON
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.folder import is_split_name
+from fastbyol.data.storage import may_exist
 from fastbyol.errors import InputError, first_line
 from fastbyol.evaluation.features import check_splits
 from fastbyol.evaluation.run import TASKS
@@ -46,7 +46,7 @@ def write_report(run: Path, *, root: str | None = None) -> Path:
         RunError: Writing the report failed.
     """
     check_run_folder(run, f"--run {run}")
-    if root is not None and not os.path.lexists(root):
+    if root is not None and not may_exist(root):
         raise InputError(f"--root {root}: data set not found")
     check_output(run / REPORT, str(run / REPORT))
     path, config, model, _ = load_checkpoint_model(run)
@@ -91,7 +91,7 @@ def refresh_report(run_or_file: Path, *, root: str | None = None) -> None:
         return
     data = read_json_or(run_or_file / CONFIG, lambda text: None).get("data")
     own_root = data.get("root") if isinstance(data, dict) else None
-    moved = isinstance(own_root, str) and not os.path.lexists(own_root)
+    moved = isinstance(own_root, str) and not may_exist(own_root)
     none = isinstance(data, dict) and own_root is None
     logger.info(f"report: {write_report(run_or_file, root=root if moved or none else None)}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.common import HANG_S, ROOT, losses
-from helpers.image_sets import CLASSES, contents, write_folder, write_parquet, write_shards
+from helpers.image_sets import CLASSES, contents, write_folder, write_parquet, write_shards, write_tar
 from helpers.range_server import serve
 
 from fastbyol.api import train
@@ -245,7 +245,7 @@ def run_config(root, tmp_path, name, **data):
         model=ModelConfig(backbone="resnet18", width=0.125, stem="small", hidden_dim=16, projection_dim=8),
         optim=OptimConfig(epochs=4, warmup_epochs=1),
         knn=KnnConfig(every_epochs=0),
-        log={"log_every_steps": 1, "tensorboard": False},
+        log={"log_every_steps": 1, "trackers": []},
     )
 
 
@@ -354,6 +354,18 @@ def test_s3_wildcards_and_missing_credentials(bucket, tmp_path, monkeypatch):
     with pytest.raises((StorageError, InputError), match="access denied .*: set AWS_ACCESS_KEY_ID") as caught:
         find_images(DataConfig(root=f"{root}/t-0.tar"), "train")
     assert "\n" not in str(caught.value)
+
+
+def test_a_storage_without_asynchronous_requests():
+    """As hf:// is: fsspec's file system in memory."""
+    import fsspec
+
+    with fsspec.open("memory://set/train-0.tar", "wb") as file:
+        write_tar(file, [(f"{name}.jpg", data) for name, data, _ in IMAGES])
+    images = find_images(DataConfig(root="memory://set"), "train")
+    assert [images.read(k) for k in range(48)] == [data for _, data, _ in IMAGES]
+    with pytest.raises(InputError, match=r"memory://other: no such|no images in memory://other"):
+        find_images(DataConfig(root="memory://other"), "train")
 
 
 def test_readers_follow_the_storage(server):

@@ -22,10 +22,12 @@ def write_folder(folder: Path, images) -> None:
         (folder / label / f"{name}.jpg").write_bytes(data)
 
 
-def write_tar(path: Path, members) -> None:
-    """Write (name, bytes) pairs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
+def write_tar(path, members) -> None:
+    """Write (name, bytes) pairs into a path or a file object."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    target = {"name": path} if isinstance(path, Path) else {"fileobj": path}
+    with tarfile.open(mode="w", **target) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
