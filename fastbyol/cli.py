@@ -89,8 +89,16 @@ def _embed(call: Call) -> int:
 
 def _prepare(call: Call) -> int:
     from fastbyol.tools.corpora import prepare_fashion_mnist, prepare_photos
+    from fastbyol.tools.image_sets import prepare_cifar10, prepare_imagenette
+    from fastbyol.tools.imagenet import prepare_imagenet
 
-    prepare = {"photos": prepare_photos, "fashion-mnist": prepare_fashion_mnist}[call.name]
+    prepare = {
+        "photos": prepare_photos,
+        "fashion-mnist": prepare_fashion_mnist,
+        "cifar10": prepare_cifar10,
+        "imagenette": prepare_imagenette,
+        "imagenet": prepare_imagenet,
+    }[call.name]
     logger.info(_with_progress_bar(call.name, partial(prepare, **asdict(call.options))))
     return 0
 
@@ -204,10 +212,13 @@ COMMANDS = Group(
         ),
         "embed": Command(_embed, EmbedConfig, takes_ranks=True, builds_networks=True),
         "prepare": Group(
-            "Create an image folder from data that is already installed.",
+            "Create an image folder from bundled photographs or the published files of a data set.",
             {
                 "photos": Command(_prepare, options.PhotosOptions),
                 "fashion-mnist": Command(_prepare, options.FashionOptions),
+                "cifar10": Command(_prepare, options.Cifar10Options),
+                "imagenette": Command(_prepare, options.ImagenetteOptions),
+                "imagenet": Command(_prepare, options.ImagenetOptions),
             },
         ),
         "pack": Command(_pack, options.PackOptions),

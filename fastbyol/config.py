@@ -72,7 +72,8 @@ class DataConfig(Settings):
     """Loader backend. auto uses dali on a GPU if it is installed, otherwise native. ffcv is FFCV's
     own loader."""
     classes: list[str] = field(default_factory=list)
-    """Names of the classes to use from both splits. Empty uses all."""
+    """Names of the classes to use from both splits, or imagenet100 for those of ImageNet-100.
+    Empty uses all."""
     fraction: Fraction = 1.0
     """Fraction of each class of the training split to use, e.g. 0.01 or 0.1."""
     images_per_class: Annotated[int, at_least(0, "all"), at_most(10**9)] = 0

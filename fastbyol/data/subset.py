@@ -17,15 +17,32 @@ from fastbyol.config import DataConfig
 from fastbyol.data.images import Images, normalize_name
 from fastbyol.errors import InputError
 
+CLASS_LISTS = {"imagenet100": Path(__file__).with_name("imagenet100.txt")}  # shipped with the package
 _LONGEST_QUOTE = 300  # characters of a list's line in a message
+
+
+def read_class_list(name: str, key: str = "data.classes") -> dict[int, str]:
+    """Return line number -> class name, from a list in `CLASS_LISTS` or a text file.
+
+    A file has one name per line. Blank lines and those that begin with # are skipped.
+
+    Raises:
+        InputError: the file cannot be read. The message begins with `key` and `name`.
+    """
+    lines = read_lines(CLASS_LISTS.get(name, Path(name)), f"{key} {name}")
+    return {n: line.strip() for n, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")}
 
 
 def select_classes(images: Images, names: list[str], *, key: str = "data.classes") -> Images:
     """Return the images of the classes `names`, renumbered from 0 in the set's order of classes.
 
+    The single name of a list in `CLASS_LISTS` stands for the list's names.
+
     Raises:
         InputError: a name is unknown or given twice.
     """
+    if len(names) == 1 and names[0] in CLASS_LISTS and names[0] not in images.classes:
+        names = list(read_class_list(names[0]).values())
     names = [normalize_name(name) for name in names]
     if duplicates := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"{key}: {duplicates[0]!r} is named twice")
@@ -90,7 +107,7 @@ def _read_file_list(images: Images, path: Path, root: str | None) -> NDArray[np.
     folder.
     """
     location = f"data.file_list={path}"
-    lines = {number: line for number, line in enumerate(_read_lines(path, location), 1) if line.strip()}
+    lines = {number: line for number, line in enumerate(read_lines(path, location), 1) if line.strip()}
     lookup = _ImageLookup(images, root, path.parent)
     lines = {n: line for n, line in lines.items() if not line.lstrip().startswith("#") or lookup.find(line) is not None}
     if not lines:
@@ -125,8 +142,12 @@ def _quote(line: str) -> str:
     return repr(line if len(line) <= _LONGEST_QUOTE else f"{line[:_LONGEST_QUOTE]}...")
 
 
-def _read_lines(path: Path, location: str) -> list[str]:
-    """Return the lines of a text file in UTF-8 (other bytes are allowed) or UTF-16 with BOM."""
+def read_lines(path: Path, location: str) -> list[str]:
+    """Return the lines of a text file in UTF-8 (other bytes are allowed) or UTF-16 with BOM.
+
+    Raises:
+        InputError: it cannot be read, or is no text file. The message begins with `location`.
+    """
     try:
         data = path.read_bytes()
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):

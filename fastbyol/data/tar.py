@@ -51,13 +51,27 @@ def _index(file: RangeFile) -> FileIndex:
                 positions.append(Position(image.offset_data, image.size))
                 names.append(image.name.removeprefix("./"))
                 labels.append(label)
-            if archive.offset >= file.size:  # a complete archive ends with two blocks of zeros
-                logger.warning(f"{file.path}: the end of the archive is missing: was its writing interrupted?")
+            _check_end(archive.offset, file)
     except (tarfile.TarError, EOFError, UnicodeError) as error:
         packed = file.path.endswith(_COMPRESSED) or file.read(0, min(file.size, 4))[:2] in (b"\x1f\x8b", b"BZ")
         why = "is compressed: unpack it, since members are read at random" if packed else first_line(error)
         raise InputError(f"{file.path}: not a readable tar archive: {why}") from None
     return FileIndex(as_positions(positions), names, labels)
+
+
+def _check_end(offset: int, file: RangeFile) -> None:
+    """Check that an archive ends where tarfile found no further member.
+
+    tarfile takes a damaged header for the end. A complete archive ends with blocks of zeros.
+
+    Raises:
+        tarfile.ReadError: something else follows.
+    """
+    rest = file.read(offset, min(tarfile.BLOCKSIZE, max(file.size - offset, 0)))
+    if rest.strip(b"\0"):
+        raise tarfile.ReadError(f"the header of a member at byte {offset} is damaged")
+    if not rest:
+        logger.warning(f"{file.path}: the end of the archive is missing: was its writing interrupted?")
 
 
 def _samples(archive: tarfile.TarFile, file: RangeFile) -> Iterator[tuple[tarfile.TarInfo, int | str | None]]:

@@ -45,6 +45,51 @@ class FashionOptions(Options):
 
 
 @dataclass(kw_only=True)
+class Cifar10Options(Options):
+    """CIFAR-10 from its official python or binary version, or from image folders."""
+
+    out: Path
+    """Folder to create. It must not exist."""
+    source: Path | None = None
+    """Archive (.tar.gz and others) or unpacked folder. By default the python version is
+    downloaded."""
+
+
+@dataclass(kw_only=True)
+class ImagenetteOptions(Options):
+    """Imagenette from fast.ai's archive or its unpacked folder."""
+
+    out: Path
+    """Folder to create. It must not exist."""
+    source: Path
+    """imagenette2.tgz, imagenette2-320.tgz or imagenette2-160.tgz, or its unpacked folder."""
+
+
+@dataclass(kw_only=True)
+class ImagenetOptions(Options):
+    """ImageNet-1k from its official archives or folders unpacked from them."""
+
+    out: Path
+    """Folder to create. It must not exist."""
+    source: list[Path]
+    """Folder of the official archives or of their unpacked files, or archives separated by commas.
+    Files in folders are hard-linked if possible, else copied."""
+    devkit: Path | None = None
+    """ILSVRC2012_devkit_t12.tar.gz or its folder, for the classes of val/. By default it is looked
+    for in the source."""
+    val_list: Path | None = None
+    """Text file with the classes of val/ instead: a file name and its wnid per line, or its index,
+    0 to 999 in the order of the sorted wnids (as Caffe's val.txt)."""
+    classes: ExpandedPath | None = None
+    """imagenet100, or a file with one wnid per line. By default all 1000 classes."""
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """Return the name with dashes: --val-list."""
+        return super().key(name).replace("_", "-")
+
+
+@dataclass(kw_only=True)
 class PackOptions(Options):
     """Pack a split into one .beton file, which ffcv can read too."""
 

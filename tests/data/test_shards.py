@@ -374,6 +374,19 @@ def test_a_shard_cut_during_the_run_is_a_bad_image(tmp_path):
     assert json.dumps(found.content_hashes()[-1]) == '""'
 
 
+def test_a_damaged_header_in_the_middle_is_one_line(tmp_path):
+    """tarfile takes it for the end, and the images after it would vanish."""
+    write_shards(f"{tmp_path}/train-%d.tar", IMAGES, 1)
+    path = tmp_path / "train-0.tar"
+    with tarfile.open(path) as archive:
+        at = archive.getmembers()[10].offset
+    with open(path, "r+b") as file:
+        file.seek(at + 148)
+        file.write(b"x")
+    with pytest.raises(InputError, match=f"the header of a member at byte {at} is damaged"):
+        open_split(tmp_path, "train")
+
+
 def test_an_archive_without_its_end_is_named(tmp_path, capsys):
     write_shards(f"{tmp_path}/train-%d.tar", IMAGES, 1)
     path = tmp_path / "train-0.tar"

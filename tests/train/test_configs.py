@@ -111,7 +111,13 @@ def test_two_steps_of_a_small_copy(path, photos):
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(
-            config.data, root=str(photos), batch_size=4 * parts, image_size_px=32, threads=1, backend="auto"
+            config.data,
+            root=str(photos),
+            classes=[],
+            batch_size=4 * parts,
+            image_size_px=32,
+            threads=1,
+            backend="auto",
         ),
         model=dataclasses.replace(config.model, width=0.125 * config.model.width, hidden_dim=32, projection_dim=16),
         # full-batch learning rate from the first step on
