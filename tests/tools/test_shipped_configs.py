@@ -19,6 +19,7 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
 
 
 def run(capsys, *words):
