@@ -17,7 +17,7 @@ _WIDTH = 120  # if standard output is not a terminal
 def print_configs() -> None:
     """Log name, description, hardware and hours of every shipped config."""
     shipped = shipped_configs()
-    column, width = max(map(len, shipped)) + 2, shutil.get_terminal_size((_WIDTH, 24)).columns
+    column, width = max(map(len, shipped), default=0) + 2, shutil.get_terminal_size((_WIDTH, 24)).columns
     for name, path in shipped.items():
         header = read_header(path.read_text())
         lines = [line for line in (header.title, header.cost) if line]
