@@ -139,7 +139,7 @@ def _loaders(file: str, pairs: list[tuple[str, str]]) -> str:
         cells = (spread(ratios(rates[name], rates[other]), 2) for rates in by_size.values())
         lines.append([f"**{name} / {other}**", *cells])
     first = rows[0]
-    versions = ", ".join(f"{key} {first[key]}" for key in ("torch", "torchvision", "lightly", "numba"))
+    versions = ", ".join(f"{key} {first[key]}" for key in ("torch", "torchvision", "lightly", "numba") if first[key])
     note = (
         f"{first['cpu']}; {versions}, DALI {first['nvidia-dali-cuda130']}, FFCV {first['ffcv']}; commit "
         f"{first['fastbyol'].split()[-1]}; {len(_unique(rows, 'round'))} interleaved rounds, ratios within each round. "

@@ -146,7 +146,9 @@ class CachedRanges:
         self._cache, self._size = cache, size
         path.parent.mkdir(parents=True, exist_ok=True)
         blocks = max(-(-size // BLOCK), 1)
-        self._data = os.open(f"{path}.data", os.O_RDWR | os.O_CREAT, 0o600)
+        self._data = f"{path}.data"  # not kept open: a set may have more files than a process may open
+        with open(self._data, "ab") as file:
+            self._inode = os.fstat(file.fileno()).st_ino
         handle = os.open(f"{path}.map", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             if os.fstat(handle).st_size < blocks:
@@ -155,17 +157,16 @@ class CachedRanges:
         finally:
             os.close(handle)
 
-    def __del__(self) -> None:
-        with suppress(AttributeError, OSError):
-            os.close(self._data)
-
     def get(self, start: int, size: int) -> bytes | None:
         """Return a range, None if a block of it is not there."""
         first, last = start // BLOCK, -(-(start + size) // BLOCK)
         if self._map.find(b"\0", first, last) >= 0:
             return None
         try:
-            data = os.pread(self._data, size, start)
+            with open(self._data, "rb", buffering=0) as file:
+                # Another process may have removed the file to make room, and a third made it again.
+                is_same = os.fstat(file.fileno()).st_ino == self._inode
+                data = os.pread(file.fileno(), size, start) if is_same else b""
         except OSError:
             return None
         return data if len(data) == size else None
@@ -182,8 +183,12 @@ class CachedRanges:
         if not missing or not self._cache.reserve(missing * BLOCK):
             return
         try:
-            if os.pwrite(self._data, data, start) != len(data):
-                return
+            handle = os.open(self._data, os.O_WRONLY)
+            try:
+                if os.fstat(handle).st_ino != self._inode or os.pwrite(handle, data, start) != len(data):
+                    return
+            finally:
+                os.close(handle)
         except OSError as error:
             self._cache._turn_off(error)
             return

@@ -15,7 +15,7 @@ from fastbyol.settings.limits import URL
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
 _MAX_FILES = 1_000_000  # of a pattern
-_OPEN_FILES = 512  # kept open at a time; further files are opened for every read
+_OPEN_FILES = 256  # of a split are kept open, of 1,024 that a process usually may; others are opened for every read
 _READAHEAD = 1 << 22  # bytes, of a pass over a whole file
 
 

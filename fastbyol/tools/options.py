@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from fastbyol.settings.commands import Options
-from fastbyol.settings.limits import AbsolutePath, ExpandedPath, Seed, Threads, at_least, at_most
+from fastbyol.settings.limits import ExpandedPath, Seed, Threads, at_least, at_most
 
 _Images = Annotated[int, at_most(10**7)]
 _Million = Annotated[int, at_most(10**6)]
@@ -94,7 +94,7 @@ class PackOptions(Options):
     """Pack a split into one .beton file, which ffcv can read too."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("source", "out")
-    source: AbsolutePath
+    source: ExpandedPath
     """One split: a folder, file, pattern or URL of images."""
     out: Path
     """.beton file to write. It must not exist."""

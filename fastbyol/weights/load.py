@@ -307,7 +307,8 @@ def _first_mismatch(tensors: Tensors, expected: Tensors) -> str | None:
 def _remedy(stored: files.StoredWeights) -> str:
     if stored.config is None:
         return "set model.backbone, model.width, model.stem and model.stem_channels to those of the file"
-    settings = " ".join(f"model.{field}={getattr(stored.config, field)}" for field in files.BACKBONE_FIELDS)
+    values = {field: getattr(stored.config, field) for field in files.BACKBONE_FIELDS}
+    settings = " ".join(f"model.{field}={value}" for field, value in values.items() if value != {})
     return f"set {settings}, as in its training"
 
 
@@ -322,5 +323,5 @@ def _classifiers(backbone: nn.Module) -> list[str]:
 
 
 def _architecture(name: str) -> str:
-    """Return a timm name without the tag of its weights."""
-    return name.split(".")[0]
+    """Return a timm name without the tag of its weights; MODULE:FACTORY unchanged."""
+    return name if ":" in name else name.split(".")[0]

@@ -66,7 +66,7 @@ def test_values_that_are_not_paths_are_unchanged(home):
     assert expand_path("$HOME", "key") == "$HOME"
     assert expand_path("~root", "key") == str(Path("~root").expanduser())
     options = parse_command_line(["pack", "~/a", "./~b"], COMMANDS).options
-    assert (options.source, options.out) == (Path.home() / "a", Path("./~b"))
+    assert (options.source, options.out) == (str(Path.home() / "a"), Path("./~b"))
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name", "~nobody-of-this-name/x"])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -186,6 +187,21 @@ class TestCache:
         assert ranges.get(3 * BLOCK - 1, 2) is None
         other = DiskCache("s3://b/x", 1 << 30, folder=tmp_path).open_ranges("x", len(data))
         assert other.get(BLOCK, 2 * BLOCK) == data[BLOCK : 3 * BLOCK]  # another process
+
+    def test_a_file_that_another_process_has_replaced_is_not_read(self, tmp_path):
+        """It made room, and the file was made again: the blocks that were there are not."""
+        store = DiskCache("s3://b/x", 1 << 30, folder=tmp_path)
+        old = store.open_ranges("x", 3 * BLOCK)
+        old.put(0, b"x" * BLOCK)
+        held = open(old._data, "rb")  # so that its inode is not used again
+        shutil.rmtree(store.folder)
+        new = DiskCache("s3://b/x", 1 << 30, folder=tmp_path).open_ranges("x", 3 * BLOCK)
+        new.put(2 * BLOCK, b"y" * BLOCK)
+        assert old.get(0, BLOCK) is None
+        old.put(BLOCK, b"z" * BLOCK)
+        assert new.get(BLOCK, BLOCK) is None
+        assert new.get(2 * BLOCK, BLOCK) == b"y" * BLOCK
+        held.close()
 
     def test_it_keeps_to_its_limit(self, tmp_path):
         limit = 60 * BLOCK
