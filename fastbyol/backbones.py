@@ -87,7 +87,7 @@ def _create_timm(name: str, config: ModelConfig) -> nn.Module:
                 f"model.width={config.width}: {config.backbone} has no width multiplier; set model.width=1"
             ) from None
         raise InputError(f"model.backbone_args={args}: {config.backbone}: {first_line(error)}") from None
-    except (ValueError, RuntimeError, AssertionError, KeyError, AttributeError) as error:
+    except Exception as error:  # timm's networks raise anything for unsuitable arguments
         if not args:
             raise
         raise InputError(f"model.backbone_args={args}: {config.backbone}: {first_line(error)}") from None

@@ -104,14 +104,8 @@ def find_training_images(config: Config, world: World, source: Any = None) -> Im
     Raises:
         InputError: see `find_images`.
     """
-    images: Images | None = None
-    # One rank of a machine makes the passes that an index needs, and the others read its cache.
-    for own_turn in (world.local_rank == 0, world.local_rank != 0):
-        with world.sync_errors():
-            if own_turn:
-                images = find_images(config.data, "train", root=source, key="data.root" if source is None else "images")
-    assert images is not None
-    return images
+    key = "data.root" if source is None else "images"
+    return world.first_on_machine(lambda: find_images(config.data, "train", root=source, key=key))
 
 
 def with_batch_size(config: Config, images: Images, device: torch.device, world: World) -> Config:

@@ -27,6 +27,7 @@ from fastbyol.errors import (
     InputError,
     PeerFailure,
     RunError,
+    StorageError,
     error_reason,
     first_line,
     is_out_of_memory,
@@ -60,7 +61,7 @@ def _train(call: Call) -> int:
     if result.is_main_process:
         try:
             logger.info(f"report: {write_report(result.folder)}")
-        except InputError as error:  # the run is over, so its input was fine
+        except (InputError, StorageError) as error:  # the run is over, so its input was fine
             raise RunError(str(error)) from None
     return 0
 

@@ -7,6 +7,7 @@ that the user has installed.
 
 import copy
 import importlib
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from fastbyol.errors import InputError, first_line
+from fastbyol.settings.limits import URL
 
 Factory = Callable[..., nn.Module]
 Opener = Callable[[str, str], Any]
@@ -81,8 +83,10 @@ def register_image_set(scheme: str) -> Callable[[Opener], Opener]:
     `fastbyol.train` accepts, or None if there is no such split.
 
     Raises:
-        ValueError: the scheme is taken.
+        ValueError: the scheme is taken, or is none of a URL, in lower case.
     """
+    if URL.fullmatch(f"{scheme}://") is None or scheme != scheme.lower():
+        raise ValueError(f"{scheme!r} is no scheme of a URL: use lower-case letters, digits and '-'")
     return _register(_image_sets, scheme)
 
 
@@ -118,18 +122,18 @@ def backbone_factory(name: str) -> Factory | None:
     if (point := _entry_point(BACKBONE_GROUP, name)) is not None:
         return _load(point, f"model.backbone={name}")
     module, colon, attribute = name.partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), attribute]):
         return None
     if module not in _modules:
         raise InputError(
             f"model.backbone={name}: runs code of the module {module}; if you trust it, add --import {module} (in Python: "
             f"fastbyol.import_module({module!r}))"
         )
-    found: Any = sys.modules[module]
-    for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        raise InputError(f"model.backbone={name}: the module {module} has no function {attribute}")
+    found = getattr(sys.modules[module], attribute, None)
+    # Not what the module has imported: `os.system` of a module that imports os.
+    is_own = f"{getattr(found, '__module__', None)}.".startswith(f"{module}.")
+    if not (inspect.isfunction(found) or inspect.isclass(found)) or not is_own:
+        raise InputError(f"model.backbone={name}: the module {module} defines no function or class {attribute}")
     return found
 
 

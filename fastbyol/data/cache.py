@@ -12,6 +12,7 @@ Blocks count after the data is written, so a killed process leaves a valid cache
 the machine the order of both is unknown: another boot is another cache.
 """
 
+import fcntl
 import hashlib
 import mmap
 import os
@@ -25,9 +26,21 @@ from fastbyol.runtime.caches import own_folder
 from fastbyol.runtime.logging import logger
 
 BLOCK = 1 << 12
+_MARKER = ".fastbyol-cache"
 _SPARE_SHARE, _SPARE_BYTES = 0.05, 2 << 30  # of the disk, that stay free
 _CHECK_EVERY = 1 << 28  # bytes written between two looks at the disk
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class _Budget:
+    """What this process may still write below a folder, for all of its data sets."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.left = self.unchecked = 0  # bytes; bytes until the next look at the disk
+
+
+_budgets: dict[Path, _Budget] = {}
 
 
 class DiskCache:
@@ -38,55 +51,61 @@ class DiskCache:
     Args:
         url: of the data set.
         limit: largest size in bytes of all data sets together; 0 is off.
-        folder: None is below the user's cache folder.
+        folder: None is the user's cache folder. Data sets lie in a sub-folder of it.
         processes: that share the limit.
     """
 
     def __init__(self, url: str, limit: int, *, folder: Path | None = None, processes: int = 1) -> None:
         own = own_folder()
-        parent = folder or (own and own / "remote")
-        self._lock = threading.Lock()
-        self._left = self._unchecked = 0  # bytes this process may still write; since the last look at the disk
+        parent = folder / "fastbyol-remote" if folder is not None else own and own / "remote"
         self.folder: Path | None = None
+        self._budget = _Budget()
         if parent is None or not limit:
             return
         boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
         name = re.sub(r"[^\w.-]+", "_", url.split("://")[-1])[-60:]
         self.folder = parent / f"{name}-{hashlib.sha256(f'{boot} {url}'.encode()).hexdigest()[:12]}"
+        self._budget = _budgets.setdefault(parent, self._budget)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._in_use = open(self.folder / _MARKER, "ab")  # locked, so that nobody makes room of it
+            fcntl.flock(self._in_use, fcntl.LOCK_SH)
             os.utime(self.folder)
-            self._left = max(self._room(limit), 0) // processes
+            room = max(self._room(limit), 0) // processes
+            with self._budget.lock:
+                self._budget.left = room
         except OSError as error:
             self._turn_off(error)
 
     def _room(self, limit: int) -> int:
         """Make room for half of the limit; return how many bytes may be written."""
         assert self.folder is not None
-        sizes = {folder: _size(folder) for folder in self.folder.parent.iterdir() if folder.is_dir()}
-        others = sorted((f for f in sizes if f != self.folder), key=lambda folder: folder.stat().st_mtime)
+        sizes = {folder: _size(folder) for folder in self.folder.parent.iterdir() if _is_cache(folder)}
         used = sum(sizes.values())
-        for folder in others:
+        for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
             if used <= limit // 2:
                 break
-            shutil.rmtree(folder, ignore_errors=True)  # a process that uses it reads again what it misses
-            used -= sizes[folder]
+            with open(folder / _MARKER, "ab") as marker, suppress(BlockingIOError):
+                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not what a process uses, this one included
+                shutil.rmtree(folder, ignore_errors=True)
+                used -= sizes[folder]
         return limit - used
 
     def reserve(self, size: int) -> bool:
         """Return True if `size` bytes may be written."""
-        with self._lock:
-            if self._left < size or self.folder is None:
+        budget, folder = self._budget, self.folder
+        with budget.lock:
+            if budget.left < size or folder is None:
                 return False
-            self._unchecked -= size
-            if self._unchecked <= 0:
-                disk = shutil.disk_usage(self.folder)
+            budget.unchecked -= size
+            if budget.unchecked <= 0:
+                disk = shutil.disk_usage(folder)
                 if disk.free - size < max(_SPARE_SHARE * disk.total, min(_SPARE_BYTES, disk.total // 4)):
-                    self._left = 0
-                    logger.info(f"the cache of remote images in {self.folder} stops growing: the disk is nearly full")
+                    budget.left = 0
+                    logger.info(f"the cache of remote images in {folder} stops growing: the disk is nearly full")
                     return False
-                self._unchecked = _CHECK_EVERY
-            self._left -= size
+                budget.unchecked = _CHECK_EVERY
+            budget.left -= size
             return True
 
     def open_ranges(self, key: str, size: int) -> "CachedRanges | None":
@@ -95,28 +114,29 @@ class DiskCache:
         Args:
             key: identifies the file and its version.
         """
-        if self.folder is None:
+        if (path := self._path(key)) is None:
             return None
         try:
-            return CachedRanges(self, self._path(key), size)
+            return CachedRanges(self, path, size)
         except OSError as error:
             self._turn_off(error)
             return None
 
     def get(self, key: str) -> bytes | None:
         """Return a small file, None if it is not there."""
-        if self.folder is None:
+        if (path := self._path(key)) is None:
             return None
         try:
-            return Path(f"{self._path(key)}.file").read_bytes()
+            return Path(f"{path}.file").read_bytes()
         except OSError:
             return None
 
     def put(self, key: str, data: bytes) -> None:
         """Keep a small file if there is room."""
-        if not self.reserve(-(-len(data) // BLOCK) * BLOCK):
+        base = self._path(key)
+        if base is None or not self.reserve(-(-len(data) // BLOCK) * BLOCK):
             return
-        path = Path(f"{self._path(key)}.file")
+        path = Path(f"{base}.file")
         partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,16 +147,21 @@ class DiskCache:
                 partial.unlink()
             self._turn_off(error)
 
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
+    def _path(self, key: str) -> Path | None:
+        """Return the path of a file without its suffix; None if the cache is off."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-        return self.folder / digest[:2] / digest[2:26]
+        return None if (folder := self.folder) is None else folder / digest[:2] / digest[2:26]
 
     def _turn_off(self, error: OSError) -> None:
-        with self._lock:
-            if self._left or self.folder is not None:
-                logger.warning(f"remote images are not cached any more: {self.folder}: {error.strerror or error}")
-            self._left = 0
+        with self._budget.lock:
+            folder, self.folder = self.folder, None
+        if folder is not None:
+            logger.warning(f"remote images are not cached any more: {folder}: {error.strerror or error}")
+
+
+def _is_cache(folder: Path) -> bool:
+    """Return True for folders of this module. Others are never removed."""
+    return re.search("-[0-9a-f]{12}$", folder.name) is not None and (folder / _MARKER).is_file()
 
 
 class CachedRanges:

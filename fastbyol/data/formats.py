@@ -27,7 +27,6 @@ SHARDS = (".tar", ".parquet")
 FILES = (beton.SUFFIX, *SUFFIXES, ".npz", *SHARDS)
 """Suffixes of files that are a split, or a part of one."""
 _ARCHIVES = (".zip", ".tgz", ".gz", ".xz", ".bz2", ".zst", ".rar", ".7z")
-_SHARD_FOLDERS = ("", "data/")  # below the root
 
 
 class NoImages(InputError):
@@ -108,10 +107,18 @@ def open_url(root: str, split: str, cache: CacheOptions, key: str) -> Images:
         InputError: there is no such split, or access is denied.
         StorageError: the storage does not answer.
     """
-    url = split if is_url(split) else root.rstrip("/") if split == "." else f"{root.rstrip('/')}/{split}"
-    remote = open_remote(root.rpartition("/")[0] if _suffix(root) or is_pattern(root) else root.rstrip("/"), cache)
+    base, is_single = root.rstrip("/"), bool(_suffix(root)) or is_pattern(root)
+    if is_url(split):
+        base, is_single, url = split.rpartition("/")[0], False, split
+    elif split == ".":
+        base, url = (base.rpartition("/")[0] if is_single else base), base
+    else:  # beside a file, below a folder
+        base = base.rpartition("/")[0] if is_single else base
+        url = f"{base}/{split}"
+    remote = open_remote(base, cache)
     if is_pattern(url):
-        urls = [found for part in expand_braces(url) for found in (remote.glob(part) if "*" in part else [part])]
+        parts = expand_braces(url)
+        urls = [found for part in parts for found in (remote.glob(part) if any(c in part for c in "*[") else [part])]
         if not urls:
             raise InputError(f"{key}: no file matches {url}")
         return _open_shards(url, remote.open_files(urls))
@@ -124,14 +131,13 @@ def open_url(root: str, split: str, cache: CacheOptions, key: str) -> Images:
     if names and (images := open_remote_folder(url, remote)) is not None:
         return images
     if split != "." and not is_url(split):
-        for folder in _SHARD_FOLDERS:
-            base = f"{root.rstrip('/')}/{folder}"
-            beside = remote.ls(base)
+        for folder in (base, f"{base}/data"):
+            beside = remote.ls(folder)
             single = [f"{split}{suffix}" for suffix in FILES if f"{split}{suffix}" in beside]
             if single:
-                return _open_remote_file(base + single[0], remote, cache)
+                return _open_remote_file(f"{folder}/{single[0]}", remote, cache)
             if shards := _shard_names(beside, split):
-                return _open_shards(url, remote.open_files([base + name for name in shards]))
+                return _open_shards(url, remote.open_files([f"{folder}/{name}" for name in shards]))
     scheme = url.partition("://")[0]
     hint = "; name the files, as in train-{0000..0146}.tar" if scheme in ("http", "https") else ""
     raise NoImages(f"{key}: there are no images in {url}{hint}")
@@ -141,7 +147,7 @@ def _open_remote_file(url: str, remote: Remote, cache: CacheOptions) -> Images:
     suffix = _suffix(url)
     try:
         if suffix in SUFFIXES:
-            return open_table(url, remote.read_file(url), cache)
+            return open_table(url, remote.download(url), cache)
         if suffix in SHARDS:
             return _open_shards(url, remote.open_files([url]))
     except FileNotFoundError:

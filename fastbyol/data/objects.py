@@ -3,6 +3,8 @@ object with the methods of `ImageSet`.
 """
 
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,13 +124,23 @@ def open_npz(path: Path, split: str) -> Images:
             if images is None:
                 raise InputError(f"{path}: no array of images for {split!r} among {', '.join(arrays)}")
             return _from_arrays(arrays[images], None if labels is None else arrays[labels], str(path))
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise InputError(f"{path}: not a readable .npz file: {first_line(error)}") from None
 
 
 def _npz_names(arrays: Sequence[str], split: str) -> tuple[str | None, str | None]:
-    images = [f"{split}_images", f"x_{split}", f"images_{split}", *_NPZ_IMAGES]
-    labels = [f"{split}_labels", f"y_{split}", f"labels_{split}", *_NPZ_LABELS]
+    is_train = split == "train"  # other splits must not take the arrays of a file with one split
+    images = [f"{split}_images", f"x_{split}", f"images_{split}", *(_NPZ_IMAGES if is_train else ())]
+    labels = [f"{split}_labels", f"y_{split}", f"labels_{split}", *(_NPZ_LABELS if is_train else ())]
     return next((n for n in images if n in arrays), None), next((n for n in labels if n in arrays), None)
 
 
@@ -168,10 +180,10 @@ def stored_image(item: Any) -> bytes | NDArray[np.uint8]:
 
 def _labels(values: Any, count: int, kind: str, names: Any = None) -> tuple[NDArray[np.int64], list[str]]:
     """Return labels and class names."""
-    given = [_plain(value) for value in values]
-    if len(given) != count:
-        raise InputError(f"{kind}: {count} images but {len(given)} labels")
     try:
+        given = [_plain(value) for value in values]
+        if len(given) != count:
+            raise ValueError(f"{count} images but {len(given)} labels")
         labels, classes = label_images([None if value == -1 else value for value in given])
     except ValueError as error:
         raise InputError(f"{kind}: {error}") from None
@@ -183,10 +195,16 @@ def _plain(value: Any) -> int | str | None:
     """Return a label as an int or a str: numpy's and torch's scalars too."""
     if value is None or isinstance(value, str):
         return value
-    if hasattr(value, "item") and getattr(value, "size", 1) != 0:
-        value = np.asarray(value).reshape(-1)
-        value = value[0].item() if len(value) == 1 else None
-    return int(value) if isinstance(value, int | float) and int(value) == value else str(value)
+    if hasattr(value, "item"):
+        values = np.asarray(value).reshape(-1)
+        if len(values) != 1:
+            raise ValueError(f"a label with {len(values)} values is no class; choose one of them")
+        value = values[0].item()
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, int | float) or value != value or int(value) != value:
+        raise ValueError(f"label {value!r} is neither a whole number nor a name")
+    return int(value)
 
 
 def _from_arrays(pixels: NDArray, labels: Any, kind: str) -> Images:
@@ -248,9 +266,9 @@ def _from_torch(dataset: Any, kind: str) -> Images:
 
     Files of torchvision's folders are read as they are, unless the dataset has a transform.
     """
-    files = getattr(dataset, "samples", None)
+    files = dataset.samples if _reads_plain_files(dataset) else None
     names = getattr(dataset, "classes", None)
-    if isinstance(files, list) and files and getattr(dataset, "transform", None) is None and all(map(_is_file, files)):
+    if files:
         images = _from_list(files, kind)
         if isinstance(names, list) and len(names) >= len(images.classes):
             images.classes = [str(name) for name in names]
@@ -287,8 +305,14 @@ def _targets(dataset: Any) -> Sequence[Any] | None:
     return None
 
 
-def _is_file(pair: Any) -> bool:
-    return isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
+def _reads_plain_files(dataset: Any) -> bool:
+    """Return True for torchvision's folders without an own transform, loader or method."""
+    from torchvision.datasets import DatasetFolder
+    from torchvision.datasets.folder import default_loader
+
+    if not isinstance(dataset, DatasetFolder) or type(dataset).__getitem__ is not DatasetFolder.__getitem__:
+        return False
+    return dataset.loader is default_loader and dataset.transform is None and dataset.target_transform is None
 
 
 def _check_first(read_one: Callable[[int], Any], count: int, kind: str) -> None:

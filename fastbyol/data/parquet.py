@@ -100,7 +100,7 @@ def _open(file: RangeFile) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(file.stream())
+        return pq.ParquetFile(file.stream(), pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file.path}: not a readable Parquet file: {first_line(error)}") from None
 
@@ -124,10 +124,10 @@ def _index(file: RangeFile, columns: _Columns) -> FileIndex:
             for offset, position in enumerate(_values(file, chunk, level)):
                 if position is not None:
                     positions.append(position)
-                    names.append(f"row {row + offset}")
+                    names.append(f"{file.name}, row {row + offset}")
                     labels.append(values[row + offset])
             row += metadata.num_rows
-    except (_Damaged, IndexError, pa.ArrowException, OSError) as error:
+    except (_Damaged, LookupError, TypeError, OverflowError, pa.ArrowException, OSError) as error:
         raise InputError(f"{file.path}: damaged Parquet file: {first_line(error) or 'a page is cut short'}") from None
     if not positions and row:
         raise InputError(f"{file.path}: column {columns.image} holds paths instead of bytes, or is empty")
@@ -137,7 +137,7 @@ def _index(file: RangeFile, columns: _Columns) -> FileIndex:
 def _labels(table: Any, column: str | None) -> list[int | str | None]:
     if column is None or column not in table.schema_arrow.names:
         return [None] * table.metadata.num_rows
-    values = table.read(columns=[column]).column(0).to_pylist()
+    values = table.read(columns=[column], use_threads=False).column(0).to_pylist()
     # `datasets` writes -1 for the hidden labels of a test split.
     return [v if isinstance(v, int | str) and not isinstance(v, bool) and v != -1 else None for v in values]
 

@@ -88,7 +88,25 @@ class Remote:
             from fsspec.asyn import sync
 
             return sync(self.fs.loop, getattr(self.fs, f"_{name}"), *args, timeout=limit, **kwargs)
+        if name == "cat_file":
+            kwargs["cache_type"] = "none"  # or else it would read 5 MB ahead
         return getattr(self.fs, name)(*args, **kwargs)
+
+    def sends_ranges(self, path: str) -> bool:
+        """Return True if the server of a file sends parts of it. Other storages than HTTP do."""
+        if not path.startswith(("http://", "https://")):
+            return True
+
+        async def status() -> int:
+            session = await self.fs.set_session()
+            # The body is not read: without ranges, it is the whole file.
+            async with session.get(self.fs.encode_url(path), headers={"Range": "bytes=0-0"}) as response:
+                response.raise_for_status()
+                return response.status
+
+        from fsspec.asyn import sync
+
+        return self.call(path, lambda: sync(self.fs.loop, status, timeout=TIMEOUT_S)) == 206
 
     def read_range(self, path: str, start: int, size: int) -> bytes:
         """Return a range of a file, complete."""
@@ -101,13 +119,21 @@ class Remote:
 
         return self.call(path, attempt)
 
-    def read_file(self, path: str) -> bytes:
-        """Return a whole file, from the cache if it is there."""
-        data = self.cache.get(path)
+    def read_file(self, path: str, stamp: str = "") -> bytes:
+        """Return a whole file, from the cache if it is there.
+
+        Args:
+            stamp: of the file's version; "" if it is not known.
+        """
+        data = self.cache.get(f"{path} {stamp}")
         if data is None:
-            data = self.call(path, lambda: self.request("cat_file", path))
-            self.cache.put(path, data)
+            data = self.download(path)
+            self.cache.put(f"{path} {stamp}", data)
         return data
+
+    def download(self, path: str) -> bytes:
+        """Return a whole file, not from the cache."""
+        return self.call(path, lambda: self.request("cat_file", path))
 
     def info(self, path: str) -> dict[str, Any]:
         """Return size, type and version of a file."""
@@ -123,10 +149,11 @@ class Remote:
         found.pop("", None)
         return found
 
-    def find(self, path: str) -> list[str]:
-        """Return the paths of all files below a folder, relative to it, sorted."""
+    def find(self, path: str) -> dict[str, str]:
+        """Return the paths of all files below a folder, relative to it, and their versions."""
         base = self.fs._strip_protocol(path).rstrip("/") + "/"
-        return sorted(found.removeprefix(base) for found in self.call(path, lambda: self.request("find", path)))
+        found = self.call(path, lambda: self.request("find", path, detail=True))
+        return {name.removeprefix(base): stamp_of(info) for name, info in sorted(found.items())}
 
     def glob(self, pattern: str) -> list[str]:
         """Return the URLs of the files of a pattern with wildcards, sorted."""
@@ -154,8 +181,8 @@ class RemoteFile(RangeFile):
         if info.get("size") is None:
             raise InputError(f"{path}: the server does not tell its size")
         self.size = int(info["size"])
-        self.stamp = " ".join(str(info[name]) for name in _STAMPS if info.get(name) is not None)
-        if self.size > 1 and len(remote.call(path, lambda: remote.request("cat_file", path, start=0, end=1))) != 1:
+        self.stamp = stamp_of(info)
+        if not remote.sends_ranges(path):
             raise InputError(f"{path}: the server does not send ranges of a file; download the files")
         self._cached: CachedRanges | None = remote.cache.open_ranges(f"{path} {self.size} {self.stamp}", self.size)
 
@@ -172,6 +199,12 @@ class RemoteFile(RangeFile):
             self._cached.put(low, blocks)
             data = blocks[start - low : start - low + size]
         return data
+
+
+def stamp_of(info: dict[str, Any]) -> str:
+    """Return what tells a version of a file from others."""
+    names = ("size", *_STAMPS)
+    return " ".join(str(info[name]) for name in names if info.get(name) is not None)
 
 
 _remotes: dict[tuple[str, CacheOptions], Remote] = {}

@@ -10,7 +10,7 @@ import os
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +21,12 @@ from fastbyol.data.codecs import decompress
 from fastbyol.data.images import Images, label_images, pack_names
 from fastbyol.data.storage import RangeFile, is_url
 from fastbyol.data.workers import map_in_order
-from fastbyol.errors import InputError
+from fastbyol.errors import InputError, join_names
 from fastbyol.runtime.caches import own_folder
 from fastbyol.runtime.files import atomic_write
 from fastbyol.runtime.logging import logger
 
-_FORMAT = 1  # of cached indices
+_FORMAT = 2  # of cached indices
 _WORTH_A_LINE = 1 << 28  # bytes to index
 _INDEXERS = 8  # files that are indexed at a time
 
@@ -53,6 +53,8 @@ class FileIndex:
     positions: NDArray[np.int64]  # (n, 6)
     names: list[str]
     labels: list[int | str | None]
+    left_out: list[str] = field(default_factory=list)
+    """Images of the file that are not in the index."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +94,12 @@ class ShardImages(Images):
 
     def location(self, index: int) -> str:
         """Return the file and the image's name."""
-        return f"{self.files[self.file_of[index]].path}, {self.names[index]}"
+        file, name = self.files[self.file_of[index]], self.names[index]
+        return (
+            f"{file.path.removesuffix(file.name)}{name}"
+            if name.startswith(f"{file.name}, ")
+            else f"{file.path}, {name}"
+        )
 
     def subset(self, indices: NDArray[np.int64]) -> "ShardImages":
         """Return the images at `indices`, which share the open files."""
@@ -149,6 +156,10 @@ def open_shards(
     file_of = np.repeat(np.arange(len(files), dtype=np.int32), counts)
     empty = sum(count == 0 for count in counts)
     notes = (f"{root}: {empty} of {len(files)} files hold no image",) if empty else ()
+    if left_out := [name for index in indices for name in index.left_out]:
+        notes += (
+            f"{root}: {len(left_out)} links and further images of a sample are left out: {join_names(left_out, 3)}",
+        )
     return ShardImages(root, labels, classes, files, file_of, positions, names, notes)
 
 
@@ -182,6 +193,7 @@ def _write(path: Path, indices: Sequence[FileIndex]) -> None:
             positions=np.concatenate([index.positions for index in indices]),
             names=np.frombuffer(names, dtype=np.uint8),
             labels=np.frombuffer(labels, dtype=np.uint8),
+            left_out=np.frombuffer(json.dumps([index.left_out for index in indices]).encode(), dtype=np.uint8),
         )
 
 
@@ -191,11 +203,12 @@ def _read(path: Path) -> list[FileIndex] | None:
         with np.load(path, allow_pickle=False) as stored:
             counts, positions = stored["counts"].tolist(), stored["positions"]
             names = os.fsdecode(stored["names"].tobytes()).split("\0")[:-1]
-            labels = json.loads(stored["labels"].tobytes())
+            labels, left_out = (json.loads(stored[name].tobytes()) for name in ("labels", "left_out"))
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     ends = np.cumsum(counts).tolist()
-    if not (len(names) == len(labels) == len(positions) == (ends[-1] if ends else 0)):
+    if not (len(names) == len(labels) == len(positions) == (ends[-1] if ends else 0) and len(left_out) == len(counts)):
         return None
     parts = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-    return [FileIndex(positions[part], names[part], labels[part]) for part in parts]
+    found = zip(parts, left_out, strict=True)
+    return [FileIndex(positions[part], names[part], labels[part], others) for part, others in found]

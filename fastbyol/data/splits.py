@@ -63,7 +63,7 @@ def open_split(
         raise InputError(f"{key} is not set: name the folder that holds {split}/ or {split}{SUFFIX}")
     if is_url(root) and (found := open_image_set(str(root), split, key)) is not None:
         return as_images(found, name=str(root))
-    if is_url(root) or is_url(split):
+    if is_url(split) or (is_url(root) and not os.path.isabs(split)):  # noqa: PTH117 - a split may be a URL
         return open_url(str(root), split, cache, key)
     try:
         base = _split_path(Path(root), split)

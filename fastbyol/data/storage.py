@@ -26,6 +26,11 @@ class RangeFile(ABC):
     size: int  # in bytes
     stamp: str  # changes if the file does
 
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.path.rpartition("/")[2]
+
     @abstractmethod
     def read(self, start: int, size: int) -> bytes:
         """Return bytes start .. start + size - 1.
@@ -118,8 +123,24 @@ def is_url(path: str | Path) -> bool:
 
 
 def is_pattern(path: str | Path) -> bool:
-    """Return True if a path has braces or wildcards, as in train-{0000..0146}.tar."""
-    return any(c in str(path) for c in "{*?[") and not os.path.lexists(path)
+    """Return True if a path or URL has braces or wildcards, as in train-{0000..0146}.tar."""
+    if is_url(path):
+        return any(c in str(path) for c in "{*[")  # ? begins the query of a URL
+    return bool(_split_pattern(path)[1])
+
+
+def _split_pattern(path: str | Path) -> tuple[Path, str]:
+    """Return the part of a path that exists, and the pattern below it; "" if that is none.
+
+    Names of existing folders may have braces and brackets too.
+    """
+    folder = Path(path)
+    if os.path.lexists(folder):
+        return folder, ""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    rest = str(Path(path).relative_to(folder))
+    return folder, rest if any(c in rest for c in "{*?[") else ""
 
 
 def may_exist(path: str | Path) -> bool:
@@ -160,14 +181,16 @@ def _alternatives(text: str, pattern: str) -> Sequence[str]:
     return [f"{k:0{width}d}" for k in range(first, last + 1)]
 
 
-def expand_local(pattern: str) -> list[str]:
+def expand_local(pattern: str | Path) -> list[str]:
     """Return the files of a pattern on a disk: braces in their order, wildcards sorted.
 
     A file named by braces alone may be missing; opening it reports that.
     """
+    folder, rest = _split_pattern(pattern)
     found: list[str] = []
-    for path in expand_braces(pattern):
-        found += sorted(glob.glob(path)) if any(c in path for c in "*?[") else [path]  # noqa: PTH207
+    for part in expand_braces(rest):
+        wild = any(c in part for c in "*?[")
+        found += [str(folder / name) for name in (sorted(glob.glob(part, root_dir=folder)) if wild else [part])]  # noqa: PTH207
     return found
 
 

@@ -11,7 +11,8 @@ there is one, the label. Paths are relative to the list, absolute, or URLs.
 import csv
 import io
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from fastbyol.errors import InputError, error_reason
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "url")
-_LABEL_COLUMNS = ("label", "class", "class_name", "target", "category")
+_LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target", "category")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class FileList(Images):
     classes: list[str]
     base: str  # a folder or URL, with a slash at its end
     remotes: dict[str, Remote]  # scheme and host -> storage
+    stamps: Mapping[str, str] = field(default_factory=dict)  # path -> version, if it is known
     notes: tuple[str, ...] = ()
 
     @property
@@ -55,7 +57,7 @@ class FileList(Images):
         path = self._full(self.paths[index])
         remote = self.remotes.get(_host(path)) if self.remotes else None
         if remote is not None:
-            return remote.read_file(path)
+            return remote.read_file(path, self.stamps.get(self.paths[index], ""))
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(handle, "rb") as file:
             return file.read()
@@ -96,14 +98,16 @@ def open_table(path: str, content: bytes, cache: CacheOptions) -> FileList:
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=SUFFIXES[suffix], strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a list in UTF-8: {error}") from None
-    numbered = [(k, row) for k, row in enumerate(rows, 1) if any(field.strip() for field in row)]
+    numbered = [(k, row) for k, row in enumerate(rows, 1) if any(cell.strip() for cell in row)]
     if not numbered:
         raise InputError(f"{path}: it names no image")
-    first = [field.strip().lower() for field in numbered[0][1]]
-    path_column, label_column = 0, 1
+    first = [name.strip().lower() for name in numbered[0][1]]
+    path_column, label_column, notes = 0, 1, ()
     if any(name in _PATH_COLUMNS for name in first):
         path_column = next(k for k, name in enumerate(first) if name in _PATH_COLUMNS)
         label_column = next((k for k, name in enumerate(first) if name in _LABEL_COLUMNS), len(first))
+        if label_column == len(first) and len(first) > 1:
+            notes = (f"{path}: no column of labels ({', '.join(_LABEL_COLUMNS)}) among {', '.join(first)}",)
         numbered = numbered[1:]
         if not numbered:
             raise InputError(f"{path}: it names no image")
@@ -126,7 +130,7 @@ def open_table(path: str, content: bytes, cache: CacheOptions) -> FileList:
     hosts = {_host(url): url for url in [*(p for p in paths if is_url(p)), *([path] if is_url(path) else [])]}
     remotes = {host: open_remote(host, cache) for host in hosts}
     root: Path | str = path if is_url(path) else Path(path)
-    return FileList(root, paths, labels, classes, base, remotes)
+    return FileList(root, paths, labels, classes, base, remotes, notes=notes)
 
 
 def open_remote_folder(url: str, remote: Remote) -> FileList | None:
@@ -134,7 +138,8 @@ def open_remote_folder(url: str, remote: Remote) -> FileList | None:
 
     None if there is no image.
     """
-    names = [name for name in remote.find(url) if os.path.splitext(name)[1].lower() in EXTENSIONS]  # noqa: PTH122
+    found = remote.find(url)
+    names = [name for name in found if os.path.splitext(name)[1].lower() in EXTENSIONS]  # noqa: PTH122
     names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
     if not names:
         return None
@@ -145,7 +150,7 @@ def open_remote_folder(url: str, remote: Remote) -> FileList | None:
     if not flat:
         classes, labels = number_classes([name.split("/")[0] for name in names])
     base = url.rstrip("/") + "/"
-    return FileList(url, names, labels, classes, base, {_host(base): remote})
+    return FileList(url, names, labels, classes, base, {_host(base): remote}, found)
 
 
 def _host(path: str) -> str:

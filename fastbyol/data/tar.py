@@ -44,19 +44,19 @@ def open_tars(root: Path | str, files: Sequence[RangeFile]) -> ShardImages:
 
 def _index(file: RangeFile) -> FileIndex:
     """List the images of one archive."""
-    positions, names, labels = list[Position](), list[str](), list[int | str | None]()
+    positions, names, labels, left_out = list[Position](), list[str](), list[int | str | None](), list[str]()
     try:
         with tarfile.open(fileobj=file.stream(), mode="r:") as archive:
-            for image, label in _samples(archive, file):
+            for image, label in _samples(archive, file, left_out):
                 positions.append(Position(image.offset_data, image.size))
-                names.append(image.name.removeprefix("./"))
+                names.append(_name(image))
                 labels.append(label)
             _check_end(archive.offset, file)
     except (tarfile.TarError, EOFError, UnicodeError) as error:
         packed = file.path.endswith(_COMPRESSED) or file.read(0, min(file.size, 4))[:2] in (b"\x1f\x8b", b"BZ")
         why = "is compressed: unpack it, since members are read at random" if packed else first_line(error)
         raise InputError(f"{file.path}: not a readable tar archive: {why}") from None
-    return FileIndex(as_positions(positions), names, labels)
+    return FileIndex(as_positions(positions), names, labels, left_out)
 
 
 def _check_end(offset: int, file: RangeFile) -> None:
@@ -74,28 +74,34 @@ def _check_end(offset: int, file: RangeFile) -> None:
         logger.warning(f"{file.path}: the end of the archive is missing: was its writing interrupted?")
 
 
-def _samples(archive: tarfile.TarFile, file: RangeFile) -> Iterator[tuple[tarfile.TarInfo, int | str | None]]:
-    """Yield the image and the label of every sample."""
+def _samples(
+    archive: tarfile.TarFile, file: RangeFile, left_out: list[str]
+) -> Iterator[tuple[tarfile.TarInfo, int | str | None]]:
+    """Yield the images and labels of all samples; add the names of other images to `left_out`."""
     key: str | None = None
     members: dict[str, tarfile.TarInfo] = {}
     for member in archive:
         archive.members = []  # it would keep all of them
-        if not member.isreg() or member.issparse():
-            continue
         folder, _, name = member.name.rpartition("/")
-        if name.startswith((".", "._")):
-            continue
         stem, _, extension = name.partition(".")
+        if member.isdir() or name.startswith("."):
+            continue
+        if not member.isreg() or member.issparse() or (f"{folder}/{stem}" == key and extension.lower() in members):
+            if _is_image(extension):
+                left_out.append(_name(member))
+            continue
         if (new := f"{folder}/{stem}") != key:
-            yield from _sample(members, file)
+            yield from _sample(members, file, left_out)
             key, members = new, {}
-        members.setdefault(extension.lower(), member)
-    yield from _sample(members, file)
+        members[extension.lower()] = member
+    yield from _sample(members, file, left_out)
 
 
-def _sample(members: dict[str, tarfile.TarInfo], file: RangeFile) -> Iterator[tuple[tarfile.TarInfo, int | str | None]]:
-    # `jpg` before `seg.png`, which is a mask
-    images = sorted((e for e in members if f".{e.rpartition('.')[2]}" in EXTENSIONS), key=lambda e: e.count("."))
+def _sample(
+    members: dict[str, tarfile.TarInfo], file: RangeFile, left_out: list[str]
+) -> Iterator[tuple[tarfile.TarInfo, int | str | None]]:
+    """Yield the image of a sample, or all of them if nothing else tells that it is one sample."""
+    images = sorted(filter(_is_image, members), key=lambda extension: extension.count("."))
     if not images:
         return
     label = None
@@ -103,7 +109,20 @@ def _sample(members: dict[str, tarfile.TarInfo], file: RangeFile) -> Iterator[tu
         label = _as_label(_read_text(cls, file))
     elif (entries := members.get("json")) is not None:
         label = _json_label(_read_text(entries, file), f"{file.path}, {entries.name}")
-    yield members[images[0]], label
+    # `jpg` comes before `seg.png`, which is a mask. photo.1.jpg and photo.2.jpg are two images.
+    several = len(images) == len(members) and all("." in extension for extension in images)
+    chosen = images if several else images[:1]
+    left_out += [_name(members[extension]) for extension in images if extension not in chosen]
+    for extension in chosen:
+        yield members[extension], label
+
+
+def _is_image(extension: str) -> bool:
+    return f".{extension.lower().rpartition('.')[2]}" in EXTENSIONS
+
+
+def _name(member: tarfile.TarInfo) -> str:
+    return member.name.removeprefix("./")
 
 
 def _read_text(member: tarfile.TarInfo, file: RangeFile) -> str:

@@ -57,11 +57,17 @@ class Splits(NamedTuple):
         return self.train.classes
 
 
-def open_splits(options: EvalConfig, config: Config, sources: Sources = Sources()) -> Splits:  # noqa: B008
+def open_splits(
+    options: EvalConfig,
+    config: Config,
+    sources: Sources = Sources(),  # noqa: B008 - immutable
+    world: World = World(),  # noqa: B008
+) -> Splits:
     """Open both splits: the run's classes, but all of their images, not only its training subset.
 
     Args:
         sources: images that replace those of the options and of the run.
+        world: all ranks call this.
 
     Raises:
         InputError: a split is missing, or the splits do not match.
@@ -84,8 +90,12 @@ def open_splits(options: EvalConfig, config: Config, sources: Sources = Sources(
         raise InputError(f"root: data set {data.root} does not exist{remedy}")
     if data.root is None and not given and not elsewhere:
         raise InputError("root: the run was trained on images that a program gave to it; name a data set with --root")
-    found = zip(("train", "val"), sources, strict=True)
-    splits = Splits(*(find_images(data, split, root=source, key="root") for split, source in found))
+
+    def find() -> Splits:
+        found = zip(("train", "val"), sources, strict=True)
+        return Splits(*(find_images(data, split, root=source, key="root") for split, source in found))
+
+    splits = world.first_on_machine(find)
     check_splits(*splits)
     return splits
 

@@ -111,7 +111,7 @@ class FewshotTask(EvalTask):
         Raises:
             InputError: they have too few.
         """
-        splits = open_splits(options, config, context.sources)
+        splits = open_splits(options, config, context.sources, context.world)
         root = splits.train.root
         classes, root = len(splits.classes), root.parent if isinstance(root, Path) else root
         if options.ways > classes:

@@ -190,7 +190,7 @@ class FinetuneTask(EvalTask):
         Raises:
             InputError: the fraction leaves a class without images.
         """
-        splits = open_splits(options, config, context.sources)
+        splits = open_splits(options, config, context.sources, context.world)
         part = replace(
             config.data, fraction=options.fraction, images_per_class=0, file_list=None, subset_seed=options.subset_seed
         )

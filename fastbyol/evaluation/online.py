@@ -137,11 +137,18 @@ class OnlineKnn(Callback):
         if sources.train is not None and sources.val is None:
             logger.info("no online kNN: no validation images were given")
             return
-        try:
-            val = find_images(training.config.data, "val", root=sources.val)
-            check_splits(training.images, val)
-        except InputError as error:
-            logger.warning(f"no online kNN: {error}")
+
+        def find() -> Images | InputError:
+            try:
+                val = find_images(training.config.data, "val", root=sources.val)
+                check_splits(training.images, val)
+            except InputError as error:
+                return error
+            return val
+
+        val = training.world.first_on_machine(find)
+        if isinstance(val, InputError):
+            logger.warning(f"no online kNN: {val}")
             return
         for note in val.notes:
             logger.warning(note)

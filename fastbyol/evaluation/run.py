@@ -19,6 +19,7 @@ from fastbyol.build import build_model
 from fastbyol.config import Config, DistributedConfig
 from fastbyol.data import Sources
 from fastbyol.data.backends import choose_decoder
+from fastbyol.data.storage import is_url
 from fastbyol.errors import InputError
 from fastbyol.evaluation.context import EvalContext, Row
 from fastbyol.evaluation.detection import DETECTION
@@ -95,7 +96,7 @@ def _evaluate(task: EvalTask, options: EvalConfig, world: World, sources: Source
     """As `evaluate`, in the process group."""
     with world.sync_errors():
         path, config, model, step = load_checkpoint_model(Path(options.run))
-        name = _result_name(task.name, path, step, options, config)
+        name = _result_name(task.name, path, step, options, config, sources)
         out = Path(options.out) if options.out else run_folder_of(path) / name
         if world.is_main_process:
             _check_result_file(out, named=options.out is not None)
@@ -204,10 +205,13 @@ def _check_result_file(out: Path, *, named: bool) -> None:
         logger.warning(f"{out}: damaged; it will be replaced")
 
 
-def _result_name(name: str, checkpoint_file: Path, step: int, options: EvalConfig, config: Config) -> str:
+def _result_name(
+    name: str, checkpoint_file: Path, step: int, options: EvalConfig, config: Config, sources: Sources
+) -> str:
     """eval_TASK_KEY.json: KEY is a hash of the data set, the checkpoint and the settings."""
     data = config.data
-    root = str(Path(options.root or data.root or "").resolve())
+    root = options.root or data.root or ""
+    root = root if is_url(root) else str(Path(root).resolve())
     key = [
         checkpoint_file.name,
         step,  # best.pt changes during a run
@@ -217,6 +221,7 @@ def _result_name(name: str, checkpoint_file: Path, step: int, options: EvalConfi
         data.classes,
         options.settings,
         options.baselines,
+        *(source.fingerprint() for source in sources if source is not None),
     ]
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=4).hexdigest()
     return f"{PREFIX}{name}_{digest}.json"

@@ -35,7 +35,7 @@ class EvalTask(ABC):
         Raises:
             InputError: the data is missing or does not suit the task.
         """
-        return open_splits(options, config, context.sources)
+        return open_splits(options, config, context.sources, context.world)
 
     def calibration_images(self, data: Any) -> Images:
         """Return the images that give an untrained network its BatchNorm statistics."""

@@ -10,12 +10,12 @@ One group sends CUDA tensors with NCCL and CPU tensors with gloo.
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from torch.distributed import _functional_collectives as collectives
 
 from fastbyol.config import DistributedConfig
 from fastbyol.errors import FastbyolError, InputError, PeerFailure, RunError, first_line
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,21 @@ class World:
         failed = [rank for rank, bad in enumerate(self.gather(error is not None)) if bad]
         if failed:
             raise error if error is not None and failed[0] == self.rank else PeerFailure()
+
+    def first_on_machine(self, function: Callable[[], T]) -> T:
+        """Return function(), called on one rank of a machine before the others.
+
+        That rank makes what the others then find in a cache. Every rank must call this.
+
+        Raises:
+            FastbyolError: what the function raised, on one rank.
+        """
+        results: list[T] = []
+        for own_turn in (self.local_rank == 0, self.local_rank != 0):
+            with self.sync_errors():
+                if own_turn:
+                    results.append(function())
+        return results[0]
 
 
 def world_from_environment() -> World:

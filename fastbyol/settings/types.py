@@ -207,8 +207,6 @@ def parse(kind: Any, word: Any) -> Any:
     """
     if isinstance(word, list):
         return [parse(_item_type(kind), item) for item in word]
-    if isinstance(word, dict):
-        return {name: parse(_AnyValue, item) for name, item in word.items()}
     if not isinstance(word, str):
         return word
     text = word.strip()
@@ -247,20 +245,28 @@ def _parse_mapping(kind: Any, text: str) -> dict[str, Any] | None:
         node = yaml.compose(text, Loader=yaml.BaseLoader) if text.startswith("{") else None
     except (yaml.YAMLError, RecursionError):
         return None
-    return None if not isinstance(node, yaml.MappingNode) else parse(kind, words_of_mapping(node))
+    return None if not isinstance(node, yaml.MappingNode) else mapping_values(node)
 
 
-def words_of_mapping(node: yaml.MappingNode) -> dict[str, Any]:
-    """Return the names of a YAML mapping and their words: text, None, lists or Malformed."""
+def mapping_values(node: yaml.MappingNode) -> Any:
+    """Return names and values of a YAML mapping; quoted words are text. Malformed for others."""
 
-    def word(item: yaml.Node) -> Any:
+    def value(item: yaml.Node) -> Any:
         if isinstance(item, yaml.SequenceNode):
-            return [word(part) for part in item.value]
+            return [value(part) for part in item.value]
         if not isinstance(item, yaml.ScalarNode):
             return Malformed("a mapping")
-        return None if item.style is None and item.value.lower() in ("", *NULL_WORDS) else item.value
+        if item.style is not None:
+            return item.value
+        return None if item.value.lower() in ("", *NULL_WORDS) else parse(_AnyValue, item.value)
 
-    return {key.value if isinstance(key, yaml.ScalarNode) else "?": word(item) for key, item in node.value}
+    found: dict[str, Any] = {}
+    for key, item in node.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+        if name in found:
+            return Malformed(f"a mapping with {name!r} twice")
+        found[name] = value(item)
+    return found
 
 
 def _split(text: str) -> list[Any]:

@@ -7,7 +7,7 @@ import yaml
 from fastbyol.errors import InputError
 from fastbyol.settings.base import Settings, expected_section, leaves, names, sections
 from fastbyol.settings.messages import BadSetting, format_name, format_value, unknown
-from fastbyol.settings.types import NULL_WORDS, Malformed, check, parse, words_of_mapping
+from fastbyol.settings.types import NULL_WORDS, Malformed, check, mapping_values, parse
 
 _MAX_KIB = 256  # a config has one or two
 _MERGE_KEY = "<<"
@@ -177,7 +177,7 @@ class _NodeReader:
             if get_origin(kind) is not dict:
                 return Malformed(_describe(node))
             self._reject_tags(*(part for pair in node.value for part in pair))
-            return words_of_mapping(node)
+            return mapping_values(node)
         blank = node.style is None and node.value.lower() in ("", *NULL_WORDS)
         return None if blank else node.value
 

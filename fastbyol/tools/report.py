@@ -9,7 +9,7 @@ from fastbyol.data.beton import SUFFIX as BETON
 from fastbyol.data.decode import BadImage, decode
 from fastbyol.data.folder import is_split_name
 from fastbyol.data.storage import may_exist
-from fastbyol.errors import InputError, first_line
+from fastbyol.errors import InputError, StorageError, first_line
 from fastbyol.evaluation.features import check_splits
 from fastbyol.evaluation.run import TASKS
 from fastbyol.model import BYOL
@@ -169,7 +169,7 @@ def _images(config: Config, model: BYOL, root: str | None) -> dict[str, Any]:
         images["views"] = draw_views(config, train)
         images["map"] = draw_map(config, model, train if val is None else val)
         images["neighbors"] = draw_neighbors(config, model, train, val)
-    except InputError as error:
+    except (InputError, StorageError) as error:
         missing = ", ".join(title for name, title in _PICTURES.items() if images[name] is None)
         remedy = "; --root PATH takes images from another place" if root is None else ""
         images["left_out"] = f"the report lacks images ({missing}): {error}{remedy}"
@@ -182,7 +182,7 @@ def _open_val(config: Config, train: Images, root: str | None) -> Images | None:
     try:
         val = find_images(config.data, "val", root=root)
         check_splits(train, val)
-    except InputError:  # the run has logged why
+    except (InputError, StorageError):  # the run has logged why
         return None
     return val
 

@@ -22,7 +22,7 @@ from fastbyol.runtime.results import is_metric, read_results
 from fastbyol.runtime.run_folder import ENVIRONMENT
 from fastbyol.weights.authors import LICENSE, is_authors
 from fastbyol.weights.files import BACKBONE_FIELDS, new_file
-from fastbyol.weights.formats import FORMATS, Source, fenced
+from fastbyol.weights.formats import FORMATS, Source, fenced, is_of_timm
 from fastbyol.weights.load import load_checkpoint_model
 
 
@@ -49,6 +49,8 @@ def export(run: Path, format_name: str, out: Path | None) -> str:
             raise InputError(f"--out {out}: for --format {format_name} the name must end in {' or '.join(suffixes)}")
         check_output(out, f"--out {out}")
     source = load_source(run)
+    if format_name == "timm" and not is_of_timm(source):
+        raise InputError(f"--format timm: {source.name} is not a network of timm; use --format safetensors or onnx")
     out = out or _default_path(source, format_name)
     try:
         str(out.absolute()).encode()

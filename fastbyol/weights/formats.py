@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import timm
 import torch
 import torchvision
 from timm.models import ResNet
@@ -135,23 +136,29 @@ with torch.no_grad():
 print(features.shape)"""
 
 
-def timm_arguments(source: Source) -> dict[str, tuple[int, ...]]:
-    """Return the arguments of timm.create_model for the backbone's width."""
-    width = source.config.model.width
-    return {} if width == 1 else {"channels": tuple(int(STEM_CHANNELS * width * 2**k) for k in range(4))}
+def timm_arguments(source: Source) -> dict[str, Any]:
+    """Return the arguments of timm.create_model for the backbone's width and arguments."""
+    model = source.config.model
+    widths = {} if model.width == 1 else {"channels": tuple(int(STEM_CHANNELS * model.width * 2**k) for k in range(4))}
+    return model.backbone_args | widths
 
 
 def is_plain_timm(source: Source) -> bool:
     """Return True if timm.create_model builds the backbone, with `timm_arguments`."""
     config, default = source.config.model, ModelConfig()
     plain_layers = all(getattr(config, field) == getattr(default, field) for field in _LAYER_FIELDS)
-    return plain_layers and not _changes_of_timm(source)
+    return plain_layers and not _changes_of_timm(source) and is_of_timm(source)
+
+
+def is_of_timm(source: Source) -> bool:
+    """Return True if timm knows the backbone's name."""
+    return timm.is_model(BYOL_RESNETS.get(source.name, source.name))
 
 
 def _timm_usage(source: Source, out: Path) -> str:
     name = BYOL_RESNETS.get(source.name, source.name)
     changes = _changes_of_timm(source)
-    channels = "".join(f", {key}={value}" for key, value in timm_arguments(source).items())
+    channels = "".join(f", {key}={value!r}" for key, value in timm_arguments(source).items())
     if not changes:
         code = f"""\
 import timm

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastbyol.backbones import has_same_padding
 from fastbyol.build import build_backbone, build_model
 from fastbyol.callbacks import Callback
-from fastbyol.config import Config, ModelConfig
+from fastbyol.config import Config, DataConfig, ModelConfig
 from fastbyol.errors import InputError, first_line
 from fastbyol.model import BYOL
 from fastbyol.runtime import checkpoint
@@ -61,6 +61,8 @@ def load_checkpoint_model(run_or_file: Path) -> LoadedCheckpoint:
         return _load_authors_model(run_or_file)
     path, state = checkpoint.resolve(run_or_file)
     config = checkpoint.checkpoint_config(path, state)
+    defaults = DataConfig()  # a stranger's checkpoint must not choose where files are written
+    config = replace(config, data=replace(config.data, cache_dir=defaults.cache_dir, cache_gb=defaults.cache_gb))
     try:
         model = build_model(config.model, config.data.image_size_px, config.seed)
         model.load_state_dict(state["model"])

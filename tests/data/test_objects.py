@@ -180,6 +180,8 @@ def test_selection_applies():
         (np.zeros((4, 4), np.uint8), r"images must have the shape \(N, H, W, 3\)"),
         ((np.zeros((4, 4, 4, 3), np.uint8), [1, 2]), "4 images but 2 labels"),
         ([(jpeg(0), -5)], "label -5 is not in"),
+        ([(jpeg(0), float("nan"))], "label nan is neither a whole number nor a name"),
+        ((np.zeros((2, 4, 4, 3), np.uint8), np.ones((2, 14))), "a label with 14 values is no class"),
         (["https://x/y.jpg"], "write URLs into a .csv file"),
     ],
 )

@@ -31,6 +31,7 @@ def own_cache(tmp_path, monkeypatch):
     """An empty cache; short waits."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "_remotes", {})
+    monkeypatch.setattr(cache, "_budgets", {})
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
 
 
@@ -160,6 +161,25 @@ def test_bad_urls_are_one_line(server, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+def test_a_split_elsewhere(server, tmp_path):
+    """A validation split on a disk beside a remote training split, and the reverse."""
+    config = shard_config(server)
+    write_folder(tmp_path / "val", IMAGES[:9])
+    here = DataConfig(**{**vars(config), "val_split": str(tmp_path / "val")})
+    assert find_images(here, "val").read(0) == IMAGES[0][1]
+    there = DataConfig(root=str(tmp_path), train_split="val", val_split=config.root)
+    assert find_images(there, "train").read(0) == find_images(there, "val").read(0) == IMAGES[0][1]
+    beside = DataConfig(**{**vars(config), "val_split": "train-0001.tar"})
+    assert find_images(beside, "val").read(0) == IMAGES[16][1]
+
+
+def test_a_changed_list_is_read_again(server):
+    for count in (3, 5):
+        (server.folder / "train.csv").write_text("".join(f"{k}.jpg,{k % 2}\n" for k in range(count)))
+        remote._remotes.clear()
+        assert len(find_images(DataConfig(root=f"{server.url}/train.csv"), "train")) == count
+
+
 def test_a_server_without_ranges_is_one_line(server):
     config = shard_config(server)
     server.fault = lambda path, count: "no ranges"
@@ -222,10 +242,30 @@ class TestCache:
             for n in range(15):
                 store.put(f"{n}", b"x" * BLOCK)
             os.utime(store.folder, (k, k))
+            if k == 0:
+                in_use = store
+            store._in_use.close()  # as if its process had ended
+        (tmp_path / "thesis").mkdir()
+        (tmp_path / "thesis" / "text").write_bytes(b"x" * 100 * BLOCK)
+        foreign = tmp_path / "fastbyol-remote" / "mine-0123456789ab"
+        foreign.mkdir()
+        (foreign / "text").write_bytes(b"x" * 100 * BLOCK)
         new = DiskCache("s3://c", limit, folder=tmp_path)
-        assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["b", "c"]
+        assert in_use.folder is not None
+        assert sorted(path.name[0] for path in new.folder.parent.iterdir()) == ["b", "c", "m"]
+        assert (tmp_path / "thesis" / "text").exists() and (foreign / "text").exists()  # never what is not its own
         new.put("1", b"z")
         assert new.get("1") == b"z"
+
+    def test_a_data_set_in_use_stays(self, tmp_path):
+        first = DiskCache("s3://a", 40 * BLOCK, folder=tmp_path)
+        for n in range(30):
+            first.put(f"{n}", b"x" * BLOCK)
+        second = DiskCache("s3://b", 40 * BLOCK, folder=tmp_path)
+        assert first.get("3") == b"x" * BLOCK
+        for n in range(30):
+            second.put(f"{n}", b"x" * BLOCK)
+        assert cache._size(tmp_path) <= 45 * BLOCK  # both together
 
     def test_a_full_disk_ends_its_growth(self, tmp_path, monkeypatch, capsys):
         store = DiskCache("s3://b/x", 1 << 30, folder=tmp_path)
@@ -249,6 +289,13 @@ class TestCache:
         store = DiskCache("s3://b/x", 0, folder=tmp_path / "none")
         store.put("1", b"z")
         assert (store.get("1"), store.open_ranges("x", 5), list(tmp_path.iterdir())) == (None, None, [])
+
+    def test_a_folder_that_cannot_be_made_is_one_warning(self, tmp_path, capsys):
+        (tmp_path / "file").write_bytes(b"")
+        store = DiskCache("s3://b/x", 1 << 30, folder=tmp_path / "file")
+        assert store.open_ranges("x", 5) is None and store.get("1") is None
+        store.put("1", b"z")
+        assert capsys.readouterr().out.count("not cached any more") == 1
 
 
 def run_config(root, tmp_path, name, **data):
@@ -396,5 +443,5 @@ def test_readers_follow_the_storage(server):
 
 def test_cache_options_come_from_the_config(server, tmp_path):
     find_images(shard_config(server, cache_dir=str(tmp_path / "here"), cache_gb=1), "train").read(0)
-    assert list((tmp_path / "here").glob("*/*/*.data"))
+    assert list((tmp_path / "here").glob("fastbyol-remote/*/*/*.data"))
     assert {options for _, options in remote._remotes} == {CacheOptions(str(tmp_path / "here"), 10**9)}

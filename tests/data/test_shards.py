@@ -180,6 +180,31 @@ def test_the_image_of_a_sample_is_chosen_by_its_extension(tmp_path):
     assert [found.read(k) for k in range(3)] == [a, b, c]
 
 
+def test_images_are_not_dropped_silently(tmp_path):
+    """Files whose names differ after their first dot are images; what is left out is named."""
+    members = [(f"photo.{k}.jpg", IMAGES[k][1]) for k in range(3)] + [("b.jpg", IMAGES[3][1]), ("b.png", b"png")]
+    write_tar(tmp_path / "train.tar", members)
+    with tarfile.open(tmp_path / "train.tar", "a") as archive:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "b.jpg"
+        archive.addfile(link)
+    for _ in range(2):  # from the cache too
+        found = open_split(tmp_path, "train")
+        assert sorted(found.names) == ["b.jpg", "photo.0.jpg", "photo.1.jpg", "photo.2.jpg"]
+        assert "2 links and further images of a sample are left out: link.jpg, b.png" in found.notes[0]
+
+
+def test_folders_with_braces_and_brackets_in_their_names(tmp_path):
+    for name in ("set[1]", "set{v2}", "a*b"):
+        root = tmp_path / name
+        root.mkdir()
+        write_shards(f"{root}/train-%d.tar", IMAGES, 2)
+        assert len(open_split(root, "train")) == len(open_split(root / "train-{0..1}.tar", ".")) == 48
+        assert len(find_images(DataConfig(root=f"{root}/train-*.tar"), "train")) == 48
+        write_folder(root / "val", IMAGES)
+        assert len(open_split(root, "val")) == 48
+
+
 def test_long_names_of_pax_and_gnu_archives(tmp_path):
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         with tarfile.open(tmp_path / "train.tar", "w", format=form) as archive:
@@ -308,10 +333,17 @@ def test_npz(tmp_path):
     train, val = find_images(config, "train"), find_images(config, "val")
     assert (len(train), len(val), train.classes, val.classes) == (20, 10, ["0", "1", "2"], [])
     assert np.array_equal(train.read(3), pixels[3][..., None].repeat(3, 2))
-    (tmp_path / "bad.npz").write_bytes(b"PK")
+    (tmp_path / "bad.npz").write_bytes((tmp_path / "set.npz").read_bytes()[:-30])
+    np.save(tmp_path / "array.npy", pixels)
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    np.savez(tmp_path / "one.npz", images=pixels, labels=labels)
+    assert len(find_images(DataConfig(root=str(tmp_path / "one.npz")), "train")) == 30
+    with pytest.raises(InputError, match="no array of images for 'val'"):  # not the training images again
+        find_images(DataConfig(root=str(tmp_path / "one.npz")), "val")
     for name, split, text in (
         ("set.npz", "test", "no array of images for 'test' among train_"),
         ("bad.npz", "x", "not a readable"),
+        ("array.npz", "x", "not a readable"),
     ):
         with pytest.raises(InputError, match=text):
             open_npz(tmp_path / name, split)

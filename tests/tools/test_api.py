@@ -203,6 +203,7 @@ def write_module(folder: Path, name: str, text: str) -> None:
 
 
 MODULE = """
+    from os import system
     import torch, fastbyol
     from torch import nn
 
@@ -289,7 +290,11 @@ def test_a_strangers_checkpoint_runs_no_code(command, capsys, tmp_path):
     state = torch.load(path, weights_only=True)
     for backbone, args, text in (
         ("os:system", {"command": "touch bad"}, "runs code of the module os; if you trust it"),
-        ("my_module:nothing", {}, "the module my_module has no function nothing"),
+        ("my_module:nothing", {}, "the module my_module defines no function or class nothing"),
+        ("my_module:fastbyol.import_module", {"name": "bad"}, "timm has no such model"),
+        ("my_module:torch", {}, "the module my_module defines no function or class torch"),
+        ("my_module:nn", {}, "the module my_module defines no function or class nn"),
+        ("my_module:system", {"command": "touch bad"}, "the module my_module defines no function or class system"),
         ("resnet18", {"checkpoint_path": "evil.pth"}, "model.backbone_args.checkpoint_path: is not accepted"),
         ("resnet18", {"pretrained": True}, "model.backbone_args.pretrained: is not accepted"),
         ("local-dir:evil", {}, "timm has no such model"),
@@ -328,6 +333,26 @@ def test_bad_modules_and_arguments_are_one_line(words, text, command, capsys, tm
     assert command("train", "--data.root", "d", *words) == 2
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
+
+
+def test_values_of_arguments(tmp_path):
+    """Numbers are numbers, in lists too; quoted words are text. The command line reads the same."""
+    from fastbyol.cli import train_config
+
+    text = "{a: 1, b: 1e-3, c: [1, 2.5, x], d: '64', e: true, f: null, g: yes-no}"
+    expected = {"a": 1, "b": 1e-3, "c": [1, 2.5, "x"], "d": "64", "e": True, "f": None, "g": "yes-no"}
+    (tmp_path / "c.yaml").write_text(f"model:\n  backbone_args: {text}\n")
+    for words in (["--config", str(tmp_path / "c.yaml")], ["--model.backbone_args", text]):
+        assert train_config(words).model.backbone_args == expected
+    with pytest.raises(InputError, match="model.backbone_args=a mapping with 'a' twice"):
+        train_config(["--model.backbone_args", "{a: 1, a: 2}"])
+
+
+def test_results_of_different_images_do_not_replace_each_other(config):
+    result = fastbyol.train(config, images=IMAGES)
+    for images in (IMAGES, IMAGES[:40], IMAGES):
+        fastbyol.evaluate("knn", result.folder, images=images, val_images=images[:8], k=3, baselines=False)
+    assert len(list(result.folder.glob("eval_knn_*.json"))) == 2
 
 
 def test_arguments_reach_timm_and_are_compared_on_resume(command, capsys, tmp_path):
@@ -376,3 +401,5 @@ def test_names_cannot_be_taken_twice(clean):
     plugins.register_backbone("x")(Net)
     with pytest.raises(ValueError, match="'x' is already registered"):
         plugins.register_backbone("x")(nn.Identity)
+    with pytest.raises(ValueError, match="'my_set' is no scheme of a URL"):
+        plugins.register_image_set("my_set")
