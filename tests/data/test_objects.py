@@ -145,6 +145,24 @@ def test_files_of_torchvision_are_read_as_they_are(tmp_path):
     assert with_transform.read(0).shape == (20, 20, 3)
 
 
+def test_a_dataset_with_its_own_way_to_read_is_not_bypassed(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    class Cropped(ImageFolder):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image.crop((0, 0, 9, 8)), label
+
+    class LooksAlike(OwnDataset):
+        samples = [("a.jpg", label) for label in LABELS]  # noqa: RUF012
+
+    torchvision_folder(tmp_path)
+    assert as_images(Cropped(tmp_path)).read(0).shape == (8, 9, 3)
+    assert np.array_equal(as_images(LooksAlike("array")).read(3), pixels_of(3))
+    loaded = as_images(ImageFolder(tmp_path, loader=lambda path: Image.new("RGB", (5, 4))))
+    assert loaded.read(0).shape == (4, 5, 3)
+
+
 def test_data_without_labels():
     images = as_images([jpeg(k) for k in range(5)])
     assert (images.labels.tolist(), images.classes) == ([-1] * 5, [])

@@ -267,6 +267,13 @@ def test_import_on_the_command_line(command, capsys, tmp_path):
     for words in commands:
         assert command(*words, "--import", "my_module") == 0, (words, capsys.readouterr().err)
         capsys.readouterr()
+    for words, text in (
+        (("export", "runs/byol", "--format", "timm", "--out", "x.pth"), "is not a network of timm"),
+        (("push", "runs/byol", "hf://a/b", "--dry-run", "folder"), "my_module:factory"),
+    ):
+        assert command(*words, "--import", "my_module") == 2
+        error = capsys.readouterr().err
+        assert text in error and error.count("\n") == 1
     network = fastbyol.load_backbone("w.safetensors")
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 6)
 
