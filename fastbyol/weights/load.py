@@ -148,7 +148,7 @@ def load_backbone(
     """Load weights into a backbone, in place.
 
     Args:
-        spec: timm:NAME for timm's pre-trained weights; hf://USER/NAME[@REVISION][/FILE] for a file
+        spec: timm:NAME for timm's pre-trained weights; `hf://USER/NAME[@REVISION][/FILE]` for a file
             of the Hugging Face Hub; or a path: a run's folder or checkpoint (its online backbone is
             loaded), a .safetensors file, a folder with a model.safetensors, a checkpoint of BYOL's
             authors (.pkl), or a state dict of timm or torchvision.
