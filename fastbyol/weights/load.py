@@ -148,10 +148,10 @@ def load_backbone(
     """Load weights into a backbone, in place.
 
     Args:
-        spec: timm:NAME for timm's pre-trained weights; `hf://USER/NAME[@REVISION][/FILE]` for a file
-            of the Hugging Face Hub; or a path: a run's folder or checkpoint (its online backbone is
-            loaded), a .safetensors file, a folder with a model.safetensors, a checkpoint of BYOL's
-            authors (.pkl), or a state dict of timm or torchvision.
+        spec: timm:NAME for timm's pre-trained weights; `hf://USER/NAME[@REVISION][/FILE]` for a
+            file of the Hugging Face Hub; or a path: a run's folder or checkpoint (its online
+            backbone is loaded), a .safetensors file, a folder with a model.safetensors, a
+            checkpoint of BYOL's authors (.pkl), or a state dict of timm or torchvision.
         backbone: A timm model without classifier, with fused layers or not.
         name: The backbone's name in timm.
         key: Option that gave `spec`, for error messages.
