@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastbyol.data.cache import CachedRanges, DiskCache
@@ -35,7 +36,6 @@ _CREDENTIALS = {
 _DENIED_NAMES = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "TokenRetrievalError"}
 _DENIED_NAMES |= {"GatedRepoError", "LocalTokenNotFoundError", "ProfileNotFound"}
 _STAMPS = ("ETag", "etag", "blob_id", "generation", "LastModified", "last_modified", "mtime", "Last-Modified")
-clock = time.monotonic
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,6 @@ def open_remote(url: str, options: CacheOptions | None = None) -> Remote:
 
 
 def _disk_cache(url: str, options: CacheOptions) -> DiskCache:
-    from pathlib import Path
-
     folder = None if options.folder is None else Path(options.folder)
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return DiskCache(url, options.limit, folder=folder, processes=int(processes) if processes.isdecimal() else 1)

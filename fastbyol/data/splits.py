@@ -118,46 +118,45 @@ def _find_split(config: DataConfig, split: Literal["train", "val"], root: str | 
         InputError: as `open_split`; `root` is one split and the other is wanted.
     """
     name = config.train_split if split == "train" else config.val_split
-    is_default = name == getattr(DataConfig, f"{split}_split")
     option = f"{key.removesuffix('root')}{split}_split"
     cache = CacheOptions(config.cache_dir, round(config.cache_gb * 1e9))
-    is_single = root is not None and (is_pattern(root) or (is_url(root) and root.lower().endswith(FILES)))
+    if root is None or name != getattr(DataConfig, f"{split}_split"):
+        return open_split(root, name, key=key, option=option, cache=cache)
     try:
-        is_single = is_single or (root is not None and not is_url(root) and Path(root).is_file())
-        is_split = is_single or (
-            split == "train" and root is not None and not is_url(root) and _holds_no_splits(Path(root), config)
-        )
+        is_single = is_pattern(root) or (root.lower().endswith(FILES) if is_url(root) else Path(root).is_file())
+        is_split = split == "train" and not is_single and not is_url(root) and _holds_no_splits(Path(root), config)
     except OSError as error:
         raise InputError(f"{key}={root}: cannot access {error.filename}: {error.strerror}") from None
-    if is_single and is_default and root is not None and root.lower().endswith(".npz"):  # it may hold all splits
+    if is_single and root.lower().endswith(".npz"):  # it may hold all splits
         return open_file(Path(root), name, cache)
-    if root is None or not is_default or not is_split:
+    if is_single and split == "val":
+        raise InputError(f"{key}={root} is one file, the training split; {option} names another for validation")
+    if is_single:
+        return _as_split(open_split(root, ".", key=key, cache=cache), f"{key}={root}")
+    why = f", since it has no {name}/"
+    if not is_split:
         try:
             return open_split(root, name, key=key, option=option, cache=cache)
         except NoImages:  # of a URL
-            if split == "val" or not is_default or root is None:
+            if split == "val":
                 raise
-            return _as_split(open_split(root, ".", key=key, cache=cache), root, f", since it has no {name}/", key)
-    if split == "val":
-        raise InputError(f"{key}={root} is one file, the training split; {option} names another for validation")
+            return _as_split(open_split(root, ".", key=key, cache=cache), f"{key}={root}", why)
     try:
         images = open_split(root, ".", key=key, cache=cache)
     except InputError as error:
-        raise (
-            error if is_single else InputError(f"{error} (it has no folder {name}/ and no file {name}{SUFFIX})")
-        ) from None
+        raise InputError(f"{error} (it has no folder {name}/ and no file {name}{SUFFIX})") from None
     nested = [path for path in getattr(images, "paths", ()) if any(map(is_split_name, path.split("/")[1:-1]))]
     if nested:
         raise InputError(
             f"{key}={root}: there is no folder {Path(root) / name}, but {nested[0]} lies in a split: name the folder that holds "
             f"the splits; {option}=. takes all of {root}"
         )
-    return _as_split(images, root, "" if is_single else f", since it has no {name}/", key)
+    return _as_split(images, f"{key}={root}", why)
 
 
-def _as_split(images: Images, root: str, why: str, key: str) -> Images:
-    """Return the images with a note that `root` is the training split."""
-    images.add_note(f"{key}={root} is the training split itself{why}")
+def _as_split(images: Images, root: str, why: str = "") -> Images:
+    """Return the images with a note that the root is the training split."""
+    images.add_note(f"{root} is the training split itself{why}")
     return images
 
 

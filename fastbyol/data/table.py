@@ -127,8 +127,7 @@ def open_table(path: str, content: bytes, cache: CacheOptions) -> FileList:
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     base = path.rpartition("/")[0] + "/" if is_url(path) else str(Path(path).absolute().parent) + "/"
-    hosts = {_host(url): url for url in [*(p for p in paths if is_url(p)), *([path] if is_url(path) else [])]}
-    remotes = {host: open_remote(host, cache) for host in hosts}
+    remotes = {host: open_remote(host, cache) for host in sorted({_host(name) for name in [path, *paths]} - {""})}
     root: Path | str = path if is_url(path) else Path(path)
     return FileList(root, paths, labels, classes, base, remotes, notes=notes)
 

@@ -24,6 +24,7 @@ SUFFIX = ".tar"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _LABEL_KEYS = ("label", "cls", "class", "class_id", "class_name")  # of json members
 _MAX_LABEL_BYTES = 1 << 20
+_PADDING = 1 << 16  # bytes; tar fills the last 10 KiB with zeros
 
 
 def open_tars(root: Path | str, files: Sequence[RangeFile]) -> ShardImages:
@@ -67,9 +68,11 @@ def _check_end(offset: int, file: RangeFile) -> None:
     Raises:
         tarfile.ReadError: something else follows.
     """
-    rest = file.read(offset, min(tarfile.BLOCKSIZE, max(file.size - offset, 0)))
-    if rest.strip(b"\0"):
+    rest = file.read(offset, min(_PADDING, max(file.size - offset, 0)))
+    if rest[: tarfile.BLOCKSIZE].strip(b"\0"):
         raise tarfile.ReadError(f"the header of a member at byte {offset} is damaged")
+    if rest.strip(b"\0"):
+        raise tarfile.ReadError(f"another archive follows its end at byte {offset}: write them into separate files")
     if not rest:
         logger.warning(f"{file.path}: the end of the archive is missing: was its writing interrupted?")
 

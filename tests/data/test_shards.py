@@ -419,6 +419,15 @@ def test_a_damaged_header_in_the_middle_is_one_line(tmp_path):
         open_split(tmp_path, "train")
 
 
+def test_archives_written_behind_each_other_are_one_line(tmp_path):
+    """tarfile stops at the end of the first, and the images of the others would vanish."""
+    write_shards(f"{tmp_path}/x-%d.tar", IMAGES, 2)
+    whole = b"".join((tmp_path / f"x-{k}.tar").read_bytes() for k in range(2))
+    (tmp_path / "train.tar").write_bytes(whole)
+    with pytest.raises(InputError, match="another archive follows its end at byte"):
+        open_split(tmp_path, "train")
+
+
 def test_an_archive_without_its_end_is_named(tmp_path, capsys):
     write_shards(f"{tmp_path}/train-%d.tar", IMAGES, 1)
     path = tmp_path / "train-0.tar"
